@@ -1,0 +1,63 @@
+"""What the scripts share: arguments that name a config, help for every key, and errors as clear lines."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Iterator
+
+from moe_gpt.config import RunConfig
+from moe_gpt.validation import InputError, Section, annotations_of, default_of, expectation, field_docs
+
+
+def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a script's main function and exit: status 2 and one line for each problem where the input is bad."""
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def count_argument(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def positive_argument(text: str) -> float:
+    """Parse a number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def describe_settings(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield a line for every key of a config: name, default, meaning."""
+    docs = field_docs(section)
+    for field in dataclasses.fields(section):
+        annotation = annotations_of(section)[field.name]
+        item = typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else annotation
+        if isinstance(item, type) and issubclass(item, Section):
+            inner = f"{prefix}{field.name}." + ("0." if item is not annotation else "")
+            yield f"\n{inner[:-1]}: {docs[field.name]}"
+            yield from describe_settings(item, inner)
+        else:
+            default = default_of(field)
+            shown = "required" if default is dataclasses.MISSING else "null" if default is None else default
+            yield f"  {prefix}{field.name} ({shown}): {docs[field.name]} [{expectation(annotation)}]"

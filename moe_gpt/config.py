@@ -1,0 +1,491 @@
+"""Every setting of a run: frozen, typed, checked when it is constructed, read strictly from YAML.
+
+A run is one ``RunConfig`` of seven sections. A default is written here and nowhere else; a number that follows
+from others is a property. ``load_run_config`` reads a YAML file, applies ``section.key=value`` overrides and
+reports everything that is wrong together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from moe_gpt.validation import (
+    ConfigError,
+    Count,
+    CountOrZero,
+    Flag,
+    Fraction,
+    InputError,
+    NonNegative,
+    Positive,
+    Problem,
+    Section,
+    Share,
+)
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The shape of a MoEGPT and how its routers choose."""
+
+    vocab_size: Count | None = None
+    """Rows of the embedding; null follows the tokenizer. More than the tokenizer has is allowed, fewer is not."""
+    n_layers: Count = 4
+    """Transformer blocks."""
+    d_model: Count = 128
+    """Width of the residual stream."""
+    n_heads: Count = 4
+    """Query heads."""
+    n_kv_heads: Count = 1
+    """Key-value heads that the query heads share: 1 is multi-query, n_heads is full multi-head attention."""
+    head_dim: Count = 32
+    """Width of one head (even); n_heads x head_dim need not equal d_model."""
+    d_ff: Count = 256
+    """Hidden width of one expert (SwiGLU: three matrices of d_model x d_ff)."""
+    n_experts: Count = 16
+    """Experts per layer; 1 makes the feed-forward dense, without a router."""
+    top_k: Count = 2
+    """Experts that each token is sent to."""
+    normalize_topk: Flag = True
+    """Rescale the chosen experts' weights to sum to 1 (Mixtral does); refused for top_k 1 of several experts."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """What keeps expert loads even: the Switch loss, the loss-free bias of arXiv 2408.15664, or nothing."""
+    bias_update_rate: Positive = 1e-3
+    """Step of the balancing bias, once per optimizer step (balance: bias; the paper's u, 1e-3)."""
+    router_noise: NonNegative = 0.0
+    """Standard deviation of Gaussian noise on the router logits, in training only."""
+    capacity_factor: Positive | None = None
+    """Drop what exceeds this multiple of an expert's even share, in training only; null drops nothing."""
+    attention_sharing: Count = 1
+    """Consecutive layers that use one set of attention weights; must divide n_layers."""
+    tie_embeddings: Flag = False
+    """Use the embedding matrix as the output matrix too."""
+    max_seq_len: Count = 256
+    """Longest context in tokens, for training and generation."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: Positive = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: Positive = 0.02
+    """Standard deviation of the initial weights; projections into the residual use init_std / sqrt(2 n_layers)."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what is impossible about the shape."""
+        if self.n_heads % self.n_kv_heads:
+            fitting = ", ".join(str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0)
+            yield Problem(
+                ("n_heads", "n_kv_heads"),
+                f"n_heads must be a multiple of n_kv_heads, got n_heads={self.n_heads}, "
+                f"n_kv_heads={self.n_kv_heads}; choose one of {fitting} for n_kv_heads",
+            )
+        if self.head_dim % 2:
+            yield Problem(
+                ("head_dim",), f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
+            )
+        if self.top_k > self.n_experts:
+            yield Problem(
+                ("top_k", "n_experts"),
+                f"top_k must be at most n_experts, got top_k={self.top_k}, n_experts={self.n_experts}",
+            )
+        if self.normalize_topk and self.top_k == 1 and self.n_experts > 1:
+            yield Problem(
+                ("normalize_topk", "top_k", "n_experts"),
+                f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "
+                "rescaled to 1 gives the router no gradient",
+            )
+        if self.n_layers % self.attention_sharing:
+            yield Problem(
+                ("attention_sharing", "n_layers"),
+                f"attention_sharing must divide n_layers, got attention_sharing={self.attention_sharing}, "
+                f"n_layers={self.n_layers}",
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block has a single feed-forward network and no router."""
+        return self.n_experts == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Section):
+    """The byte-level BPE tokenizer: trained on the sources, or given as a file."""
+
+    vocab_size: Count = 4096
+    """Tokens to train, end-of-text and the 256 bytes included; ignored where a file is given."""
+    file: str | None = None
+    """Path of a tokenizer.json to use instead of training one."""
+    end_of_text: str = "<|endoftext|>"
+    """The token that ends every document."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what no byte-level tokenizer can be."""
+        if self.vocab_size < 257:
+            yield Problem(
+                ("vocab_size",),
+                f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig(Section):
+    """One source of text and its share of the mixture: exactly one of builtin, files, dataset."""
+
+    name: str
+    """What metrics and folders call the source: letters, digits, - and _."""
+    builtin: Literal["prose", "code"] | None = None
+    """Text that ships with Python: its documentation (prose) or its standard library's sources (code)."""
+    files: str | tuple[str, ...] | None = None
+    """Path, glob, or list of them: .jsonl, .parquet, .csv, anything else is read as UTF-8 text, one document a file."""
+    dataset: str | None = None
+    """Name of a dataset on the Hugging Face hub, or a local folder, for datasets.load_dataset."""
+    subset: str | None = None
+    """The dataset's configuration name."""
+    split: str = "train"
+    """The dataset's split."""
+    revision: str | None = None
+    """The dataset's git revision; give one to pin the data."""
+    streaming: Flag = True
+    """Read the dataset while tokenising instead of downloading all of it first."""
+    text_field: str = "text"
+    """The column that holds the text (jsonl, parquet, csv, dataset)."""
+    max_documents: Count | None = None
+    """Read at most this many documents."""
+    max_tokens: Count | None = None
+    """Stop reading after this many tokens, the validation part included."""
+    epochs: Positive | None = None
+    """Passes over the source in one big epoch, which sets its share; default 1 where no source has a weight."""
+    weight: Positive | None = None
+    """Share of the mixture relative to the other sources' weights, instead of epochs."""
+    prompt: str = "The "
+    """What the sample at the end of training starts with."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield contradictions between the keys of one source."""
+        origins = {key: getattr(self, key) for key in ("builtin", "files", "dataset")}
+        given = [key for key, value in origins.items() if value]
+        if len(given) != 1:
+            got = " and ".join(f"{key}={origins[key]!r}" for key in given) or "none of them"
+            yield Problem(tuple(origins), f"builtin, files or dataset: give exactly one, got {got}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            yield Problem(("name",), f"name must be letters, digits, - and _, got {self.name!r}")
+        if self.epochs and self.weight:
+            yield Problem(
+                ("epochs", "weight"), f"epochs or weight: give one, got epochs={self.epochs}, weight={self.weight}"
+            )
+        if not self.prompt:
+            yield Problem(("prompt",), "prompt must have at least one character, got ''")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """What the model reads."""
+
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    sources: tuple[SourceConfig, ...] = (
+        SourceConfig(name="prose", builtin="prose", epochs=1),
+        SourceConfig(name="code", builtin="code", epochs=2, prompt="def "),
+    )
+    """The mixture."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept and found again; null is moe_gpt in the user's cache folder."""
+    validation_fraction: Share = 0.03
+    """Share of each source's documents held out, chosen by a hash of the document."""
+    validation_tokens: Count = 65_536
+    """Tokens per source that an evaluation reads, from the start of the held-out part."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield contradictions between the sources."""
+        names = [source.name for source in self.sources]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Problem((f"sources.{index}.name",), f"sources.{index}.name must be unique, got {name!r} again")
+        if any(source.weight for source in self.sources):
+            for index, source in enumerate(self.sources):
+                if not source.weight:
+                    yield Problem(
+                        (f"sources.{index}.weight",),
+                        f"sources.{index}.weight is required because other sources have a weight "
+                        "(all sources have epochs, or all have weights)",
+                    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig(Section):
+    """One row of the curriculum: holds until that many tokens have been seen."""
+
+    until_tokens: Count | None = None
+    """tokens_seen at which the stage ends; null in the last row means one big epoch of the data."""
+    seq_len: Count
+    """Tokens per sequence."""
+    batch_tokens: Count | tuple[Count, Count]
+    """Tokens per optimizer step: a constant, or [first, last] of a linear ramp across the stage."""
+
+    @property
+    def batch_range(self) -> tuple[int, int]:
+        """The batch size at the stage's start and at its end."""
+        return self.batch_tokens if isinstance(self.batch_tokens, tuple) else (self.batch_tokens, self.batch_tokens)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield batch sizes that are not whole sequences."""
+        for size in sorted(set(self.batch_range)):
+            if size % self.seq_len:
+                nearest = max(1, round(size / self.seq_len)) * self.seq_len
+                yield Problem(
+                    ("batch_tokens", "seq_len"),
+                    f"batch_tokens must be a multiple of seq_len={self.seq_len}, got {size}; use {nearest}",
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Section):
+    """The curriculum of sequence length and batch size, and the shape of the learning rate."""
+
+    stages: tuple[StageConfig, ...] = (StageConfig(seq_len=256, batch_tokens=16_384),)
+    """The stage table."""
+    warmup_tokens: CountOrZero = 0
+    """Tokens over which the learning rate rises linearly from 0."""
+    decay: Literal["cosine", "wsd", "none"] = "cosine"
+    """How it falls to optimizer.min_lr: a cosine over the rest, linearly at the end (warm-up, stable, decay), or never."""
+    decay_fraction: Positive = 0.2
+    """Share of all tokens that the linear decay of wsd takes (at most 1)."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield stages out of order and ends that whole sequences do not reach."""
+        start = 0
+        for index, stage in enumerate(self.stages):
+            key, end = f"stages.{index}.until_tokens", stage.until_tokens
+            if end is None:
+                if index < len(self.stages) - 1:
+                    yield Problem((key,), f"{key} may be null only in the last stage, got null in stage {index}")
+                break
+            if end <= start:
+                yield Problem((key,), f"{key} must be greater than the previous stage's end {start}, got {end}")
+            elif (end - start) % stage.seq_len:
+                nearest = start + max(1, round((end - start) / stage.seq_len)) * stage.seq_len
+                yield Problem(
+                    (key, f"stages.{index}.seq_len"),
+                    f"{key} must be a multiple of seq_len={stage.seq_len} after the stage's start {start}, "
+                    f"got {end}; use {nearest}",
+                )
+            start = end
+        if self.decay_fraction > 1:
+            yield Problem(("decay_fraction",), f"decay_fraction must be at most 1, got {self.decay_fraction}")
+        total = self.stages[-1].until_tokens
+        if total is not None and self.warmup_tokens >= total:
+            yield Problem(
+                ("warmup_tokens", "stages"), f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101)."""
+
+    lr: Positive = 3e-3
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay."""
+    beta1: Fraction = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: Fraction = 0.95
+    """Decay of the running mean of squared gradients."""
+    eps: Positive = 1e-8
+    """Added to the root of the squared gradients' mean."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices; norms, embeddings and the balancing bias do not decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a learning rate that would rise at the end."""
+        if self.min_lr > self.lr:
+            yield Problem(("min_lr", "lr"), f"min_lr must be at most lr={self.lr}, got {self.min_lr}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """Weights of the terms that are added to the cross entropy."""
+
+    load_balancing_loss_weight: NonNegative = 0.01
+    """Weight of the load-balancing loss, used with model.balance: loss (Switch: 0.01)."""
+    router_z_loss_weight: NonNegative = 1e-3
+    """Weight of the router z loss (ST-MoE: 1e-3)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """How the run is executed and watched."""
+
+    seed: CountOrZero = 0
+    """Fixes the initial weights, the order of the data and the noise."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type of the matrix products; auto is bf16 where the device is faster with it. Weights stay fp32."""
+    micro_batch_tokens: Count = 16_384
+    """Tokens that one forward pass may hold; larger batches accumulate gradients."""
+    compile: Flag = False
+    """Compile each block with torch.compile."""
+    activation_checkpointing: Flag = False
+    """Recompute each block in the backward pass to save memory."""
+    eval_every_steps: CountOrZero = 0
+    """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
+    log_every_steps: Count = 10
+    """Steps whose metrics are fetched from the device and written together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: CountOrZero = 500
+    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    keep_last: Count = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """All settings of a run."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The shape of the model."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """What it reads."""
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    """The curricula and the learning rate's shape."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW."""
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """Weights of the auxiliary terms."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Execution."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Saving."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what two sections disagree about."""
+        for index, stage in enumerate(self.schedule.stages):
+            key = f"schedule.stages.{index}.seq_len"
+            for limit_key, limit in (
+                ("model.max_seq_len", self.model.max_seq_len),
+                ("train.micro_batch_tokens", self.train.micro_batch_tokens),
+            ):
+                if stage.seq_len > limit:
+                    yield Problem((key, limit_key), f"{key} must be at most {limit_key}={limit}, got {stage.seq_len}")
+        if self.schedule.stages[-1].until_tokens is None and any(source.weight for source in self.data.sources):
+            key = f"schedule.stages.{len(self.schedule.stages) - 1}.until_tokens"
+            yield Problem((key,), f"{key} is required when sources have weights: only epochs say how long a run is")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a repeated key is an error instead of a silent replacement."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML without executing anything.
+
+    Raises:
+        ConfigError: naming ``origin`` and the line, where the text is not YAML or repeats a key.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError([f"{origin} is not valid YAML: {' '.join(str(error).split())}"]) from None
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config given as a path or as a name in ``configs/``.
+
+    Raises:
+        FileNotFoundError: naming what was looked for and the configs there are.
+    """
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+    raise FileNotFoundError(f"no config at {name} and none of that name in {CONFIGS}; there are {known}")
+
+
+def load_run_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML and apply ``section.key=value`` overrides (values are YAML, list items have a number).
+
+    Raises:
+        ConfigError: with one line for each problem of the file and the overrides together.
+        FileNotFoundError: where there is no such file.
+    """
+    path = find_config(str(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is not UTF-8 text: {error}"]) from None
+    values = parse_yaml(text, str(path))
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path} must hold sections such as model: and data:, got {values!r}"])
+    problems = []
+    for override in overrides:
+        try:
+            _override(values, override)
+        except InputError as error:
+            problems.append(str(error))
+    try:
+        config = RunConfig.from_mapping(values)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise InputError(f"an override must look like section.key=value, got {override!r}")
+    place: Any = values
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[:depth])
+        if isinstance(place, list):
+            if not part.isdecimal() or int(part) >= len(place):
+                raise InputError(f"{key}: {here} is a list of {len(place)} entries numbered from 0, got {part!r}")
+            part = int(part)
+        elif not isinstance(place, dict):
+            raise InputError(f"{key}: {here} is not a section, it is {place!r}")
+        if depth == len(parts) - 1:
+            place[part] = parse_yaml(text, f"override {key}")
+        elif isinstance(place, dict):
+            place[part] = {} if place.get(part) is None else place[part]
+            place = place[part]
+        else:
+            place = place[part]
+
+
+def to_plain(section: Section) -> dict[str, Any]:
+    """Return the section as plain dicts, lists, numbers and text, every key included."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(section))
+
+
+def to_yaml(section: Section) -> str:
+    """Return the section as YAML that ``load_run_config`` reads back to an equal one."""
+    return yaml.safe_dump(to_plain(section), sort_keys=False, allow_unicode=True)

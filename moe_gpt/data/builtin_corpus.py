@@ -1,0 +1,134 @@
+"""Real text that ships with every Python, so that the smallest run works offline.
+
+*prose* is the language reference of ``pydoc_data`` and the docstrings of the standard library; *code* is the
+standard library's sources with those docstrings taken out, so that no text is in both. Tests and generated tables
+are left out. A module's prose and code carry the same split key, so both fall on the same side of the
+train/validation split. The text differs a little between Python versions; the run records its fingerprint.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_gpt.validation import InputError
+
+_LEFT_OUT_FOLDERS = {
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings",
+    "_bundled", "__phello__", "lib-dynload",
+}  # fmt: skip
+_LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
+
+
+class Document(NamedTuple):
+    """One document and the text whose hash decides its side of the train/validation split."""
+
+    text: str
+    split_key: str
+
+
+def source_files() -> list[Path]:
+    """Return the standard library's source files, sorted.
+
+    Raises:
+        InputError: where this Python has no sources on disk.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(root.rglob("*.py")) if not _is_left_out(path.relative_to(root))]
+    if len(files) < 100:
+        raise InputError(
+            f"builtin needs the standard library's sources, got {len(files)} .py files under {root}; "
+            "use a Python with its sources on disk, or give the source files: or dataset:"
+        )
+    return files
+
+
+def _is_left_out(path: Path) -> bool:
+    return any(part in _LEFT_OUT_FOLDERS or part.startswith(_LEFT_OUT_PREFIXES) for part in path.parts)
+
+
+def iterate_builtin(kind: str) -> Iterator[Document]:
+    """Yield the documents of ``prose`` or ``code``, in a fixed order."""
+    if kind == "prose":
+        yield from _reference_topics()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in source_files():
+        source = path.read_bytes()
+        try:
+            source.decode("utf-8")
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # a few files of the standard library are broken or foreign on purpose
+            continue
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        text = collect_docstrings(tree, module) if kind == "prose" else remove_docstrings(source, tree)
+        if text.strip():
+            yield Document(text, module)
+
+
+def _reference_topics() -> Iterator[Document]:
+    """Yield the language reference; Python 3.14 moved its table to another module."""
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        topics = importlib.import_module("pydoc_data.module_docs").topics
+    for name in sorted(topics):
+        yield Document(topics[name].strip() + "\n", f"topic {name}")
+
+
+def _documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Yield every module, class and function that has a docstring, with its dotted name inside the module."""
+    stack: list[tuple[ast.AST, str]] = [(tree, "")]
+    while stack:
+        node, name = stack.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = name if isinstance(node, ast.Module) else f"{name}.{node.name}"
+            if ast.get_docstring(node, clean=False) is not None:
+                yield node, name
+        stack += [(child, name) for child in reversed(list(ast.iter_child_nodes(node)))]
+
+
+def collect_docstrings(tree: ast.Module, module: str) -> str:
+    """Return all docstrings of a module in source order, each under the dotted name of what it documents."""
+    parts = []
+    for node, name in _documented_nodes(tree):
+        text = inspect.cleandoc(node.body[0].value.value).strip()  # type: ignore[attr-defined]
+        if text:
+            parts.append(f"{module}{name}\n\n{text}\n")
+    return "\n\n".join(parts)
+
+
+def remove_docstrings(source: bytes, tree: ast.Module) -> str:
+    """Return the source without its docstrings; a body that was nothing else becomes ``pass``."""
+    line_starts = [0]
+    for line in source.splitlines(keepends=True):
+        line_starts.append(line_starts[-1] + len(line))
+    edits = []
+    for node, _ in _documented_nodes(tree):
+        body = node.body  # type: ignore[attr-defined]
+        first = body[0]
+        start = line_starts[first.lineno - 1] + first.col_offset
+        end = line_starts[first.end_lineno - 1] + first.end_col_offset
+        stands_alone = not isinstance(node, ast.Module) and len(body) == 1
+        edits.append((start, end, b"pass" if stands_alone else b""))
+    for start, end, replacement in sorted(edits, reverse=True):
+        if not replacement:
+            start, end = _whole_line(source, start, end)
+        source = source[:start] + replacement + source[end:]
+    return source.decode("utf-8")
+
+
+def _whole_line(source: bytes, start: int, end: int) -> tuple[int, int]:
+    """Widen a range to the whole lines it stands on, where nothing else is on them."""
+    line_start = source.rfind(b"\n", 0, start) + 1
+    line_end = source.find(b"\n", end)
+    line_end = len(source) if line_end < 0 else line_end + 1
+    if source[line_start:start].strip() or source[end:line_end].strip():
+        return start, end
+    return line_start, line_end

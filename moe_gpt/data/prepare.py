@@ -1,0 +1,159 @@
+"""From a data config to a tokenizer and one token store per source: built on first use, found again afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from moe_gpt.config import DataConfig, SourceConfig
+from moe_gpt.data.corpus import describe_origin, iterate_documents
+from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out
+from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
+
+_TOKENIZER_SAMPLE_BYTES = 20_000_000
+"""Text per source that the tokenizer is trained on, from the start of the source."""
+
+
+class PreparedSource(NamedTuple):
+    """A source and its tokens."""
+
+    config: SourceConfig
+    train: TokenStore
+    validation: TokenStore
+
+
+class PreparedData(NamedTuple):
+    """Everything a run reads."""
+
+    tokenizer: Tokenizer
+    sources: tuple[PreparedSource, ...]
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """The digest of each source's tokens."""
+        return {source.config.name: source.train.digest for source in self.sources}
+
+
+def default_cache_dir() -> Path:
+    """Return moe_gpt's folder in the user's cache (XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_gpt"
+
+
+def prepare_data(
+    config: DataConfig, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print
+) -> PreparedData:
+    """Return the tokenizer and the tokens of all sources, building what is not in the cache.
+
+    Args:
+        config: the sources, the tokenizer and where the cache is.
+        tokenizer: use this one instead of the config's, as a continued run does.
+        say: told what is being built, and why a vocabulary came out smaller than asked.
+
+    Raises:
+        InputError: naming the source or setting that cannot be used.
+        OSError: where the cache cannot be written.
+    """
+    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    tokenizer = tokenizer or _obtain_tokenizer(config, cache, say)
+    sources = tuple(_obtain_source(source, config, tokenizer, cache, say) for source in config.sources)
+    return PreparedData(tokenizer, sources)
+
+
+def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None]) -> Tokenizer:
+    wanted = config.tokenizer
+    if wanted.file:
+        return Tokenizer.load(wanted.file, wanted.end_of_text)
+    key = _fingerprint(
+        [_origin(source) for source in config.sources],
+        wanted.vocab_size,
+        wanted.end_of_text,
+        config.validation_fraction,
+        _TOKENIZER_SAMPLE_BYTES,
+    )
+    path = cache / "tokenizers" / f"{key}.json"
+    if not path.is_file():
+        say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
+        tokenizer = train_tokenizer(_training_texts(config), wanted.vocab_size, wanted.end_of_text)
+        _write_atomically(path, tokenizer.to_json())
+    tokenizer = Tokenizer.load(path, wanted.end_of_text)
+    if tokenizer.vocab_size < wanted.vocab_size:
+        say(
+            f"the text gives a vocabulary of {tokenizer.vocab_size} tokens, "
+            f"fewer than data.tokenizer.vocab_size={wanted.vocab_size}"
+        )
+    return tokenizer
+
+
+def _names(config: DataConfig) -> str:
+    return ", ".join(source.name for source in config.sources)
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    """Yield the texts that the tokenizer learns from; nothing held out for validation is among them."""
+    for source in config.sources:
+        n_bytes = 0
+        for document in iterate_documents(source):
+            if is_held_out(document, config.validation_fraction):
+                continue
+            yield document.text
+            n_bytes += len(document.text)
+            if n_bytes >= _TOKENIZER_SAMPLE_BYTES:
+                break
+
+
+def _obtain_source(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, cache: Path, say: Callable[[str], None]
+) -> PreparedSource:
+    key = _fingerprint(_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction)
+    folder = cache / "tokens" / f"{source.name}-{key}"
+    if not (folder / "meta.json").is_file():
+        say(f"tokenising {source.name}")
+        with _progress(source.name) as report:
+            build_store(
+                source.name,
+                iterate_documents(source),
+                tokenizer,
+                folder,
+                config.validation_fraction,
+                source.max_tokens,
+                report,
+            )
+    return PreparedSource(source, TokenStore(folder, "train"), TokenStore(folder, "validation"))
+
+
+def _origin(source: SourceConfig) -> dict[str, Any]:
+    return {**describe_origin(source), "python": platform.python_version() if source.builtin else None}
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show documents and tokens while a terminal is watching."""
+    with tqdm(desc=name, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def report(n_documents: int, n_tokens: int) -> None:
+            bar.update(n_tokens - bar.n)
+            bar.set_postfix(documents=n_documents)
+
+        yield report
+
+
+def _fingerprint(*parts: Any) -> str:
+    text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)

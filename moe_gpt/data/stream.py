@@ -1,0 +1,186 @@
+"""The training stream in closed form: any token of it follows from ``(seed, token index)``, with no loader state.
+
+The stream is one endless sequence of tokens. It is cut into *chunks* of ``chunk_tokens``; each chunk is contiguous
+text of one source.
+
+- *Mixture.* Which source chunk number c takes is decided by integer arithmetic, one source after another
+  (Bresenham's line, so to speak), such that in any window of the stream each source has its share to within as
+  many chunks as there are sources.
+- *Epochs.* A source's n-th pass visits every token exactly once before the next begins: its text, rotated by a
+  random amount, is cut into chunks, and the chunks are visited in a pseudo-random order.
+- *Order.* The order is a Feistel permutation (Luby and Rackoff 1988) with cycle walking (Black and Rogaway 2002),
+  which needs neither memory nor start-up time, however large the source.
+
+A step of any length at any place reads the tokens ``[tokens_seen, tokens_seen + batch_tokens)``; so neither resume
+nor a change of sequence length or batch size skips or repeats anything. The target of a token is the token that
+follows it in its own text, also where a chunk or a sequence ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+_ONE = 1 << 32
+_FEISTEL_ROUNDS = 6
+
+
+class Text(Protocol):
+    """What the stream needs of a token store."""
+
+    tokens: np.ndarray
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return document and offset of a position."""
+
+
+class Batch(NamedTuple):
+    """Token ids and the ids that follow them, (n_sequences, seq_len) int64 each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class Location(NamedTuple):
+    """Where a token of the stream comes from."""
+
+    source: int
+    epoch: int
+    document: int
+    offset: int
+
+
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Map indices below ``size`` one-to-one onto indices below ``size``, pseudo-randomly by ``key``."""
+    half_bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    round_keys = np.random.SeedSequence(key).generate_state(_FEISTEL_ROUNDS, np.uint64)
+    result = indices.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():  # walk the cycle until it comes back below size; the domain is at most 4 x size
+        left, right = result[outside] >> half_bits, result[outside] & half_mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & half_mask)
+        result[outside] = (left << half_bits) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Scramble 64 bits (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:16], "big")
+
+
+class TrainingStream:
+    """The mixture of several sources as one sequence of tokens.
+
+    Args:
+        texts: one token store for each source.
+        shares: each source's share of the tokens; they need not sum to 1.
+        seed: fixes the order.
+        chunk_tokens: contiguous tokens of one source; a multiple of every sequence length keeps sequences whole.
+
+    Raises:
+        ValueError: where a share is not positive or a source is empty.
+    """
+
+    def __init__(self, texts: Sequence[Text], shares: Sequence[float], seed: int, chunk_tokens: int) -> None:
+        if not texts or len(texts) != len(shares) or min(shares) <= 0:
+            raise ValueError(f"shares must be positive, one for each of {len(texts)} sources, got {list(shares)}")
+        if any(len(text.tokens) == 0 for text in texts):
+            raise ValueError("every source must have tokens, got an empty one")
+        self._texts, self._seed, self._chunk_tokens = list(texts), seed, chunk_tokens
+        remaining = [sum(shares[i:]) for i in range(len(shares))]
+        self._numerators = [round(_ONE * share / rest) for share, rest in zip(shares, remaining, strict=True)]
+
+    def batch(self, tokens_seen: int, seq_len: int, batch_tokens: int) -> Batch:
+        """Return the next ``batch_tokens`` tokens of the stream as sequences of ``seq_len``, with their targets."""
+        if batch_tokens % seq_len:
+            raise ValueError(f"batch_tokens must be a multiple of seq_len={seq_len}, got {batch_tokens}")
+        source, position = self._source_positions(tokens_seen, batch_tokens)
+        inputs, targets = np.empty(batch_tokens, np.int64), np.empty(batch_tokens, np.int64)
+        for index, text in enumerate(self._texts):
+            mine = source == index
+            if mine.any():
+                _, place = self._text_positions(index, position[mine])
+                inputs[mine] = text.tokens[place]
+                targets[mine] = text.tokens[(place + 1) % len(text.tokens)]
+        return Batch(inputs.reshape(-1, seq_len), targets.reshape(-1, seq_len))
+
+    def locate(self, token_index: int) -> Location:
+        """Return source, epoch, document and offset of one token of the stream."""
+        source, position = self._source_positions(token_index, 1)
+        epoch, place = self._text_positions(int(source[0]), position)
+        return Location(int(source[0]), int(epoch[0]), *self._texts[source[0]].locate(int(place[0])))
+
+    def _source_positions(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return, for tokens start..start+length, the source and the position in that source's own endless stream."""
+        U = self._chunk_tokens
+        first, last = start // U, (start + length - 1) // U
+        sources, counts = self._mixture(first, last + 1)
+        token = np.arange(start, start + length)
+        chunk = token // U - first
+        return sources[chunk], counts[chunk] * U + token % U
+
+    def _mixture(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source of each chunk in [start, end) and how many chunks that source had before it."""
+        sources = np.full(end - start, len(self._texts) - 1)
+        counts = np.empty(end - start, dtype=np.int64)
+        undecided = np.arange(end - start)
+        for index, numerator in enumerate(self._numerators):
+            # Of the chunks left by the sources before it, the first j give this one (j·numerator + 1/2) // 1.
+            base, rest = divmod(start * numerator + _ONE // 2, _ONE)
+            taken = base + (rest + np.arange(len(undecided) + 1, dtype=np.int64) * numerator) // _ONE
+            is_mine = np.diff(taken) > 0
+            sources[undecided[is_mine]] = index
+            counts[undecided[is_mine]] = taken[:-1][is_mine]
+            undecided, start = undecided[~is_mine], start - base
+        return sources, counts
+
+    def _text_positions(self, index: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return epoch and place in the text of positions in a source's endless stream."""
+        n, U = len(self._texts[index].tokens), self._chunk_tokens
+        epoch = position // n
+        place = np.empty_like(position)
+        for e in np.unique(epoch):
+            mine = epoch == e
+            offset = position[mine] - e * n
+            # Chunks lie on multiples of U of the endless stream: an epoch starts and ends within a chunk.
+            head = -int(e) * n % U
+            n_chunks = max(0, n - head) // U
+            chunk = (offset - head) // U
+            is_whole = (chunk >= 0) & (chunk < n_chunks)
+            if is_whole.any():
+                shuffled = permute(chunk[is_whole], n_chunks, _key(self._seed, index, int(e)))
+                offset[is_whole] = head + shuffled * U + (offset[is_whole] - head) % U
+            rotation = _key(self._seed, index, int(e), 1) % n
+            place[mine] = (offset + rotation) % n
+        return epoch, place
+
+
+class ValidationRows(NamedTuple):
+    """A fixed slice of held-out text as sequences with targets."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def validation_rows(tokens: np.ndarray, seq_len: int, max_tokens: int) -> ValidationRows:
+    """Cut the start of held-out tokens into sequences: at most ``max_tokens``, the same at every evaluation.
+
+    Text shorter than one sequence gives one shorter sequence.
+    """
+    n_targets = min(max_tokens, len(tokens) - 1)
+    seq_len = min(seq_len, n_targets)
+    n_targets -= n_targets % seq_len
+    window = np.asarray(tokens[: n_targets + 1], dtype=np.int64)
+    return ValidationRows(window[:-1].reshape(-1, seq_len), window[1:].reshape(-1, seq_len))

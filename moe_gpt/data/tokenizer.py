@@ -1,0 +1,121 @@
+"""Byte-level BPE: trained once, loaded always.
+
+The pre-tokenizer is exactly GPT-2's byte level (no normaliser, no prefix space, the whole byte alphabet), so that
+every text round-trips and other runtimes recognise the tokenizer. ``encode`` adds no tokens, and text that spells
+a special token stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from moe_gpt.validation import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` with its end-of-text token."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT) -> None:
+        self._backend = backend
+        self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not an end
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        end_of_text_id = backend.token_to_id(end_of_text)
+        if end_of_text_id is None:
+            raise InputError(f"data.tokenizer.end_of_text must be a token of the tokenizer, got {end_of_text!r}")
+        self.end_of_text, self.end_of_text_id = end_of_text, end_of_text_id
+
+    @classmethod
+    def load(cls, path: str | Path, end_of_text: str = END_OF_TEXT) -> Tokenizer:
+        """Read a ``tokenizer.json``.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            InputError: where it is not a tokenizer or has no ``end_of_text`` token.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer.file takes the path of a tokenizer.json")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)), end_of_text)
+        except InputError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{path} is not a tokenizer.json: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special tokens included; every id is below it."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the text and of nothing else."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts in parallel."""
+        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids; special tokens are spelled out."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield text as ids arrive, holding back bytes until they form whole characters.
+
+        What is left at the end is decoded with replacement characters, so nothing is lost.
+        """
+        pending: list[int] = []
+        for token in ids:
+            pending.append(token)
+            text = self.decode(pending)
+            if not text.endswith("\ufffd") or len(pending) > 16:
+                yield text
+                pending = []
+        if pending:
+            yield self.decode(pending)
+
+    def token_bytes(self) -> np.ndarray:
+        """Return how many bytes of text each id stands for, (V,) int64; special tokens stand for none.
+
+        Exact for byte-level tokenizers, whose tokens are spelled with one letter a byte. For others it is the
+        length of the token in UTF-8, with SentencePiece's word mark as a space and its <0xNN> as one byte.
+        """
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        is_byte_level = '"ByteLevel"' in self._backend.to_str()
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if token in special:
+                continue
+            spelled = re.sub(r"^<0x[0-9A-F]{2}>$", " ", token.replace("\u2581", " "))
+            lengths[index] = len(token) if is_byte_level else len(spelled.encode())
+        return lengths
+
+    def to_json(self) -> str:
+        """Return the contents of a ``tokenizer.json``."""
+        return self._backend.to_str(pretty=True)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str = END_OF_TEXT) -> Tokenizer:
+    """Train byte-level BPE (arXiv 1508.07909; GPT-2's byte alphabet).
+
+    Too little text for that many merges gives a smaller vocabulary; the caller can compare ``vocab_size``.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[end_of_text],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, end_of_text)

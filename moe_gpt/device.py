@@ -1,0 +1,87 @@
+"""What depends on the device: where to run and in which precision. One place for every such choice."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from typing import Literal
+
+import torch
+
+from moe_gpt.validation import InputError
+
+Precision = Literal["bf16", "fp32"]
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` names; auto prefers CUDA, then MPS.
+
+    Raises:
+        InputError: where there is no such device.
+    """
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be one of auto, cpu, cuda, mps, got {name!r}") from None
+    available = {"cpu": True, "mps": has_mps, "cuda": has_cuda and (device.index or 0) < torch.cuda.device_count()}
+    if not available.get(device.type, False):
+        there = ["cpu", *["cuda"] * has_cuda, *["mps"] * has_mps]
+        raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}")
+    return device
+
+
+def pick_precision(wanted: str, device: torch.device) -> Precision:
+    """Return the compute type of the matrix products.
+
+    ``auto`` is bf16 where the device computes it at least as fast as float32: GPUs with bf16; CPUs with AMX, or
+    with AVX512-BF16 except Intel's without AMX, whose bf16 products take twice the time of their float32 ones
+    (``python scripts/bench_precision.py`` measures it).
+    """
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        return "bf16" if _cpu_is_fast_in_bf16() else "fp32"
+    return "fp32"
+
+
+def _cpu_is_fast_in_bf16() -> bool:
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is None or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    capabilities = get_capabilities()
+    has_amx = bool(capabilities.get("amx_bf16"))
+    is_intel = "intel" in str(capabilities.get("cpu_name", "")).lower()
+    return has_amx or (bool(capabilities.get("avx512_bf16")) and not is_intel)
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
+    """Return the context in which a forward pass computes in ``precision``; parameters stay float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def use_fast_float32() -> None:
+    """Let float32 products take their fastest kernel that is still float32.
+
+    On a CPU without AMX "medium" selects oneDNN's AVX-512 kernel, which is as exact as the default one (relative
+    error 6e-7); with AMX it would round to bf16, so there the default stays. GPUs keep full float32.
+    """
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if torch.cuda.is_available() or get_capabilities is None:
+        return
+    capabilities = get_capabilities()
+    if capabilities.get("avx512_f") and not capabilities.get("amx_tile"):
+        torch.set_float32_matmul_precision("medium")
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device's name and how much of it there is."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

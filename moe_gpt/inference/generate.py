@@ -1,0 +1,98 @@
+"""Text from a model, token by token, with a key-value cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_gpt.device import Precision, autocast
+from moe_gpt.model.attention import KVCache
+from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.validation import CountOrZero, InputError, NonNegative, Positive, Problem, Section
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Section):
+    """How the next token is drawn."""
+
+    temperature: NonNegative = 0.8
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: CountOrZero = 0
+    """Draw from this many most likely tokens; 0 from all."""
+    top_p: Positive = 1.0
+    """Draw from the most likely tokens that together have this probability (nucleus, arXiv 1904.09751)."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a probability above 1."""
+        if self.top_p > 1:
+            yield Problem(("top_p",), f"top_p must be at most 1, got {self.top_p}")
+
+
+def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Return the distribution (V,) that the next token is drawn from: temperature, then top-k, then top-p."""
+    if sampling.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < len(logits):
+        logits = logits.where(logits >= logits.topk(sampling.top_k).values[-1], -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(descending=True, stable=True)
+        before = ordered.cumsum(0) - ordered  # probability of everything more likely
+        probs = probs.index_fill(0, order[before >= sampling.top_p], 0.0)
+        probs = probs / probs.sum()
+    return probs
+
+
+@torch.inference_mode()
+def generate(
+    model: MoEGPT,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig | None = None,
+    seed: int = 0,
+    end_of_text_id: int | None = None,
+    precision: Precision = "fp32",
+) -> Iterator[int]:
+    """Yield new token ids, at most ``max_new_tokens``, until end-of-text (not yielded) or the context is full.
+
+    Args:
+        model: put into evaluation mode; the mode is restored at the end.
+        prompt: ids; the model sees exactly these.
+        max_new_tokens: how many to make at most.
+        sampling: how to draw; the default samples at temperature 0.8.
+        seed: of a generator of its own, so training's random state is not touched.
+        end_of_text_id: where to stop; None never stops early.
+        precision: compute type.
+
+    Raises:
+        InputError: where the prompt is empty or fills the context.
+    """
+    sampling, limit = sampling or SamplingConfig(), model.config.max_seq_len
+    if not len(prompt):
+        raise InputError("the prompt must have at least one token, got none; give text or --bos")
+    if len(prompt) >= limit:
+        raise InputError(f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}")
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
+    capacity = min(limit, len(prompt) + max_new_tokens)
+    dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype
+    cache = KVCache(model.config, 1, capacity, device, dtype)
+    tokens = torch.tensor([list(prompt)], device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(capacity - len(prompt)):
+            with autocast(device, precision):
+                logits = model(tokens, cache=cache).logits[0, -1]
+            probs = next_token_probs(logits, sampling).cpu()
+            token = int(probs.multinomial(1, generator=generator))
+            if token == end_of_text_id:
+                return
+            yield token
+            tokens = torch.tensor([[token]], device=device)
+    finally:
+        model.train(was_training)

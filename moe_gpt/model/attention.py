@@ -1,0 +1,110 @@
+"""Causal self-attention with shared key-value heads and rotary positions.
+
+One key-value head is multi-query attention (Shazeer 2019, arXiv 1911.02150), several are grouped-query attention
+(arXiv 2305.13245), as many as query heads are the multi-head attention of the original transformer. The same code
+serves all three. Rotary positions (arXiv 2104.09864) use the half-split layout of Llama and Mixtral.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe_gpt.config import ModelConfig
+
+
+def rotary_angles(
+    positions: Int[Tensor, "B T"], head_dim: int, rope_theta: float
+) -> tuple[Float[Tensor, "B T 1 Dh/2"], Float[Tensor, "B T 1 Dh/2"]]:
+    """Return cosine and sine of each position's rotation angles in float32 (RoFormer, eq. 15)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * rope_theta**-exponents
+    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+
+
+def rotate(x: Float[Tensor, "B T heads Dh"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads Dh"]:
+    """Rotate each pair (x[i], x[i + Dh/2]) by its position's angle, in float32; the result has x's type."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, in buffers that never grow.
+
+    Multi-query attention makes it n_heads times smaller than multi-head attention would.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.n_layers, batch_size, config.n_kv_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return self.keys.shape[3]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, Dh) of new positions; return all positions of the layer, (B, G, S, Dh).
+
+        ``length`` does not move: the model advances it once, after its last layer.
+
+        Raises:
+            ValueError: where the positions do not fit.
+        """
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache has room for {self.capacity} positions, got {end}")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "T S"]:
+    """Return which keys each query may see, where the queries are the last ``n_queries`` of ``n_keys`` positions."""
+    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+
+
+class Attention(nn.Module):
+    """Multi-query, grouped-query or multi-head attention, by ``n_kv_heads``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotary: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Float[Tensor, "B T D"]:
+        """Let every position read from itself and the positions before it.
+
+        Args:
+            x: normalised residual stream.
+            rotary: cosine and sine from ``rotary_angles`` for the positions of x.
+            mask: which keys each query may see; None is causal among the positions of x, which is right wherever
+                there is no cache and no padding.
+            cache: where keys and values of earlier positions are, and where those of x are written.
+            layer: the layer's place in the cache.
+        """
+        heads = rearrange(self.qkv(x), "B T (heads Dh) -> B T heads Dh", Dh=self.head_dim)
+        queries, keys, values = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        queries, keys, values = (rearrange(h, "B T heads Dh -> B heads T Dh") for h in (queries, keys, values))
+        if cache is not None:
+            keys, values = cache.write(layer, keys, values)
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_kv_heads < self.n_heads
+        )
+        return self.out(rearrange(mixed, "B heads T Dh -> B T (heads Dh)"))

@@ -1,0 +1,79 @@
+"""Which experts each token goes to, and with what weight.
+
+Token-choice top-k routing (Shazeer et al. 2017, arXiv 1701.06538; Mixtral, arXiv 2401.04088): logits from one
+matrix, softmax, the k largest. Everything here is computed in float32, whatever autocast says: in bf16 rounding
+changes which experts are chosen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moe_gpt.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """A router's decision for N tokens."""
+
+    expert_indices: Int[Tensor, "N K"]
+    """The chosen experts, best first."""
+    expert_weights: Float[Tensor, "N K"]
+    """Weight of each chosen expert's output, float32."""
+    router_logits: Float[Tensor, "N E"]
+    """Scores before the softmax, noise included, float32."""
+    router_probs: Float[Tensor, "N E"]
+    """Softmax of the logits."""
+
+
+def choose_experts(scores: Float[Tensor, "N E"], top_k: int) -> Int[Tensor, "N K"]:
+    """Return the ``top_k`` highest-scoring experts of each token, best first. Ties go to the lowest index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+
+
+class Router(nn.Module):
+    """Linear top-k router.
+
+    For a router of your own, subclass it and override ``scores`` (what the choice is made by) or ``forward``, and
+    pass the class to ``MoEGPT(config, make_router=...)``. Whatever ``forward`` returns must be a ``Routing``.
+
+    ``balance: bias`` adds a bias to the probabilities when choosing, and only then: the weights of the chosen come
+    from the probabilities alone (loss-free balancing, arXiv 2408.15664, eq. 3). The bias is a buffer that training
+    moves once per optimizer step; the router itself never changes it.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.normalize_topk = config.top_k, config.normalize_topk
+        self.noise = config.router_noise
+        self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
+        bias = torch.zeros(config.n_experts) if config.balance == "bias" else None
+        self.register_buffer("expert_bias", bias)
+
+    def logits(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        """Return the router logits in float32, with noise in training where the config asks for it."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        if self.training and self.noise:
+            logits = logits + self.noise * torch.randn_like(logits)
+        return logits
+
+    def scores(self, x: Float[Tensor, "N D"], router_probs: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """Return what experts are chosen by: the probabilities, plus the balancing bias where there is one."""
+        return router_probs if self.expert_bias is None else router_probs + self.expert_bias.float()
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Routing:
+        """Choose ``top_k`` experts for each token."""
+        router_logits = self.logits(x)
+        router_probs = router_logits.softmax(dim=-1)
+        expert_indices = choose_experts(self.scores(x, router_probs), self.top_k)
+        expert_weights = router_probs.gather(-1, expert_indices)
+        if self.normalize_topk:
+            expert_weights = expert_weights / expert_weights.sum(dim=-1, keepdim=True)
+        return Routing(expert_indices, expert_weights, router_logits, router_probs)

@@ -1,0 +1,182 @@
+"""The decoder: pre-norm blocks of attention and mixture-of-experts layers between an embedding and a projection.
+
+With ``n_experts > 1`` this is the Mixtral architecture (arXiv 2401.04088), with one expert Llama's; with
+``n_kv_heads: 1`` attention is multi-query, as the GPT-4 reports say. Plain single-device PyTorch: precision,
+compilation, checkpointing and parallelism are applied from outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe_gpt.config import ModelConfig
+from moe_gpt.model.attention import Attention, KVCache, causal_mask, rotary_angles
+from moe_gpt.model.experts import Experts, FeedForward
+from moe_gpt.model.moe import MoE, RouterStats, stack_router_stats
+from moe_gpt.model.router import Router
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Float[Tensor, "B T V"]
+    """Scores of the next token at every position."""
+    router_stats: RouterStats | None
+    """Losses and counts stacked over layers; None for a dense model."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (arXiv 1910.07467), computed in float32 and returned in x's type."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Normalise the last dimension."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, feed_forward: MoE | FeedForward) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotary: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        valid_mask: Bool[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
+        """Return the new residual stream and the router's statistics, None from a dense block."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MoE):
+            y, stats = self.feed_forward(normed, valid_mask)
+        else:
+            y, stats = self.feed_forward(normed), None
+        return x + y, stats
+
+
+class MoEGPT(nn.Module):
+    """The decoder.
+
+    Args:
+        config: the shape; ``vocab_size`` must be a number here.
+        make_router: what makes each layer's router from the config; for experiments with routers of your own.
+
+    Raises:
+        ValueError: where ``config.vocab_size`` is None.
+    """
+
+    def __init__(self, config: ModelConfig, make_router: Callable[[ModelConfig], nn.Module] = Router) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size must be a number to build a model, got None; give the tokenizer's size")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList()
+        for layer in range(config.n_layers):
+            is_first_of_group = layer % config.attention_sharing == 0
+            attention = Attention(config) if is_first_of_group else self.blocks[-1].attention
+            feed_forward = FeedForward(config) if config.is_dense else MoE(config, make_router)
+            self.blocks.append(Block(config, attention, feed_forward))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the initial weights from torch's global generator.
+
+        Matrices are normal with ``init_std``; the two projections into the residual stream of each block are
+        divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2); norms are 1.
+        The loss then starts close to ln V. Call it again after materialising a model built on the meta device.
+        """
+        std = self.config.init_std
+        into_residual = std / math.sqrt(2 * self.config.n_layers)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Router):
+                nn.init.normal_(module.weight, std=std)
+                if module.expert_bias is not None:
+                    nn.init.zeros_(module.expert_bias)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate_up, std=std)
+                nn.init.normal_(module.down, std=into_residual)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.out.weight, std=into_residual)
+            elif isinstance(module, FeedForward):
+                nn.init.normal_(module.down.weight, std=into_residual)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        valid_mask: Bool[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+    ) -> ModelOutput:
+        """Score the next token at every position.
+
+        Args:
+            tokens: ids; after the positions in ``cache`` where one is given.
+            valid_mask: False for padding, on either side; it covers the cached positions too. Padding is not
+                attended to, takes no position and is not counted by the routers.
+            cache: keys and values of earlier positions; this call's are added to it.
+
+        Raises:
+            ValueError: where the sequence is longer than ``max_seq_len`` or than the cache.
+        """
+        T, past = tokens.shape[1], cache.length if cache else 0
+        if past + T > self.config.max_seq_len:
+            raise ValueError(f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}")
+        rotary = self._rotary(tokens, valid_mask, past)
+        mask = self._attention_mask(tokens, valid_mask, past)
+        valid_now = None if valid_mask is None else valid_mask[:, past:]
+        x = self.embedding(tokens)
+        stats = []
+        for layer, block in enumerate(self.blocks):
+            x, layer_stats = block(x, rotary, mask, valid_now, cache, layer)
+            stats.append(layer_stats)
+        if cache is not None:
+            cache.length += T
+        logits = self.output(self.final_norm(x))
+        return ModelOutput(logits, None if self.config.is_dense else stack_router_stats(stats))
+
+    def _rotary(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
+        if valid_mask is None:
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        else:
+            positions = (valid_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def _attention_mask(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor | None:
+        """Return (1 or B, 1, T, S), or None where plain causal attention is right."""
+        T = tokens.shape[1]
+        if valid_mask is None and past == 0:
+            return None
+        mask = causal_mask(T, past + T, tokens.device)[None, None]
+        if valid_mask is not None:  # padding sees itself, so that no row is empty
+            itself = torch.eye(past + T, dtype=torch.bool, device=tokens.device)[past:]
+            mask = (mask & valid_mask[:, None, None, :]) | itself
+        return mask

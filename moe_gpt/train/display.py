@@ -1,0 +1,119 @@
+"""What a person sees of a run: a summary, a progress bar (or plain lines), evaluations, samples."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from moe_gpt.analysis.accounting import count_parameters
+from moe_gpt.device import describe_device
+from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.train.evaluation import Score, format_scores
+from moe_gpt.train.setup import Run
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def describe_run(run: Run) -> str:
+    """Return what will be trained: parameters, data, stages, device and precision."""
+    model, counts = run.config.model, count_parameters(run.config.model)
+    experts = "dense" if model.is_dense else f"{model.n_experts} experts, top-{model.top_k}, balance by {model.balance}"
+    lines = [
+        f"model      {counts.total:,} parameters, {counts.active:,} active per token; {model.n_layers} layers of "
+        f"width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value, {experts}",
+        f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
+    ]
+    for source in run.data.sources:
+        name = source.config.name
+        lines.append(
+            f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
+            f"this run passes over it {run.passes[name]:.2f} times"
+        )
+    big_epoch = sum((source.config.epochs or 1.0) * len(source.train) for source in run.data.sources)
+    epochs = "" if any(source.config.weight for source in run.data.sources) else (
+        f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"
+    )  # fmt: skip
+    lines.append(f"schedule   {run.schedule.total_tokens:,} tokens{epochs}")
+    for stage in run.schedule.stages:
+        first, last = stage.config.batch_range
+        batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        lines.append(f"           until {stage.end:>12,}: sequences of {stage.config.seq_len}, {batch} tokens a step")
+    lines.append(f"device     {describe_device(run.device)}, {run.precision}")
+    lines.append(f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""))
+    return "\n".join(lines)
+
+
+class TerminalDisplay:
+    """A progress bar over tokens where stderr is a terminal, otherwise a line now and then."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._is_terminal = run, sys.stderr.isatty()
+        self._started_at, self._started_with = time.monotonic(), run.state.tokens_seen
+        self._line_at = self._started_at
+        self._bar = tqdm(
+            total=run.schedule.total_tokens,
+            initial=run.state.tokens_seen,
+            unit=" tokens",
+            unit_scale=True,
+            disable=not self._is_terminal,
+            dynamic_ncols=True,
+        )
+
+    def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
+        """Show loss and speed."""
+        ce_loss = "skipped" if line["ce_loss"] is None else f"{line['ce_loss']:.3f}"
+        if self._is_terminal:
+            self._bar.set_postfix_str(f"ce_loss {ce_loss}, seq_len {line['seq_len']}", refresh=False)
+            self._bar.update(tokens_seen - self._bar.n)
+        elif time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES or self._run.is_finished:
+            self._line_at = time.monotonic()
+            speed = (tokens_seen - self._started_with) / (self._line_at - self._started_at)
+            left = (self._run.schedule.total_tokens - tokens_seen) / speed
+            print(
+                f"step {line['step']}: {tokens_seen:,} tokens, ce_loss {ce_loss}, lr {line['lr']:.2e}, "
+                f"{line['batch_tokens']:,} x {line['seq_len']}, {line['tokens_per_second']:,.0f} tokens/s, "
+                f"{left:.0f} s left",
+                flush=True,
+            )
+
+    def scores(self, step: int, scores: dict[str, Score]) -> None:
+        """Show an evaluation."""
+        parts = [f"{name} {s.ce_loss:.3f} ({s.bits_per_byte:.3f} bits per byte)" for name, s in scores.items()]
+        self.say(f"validation at step {step}: " + ", ".join(parts))
+        self.last_scores = scores
+
+    def say(self, text: str) -> None:
+        """Print without tearing the bar."""
+        if self._is_terminal:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        self._bar.close()
+
+    def summary(self) -> str | None:
+        """Return the last evaluation as a table."""
+        scores = getattr(self, "last_scores", None)
+        return format_scores(scores) if scores else None
+
+
+def samples(run: Run, n_tokens: int = 120) -> Iterator[str]:
+    """Yield a generated text for each source's prompt."""
+    tokenizer, limit = run.data.tokenizer, run.config.model.max_seq_len
+    for source in run.data.sources:
+        prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
+        new = generate(
+            run.state.model,
+            prompt,
+            n_tokens,
+            SamplingConfig(temperature=0.7, top_p=0.95),
+            seed=run.config.train.seed,
+            end_of_text_id=tokenizer.end_of_text_id,
+        )
+        yield f"--- {source.config.name} ---\n{tokenizer.decode([*prompt, *new])}"

@@ -1,0 +1,154 @@
+"""One optimizer step: a function of state, micro-batches and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_gpt.config import LossConfig, RunConfig
+from moe_gpt.data.stream import Batch
+from moe_gpt.device import Precision, autocast
+from moe_gpt.model.losses import IGNORED_TARGET, combine_losses, cross_entropy
+from moe_gpt.model.moe import MoE
+from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.train.schedule import StepPlan
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during training, besides torch's random generators."""
+
+    model: MoEGPT
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    tokens_seen: int = 0
+
+
+class MicroBatch(NamedTuple):
+    """Inputs and targets on the device, (B, T) each."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class StepMetrics(NamedTuple):
+    """What one step did, averaged over its valid tokens; scalars that stay on the device until they are written."""
+
+    loss: Tensor
+    ce_loss: Tensor
+    load_balancing_loss: Tensor
+    router_z_loss: Tensor
+    grad_norm: Tensor
+    """Global gradient norm before clipping."""
+    max_violation: Tensor
+    """Largest expert load over the mean, minus 1 (MaxVio of arXiv 2408.15664), mean over layers; 0 is balanced."""
+    dropped_fraction: Tensor
+    """Share of assignments beyond capacity."""
+    skipped: Tensor
+    """1 where a non-finite gradient kept the step from moving the weights."""
+
+
+def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Cut a batch into as few micro-batches as fit under ``micro_batch_tokens``, all full but the last."""
+    per_micro = max(1, micro_batch_tokens // batch.inputs.shape[1])
+    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+    return [
+        MicroBatch(i.to(device, non_blocking=True), t.to(device, non_blocking=True))
+        for i, t in zip(inputs.split(per_micro), targets.split(per_micro), strict=True)
+    ]
+
+
+def accumulate_gradients(
+    model: MoEGPT, micro_batches: Sequence[MicroBatch], loss_config: LossConfig, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the gradients of a whole batch to ``.grad``.
+
+    Cross entropy is summed and divided by the valid tokens of the whole batch, so that it does not matter how the
+    batch is cut. The auxiliary terms are those of each micro-batch, weighted by its share of the valid tokens.
+
+    Returns:
+        the four loss terms of the batch (4,), assignments per expert (L, E) and dropped ones (L,); the last two
+        have no layers for a dense model.
+    """
+    device = micro_batches[0].inputs.device
+    n_valid = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]).sum().clamp(min=1)
+    n_layers = 0 if model.config.is_dense else model.config.n_layers
+    terms_sum = torch.zeros(4, device=device)
+    tokens_per_expert = torch.zeros(n_layers, model.config.n_experts, dtype=torch.int64, device=device)
+    dropped_tokens = torch.zeros(n_layers, dtype=torch.int64, device=device)
+    for batch in micro_batches:
+        with autocast(device, precision):
+            logits, stats = model(batch.inputs)
+        ce = cross_entropy(logits, batch.targets)
+        share = ce.n_valid / n_valid
+        terms = combine_losses(
+            ce.total / ce.n_valid.clamp(min=1),
+            stats.load_balancing_loss if stats else None,
+            stats.router_z_loss if stats else None,
+            model.config,
+            loss_config,
+        )
+        (terms.loss * share).backward()
+        terms_sum += torch.stack(terms).detach() * share
+        if stats:
+            tokens_per_expert += stats.tokens_per_expert
+            dropped_tokens += stats.dropped_tokens
+    return terms_sum, tokens_per_expert, dropped_tokens
+
+
+def train_step(
+    state: TrainState,
+    micro_batches: Sequence[MicroBatch],
+    plan: StepPlan,
+    config: RunConfig,
+    precision: Precision,
+) -> StepMetrics:
+    """Take one optimizer step and advance ``state``; never waits for the device.
+
+    A gradient that is not finite leaves weights, moments and balancing bias as they are; its tokens count as seen.
+    """
+    model, optimizer = state.model, state.optimizer
+    model.train()
+    terms, tokens_per_expert, dropped_tokens = accumulate_gradients(model, micro_batches, config.loss, precision)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+    skipped = (~torch.isfinite(grad_norm)).float()
+    for group in optimizer.param_groups:
+        group["lr"] = plan.lr
+    optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]  # as GradScaler does
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if config.model.balance == "bias" and not config.model.is_dense:
+        update_expert_bias(model, tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
+    state.step += 1
+    state.tokens_seen += plan.batch_tokens
+    n_assigned = tokens_per_expert.sum().clamp(min=1)
+    return StepMetrics(
+        *terms.unbind(), grad_norm, max_violation(tokens_per_expert), dropped_tokens.sum() / n_assigned, skipped
+    )
+
+
+@torch.no_grad()
+def update_expert_bias(model: MoEGPT, tokens_per_expert: Tensor, rate: float | Tensor) -> None:
+    """Move each expert's balancing bias by ``rate`` towards an even load (arXiv 2408.15664, algorithm 1).
+
+    Args:
+        model: with ``balance: bias``.
+        tokens_per_expert: counts (L, E) of the whole batch, all micro-batches and ranks together.
+        rate: the paper's u.
+    """
+    layers = [block.feed_forward for block in model.blocks if isinstance(block.feed_forward, MoE)]
+    for layer, counts in zip(layers, tokens_per_expert, strict=True):
+        error = counts.float().mean() - counts.float()
+        layer.router.expert_bias += rate * error.sign()
+
+
+def max_violation(tokens_per_expert: Tensor) -> Tensor:
+    """Return the largest load over the mean load, minus 1, averaged over layers; 0 for a dense model."""
+    if not len(tokens_per_expert):
+        return torch.zeros((), device=tokens_per_expert.device)
+    loads = tokens_per_expert.float()
+    return (loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1e-9) - 1).mean()

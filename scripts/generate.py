@@ -1,0 +1,59 @@
+"""Continue a prompt: python scripts/generate.py runs/tiny --prompt "def "."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moe_gpt.cli import count_argument, run_script
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
+    parser.add_argument("--prompt", required=True, help="the text to continue; the model sees exactly its tokens")
+    parser.add_argument("--bos", action="store_true", help="put end-of-text before the prompt, as before a document")
+    parser.add_argument("--max-new-tokens", type=count_argument, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 from all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to P (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32 on a CPU, else auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the prompt and what follows it to stdout."""
+    arguments = parse_arguments()
+
+    from moe_gpt.device import pick_device, pick_precision
+    from moe_gpt.inference.generate import SamplingConfig, generate
+    from moe_gpt.train.checkpoint import load_model
+
+    sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    device = pick_device(arguments.device)
+    precision = pick_precision(arguments.precision or ("fp32" if device.type == "cpu" else "auto"), device)
+    loaded = load_model(arguments.model, device)
+    print(f"{loaded.path}, {device}, {precision}", file=sys.stderr)
+    tokenizer = loaded.tokenizer
+    prompt = [tokenizer.end_of_text_id] * arguments.bos + tokenizer.encode(arguments.prompt)
+    ids = generate(
+        loaded.model,
+        prompt,
+        arguments.max_new_tokens,
+        sampling,
+        arguments.seed,
+        tokenizer.end_of_text_id,
+        precision,
+    )
+    for index, text in enumerate(tokenizer.decode_stream(ids)):
+        if index == 0:
+            print(arguments.prompt, end="")
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,73 @@
+"""Train a mixture-of-experts decoder: python scripts/train.py --config tiny.yaml."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from moe_gpt.cli import count_argument, describe_settings, positive_argument, run_script
+from moe_gpt.config import find_config, load_run_config
+
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit status: 0 done or stopped by a limit, 2 bad input, 130 or 143 saved and stopped by SIGINT or "
+        "SIGTERM\n\nkeys of a config, for the YAML file and for key.path=value:\n" + "\n".join(describe_settings()),
+    )
+    parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
+    parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, or start")
+    parser.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT", help="start a new run with these weights")
+    parser.add_argument("--max-steps", type=count_argument, help="stop after this optimizer step of the run")
+    parser.add_argument("--max-minutes", type=positive_argument, help="stop after this time")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings over the file's")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Train, then say what came out and what to do next."""
+    arguments = parse_arguments()
+    config = load_run_config(arguments.config, arguments.overrides)
+    run_dir = arguments.run_dir or Path("runs") / find_config(arguments.config).stem
+
+    from moe_gpt.device import pick_device
+    from moe_gpt.train.display import TerminalDisplay, describe_run, samples
+    from moe_gpt.train.loop import Limits, train
+    from moe_gpt.train.run_folder import locked
+    from moe_gpt.train.setup import set_up_run, write_run_files
+
+    run = set_up_run(config, run_dir, pick_device(arguments.device), arguments.resume, arguments.init_from)
+    print(describe_run(run), flush=True)
+    if run.is_finished:
+        print(f"this run is finished; try: python scripts/generate.py {run_dir} --prompt 'def '")
+        return 0
+    with locked(run_dir):
+        write_run_files(run)
+        display = TerminalDisplay(run)
+        try:
+            outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)
+        finally:
+            display.close()
+    command = shlex.join([sys.argv[0], *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    if outcome in EXIT_STATUS:
+        print(f"{outcome}: saved step {run.state.step}; continue with: python {command}", file=sys.stderr)
+        return EXIT_STATUS[outcome]
+    print(f"\n{display.summary()}\n" if display.summary() else "")
+    for text in samples(run):
+        print(text + "\n")
+    if outcome != "finished":
+        print(f"stopped by {outcome} at step {run.state.step}; the schedule goes on with --resume")
+    print(f"next: python scripts/generate.py {run_dir} --prompt 'def '\n      python scripts/evaluate.py {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
