@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 from typing import Literal
 
@@ -37,8 +38,8 @@ def pick_precision(wanted: str, device: torch.device) -> Precision:
     """Return the compute type of the matrix products.
 
     ``auto`` is bf16 where the device computes it at least as fast as float32: GPUs with bf16; CPUs with AMX, or
-    with AVX512-BF16 except Intel's without AMX, whose bf16 products take twice the time of their float32 ones
-    (``python scripts/bench_precision.py`` measures it).
+    with AVX512-BF16 except Intel's without AMX, whose bf16 products were measured to take twice the time of their
+    float32 ones (docs/benchmarks.md).
     """
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
@@ -66,7 +67,13 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def use_fast_float32() -> None:
+def tune_process() -> None:
+    """Set what makes this process fast on a CPU and changes no result; scripts call it before they compute."""
+    _use_fast_float32()
+    _keep_freed_memory()
+
+
+def _use_fast_float32() -> None:
     """Let float32 products take their fastest kernel that is still float32.
 
     On a CPU without AMX "medium" selects oneDNN's AVX-512 kernel, which is as exact as the default one (relative
@@ -78,6 +85,16 @@ def use_fast_float32() -> None:
     capabilities = get_capabilities()
     if capabilities.get("avx512_f") and not capabilities.get("amx_tile"):
         torch.set_float32_matmul_precision("medium")
+
+
+def _keep_freed_memory() -> None:
+    """Keep large freed buffers in the process: glibc would return and fault them in again at every step."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def describe_device(device: torch.device) -> str:

@@ -24,12 +24,12 @@ def main() -> None:
     arguments = parse_arguments()
 
     from moe_gpt.data.prepare import prepare_data
-    from moe_gpt.device import pick_device, pick_precision, use_fast_float32
+    from moe_gpt.device import pick_device, pick_precision, tune_process
     from moe_gpt.train.checkpoint import load_model
     from moe_gpt.train.evaluation import Evaluator, format_scores
 
     device = pick_device(arguments.device)
-    use_fast_float32()
+    tune_process()
     loaded = load_model(arguments.model, device)
     config, notes = loaded.config, sys.stderr
     print(f"{loaded.path}, {device}", file=notes)

@@ -28,11 +28,12 @@ def main() -> None:
     """Write the prompt and what follows it to stdout."""
     arguments = parse_arguments()
 
-    from moe_gpt.device import pick_device, pick_precision
+    from moe_gpt.device import pick_device, pick_precision, tune_process
     from moe_gpt.inference.generate import SamplingConfig, generate
     from moe_gpt.train.checkpoint import load_model
 
     sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    tune_process()
     device = pick_device(arguments.device)
     precision = pick_precision(arguments.precision or ("fp32" if device.type == "cpu" else "auto"), device)
     loaded = load_model(arguments.model, device)

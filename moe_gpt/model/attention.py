@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from moe_gpt.config import ModelConfig
 
+_LONGEST_BY_PRODUCTS = 512
+
 
 def rotary_angles(
     positions: Int[Tensor, "B T"], head_dim: int, rope_theta: float
@@ -71,6 +73,42 @@ def causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Bool[Tenso
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
 
 
+def attend(
+    queries: Float[Tensor, "B H T Dh"],
+    keys: Float[Tensor, "B G S Dh"],
+    values: Float[Tensor, "B G S Dh"],
+    mask: Bool[Tensor, "#B 1 T S"] | None,
+) -> Float[Tensor, "B H T Dh"]:
+    """Return softmax(q k^T / sqrt(Dh)) v; a mask of None is causal.
+
+    PyTorch's scaled_dot_product_attention, except for short contexts on a CPU: its CPU kernel repeats the shared
+    head and takes two to ten times as long there as plain matrix products do.
+    """
+    if queries.device.type == "cpu" and keys.shape[2] <= _LONGEST_BY_PRODUCTS:
+        return attend_by_products(queries, keys, values, mask)
+    is_grouped = keys.shape[1] < queries.shape[1]
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
+    )
+
+
+def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute the same with the query heads of each key-value head folded into the rows of one matrix product."""
+    B, H, T, Dh = queries.shape
+    G, S = keys.shape[1:3]
+    visible = causal_mask(T, S, queries.device)[None, None] if mask is None else mask
+    bias = queries.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    bias = bias.unsqueeze(2).expand(-1, G, H // G, T, S)
+    if bias.shape[0] == 1:  # one mask for all: one matrix, shared by the whole batch
+        bias = bias[0, 0].reshape(1, H // G * T, S).expand(B * G, -1, -1)
+    else:
+        bias = bias.reshape(B * G, H // G * T, S)
+    folded = queries.reshape(B * G, H // G * T, Dh)
+    scores = torch.baddbmm(bias, folded, keys.reshape(B * G, S, Dh).transpose(1, 2), alpha=Dh**-0.5)
+    probs = scores.float().softmax(dim=-1).to(values.dtype)
+    return torch.bmm(probs, values.reshape(B * G, S, Dh)).view(B, H, T, Dh)
+
+
 class Attention(nn.Module):
     """Multi-query, grouped-query or multi-head attention, by ``n_kv_heads``."""
 
@@ -104,7 +142,5 @@ class Attention(nn.Module):
         queries, keys, values = (rearrange(h, "B T heads Dh -> B heads T Dh") for h in (queries, keys, values))
         if cache is not None:
             keys, values = cache.write(layer, keys, values)
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_kv_heads < self.n_heads
-        )
+        mixed = attend(queries, keys, values, mask)
         return self.out(rearrange(mixed, "B heads T Dh -> B T (heads Dh)"))

@@ -5,12 +5,39 @@ Stacked weights keep every expert in the graph, so one that no token chose gets 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_gpt.config import ModelConfig
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up with both gradients written into one buffer: autograd would build halves and join them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return grad_gate_up
+
+
+def swiglu(gate_up: Float[Tensor, "*batch 2F"]) -> Float[Tensor, "*batch F"]:
+    """Return silu(gate) * up, where the last dimension holds the gate's F values and then the up projection's."""
+    return _SwiGLU.apply(gate_up)
 
 
 class FeedForward(nn.Module):
@@ -23,8 +50,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return down(silu(gate(x)) * up(x))."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Experts(nn.Module):
@@ -45,8 +71,7 @@ class Experts(nn.Module):
         """
         gate_up, down = self.gate_up.to(rows.dtype), self.down.to(rows.dtype)
         grouped = grouped_mm if grouped_mm_fits(rows, self.gate_up.shape[1], self.down.shape[2]) else segment_mm
-        gate, up = grouped(rows, gate_up, segment_ends).chunk(2, dim=-1)
-        return grouped(F.silu(gate) * up, down, segment_ends)
+        return grouped(swiglu(grouped(rows, gate_up, segment_ends)), down, segment_ends)
 
 
 def grouped_mm(

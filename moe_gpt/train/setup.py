@@ -15,7 +15,7 @@ from moe_gpt.config import RunConfig, TrainConfig, to_yaml
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.device import Precision, pick_precision, use_fast_float32
+from moe_gpt.device import Precision, pick_precision, tune_process
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.checkpoint import (
     RunFacts,
@@ -96,7 +96,7 @@ def set_up_run(
     config, shares = _fill_in(config, data)
     schedule = Schedule(config.schedule, config.optimizer, sum(shares))
     precision = pick_precision(config.train.precision, device)
-    use_fast_float32()
+    tune_process()
     facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
     if found:
         _check_resumable(found[-1], facts, say)
