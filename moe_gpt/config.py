@@ -88,7 +88,8 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             yield Problem(
-                ("head_dim",), f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
+                ("head_dim",),
+                f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}",
             )
         if self.top_k > self.n_experts:
             yield Problem(
@@ -254,7 +255,7 @@ class ScheduleConfig(Section):
     warmup_tokens: CountOrZero = 0
     """Tokens over which the learning rate rises linearly from 0."""
     decay: Literal["cosine", "wsd", "none"] = "cosine"
-    """How it falls to optimizer.min_lr: a cosine over the rest, linearly at the end (warm-up, stable, decay), or never."""
+    """How it falls to optimizer.min_lr: by a cosine, linearly at the end (warm-up, stable, decay), or never."""
     decay_fraction: Positive = 0.2
     """Share of all tokens that the linear decay of wsd takes (at most 1)."""
 
@@ -282,7 +283,8 @@ class ScheduleConfig(Section):
         total = self.stages[-1].until_tokens
         if total is not None and self.warmup_tokens >= total:
             yield Problem(
-                ("warmup_tokens", "stages"), f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}"
+                ("warmup_tokens", "stages"),
+                f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}",
             )
 
 
@@ -463,16 +465,17 @@ def _override(values: dict, override: str) -> None:
         if isinstance(place, list):
             if not part.isdecimal() or int(part) >= len(place):
                 raise InputError(f"{key}: {here} is a list of {len(place)} entries numbered from 0, got {part!r}")
-            part = int(part)
-        elif not isinstance(place, dict):
+            key_here: Any = int(part)
+        elif isinstance(place, dict):
+            key_here = part
+        else:
             raise InputError(f"{key}: {here} is not a section, it is {place!r}")
         if depth == len(parts) - 1:
-            place[part] = parse_yaml(text, f"override {key}")
-        elif isinstance(place, dict):
-            place[part] = {} if place.get(part) is None else place[part]
-            place = place[part]
-        else:
-            place = place[part]
+            place[key_here] = parse_yaml(text, f"override {key}")
+            return
+        if isinstance(place, dict) and place.get(key_here) is None:
+            place[key_here] = {}
+        place = place[key_here]
 
 
 def to_plain(section: Section) -> dict[str, Any]:

@@ -64,15 +64,11 @@ def _whole_number(value: Any) -> Any:
 Flag = StrictBool
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, description="a whole number of at least 1")]
 CountOrZero = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, description="a whole number of at least 0")]
-Positive = Annotated[
-    float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False, description="a number above 0")
-]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False, description="a number above 0")]
 NonNegative = Annotated[
     float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False, description="a number of at least 0")
 ]
-Share = Annotated[
-    float, BeforeValidator(_number), Field(gt=0, lt=1, description="a number above 0 and below 1")
-]
+Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, description="a number above 0 and below 1")]
 Fraction = Annotated[
     float, BeforeValidator(_number), Field(ge=0, lt=1, description="a number of at least 0 and below 1")
 ]
@@ -179,8 +175,7 @@ def _adapter(annotation: Any) -> TypeAdapter:
     return TypeAdapter(annotation)
 
 
-@cache
-def annotations_of(cls: type[Section]) -> dict[str, Any]:
+def annotations_of(cls: type) -> dict[str, Any]:
     """Return the resolved type of each field, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -211,15 +206,16 @@ def expectation(annotation: Any) -> str:
 
 def _unknown_key(key: str, fields: Mapping[str, Any]) -> Problem:
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-    return Problem((key,), f"{key} is not a known key; did you mean {near[0]}?" if near else f"{key} is not a known key")
+    return Problem(
+        (key,), f"{key} is not a known key; did you mean {near[0]}?" if near else f"{key} is not a known key"
+    )
 
 
-@cache
-def field_docs(cls: type[Section]) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """Return the one-line docstring that follows each field in the source of the class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     return {
-        field.target.id: " ".join(doc.value.value.split())
+        ast.unparse(field.target): " ".join(str(doc.value.value).split())
         for field, doc in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }

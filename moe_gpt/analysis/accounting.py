@@ -37,7 +37,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(
         total=total,
         active=total - (config.n_experts - config.top_k) * per_expert,
-        attention=sum(_size(module) for module in {block.attention for block in model.blocks}),
+        attention=sum(p.numel() for name, p in model.named_parameters() if ".attention." in name),
         per_expert=per_expert,
         router=sum(p.numel() for name, p in model.named_parameters() if ".router." in name),
         embedding=_size(nn.ModuleList([model.embedding, model.output])),

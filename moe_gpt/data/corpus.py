@@ -105,7 +105,8 @@ def _read_field(source: SourceConfig, rows: Any, where: str, field: str) -> Iter
                 )
             if not isinstance(row[field], str):
                 raise InputError(
-                    f"source {source.name}: column {field!r} of {where} must be text, got {row[field]!r} in row {row_number}"
+                    f"source {source.name}: column {field!r} of {where} must be text, "
+                    f"got {row[field]!r} in row {row_number}"
                 )
             if row[field]:
                 yield row[field]

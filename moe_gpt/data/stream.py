@@ -31,7 +31,9 @@ _FEISTEL_ROUNDS = 6
 class Text(Protocol):
     """What the stream needs of a token store."""
 
-    tokens: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray:
+        """All token ids, in order."""
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return document and offset of a position."""

@@ -31,9 +31,7 @@ class Dispatch(NamedTuple):
     """How many earlier assignments (by token, then by choice) chose the same expert."""
 
 
-def plan_dispatch(
-    expert_indices: Int[Tensor, "N K"], n_experts: int, alignment: int = SEGMENT_ALIGNMENT
-) -> Dispatch:
+def plan_dispatch(expert_indices: Int[Tensor, "N K"], n_experts: int, alignment: int = SEGMENT_ALIGNMENT) -> Dispatch:
     """Sort assignments by expert and lay them out in aligned segments. Token order is preserved within an expert."""
     N, K = expert_indices.shape
     flat = expert_indices.flatten()
@@ -49,16 +47,16 @@ def plan_dispatch(
     token_of_row = flat.new_zeros(n_rows).scatter(0, row_of_sorted, order // K)
     row_of_assignment = torch.empty_like(flat).scatter(0, order, row_of_sorted)
     rank_in_expert = torch.empty_like(flat).scatter(0, order, rank_of_sorted)
-    return Dispatch(
-        token_of_row, row_of_assignment.view(N, K), segment_ends.to(torch.int32), rank_in_expert.view(N, K)
-    )
+    return Dispatch(token_of_row, row_of_assignment.view(N, K), segment_ends.to(torch.int32), rank_in_expert.view(N, K))
 
 
 def count_assignments(
     expert_indices: Int[Tensor, "N K"], n_experts: int, valid_mask: Bool[Tensor, "N"] | None = None
 ) -> Int[Tensor, "E"]:
     """Count the assignments to each expert, those of valid tokens only where a mask is given."""
-    ones = torch.ones_like(expert_indices) if valid_mask is None else valid_mask[:, None].expand_as(expert_indices).long()
+    ones = (
+        torch.ones_like(expert_indices) if valid_mask is None else valid_mask[:, None].expand_as(expert_indices).long()
+    )
     return expert_indices.new_zeros(n_experts).scatter_add(0, expert_indices.flatten(), ones.flatten())
 
 

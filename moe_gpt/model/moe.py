@@ -67,7 +67,8 @@ class MoE(nn.Module):
 
         expert_weights, dropped_tokens = routing.expert_weights, tokens_per_expert.new_zeros(())
         if self.training and self.capacity_factor is not None:
-            expert_weights, dropped_tokens = self._drop(routing.expert_indices, expert_weights, valid)
+            expert_capacity = math.ceil(self.capacity_factor * routing.expert_indices.numel() / self.n_experts)
+            expert_weights, dropped_tokens = self._drop(routing.expert_indices, expert_weights, valid, expert_capacity)
 
         rows = dispatch_tokens(tokens.to(_compute_dtype(x)), dispatch)
         rows = self.experts(rows, dispatch.segment_ends)
@@ -80,9 +81,10 @@ class MoE(nn.Module):
         )
         return y, stats
 
-    def _drop(self, indices: Tensor, weights: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _drop(
+        self, indices: Tensor, weights: Tensor, valid: Tensor | None, expert_capacity: int
+    ) -> tuple[Tensor, Tensor]:
         """Zero the weights of assignments beyond their expert's capacity; padding takes no slot."""
-        expert_capacity = math.ceil(self.capacity_factor * indices.numel() / self.n_experts)
         if valid is None:
             kept = within_capacity(plan_dispatch(indices, self.n_experts), expert_capacity)
             dropped = ~kept

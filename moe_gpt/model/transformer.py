@@ -92,8 +92,8 @@ class MoEGPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layers):
-            is_first_of_group = layer % config.attention_sharing == 0
-            attention = Attention(config) if is_first_of_group else self.blocks[-1].attention
+            if layer % config.attention_sharing == 0:
+                attention = Attention(config)
             feed_forward = FeedForward(config) if config.is_dense else MoE(config, make_router)
             self.blocks.append(Block(config, attention, feed_forward))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -149,7 +149,9 @@ class MoEGPT(nn.Module):
         """
         T, past = tokens.shape[1], cache.length if cache else 0
         if past + T > self.config.max_seq_len:
-            raise ValueError(f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}")
+            raise ValueError(
+                f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
+            )
         rotary = self._rotary(tokens, valid_mask, past)
         mask = self._attention_mask(tokens, valid_mask, past)
         valid_now = None if valid_mask is None else valid_mask[:, past:]

@@ -27,7 +27,14 @@ from moe_gpt.train.step import TrainState
 from moe_gpt.validation import InputError
 
 FORMAT_VERSION = 1
-_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "config.yaml", "tokenizer.json")
+_FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "state.json",
+    "config.yaml",
+    "tokenizer.json",
+)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 
 

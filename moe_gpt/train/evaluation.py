@@ -28,7 +28,7 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """e to the cross entropy."""
+        """E to the cross entropy."""
         return math.exp(self.ce_loss)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
-from moe_gpt.validation import ConfigError
+from moe_gpt.validation import InputError
 
 
 class StepPlan(NamedTuple):
@@ -40,7 +40,7 @@ class Schedule:
         big_epoch_tokens: what a last stage without an end runs to, rounded down to whole sequences.
 
     Raises:
-        ConfigError: where the data is too small for the stages, or the warm-up longer than the run.
+        InputError: where the data is too small for the stages, or the warm-up longer than the run.
     """
 
     def __init__(self, config: ScheduleConfig, optimizer: OptimizerConfig, big_epoch_tokens: int) -> None:
@@ -49,8 +49,8 @@ class Schedule:
         self.total_tokens = self.stages[-1].end
         self._ends = [stage.end for stage in self.stages]
         if config.warmup_tokens >= self.total_tokens:
-            raise ConfigError(
-                [f"schedule.warmup_tokens must be below the run's {self.total_tokens} tokens, got {config.warmup_tokens}"]
+            raise InputError(
+                f"schedule.warmup_tokens must be below the run's {self.total_tokens} tokens, got {config.warmup_tokens}"
             )
 
     def at(self, tokens_seen: int) -> StepPlan:
@@ -98,11 +98,9 @@ def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]
         if end is None:
             end = start + (big_epoch_tokens - start) // stage.seq_len * stage.seq_len
             if end <= start:
-                raise ConfigError(
-                    [
-                        f"schedule.stages.{index} starts at {start} tokens, but one big epoch of the data has "
-                        f"{big_epoch_tokens}; give until_tokens, or end the stage before it earlier"
-                    ]
+                raise InputError(
+                    f"schedule.stages.{index} starts at {start} tokens, but one big epoch of the data has "
+                    f"{big_epoch_tokens}; give until_tokens, or end the stage before it earlier"
                 )
         yield Stage(start, end, stage)
         start = end

@@ -94,7 +94,7 @@ def set_up_run(
         tokenizer = _saved_tokenizer(start_from, config, is_resume=bool(found))
     data = prepare_data(config.data, tokenizer, say)
     config, shares = _fill_in(config, data)
-    schedule = Schedule(config.schedule, config.optimizer, sum(shares))
+    schedule = Schedule(config.schedule, config.optimizer, int(sum(shares)))
     precision = pick_precision(config.train.precision, device)
     tune_process()
     facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
@@ -155,15 +155,16 @@ def _saved_tokenizer(path: Path, config: RunConfig, is_resume: bool) -> Tokenize
     saved = Tokenizer.load(path / "tokenizer.json", read_config(path).data.tokenizer.end_of_text)
     if wanted.file and not is_resume and Tokenizer.load(wanted.file, wanted.end_of_text).to_json() != saved.to_json():
         raise InputError(
-            f"data.tokenizer.file={wanted.file} is not the tokenizer of {path}; leave the key out to use the checkpoint's"
+            f"data.tokenizer.file={wanted.file} is not the tokenizer of {path}; "
+            "leave the key out to use the checkpoint's"
         )
     return saved
 
 
-def _fill_in(config: RunConfig, data: PreparedData) -> tuple[RunConfig, list[int | float]]:
+def _fill_in(config: RunConfig, data: PreparedData) -> tuple[RunConfig, list[float]]:
     """Return the config with what follows from the data, and each source's share of the tokens."""
     uses_weights = any(source.config.weight for source in data.sources)
-    shares: list[int | float] = [
+    shares: list[float] = [
         source.config.weight or 0.0 if uses_weights else (source.config.epochs or 1.0) * len(source.train)
         for source in data.sources
     ]

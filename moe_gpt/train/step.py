@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.stream import Batch
 from moe_gpt.device import Precision, autocast
-from moe_gpt.model.losses import IGNORED_TARGET, combine_losses, cross_entropy
+from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses, cross_entropy
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.schedule import StepPlan
@@ -64,14 +64,14 @@ def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> 
 
 def accumulate_gradients(
     model: MoEGPT, micro_batches: Sequence[MicroBatch], loss_config: LossConfig, precision: Precision
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[LossTerms, Tensor, Tensor]:
     """Add the gradients of a whole batch to ``.grad``.
 
     Cross entropy is summed and divided by the valid tokens of the whole batch, so that it does not matter how the
     batch is cut. The auxiliary terms are those of each micro-batch, weighted by its share of the valid tokens.
 
     Returns:
-        the four loss terms of the batch (4,), assignments per expert (L, E) and dropped ones (L,); the last two
+        the loss terms of the whole batch, assignments per expert (L, E) and dropped ones (L,); the last two
         have no layers for a dense model.
     """
     device = micro_batches[0].inputs.device
@@ -97,7 +97,7 @@ def accumulate_gradients(
         if stats:
             tokens_per_expert += stats.tokens_per_expert
             dropped_tokens += stats.dropped_tokens
-    return terms_sum, tokens_per_expert, dropped_tokens
+    return LossTerms(*terms_sum.unbind()), tokens_per_expert, dropped_tokens
 
 
 def train_step(
@@ -127,7 +127,11 @@ def train_step(
     state.tokens_seen += plan.batch_tokens
     n_assigned = tokens_per_expert.sum().clamp(min=1)
     return StepMetrics(
-        *terms.unbind(), grad_norm, max_violation(tokens_per_expert), dropped_tokens.sum() / n_assigned, skipped
+        *terms,
+        grad_norm=grad_norm,
+        max_violation=max_violation(tokens_per_expert),
+        dropped_fraction=dropped_tokens.sum() / n_assigned,
+        skipped=skipped,
     )
 
 

@@ -1,0 +1,171 @@
+"""The experts' matrix products against a readable loop, forward and backward, and against each other."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expert_loop import moe_by_loop, parameters_for_loop
+from tiny_models import tiny_config
+from torch.testing import assert_close
+
+from moe_gpt.model.dispatch import combine_rows, dispatch_tokens, plan_dispatch
+from moe_gpt.model.experts import Experts, FeedForward, grouped_mm, grouped_mm_fits, segment_mm
+from moe_gpt.model.moe import MoE
+
+PATHS = {"grouped_mm": {"d_model": 32, "d_ff": 16}, "segment_mm": {"d_model": 30, "d_ff": 13}}
+"""Sizes that take each of the two ways to multiply, in float32 on a CPU."""
+
+
+def random_layer(**changes: object) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(tiny_config(**changes))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+@pytest.mark.parametrize(("path", "fits"), [("grouped_mm", True), ("segment_mm", False)])
+def test_grouped_mm_fits_rows_of_whole_sixteen_bytes(path, fits):
+    """The two sizes of these tests really take the two paths."""
+    sizes = PATHS[path]
+    assert grouped_mm_fits(torch.zeros(4, sizes["d_model"]), 2 * sizes["d_ff"], sizes["d_ff"]) is fits
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"top_k": 1, "normalize_topk": False},
+        {"top_k": 2},
+        {"top_k": 2, "normalize_topk": False},
+        {"top_k": 4},
+        {"top_k": 2, "n_experts": 9},
+    ],
+    ids=lambda routing: "-".join(f"{key}={value}" for key, value in routing.items()),
+)
+def test_moe_equals_the_loop_over_experts(path, routing):
+    """Output and the gradients of input, router and experts are those of a plain loop over experts."""
+    layer = random_layer(**PATHS[path], **routing)
+    x = torch.randn(3, 17, PATHS[path]["d_model"], requires_grad=True)
+    upstream = torch.randn_like(x)
+    y, _ = layer(x)
+    y.backward(upstream)
+
+    tokens, weights = x.detach().flatten(0, 1).requires_grad_(), parameters_for_loop(layer)
+    expected = moe_by_loop(tokens, **weights, top_k=layer.top_k, normalize_topk=layer.router.normalize_topk)
+    expected.backward(upstream.flatten(0, 1))
+    close = {"atol": 2e-5, "rtol": 1e-4}  # float32: sums of some 50 terms of size 1 in another order
+    assert_close(y.flatten(0, 1), expected, **close)
+    assert_close(x.grad.flatten(0, 1), tokens.grad, **close)
+    assert_close(layer.router.weight.grad, weights["router_weight"].grad, **close)
+    assert_close(layer.experts.gate_up.grad, weights["gate_up"].grad, **close)
+    assert_close(layer.experts.down.grad, weights["down"].grad, **close)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_moe_gives_starved_experts_zero_gradients(path):
+    """Experts that no token chose get gradients of zeros, not None; the chosen ones get others."""
+    layer = random_layer(**PATHS[path])
+    with torch.no_grad():
+        layer.router.weight.zero_()  # ties: every token goes to experts 0 and 1
+    y, stats = layer(torch.randn(2, 10, PATHS[path]["d_model"]))
+    y.square().sum().backward()
+    assert stats.tokens_per_expert.tolist() == [20, 20, 0, 0]
+    for weight in (layer.experts.gate_up, layer.experts.down):
+        assert weight.grad[2:].abs().max() == 0
+        assert weight.grad[:2].flatten(1).norm(dim=1).min() > 0
+
+
+def products_and_gradients(multiply, rows, weights, ends, n_used):
+    rows, weights = rows.clone().requires_grad_(), weights.clone().requires_grad_()
+    product = multiply(rows, weights, ends)[:n_used]
+    product.square().sum().backward()
+    return product, rows.grad[:n_used], weights.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[8, 16, 24], [0, 40, 8], [5, 0, 0], [3, 17, 1]], ids=str)
+def test_grouped_mm_equals_segment_mm(sizes, dtype):
+    """Both ways to multiply agree, forward and backward, also where segments are empty or rows are left over."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(56, 16, generator=generator).to(dtype)
+    weights = torch.randn(3, 8, 16, generator=generator).to(dtype)
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    one = products_and_gradients(grouped_mm, rows, weights, ends, sum(sizes))
+    other = products_and_gradients(segment_mm, rows, weights, ends, sum(sizes))
+    # rounding of the type: 8 bits of mantissa in bf16; entries are sums of up to 40 products
+    close = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.5, "rtol": 0.02}
+    for actual, expected in zip(one, other, strict=True):
+        assert_close(actual, expected, **close)
+
+
+def test_segment_mm_by_hand():
+    """Segment 0 is multiplied by 2, segment 1 is empty, segment 2 is multiplied by 5."""
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    product = segment_mm(rows, torch.tensor([[[2.0]], [[3.0]], [[5.0]]]), torch.tensor([1, 1, 3], dtype=torch.int32))
+    assert product[:3].flatten().tolist() == [2, 10, 15]
+    assert product.shape == (4, 1)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_experts_answer_the_same_whatever_the_alignment(path):
+    """The rows that fill segments change no output and no gradient."""
+    layer = random_layer(**PATHS[path])
+    tokens = torch.randn(11, PATHS[path]["d_model"])
+    routing = layer.router(tokens)
+    results = []
+    for alignment in (1, 8, 64):
+        plan = plan_dispatch(routing.expert_indices, 4, alignment)
+        rows = layer.experts(dispatch_tokens(tokens, plan), plan.segment_ends)
+        y = combine_rows(rows, routing.expert_weights.detach(), plan)
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.experts.parameters()))))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_close(actual, expected, atol=1e-5, rtol=1e-4)  # float32 sums in another order
+
+
+def test_experts_pass_gradcheck_in_float64():
+    """Dispatch, experts and combine together have the gradient of finite differences, for every input."""
+    torch.manual_seed(0)
+    experts = Experts(tiny_config(n_experts=3, d_model=5, d_ff=3)).double()
+    plan = plan_dispatch(torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]]), n_experts=3, alignment=4)
+
+    def layer(x, expert_weights, gate_up, down):
+        state = {"gate_up": gate_up, "down": down}
+        rows = torch.func.functional_call(experts, state, (dispatch_tokens(x, plan), plan.segment_ends))
+        return combine_rows(rows, expert_weights, plan)
+
+    shapes = [(4, 5), (4, 2), (3, 6, 5), (3, 5, 3)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    # central differences at 1e-6 are good to 1e-9; the sum over choices is float32 by design, good to 1e-7
+    assert torch.autograd.gradcheck(layer, inputs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_feed_forward_is_swiglu(dtype):
+    """FeedForward is down(silu(gate) * up), the gate's rows above the up projection's, with its gradients."""
+    torch.manual_seed(0)
+    network = FeedForward(tiny_config()).to(dtype)
+    x = torch.randn(2, 7, 32, dtype=dtype, requires_grad=True)
+    copies = [tensor.detach().clone().requires_grad_() for tensor in (x, network.gate_up.weight, network.down.weight)]
+    gate, up = copies[1][:16], copies[1][16:]
+    expected = (F.silu(copies[0] @ gate.T) * (copies[0] @ up.T)) @ copies[2].T
+    y = network(x)
+    assert_close(y, expected, atol=1e-6, rtol=1e-5)  # float32 rounding
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, [x, network.gate_up.weight, network.down.weight], upstream)
+    for gradient, wanted in zip(actual, torch.autograd.grad(expected, copies, upstream), strict=True):
+        assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)  # float32 sums of 14 terms
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_expert_is_the_dense_feed_forward(path):
+    """Experts with one segment are FeedForward with the same two matrices."""
+    torch.manual_seed(0)
+    network = FeedForward(tiny_config(**PATHS[path]))
+    experts = Experts(tiny_config(n_experts=1, top_k=1, **PATHS[path]))
+    experts.load_state_dict(
+        {"gate_up": network.gate_up.weight.detach()[None], "down": network.down.weight.detach()[None]}
+    )
+    rows = torch.randn(9, PATHS[path]["d_model"])
+    answers = experts(rows, torch.tensor([9], dtype=torch.int32))
+    assert_close(answers, network(rows), atol=1e-5, rtol=1e-5)  # float32 sums in another order
