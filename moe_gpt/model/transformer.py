@@ -108,7 +108,8 @@ class MoEGPT(nn.Module):
 
         Matrices are normal with ``init_std``; the two projections into the residual stream of each block are
         divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2); norms are 1.
-        The loss then starts close to ln V. Call it again after materialising a model built on the meta device.
+        The output matrix is normal with 1 / d_model, so that the loss starts close to ln V; a tied one starts as the
+        embedding. Call it again after materialising a model built on the meta device.
         """
         std = self.config.init_std
         into_residual = std / math.sqrt(2 * self.config.n_layers)
@@ -129,6 +130,8 @@ class MoEGPT(nn.Module):
                 nn.init.normal_(module.out.weight, std=into_residual)
             elif isinstance(module, FeedForward):
                 nn.init.normal_(module.down.weight, std=into_residual)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.output.weight, std=1 / self.config.d_model)
 
     def forward(
         self,

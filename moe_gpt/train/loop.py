@@ -69,7 +69,7 @@ def train(run: Run, limits: Limits, display: Display) -> Outcome:
     state, started_at = run.state, time.monotonic()
     log = MetricsLog(run.run_dir / "metrics.jsonl", state.step if state.step else -1)
     recorder = _Recorder(run, log, display)
-    outcome: Outcome | None = _why_stop(run, limits, started_at, None)
+    outcome: Outcome | None = _why_stop(run, limits._replace(max_minutes=None), started_at, None)
     with contextlib.closing(log), stop_signals() as stop:
         if state.step == 0:
             recorder.evaluate()

@@ -1,0 +1,286 @@
+"""Documents from files and datasets, through real ``datasets`` calls, and what is said when they cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moe_gpt.config import SourceConfig
+from moe_gpt.data.corpus import describe_origin, expand_files, iterate_documents
+from moe_gpt.validation import InputError
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Keep what ``datasets`` writes out of the user's cache, and the hub out of reach."""
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hugging_face")
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, content: str | bytes) -> str:
+    """Write a file below the current folder and return its path."""
+    path = Path.cwd() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def jsonl(*rows: dict) -> str:
+    """Return rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def texts(**source) -> list[str]:
+    """Return the texts of a source."""
+    return [document.text for document in iterate_documents(SourceConfig(name="mine", **source))]
+
+
+def failure(**source) -> str:
+    """Return the error of a source: one line that starts with its name."""
+    with pytest.raises(InputError) as caught:
+        texts(**source)
+    message = str(caught.value)
+    assert re.match(r"source mine\b", message)
+    assert "\n" not in message
+    return message
+
+
+def test_jsonl_gives_one_document_a_line():
+    """A JSON lines file gives its rows' texts in order, without the empty ones."""
+    path = write("a.jsonl", jsonl({"text": "one\nline"}, {"text": ""}, {"text": "caf\u00e9 \u4e2d"}))
+    assert texts(files=path) == ["one\nline", "caf\u00e9 \u4e2d"]
+
+
+def test_parquet_gives_one_document_a_row():
+    """A parquet file gives the column that text_field names."""
+    path = Path.cwd() / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "body": ["one", "two"]}), path)
+    assert texts(files=str(path), text_field="body") == ["one", "two"]
+
+
+def test_csv_gives_one_document_a_row():
+    """A CSV file gives its column's cells, quoted commas and line ends included."""
+    path = write("a.csv", 'id,text\n1,"one, two"\n2,"three\nfour"\n')
+    assert texts(files=path) == ["one, two", "three\nfour"]
+
+
+@pytest.mark.parametrize("cell", ["NA", "null", "None", "007", "3.50", "2020-01-01", "True"])
+def test_csv_cell_is_text_as_it_stands(cell):
+    """A cell that looks like a number, a date or a missing value is still text, spelled as in the file."""
+    assert texts(files=write("a.csv", f"text,n\n{cell},1\n")) == [cell]
+
+
+def test_csv_passes_over_empty_cells():
+    """An empty cell is an empty document, which is left out as an empty line of JSON is."""
+    assert texts(files=write("a.csv", "text,n\none,1\n,2\ntwo,3\n")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "notes"])
+def test_other_file_is_one_document(name):
+    """A file of any other kind is one document, to the letter."""
+    content = "First line.\n\n  Second \u4e2d.\t\n"
+    assert texts(files=write(name, content)) == [content]
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_empty_file_gives_no_document(name):
+    """A file without content is passed over; the other files are read."""
+    assert texts(files=(write(name, ""), write("full.txt", "text"))) == ["text"]
+
+
+def test_kinds_of_files_mix():
+    """One glob may match files of several kinds; they are read in the order of their paths."""
+    write("data/b.txt", "from text")
+    write("data/a.jsonl", jsonl({"text": "from json"}))
+    write("data/deep/c.csv", "text,n\nfrom csv,1\n")
+    assert texts(files="data/**/*.*") == ["from json", "from text", "from csv"]
+
+
+def test_files_are_sorted_and_named_once():
+    """Overlapping patterns give each file once, in the order of the paths."""
+    for name in ("b.txt", "a.txt", "c.txt"):
+        write(name, name)
+    source = SourceConfig(name="mine", files=("c.txt", "*.txt", "a.txt"))
+    assert [path.name for path in expand_files(source)] == ["a.txt", "b.txt", "c.txt"]
+
+
+@pytest.mark.parametrize("name", ["with space.txt", "\u00fc\u4e2d.txt", "#1.txt", "{x}.txt", "100%.txt"])
+def test_file_of_any_name_is_read(name):
+    """A path may have spaces, letters of any script and punctuation."""
+    assert texts(files=write(name, "text")) == ["text"]
+
+
+@pytest.mark.parametrize("name", ["draft [1].txt", "what?.txt", "a::b.txt"])
+def test_path_of_an_existing_file_is_that_file(name):
+    """The path of a file that exists is that file, also where it could be read as a glob or a URL."""
+    assert texts(files=write(name, "text")) == ["text"]
+
+
+def test_local_files_are_read_without_the_network(monkeypatch):
+    """Reading files tries no connection: it neither tells anybody nor waits where there is no network."""
+    import datasets
+
+    tried = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: tried.append(address))
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: tried.append(address))
+    files = (write("a.txt", "one"), write("b.jsonl", jsonl({"text": "two"})), write("c.csv", "text\nthree\n"))
+    assert texts(files=files) == ["one", "two", "three"]
+    assert tried == []
+
+
+def test_split_key_is_the_text():
+    """A document of a file is put on its side of the split by its text."""
+    (document,) = iterate_documents(SourceConfig(name="mine", files=write("a.txt", "text")))
+    assert document.split_key == document.text == "text"
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1, ["a"]), (2, ["a", "b"]), (9, ["a", "b", "c"])])
+def test_max_documents_limits_a_source(limit, expected):
+    """A source ends after max_documents documents; empty ones do not count."""
+    path = write("a.jsonl", jsonl(*({"text": text} for text in ("a", "", "b", "c"))))
+    assert texts(files=path, max_documents=limit) == expected
+
+
+def test_max_documents_limits_the_builtin_corpus():
+    """The limit holds for the built-in corpus, too."""
+    assert len(texts(builtin="prose", max_documents=3)) == 3
+
+
+def test_missing_field_names_the_columns():
+    """A text_field that is no column is an error with the field, the file and the columns that there are."""
+    path = write("a.jsonl", jsonl({"body": "x", "title": "y"}))
+    assert failure(files=path) == (f"source mine: text_field='text' is not a column of {path}; there are body, title")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "None"), (5, "5"), (["x"], "['x']"), ({"a": 1}, "{'a': 1}")])
+def test_row_that_is_not_text_names_column_value_and_row(value, shown):
+    """A value that is not text is an error with the column, the file, the value and the row."""
+    path = write("a.jsonl", jsonl({"text": value, "n": 1}))
+    assert failure(files=path) == f"source mine: column 'text' of {path} must be text, got {shown} in row 0"
+
+
+def test_missing_value_names_its_row():
+    """A null among texts is an error with its row, after the rows before it were read."""
+    path = write("a.jsonl", jsonl({"text": "one"}, {"text": None}))
+    assert failure(files=path).endswith("must be text, got None in row 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("a.txt", b"plain words, then caf"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "caf'),
+        ("a.csv", b"text,n\none,1\ncaf"),
+    ],
+)
+def test_bytes_that_are_not_utf8_name_file_and_position(name, before):
+    """Bytes in another encoding are an error with the file, the byte and where it stands in the file."""
+    after = b'"}\n' if name.endswith("jsonl") else b",2\n"
+    path = write(name, before + "\u00e9".encode("latin-1") + after)
+    message = failure(files=path)
+    assert path in message
+    assert f"not UTF-8 text: byte 0xe9 at position {len(before)};" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.parquet", b"PAR1 this is no parquet file"),
+        ("a.parquet", b""),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n'),
+        ("a.csv", b""),
+    ],
+)
+def test_corrupt_file_is_named(name, content):
+    """A file that its reader cannot read is one line with its path, not the reader's traceback."""
+    path = write(name, content)
+    assert path in failure(files=path)
+
+
+def test_pattern_that_matches_nothing_is_refused():
+    """A path or glob without a file is an error with the pattern and the folder, even beside one that matches."""
+    message = failure(files=(write("a.txt", "text"), "b*.txt"))
+    assert message == f"source mine: files='b*.txt' matches no file in {Path.cwd()}"
+
+
+def test_home_of_an_unknown_user_is_refused():
+    """``~nobody-here`` is an error with the pattern."""
+    assert "~no-such-user/a.txt" in failure(files="~no-such-user/a.txt")
+
+
+def test_tilde_is_the_home_folder(monkeypatch):
+    """``~`` in a path is the user's home."""
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    write("a.txt", "text")
+    assert texts(files="~/a.txt") == ["text"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_unreachable_hub_is_one_line_that_says_what_works_without(streaming):
+    """A dataset that cannot be fetched is one line with its name that points to files and builtin."""
+    message = failure(dataset="someone/nothing", streaming=streaming)
+    assert "dataset someone/nothing" in message
+    assert "files:" in message
+    assert "builtin:" in message
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_local_dataset_folder_is_read(streaming):
+    """A folder is a dataset, read while streaming or prepared first."""
+    write("folder/train.jsonl", jsonl({"body": "one"}, {"body": "two"}))
+    write("folder/test.jsonl", jsonl({"body": "three"}))
+    folder = str(Path.cwd() / "folder")
+    assert texts(dataset=folder, text_field="body", streaming=streaming) == ["one", "two"]
+    assert texts(dataset=folder, text_field="body", split="test", streaming=streaming) == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"split": "nope"}, ["split nope", "Available splits: ['train']"]),
+        ({"subset": "nope"}, ["subset nope", "Available: ['default']"]),
+        ({"text_field": "nope"}, ["text_field='nope'", "there are text"]),
+    ],
+)
+def test_part_that_a_dataset_lacks_is_refused(keys, parts):
+    """A split, subset or column that a dataset does not have is an error that lists those it has."""
+    write("folder/train.jsonl", jsonl({"text": "one"}))
+    message = failure(dataset=str(Path.cwd() / "folder"), **keys)
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("name", ["folder/readme.bin", "folder/folder.py"])
+def test_folder_that_is_no_dataset_is_refused(name):
+    """A folder without data, or with a loading script, is one line with its path."""
+    folder = str(Path(write(name, "x = 1\n")).parent)
+    assert folder in failure(dataset=folder)
+
+
+def test_origin_changes_with_the_file():
+    """What identifies a file's text changes when the file does, and not otherwise."""
+    source = SourceConfig(name="mine", files=write("a.txt", "text"))
+    before = describe_origin(source)
+    assert describe_origin(source) == before
+    os.utime("a.txt", ns=(1, 1))
+    assert describe_origin(source) != before
+
+
+def test_origin_of_a_local_dataset_changes_with_its_files():
+    """What identifies a local dataset folder changes when a file in it does."""
+    path = write("folder/train.jsonl", jsonl({"text": "one"}))
+    source = SourceConfig(name="mine", dataset=str(Path.cwd() / "folder"))
+    before = describe_origin(source)
+    os.utime(path, ns=(1, 1))
+    assert describe_origin(source) != before

@@ -1,0 +1,245 @@
+"""Flat files of tokens: complete or absent, and always the documents that went in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_gpt.data.builtin_corpus import Document
+from moe_gpt.data.token_store import TokenStore, build_store, is_held_out
+from moe_gpt.data.tokenizer import train_tokenizer
+from moe_gpt.validation import InputError
+
+law = settings(max_examples=100, deadline=None, derandomize=True)
+
+TOKENIZER = train_tokenizer([], vocab_size=257)
+END = TOKENIZER.end_of_text_id
+FRACTION = 0.3
+
+
+def documents(*texts: str) -> list[Document]:
+    """Return documents that are split by their own text, as those of files are."""
+    return [Document(text, text) for text in texts]
+
+
+TEXTS = [f"document {i} \u4e2d{'.' * i}" for i in range(40)]
+DOCUMENTS = documents(*TEXTS)
+TRAIN = [document for document in DOCUMENTS if not is_held_out(document, FRACTION)]
+HELD_OUT = [document for document in DOCUMENTS if is_held_out(document, FRACTION)]
+
+
+def tokens_of(group: list[Document]) -> list[int]:
+    """Return what a split must hold: each document's tokens, each followed by end-of-text."""
+    return [token for document in group for token in [*TOKENIZER.encode(document.text), END]]
+
+
+def build(folder: Path, group, fraction: float = FRACTION, **options) -> tuple[TokenStore, TokenStore]:
+    """Build a store and open both of its splits."""
+    build_store("mine", group, options.pop("tokenizer", TOKENIZER), folder, fraction, **options)
+    return TokenStore(folder, "train"), TokenStore(folder, "validation")
+
+
+class WideTokenizer:
+    """A stand-in whose vocabulary is as large as asked and whose texts spell out their ids."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.end_of_text_id = vocab_size, 0
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the numbers that each text spells."""
+        return [[int(word) for word in text.split()] for text in texts]
+
+
+def test_tokens_are_the_documents_each_followed_by_end_of_text(tmp_path):
+    """Each split is its documents in order, each followed by end-of-text, and no document is in both or neither."""
+    train, validation = build(tmp_path / "store", DOCUMENTS)
+    assert len(TRAIN) > 20
+    assert len(HELD_OUT) > 5
+    assert train.tokens.tolist() == tokens_of(TRAIN)
+    assert validation.tokens.tolist() == tokens_of(HELD_OUT)
+
+
+def test_many_documents_keep_their_order(tmp_path):
+    """More documents than are tokenised at once come out in the order they went in, from any iterable."""
+    group = documents(*(f"{i}" for i in range(700)))
+    train, _ = build(tmp_path / "store", iter(group))
+    assert train.tokens.tolist() == tokens_of([d for d in group if not is_held_out(d, FRACTION)])
+
+
+def test_document_ends_and_locate_agree_with_the_documents(tmp_path):
+    """Every token's document and offset are those it was written from; each document's last token is end-of-text."""
+    train, _ = build(tmp_path / "store", DOCUMENTS)
+    expected = [(i, j) for i, d in enumerate(TRAIN) for j in range(len(TOKENIZER.encode(d.text)) + 1)]
+    assert [train.locate(position) for position in range(len(train))] == expected
+    assert train.document_ends.tolist() == [i + 1 for i, token in enumerate(train.tokens) if token == END]
+
+
+def test_bytes_are_counted_for_each_split(tmp_path):
+    """n_bytes is the UTF-8 length of a split's texts."""
+    train, validation = build(tmp_path / "store", DOCUMENTS)
+    assert train.n_bytes == sum(len(d.text.encode()) for d in TRAIN)
+    assert validation.n_bytes == sum(len(d.text.encode()) for d in HELD_OUT)
+
+
+def test_meta_counts_what_the_files_hold(tmp_path):
+    """The meta file's counts are those of the files."""
+    train, validation = build(tmp_path / "store", DOCUMENTS)
+    assert train.meta["n_tokens"] == {"train": len(train), "validation": len(validation)}
+    assert train.meta["n_documents"] == {"train": len(TRAIN), "validation": len(HELD_OUT)}
+
+
+def test_digest_identifies_the_content(tmp_path):
+    """Equal documents give equal digests; another word, another order or another split gives another."""
+    changed = [*DOCUMENTS[:-1], Document("other", DOCUMENTS[-1].split_key)]
+    groups = [DOCUMENTS, DOCUMENTS, changed, DOCUMENTS[::-1]]
+    digests = [build(tmp_path / str(i), group)[0].digest for i, group in enumerate(groups)]
+    digests.append(build(tmp_path / "other split", DOCUMENTS, fraction=0.6)[0].digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests[1:])) == 4
+
+
+@pytest.mark.parametrize("max_tokens", [100, 101, 200])
+def test_max_tokens_stops_with_exactly_so_many(tmp_path, max_tokens):
+    """Both splits together hold max_tokens tokens: the first of the documents, the last one cut and ended."""
+    train, validation = build(tmp_path / "store", DOCUMENTS, max_tokens=max_tokens)
+    assert len(train) + len(validation) == max_tokens
+    for store, group in ((train, TRAIN), (validation, HELD_OUT)):
+        whole = len(store) - 1
+        assert store.tokens[:whole].tolist() == tokens_of(group)[:whole]
+        assert store.tokens[-1] == END
+
+
+def test_max_tokens_above_the_text_changes_nothing(tmp_path):
+    """A limit that the text does not reach gives the same store as none."""
+    assert build(tmp_path / "a", DOCUMENTS, max_tokens=10**6)[0].digest == build(tmp_path / "b", DOCUMENTS)[0].digest
+
+
+def test_max_tokens_reads_no_more_documents_than_it_needs(tmp_path):
+    """An endless source with a limit ends."""
+    endless = (Document(f"{i}", f"{i}") for i in iter(int, 1))
+    train, _ = build(tmp_path / "store", endless, max_tokens=50)
+    assert len(train) > 20
+
+
+def test_bytes_of_a_cut_document_are_those_that_were_kept(tmp_path):
+    """Where max_tokens cuts a document, n_bytes counts the text of the tokens that were kept."""
+    train, validation = build(tmp_path / "store", DOCUMENTS, max_tokens=100)
+    n_bytes = TOKENIZER.token_bytes()
+    assert (train.n_bytes, validation.n_bytes) == (n_bytes[train.tokens].sum(), n_bytes[validation.tokens].sum())
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.3])
+@pytest.mark.parametrize("texts", [["one long book. " * 40], ["c" * 300, "a" * 300]])
+def test_documents_all_on_one_side_are_split_by_position(tmp_path, texts, fraction):
+    """Where every document fell on one side, the last share of the tokens is held out instead, none lost."""
+    group = documents(*texts)
+    assert len({is_held_out(document, fraction) for document in group}) == 1
+    train, validation = build(tmp_path / "store", group, fraction)
+    assert train.tokens.tolist() + validation.tokens.tolist() == tokens_of(group)
+    assert len(validation) == int(len(tokens_of(group)) * fraction)
+    assert train.document_ends[-1] == len(train)
+    assert validation.document_ends[-1] == len(validation)
+
+
+def test_held_out_book_is_split_by_position_too(tmp_path):
+    """A single document whose hash puts it on the validation side is still mostly for training."""
+    book = next(d for d in (Document("word " * 99, str(i)) for i in range(99)) if is_held_out(d, 0.1))
+    train, validation = build(tmp_path / "store", [book], 0.1)
+    assert (len(train), len(validation)) == (447, 49)
+    assert train.tokens.tolist() + validation.tokens.tolist() == tokens_of([book])
+
+
+@pytest.mark.parametrize("group", [[], iter(())])
+def test_source_without_documents_is_refused(tmp_path, group):
+    """No documents is an error with the source's name."""
+    with pytest.raises(InputError, match="source mine has no documents"):
+        build(tmp_path / "store", group)
+
+
+@pytest.mark.parametrize(("text", "fraction"), [("abc", 0.03), ("a" * 50, 0.03), ("ab", 0.5)])
+def test_source_too_small_for_two_splits_is_refused(tmp_path, text, fraction):
+    """Too few tokens to hold some out is an error with the source, the count and the fraction."""
+    with pytest.raises(InputError, match=rf"source mine has {len(text) + 1} tokens.*validation_fraction={fraction}"):
+        build(tmp_path / "store", documents(text), fraction)
+
+
+@pytest.mark.parametrize("first", [TRAIN[0], HELD_OUT[0]], ids=["train", "validation"])
+def test_no_split_is_too_short_to_have_a_target(tmp_path, first):
+    """A split has at least two tokens, a token and its target, or the store is refused: max_tokens cuts none to one."""
+    second = HELD_OUT[0] if first is TRAIN[0] else TRAIN[0]
+    n_first = len(tokens_of([first]))
+    try:
+        stores = build(tmp_path / "store", [first, second], max_tokens=n_first + 1)
+    except InputError:
+        return
+    assert min(len(store) for store in stores) >= 2
+
+
+def failing(error: BaseException):
+    """Yield some documents, then fail as an unreadable file or Ctrl-C does."""
+    yield from DOCUMENTS
+    raise error
+
+
+@pytest.mark.parametrize("error", [InputError("unreadable"), RuntimeError("bug"), KeyboardInterrupt()])
+def test_failure_leaves_nothing_behind(tmp_path, error):
+    """A store that cannot be completed leaves no folder, temporary ones included."""
+    with pytest.raises(type(error)):
+        build(tmp_path / "cache" / "store", failing(error))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_refusal_leaves_nothing_behind(tmp_path):
+    """A source that turns out too small leaves no folder either."""
+    with pytest.raises(InputError):
+        build(tmp_path / "cache" / "store", documents("x"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_success_leaves_only_the_store(tmp_path):
+    """A finished store is one folder, its temporary name is gone."""
+    build(tmp_path / "cache" / "store", DOCUMENTS)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["store"]
+
+
+def test_store_that_another_run_finished_first_is_kept(tmp_path):
+    """Of two runs that build the same store the first one's is kept, and the second is not an error."""
+    first, _ = build(tmp_path / "cache" / "store", DOCUMENTS)
+    second, _ = build(tmp_path / "cache" / "store", DOCUMENTS[:20])
+    assert second.digest == first.digest
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
+def test_ids_are_stored_in_the_smallest_type_that_holds_them(tmp_path, vocab_size, dtype):
+    """Up to 65,536 ids take two bytes each, more take four; the largest id survives."""
+    group = documents(*(f"{vocab_size - 1} {i}" for i in range(1, 30)))
+    train, _ = build(tmp_path / "store", group, tokenizer=WideTokenizer(vocab_size))
+    assert train.tokens.dtype == np.dtype(dtype)
+    assert train.tokens[0] == train.tokens.max() == vocab_size - 1
+    assert (tmp_path / "store" / "train.bin").stat().st_size == len(train) * train.tokens.itemsize
+
+
+def test_progress_is_reported_up_to_the_end(tmp_path):
+    """The last report has all documents and all tokens."""
+    reports = []
+    train, validation = build(tmp_path / "store", DOCUMENTS, report=lambda *counts: reports.append(counts))
+    assert reports[-1] == (len(DOCUMENTS), len(train) + len(validation))
+
+
+@law
+@given(st.text(st.characters()), st.floats(0.001, 0.999), st.floats(0.001, 0.999))
+def test_held_out_documents_stay_so_when_more_are_held_out(key, a, b):
+    """A larger fraction holds out all that a smaller one does, for any key; the text does not matter."""
+    low, high = sorted((a, b))
+    assert is_held_out(Document("x", key), low) <= is_held_out(Document("y", key), high)
+
+
+def test_share_that_is_held_out_is_the_fraction():
+    """Of 4,000 keys about the fraction is held out; 5 standard deviations, so a false alarm once in 3 million."""
+    held_out = sum(is_held_out(Document("", str(i)), 0.1) for i in range(4000))
+    assert abs(held_out - 400) < 5 * (4000 * 0.1 * 0.9) ** 0.5

@@ -1,0 +1,200 @@
+"""Byte-level BPE that round-trips every text and that other runtimes recognise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
+from moe_gpt.validation import InputError
+
+law = settings(max_examples=150, deadline=None, derandomize=True)
+
+WORDS = "the cat sat on the mat, the dog's caf\u00e9 \u4e2d\u6587 \U0001f600 and then there were 12 others\n"
+TOKENIZER = train_tokenizer([WORDS * 20], vocab_size=290)
+BYTES = train_tokenizer([], vocab_size=257)
+
+
+@law
+@given(st.text())
+def test_every_text_round_trips(text):
+    """What encode makes of a text decodes to the text, for any Unicode."""
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@law
+@given(st.text())
+def test_token_bytes_add_up_to_the_text(text):
+    """The bytes of a text's tokens sum to its length in UTF-8, so encode adds nothing to it."""
+    assert TOKENIZER.token_bytes()[TOKENIZER.encode(text)].sum() == len(text.encode())
+
+
+@law
+@given(st.lists(st.text(), max_size=5))
+def test_encoding_a_batch_is_encoding_each_text(texts):
+    """A batch gives what encode gives, text by text."""
+    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+
+
+def test_merges_are_learned():
+    """A frequent word becomes fewer tokens than it has bytes."""
+    assert len(TOKENIZER.encode(" the")) == 1
+    assert len(BYTES.encode(" the")) == 4
+
+
+def test_empty_text_has_no_tokens():
+    """Encoding adds no begin, end or space token."""
+    assert TOKENIZER.encode("") == []
+
+
+@pytest.mark.parametrize("text", [END_OF_TEXT, f"a{END_OF_TEXT}b", f"{END_OF_TEXT}{END_OF_TEXT}\n"])
+def test_text_that_spells_the_end_of_text_stays_text(text):
+    """A document that contains <|endoftext|> is encoded as those letters, alone and in a batch, and comes back."""
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.end_of_text_id not in ids
+    assert TOKENIZER.encode_batch([text]) == [ids]
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_text_stays_text_after_loading(tmp_path):
+    """A tokenizer read from its file treats text that spells the end of text as text, too."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TOKENIZER.to_json(), encoding="utf-8")
+    assert Tokenizer.load(path).encode(END_OF_TEXT) == TOKENIZER.encode(END_OF_TEXT)
+
+
+def test_end_of_text_that_is_a_word_is_never_encoded_from_text():
+    """Whatever the end-of-text token is called, encoding its name does not give its id."""
+    tokenizer = train_tokenizer(["EOS is the EOS of EOS " * 20], 300, end_of_text="EOS")
+    assert tokenizer.end_of_text_id not in tokenizer.encode("EOS")
+
+
+def test_end_of_text_is_spelled_out_and_counts_no_bytes():
+    """The special token decodes to its name and stands for no bytes of text; every other token for at least one."""
+    ids = [TOKENIZER.end_of_text_id, *TOKENIZER.encode("a")]
+    assert TOKENIZER.decode(ids) == END_OF_TEXT + "a"
+    n_bytes = TOKENIZER.token_bytes()
+    assert n_bytes.shape == (TOKENIZER.vocab_size,)
+    assert (n_bytes == 0).nonzero()[0].tolist() == [TOKENIZER.end_of_text_id]
+
+
+def test_token_bytes_of_a_byte_vocabulary_are_one():
+    """Without merges every token but the special one is one byte."""
+    assert BYTES.vocab_size == 257
+    assert sorted(BYTES.token_bytes()) == [0] + [1] * 256
+
+
+def test_little_text_gives_a_smaller_vocabulary():
+    """Where the text has too few merges the vocabulary is smaller than asked, and says so by its size."""
+    assert 257 < train_tokenizer(["ab ab ab"], 4096).vocab_size < 270
+    assert TOKENIZER.vocab_size == 290
+
+
+def test_training_is_deterministic():
+    """The same text gives the same tokenizer."""
+    assert train_tokenizer([WORDS * 20], 290).to_json() == TOKENIZER.to_json()
+
+
+@law
+@given(st.text())
+def test_decode_stream_gives_the_same_text(text):
+    """Text decoded as ids arrive is the text decoded at once, with characters split over several tokens."""
+    for tokenizer in (TOKENIZER, BYTES):
+        pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))
+        assert "".join(pieces) == text
+
+
+@law
+@given(st.lists(st.integers(0, 289), max_size=16))
+def test_decode_stream_of_any_ids_loses_nothing(ids):
+    """Ids that are not valid UTF-8, as an untrained model writes them, stream to the text that decode gives."""
+    assert "".join(TOKENIZER.decode_stream(ids)) == TOKENIZER.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufffd" * 10, "a" + "\ufffd" * 40 + "b", "\ufffd" * 5 + "\U0001f600"], ids=["10", "40", "5 and more"]
+)
+def test_decode_stream_keeps_long_runs_of_the_replacement_character(text):
+    """U+FFFD in the text itself is a character like any other, however many follow each other."""
+    assert "".join(BYTES.decode_stream(BYTES.encode(text))) == text
+
+
+def test_decode_stream_keeps_a_character_that_follows_many_stray_bytes():
+    """A whole character after a run of invalid bytes arrives whole."""
+    stray = BYTES.encode("\u00e9")[1:] * 16
+    ids = stray + BYTES.encode("\u20ac")
+    assert "".join(BYTES.decode_stream(ids)) == BYTES.decode(ids)
+
+
+def test_decode_stream_holds_back_only_incomplete_characters():
+    """Each piece comes as soon as its characters are whole: one for each letter, one for the three bytes of a euro."""
+    assert list(BYTES.decode_stream(BYTES.encode("ab\u20acc"))) == ["a", "b", "\u20ac", "c"]
+    assert list(BYTES.decode_stream(BYTES.encode("a\u20ac")[:-1])) == ["a", "\ufffd"]
+
+
+def word_tokenizer() -> Tokenizer:
+    """Return a tokenizer whose decoder drops the first word's space, as SentencePiece's does."""
+    vocabulary = {"<s>": 0, "\u2581hello": 1, "\u2581w\u00f6rld": 2}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens(["<s>"])
+    return Tokenizer(backend, "<s>")
+
+
+def test_decode_stream_keeps_the_spaces_of_a_sentencepiece_tokenizer():
+    """A tokenizer that was given as a file may mark words instead of bytes; its spaces stream, too."""
+    tokenizer = word_tokenizer()
+    ids = tokenizer.encode("hello w\u00f6rld hello")
+    assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids) == "hello w\u00f6rld hello"
+
+
+def test_token_bytes_of_a_sentencepiece_tokenizer_count_utf8():
+    """Outside byte-level tokenizers a token counts its UTF-8 bytes, the word mark as one space."""
+    assert word_tokenizer().token_bytes().tolist() == [0, 6, 7]
+
+
+def test_pre_tokenizer_is_exactly_gpt2s_byte_level():
+    """The saved file has GPT-2's pipeline: byte level, no normaliser, no prefix space, nothing added, all 256 bytes."""
+    saved = json.loads(TOKENIZER.to_json())
+    assert saved["pre_tokenizer"]["type"] == saved["decoder"]["type"] == "ByteLevel"
+    assert saved["pre_tokenizer"]["add_prefix_space"] is False
+    assert saved["pre_tokenizer"]["use_regex"] is True
+    assert [saved[key] for key in ("normalizer", "post_processor", "truncation", "padding")] == [None] * 4
+    assert saved["model"]["type"] == "BPE"
+    assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(saved["model"]["vocab"])
+    assert [token["content"] for token in saved["added_tokens"] if token["special"]] == [END_OF_TEXT]
+
+
+def test_pre_tokenizer_splits_as_gpt2_does():
+    """Words keep one leading space, other spaces, digits and contractions split as GPT-2 splits them."""
+    backend = tokenizers.Tokenizer.from_str(TOKENIZER.to_json())
+    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("Hi  dog's 12\u00e9!\n")]
+    assert pieces == ["Hi", "\u0120", "\u0120dog", "'s", "\u012012", "\u00c3\u00a9", "!", "\u010a"]
+
+
+def test_missing_tokenizer_file_names_the_path(tmp_path):
+    """A path without a file is answered with the path and what would have been accepted."""
+    with pytest.raises(FileNotFoundError, match=r"none\.json.*tokenizer\.json"):
+        Tokenizer.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0", "model": {}}'])
+def test_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    """A file that holds something else is an error with its path."""
+    path = tmp_path / "wrong.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"wrong\.json is not a tokenizer\.json"):
+        Tokenizer.load(path)
+
+
+def test_end_of_text_that_the_tokenizer_lacks_is_refused(tmp_path):
+    """An end-of-text token that is not in the file is an error with the key and the value."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TOKENIZER.to_json(), encoding="utf-8")
+    with pytest.raises(InputError, match=r"data\.tokenizer\.end_of_text .*got '</s>'"):
+        Tokenizer.load(path, "</s>")

@@ -1,0 +1,131 @@
+"""The scripts as a user runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def run_dir(small_values, tmp_path_factory) -> Path:
+    """A run of eight steps made by the script."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "small.yaml").write_text(yaml.safe_dump(small_values), encoding="utf-8")
+    done = script("train.py", "--config", folder / "small.yaml", "--run-dir", folder / "run", "--max-steps", 8)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder / "run"
+
+
+def test_train_says_what_it_does(run_dir):
+    """Parameters, stages, device, evaluations, samples and what to run next; plain lines, no control characters."""
+    text = (run_dir.parent / "stdout.txt").read_text()
+    for expected in ("active per token", "top-2", "until", "cpu", "fp32", "validation at step 0", "bits_per_byte"):
+        assert expected in text
+    assert "--- prose ---\nThe " in text
+    assert "--- code ---\ndef " in text
+    assert "next: python scripts/generate.py" in text
+    assert "\r" not in text
+    assert "\x1b" not in text
+
+
+def test_train_resumes_and_says_when_it_is_finished(run_dir):
+    """--resume goes on to the end; on a finished run it says so and exits 0."""
+    arguments = ["--config", run_dir.parent / "small.yaml", "--run-dir", run_dir, "--resume"]
+    assert script("train.py", *arguments).returncode == 0
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    again = script("train.py", *arguments)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "this run is finished" in again.stdout
+
+
+def test_train_on_an_existing_run_exits_2(run_dir):
+    """One line on stderr, status 2, nothing changed."""
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = script("train.py", "--config", run_dir.parent / "small.yaml", "--run-dir", run_dir)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "already holds a run" in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_interrupted_training_saves_and_says_how_to_resume(small_yaml, tmp_path):
+    """SIGINT: status 130, a checkpoint, and the command that goes on."""
+    command = [sys.executable, ROOT / "scripts/train.py", "--config", small_yaml, "--run-dir", tmp_path / "run"]
+    command += ["schedule.stages.2.until_tokens=6144000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_generate_prints_prompt_and_text_only(run_dir):
+    """stdout starts with the prompt; notes are on stderr; a seed repeats; greedy ignores the seed."""
+    arguments = [run_dir, "--prompt", "def ", "--max-new-tokens", 12]
+    first, second = (script("generate.py", *arguments, "--seed", 3) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def ")
+    assert first.stdout == second.stdout
+    assert "step_" not in first.stdout
+    assert "step_" in first.stderr
+    greedy = {script("generate.py", *arguments, "--temperature", 0, "--seed", s).stdout for s in (1, 2)}
+    assert len(greedy) == 1
+
+
+def test_evaluate_prints_a_row_per_source(run_dir):
+    """Loss, perplexity and bits per byte for each source; the loss is the run's last evaluation."""
+    script("train.py", "--config", run_dir.parent / "small.yaml", "--run-dir", run_dir, "--resume")
+    done = script("evaluate.py", run_dir)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert set(rows) == {"source", "prose", "code"}
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(rows["code"][2]) == pytest.approx(last["val/code/ce_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("generate.py", ["{run}", "--prompt", "word " * 200], "shorter than the context of 64 tokens"),
+        ("generate.py", ["{run}", "--prompt", ""], "must have at least one token"),
+        ("generate.py", ["{run}", "--prompt", "a", "--top-p", "1.5"], "top_p must be at most 1, got 1.5"),
+        ("generate.py", ["{run}", "--prompt", "a", "--device", "tpu"], "got 'tpu'"),
+        ("generate.py", ["{tmp}/nothing", "--prompt", "a"], "no complete checkpoint at"),
+        ("evaluate.py", ["{tmp}/nothing"], "no complete checkpoint at"),
+        ("train.py", ["--config", "nothing.yaml"], "no config at nothing.yaml"),
+        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "model.n_layer=3"], "did you mean n_layers"),
+        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "/proc/no/such"], "/proc/no"),
+        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--device", "cuda:99"], "is not there"),
+        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "no complete"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run_dir, name, arguments, expected):
+    """Status 2, the problem on stderr without a traceback, nothing on stdout that looks like a result."""
+    filled = [argument.format(run=run_dir, tmp=run_dir.parent) for argument in arguments]
+    done = script(name, *filled)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run_dir.parent / "x").exists()

@@ -1,0 +1,155 @@
+"""Checkpoints: complete or absent, verified, and of the model they are loaded into."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.data.tokenizer import train_tokenizer
+from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.train import checkpoint
+from moe_gpt.train.checkpoint import RunFacts, list_checkpoints, load_model, load_training_state, save_checkpoint
+from moe_gpt.train.optimizer import build_optimizer
+from moe_gpt.train.schedule import StepPlan
+from moe_gpt.train.step import MicroBatch, TrainState, train_step
+from moe_gpt.validation import InputError
+
+
+def make_run(seed: int = 0, **settings) -> tuple[TrainState, RunFacts]:
+    shape = {"n_layers": 2, "d_model": 32, "n_heads": 2, "head_dim": 16, "d_ff": 32, "n_experts": 4, **settings}
+    tokenizer = train_tokenizer(["some text to learn from"], 300)
+    config = RunConfig(model=ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
+    torch.manual_seed(seed)
+    model = MoEGPT(config.model)
+    state = TrainState(model, build_optimizer(model, config.optimizer))
+    tokens = torch.randint(200, (2, 17))
+    plan = StepPlan(16, 32, 1e-3)
+    train_step(state, [MicroBatch(tokens[:, :-1], tokens[:, 1:])], plan, config, "fp32")
+    return state, RunFacts(config, tokenizer, {"prose": "abc"}, {"device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"balance": "bias"}, {"tie_embeddings": True, "attention_sharing": 2}, {"n_experts": 1, "top_k": 1}],
+)
+def test_checkpoint_restores_everything(tmp_path, settings):
+    """Weights, bias, moments, progress and torch's generator come back bit for bit."""
+    state, facts = make_run(0, **settings)
+    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    expected_random = torch.rand(3)
+    other, _ = make_run(1, **settings)
+    load_training_state(other, path)
+    assert torch.equal(torch.rand(3), expected_random)
+    assert (other.step, other.tokens_seen) == (state.step, state.tokens_seen)
+    saved, loaded = state.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    for a, b in zip(state.model.parameters(), other.model.parameters(), strict=True):
+        assert all(torch.equal(state.optimizer.state[a][k], other.optimizer.state[b][k]) for k in ("exp_avg", "step"))
+
+
+def test_checkpoint_of_equal_state_has_equal_files(tmp_path):
+    """Saving the same state twice gives the same bytes."""
+    state, facts = make_run()
+    first, second = (save_checkpoint(tmp_path / name, state, facts, keep_last=1) for name in "ab")
+    assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
+
+
+def test_checkpoint_holds_no_pickle(tmp_path):
+    """Every file is safetensors, JSON or YAML."""
+    state, facts = make_run()
+    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
+
+
+def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypatch):
+    """An error while writing leaves no new folder, no temporary one, and the previous checkpoint intact."""
+    state, facts = make_run()
+    first = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state.step += 1
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(checkpoint, "_write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, state, facts, keep_last=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
+    checkpoint.verify_checkpoint(first)
+
+
+def test_checkpoint_without_manifest_or_under_a_temporary_name_is_not_found(tmp_path):
+    """Only complete folders count; "latest" is the latest complete one."""
+    state, facts = make_run()
+    first = save_checkpoint(tmp_path, state, facts, keep_last=3)
+    shutil.copytree(first, first.with_name("step_00000009.tmp"))
+    shutil.copytree(first, first.with_name("step_00000008"))
+    (first.with_name("step_00000008") / "manifest.json").unlink()
+    assert list_checkpoints(tmp_path) == [first]
+    assert checkpoint.resolve_checkpoint(tmp_path) == first
+
+
+def test_checkpoint_keeps_the_last_ones(tmp_path):
+    """keep_last: 2 leaves the two newest."""
+    state, facts = make_run()
+    for state.step in (1, 2, 10, 100):
+        save_checkpoint(tmp_path, state, facts, keep_last=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000100"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_checkpoint_damage_is_named(tmp_path, name, damage):
+    """A changed, shortened or missing file is found by the manifest and named."""
+    state, facts = make_run()
+    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    content = bytearray((path / name).read_bytes())
+    if damage == "delete":
+        (path / name).unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content if damage == "flip" else content[:-1])
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        load_model(path)
+
+
+def test_checkpoint_of_another_format_is_refused(tmp_path):
+    """The error names both versions."""
+    state, facts = make_run()
+    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    values = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**values, "format_version": 7}))
+    with pytest.raises(InputError, match="format version 7, this code reads 1"):
+        checkpoint.read_state(path)
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
+    """The error names a tensor with both shapes, and tensors that are missing."""
+    state, facts = make_run()
+    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    wider, _ = make_run(d_ff=48)
+    with pytest.raises(InputError, match=r"down has shape \(4, 32, 32\), the model wants \(4, 32, 48\)"):
+        checkpoint.load_weights(wider.model, path)
+    deeper, _ = make_run(n_layers=3)
+    with pytest.raises(InputError, match=r"blocks\.2\.attention.*is missing"):
+        checkpoint.load_weights(deeper.model, path)
+
+
+def test_load_model_gives_the_trained_model(tmp_path):
+    """load_model returns the same function, in evaluation mode, with its tokenizer."""
+    state, facts = make_run()
+    save_checkpoint(tmp_path, state, facts, keep_last=1)
+    loaded = load_model(tmp_path)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded.model(tokens).logits, state.model.eval()(tokens).logits)
+    assert not loaded.model.training
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("text")) == "text"
+
+
+def test_load_model_names_a_path_that_is_no_run(tmp_path):
+    """A folder without checkpoints is named with what would be accepted."""
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint at .*give a run folder"):
+        load_model(tmp_path / "nowhere")

@@ -1,0 +1,247 @@
+"""Whole small runs in this process: what is written, where they stop, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from moe_gpt.config import RunConfig
+from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
+from moe_gpt.train.loop import Limits, train
+from moe_gpt.train.metrics import read_metrics
+from moe_gpt.train.run_folder import locked
+from moe_gpt.train.setup import Run, set_up_run, write_run_files
+from moe_gpt.validation import InputError
+
+CPU = torch.device("cpu")
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def progress(self, tokens_seen, line):
+        """Show nothing."""
+
+    def scores(self, step, scores):
+        """Show nothing."""
+
+
+def run_training(config: RunConfig, run_dir, display=None, resume=False, init_from=None, **limits) -> tuple[Run, str]:
+    run = set_up_run(config, run_dir, CPU, resume=resume, init_from=init_from, say=lambda text: None)
+    with locked(run_dir):
+        write_run_files(run)
+        outcome = train(run, Limits(**limits), display or Silent())
+    return run, outcome
+
+
+def change(config: RunConfig, section: str, **settings) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **settings)})
+
+
+def step_lines(run_dir) -> list[dict]:
+    lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def weights(run_dir) -> bytes:
+    folder = resolve_checkpoint(run_dir)
+    return (folder / "model.safetensors").read_bytes() + (folder / "optimizer.safetensors").read_bytes()
+
+
+def test_run_writes_what_it_promises(small_config, tmp_path):
+    """Resolved config, tokenizer, a line per step with every key, evaluations at the start and the end."""
+    run, outcome = run_training(small_config, tmp_path)
+    assert outcome == "finished"
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    steps, evaluations = [x for x in lines if "loss" in x], [x for x in lines if "val/prose/ce_loss" in x]
+    assert [line["step"] for line in steps] == list(range(1, run.state.step + 1))
+    assert [line["tokens_seen"] for line in evaluations] == [0, 6144]
+    keys = "step tokens_seen loss ce_loss load_balancing_loss router_z_loss lr seq_len batch_tokens grad_norm"
+    assert set(steps[0]) >= {*keys.split(), "tokens_per_second"}
+    assert set(evaluations[0]) >= {f"val/{s}/{m}" for s in ("prose", "code") for m in ("ce_loss", "bits_per_byte")}
+    assert RunConfig.from_mapping(json.loads(json.dumps(dataclasses.asdict(run.config)))) == run.config
+    assert {"config.yaml", "metrics.jsonl", "tokenizer.json", "checkpoints"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_run_follows_the_curriculum(small_config, tmp_path):
+    """Every stage ends on its token count, tokens_seen is the sum of the batches, and seq_len follows the stage."""
+    run_training(small_config, tmp_path)
+    seen = 0
+    for line in step_lines(tmp_path):
+        assert line["seq_len"] == (16 if seen < 1024 else 32 if seen < 3072 else 64)
+        seen += line["batch_tokens"]
+        assert line["tokens_seen"] == seen
+    ends = {line["tokens_seen"] for line in step_lines(tmp_path)}
+    assert {1024, 3072, 6144} <= ends
+
+
+def test_run_learns(small_config, tmp_path):
+    """Validation loss falls by more than half a nat on both sources."""
+    run_training(small_config, tmp_path)
+    first, last = (x for x in read_metrics(tmp_path / "metrics.jsonl") if "val/prose/ce_loss" in x)
+    for source in ("prose", "code"):
+        assert last[f"val/{source}/ce_loss"] < first[f"val/{source}/ce_loss"] - 0.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"balance": "bias", "router_noise": 0.1, "capacity_factor": 1.0}])
+def test_resume_in_every_stage_is_bit_identical(small_config, tmp_path, settings):
+    """Stop in each stage, at a stage's end and with accumulation, resume: same metrics, same final files."""
+    config = change(small_config, "model", **settings)
+    run_training(config, tmp_path / "whole")
+    for stop_at in (3, 8, 12, 18, 22):
+        run_training(config, tmp_path / "pieces", resume=True, max_steps=stop_at)
+    _, outcome = run_training(config, tmp_path / "pieces", resume=True)
+    assert outcome == "finished"
+    assert step_lines(tmp_path / "pieces") == step_lines(tmp_path / "whole")
+    assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
+
+
+def test_resume_from_an_older_checkpoint_drops_later_lines(small_config, tmp_path):
+    """After a crash between checkpoints every step is in metrics.jsonl exactly once, with the same values."""
+    config = change(small_config, "checkpoint", every_steps=5, keep_last=10)
+    run_training(config, tmp_path)
+    whole, final = step_lines(tmp_path), weights(tmp_path)
+    for folder in list_checkpoints(tmp_path)[2:]:
+        (folder / "manifest.json").unlink()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 25, "lo')
+    run_training(config, tmp_path, resume=True)
+    assert step_lines(tmp_path) == whole
+    assert weights(tmp_path) == final
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_another_differ(small_config, tmp_path):
+    """A run is a function of its config; the seed is part of it."""
+    run_training(small_config, tmp_path / "a")
+    run_training(small_config, tmp_path / "b")
+    run_training(change(small_config, "train", seed=1), tmp_path / "c")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_evaluating_and_saving_do_not_change_the_run(small_config, tmp_path):
+    """A run with many evaluations and checkpoints ends with the weights of one without."""
+    run_training(change(small_config, "model", router_noise=0.1), tmp_path / "plain")
+    busy = change(small_config, "model", router_noise=0.1)
+    busy = change(change(busy, "train", eval_every_steps=4), "checkpoint", every_steps=3)
+    run_training(busy, tmp_path / "busy")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "busy")
+
+
+def test_limits_stop_with_an_evaluation_and_a_checkpoint(small_config, tmp_path):
+    """max_steps and max_minutes end cleanly at a step and change no schedule."""
+    run, outcome = run_training(small_config, tmp_path / "steps", max_steps=4)
+    assert (outcome, run.state.step, run.schedule.total_tokens) == ("max_steps", 4, 6144)
+    assert read_metrics(tmp_path / "steps" / "metrics.jsonl")[-1].keys() >= {"val/code/ce_loss"}
+    assert load_model(tmp_path / "steps").step == 4
+    run, outcome = run_training(small_config, tmp_path / "minutes", max_minutes=1e-6)
+    assert (outcome, run.state.step) == ("max_minutes", 1)
+
+
+def test_signal_finishes_the_step_and_saves(small_config, tmp_path):
+    """SIGINT ends the run after the step it arrives in, with a checkpoint."""
+
+    class Interrupting(Silent):
+        def progress(self, tokens_seen, line):
+            if line["step"] == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    run, outcome = run_training(small_config, tmp_path, Interrupting())
+    assert outcome == "SIGINT"
+    assert load_model(tmp_path).step == run.state.step == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_run_folder_that_holds_a_run_is_refused(small_config, tmp_path):
+    """Without --resume a second run in the folder is an error that says what to do."""
+    run_training(small_config, tmp_path, max_steps=1)
+    with pytest.raises(InputError, match=r"already holds a run; continue it with --resume"):
+        run_training(small_config, tmp_path)
+
+
+def test_run_folder_in_use_is_refused(small_config, tmp_path):
+    """Two processes never train in one folder."""
+    with locked(tmp_path), pytest.raises(InputError, match="in use by another training process"):
+        run_training(small_config, tmp_path)
+
+
+def test_resume_with_other_settings_names_them(small_config, tmp_path):
+    """Settings that would change the result are refused with both values; others may change."""
+    run_training(small_config, tmp_path, max_steps=2)
+    with pytest.raises(InputError, match=r"train\.seed is 0 in the run, got 3"):
+        run_training(change(small_config, "train", seed=3), tmp_path, resume=True)
+    harmless = change(change(small_config, "checkpoint", keep_last=7), "train", eval_every_steps=2)
+    _, outcome = run_training(harmless, tmp_path, resume=True)
+    assert outcome == "finished"
+
+
+def test_resume_with_other_data_is_refused(small_config, corpus_dir, tmp_path):
+    """A source whose text changed is named."""
+    for path in corpus_dir.glob("*.txt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    sources = tuple(
+        dataclasses.replace(source, files=str(tmp_path / f"{source.name}_*.txt")) for source in small_config.data.sources
+    )
+    config = change(small_config, "data", sources=sources)
+    run_training(config, tmp_path / "run", max_steps=2)
+    changed = tmp_path / "prose_03.txt"
+    changed.write_text(changed.read_text().replace("e", "a"))
+    with pytest.raises(InputError, match="the text of source prose is not what it was"):
+        run_training(config, tmp_path / "run", resume=True)
+
+
+def test_init_from_continues_at_a_longer_context(small_config, tmp_path):
+    """A new run takes weights and tokenizer, with a new schedule, max_seq_len and rope_theta (the reports' 8k to 32k)."""
+    run_training(small_config, tmp_path / "first")
+    longer = change(small_config, "model", max_seq_len=128, rope_theta=40_000.0)
+    stages = (dataclasses.replace(small_config.schedule.stages[-1], until_tokens=1024, seq_len=128, batch_tokens=256),)
+    longer = change(change(longer, "schedule", stages=stages, warmup_tokens=0), "train", micro_batch_tokens=256)
+    second, outcome = run_training(longer, tmp_path / "second", init_from=tmp_path / "first")
+    assert outcome == "finished"
+    first_line = read_metrics(tmp_path / "second" / "metrics.jsonl")[0]
+    assert first_line["step"] == 0
+    assert first_line["val/code/ce_loss"] < 5.0  # an untrained model starts at ln 400 = 5.99
+    assert (tmp_path / "second/tokenizer.json").read_text() == (tmp_path / "first/tokenizer.json").read_text()
+
+
+def test_init_from_another_shape_names_the_keys(small_config, tmp_path):
+    """Weights of another model are refused with both values."""
+    run_training(small_config, tmp_path / "first", max_steps=1)
+    with pytest.raises(InputError, match=r"model\.d_ff is 32 there, got 48"):
+        run_training(change(small_config, "model", d_ff=48), tmp_path / "second", init_from=tmp_path / "first")
+    assert not (tmp_path / "second").exists()
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused(small_config, tmp_path):
+    """model.vocab_size may be larger than the tokenizer's, never smaller."""
+    with pytest.raises(InputError, match=r"model\.vocab_size must be at least the tokenizer's 400, got 300"):
+        run_training(change(small_config, "model", vocab_size=300), tmp_path)
+    run, _ = run_training(change(small_config, "model", vocab_size=448), tmp_path, max_steps=1)
+    assert run.state.model.output.weight.shape[0] == 448
+
+
+def test_open_schedule_is_one_big_epoch(small_config, tmp_path):
+    """Without a total the run passes over prose once and over code twice, to within a chunk."""
+    stages = (*small_config.schedule.stages[:2], dataclasses.replace(small_config.schedule.stages[2], until_tokens=None))
+    run = set_up_run(change(small_config, "schedule", stages=stages), tmp_path, CPU, say=lambda text: None)
+    sizes = {source.config.name: len(source.train) for source in run.data.sources}
+    assert sizes["prose"] + 2 * sizes["code"] - run.schedule.total_tokens in range(64)
+    assert run.passes == {"prose": pytest.approx(1, rel=0.01), "code": pytest.approx(2, rel=0.01)}
+
+
+def test_evaluation_by_hand(small_config, tmp_path):
+    """ce_loss is the mean over the scored tokens; bits per byte divides the total bits by the text's bytes."""
+    run, _ = run_training(small_config, tmp_path, max_steps=2)
+    score = run.evaluator(run.state.model, "fp32")["code"]
+    tokens = torch.from_numpy(run.data.sources[1].validation.tokens[: 512 + 1].astype("int64"))
+    with torch.no_grad():
+        logits = run.state.model.eval()(tokens[:-1].view(-1, 64)).logits
+    ce_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:])
+    text = run.data.tokenizer.decode(tokens[1:].tolist()).replace("<|endoftext|>", "")
+    assert score.n_tokens == 512
+    assert score.ce_loss == pytest.approx(float(ce_loss), rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(float(ce_loss) * 512 / 0.6931472 / len(text.encode()), rel=0.005)
