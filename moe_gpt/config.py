@@ -75,7 +75,7 @@ class ModelConfig(Section):
     norm_eps: Positive = 1e-5
     """Added to the mean square in RMSNorm."""
     init_std: Positive = 0.02
-    """Standard deviation of the initial weights; into the residual init_std / sqrt(2 n_layers), output 1 / d_model."""
+    """Standard deviation of the initial weights; projections into the residual use init_std / sqrt(2 n_layers)."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield what is impossible about the shape."""

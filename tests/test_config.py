@@ -132,6 +132,7 @@ def test_count_refuses_what_is_not_a_whole_number(problems, text, shown):
     ("text", "line"),
     [
         ("optimizer: {lr: .nan}", "optimizer.lr must be a number above 0, got nan"),
+        ("optimizer: {lr: .inf}", "optimizer.lr must be a number above 0, got inf"),
         ("optimizer: {lr: true}", "optimizer.lr must be a number above 0, got True"),
         ("optimizer: {beta1: 1}", "optimizer.beta1 must be a number of at least 0 and below 1, got 1"),
         ("train: {compile: 1}", "train.compile must be true or false, got 1"),
@@ -187,6 +188,10 @@ def test_single_expert_per_token_is_allowed_where_the_router_still_learns(load, 
             ["stages.1.until_tokens", "640", "got 320"],
         ),
         (
+            "{seq_len: 64, batch_tokens: 64, until_tokens: 640}, {seq_len: 64, batch_tokens: 64, until_tokens: 640}",
+            ["stages.1.until_tokens", "greater", "got 640"],
+        ),
+        (
             "{seq_len: 64, batch_tokens: 64, until_tokens: 640}, {seq_len: 128, batch_tokens: 128, until_tokens: 800}",
             ["stages.1.until_tokens", "seq_len=128", "start 640", "got 800", "use 768"],
         ),
@@ -240,6 +245,12 @@ def test_impossible_sources_are_refused(problems, sources, parts):
     """Each contradiction within and between sources is exactly one problem with its number and values."""
     (line,) = problems(f"schedule: {{stages: [{STAGE}]}}\ndata: {{sources: [{sources}]}}")
     assert [part for part in parts if part not in line] == []
+
+
+def test_learning_rate_may_stay_where_it_is(load):
+    """A final learning rate equal to the peak is allowed, as a rate of 0 at the end is."""
+    assert load("optimizer: {lr: 1e-3, min_lr: 1e-3}").optimizer.min_lr == 1e-3
+    assert load("optimizer: {lr: 1e-3, min_lr: 0}").optimizer.min_lr == 0
 
 
 def test_weights_need_a_length_of_the_run(problems):

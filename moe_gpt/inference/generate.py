@@ -35,9 +35,9 @@ def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Return the distribution (V,) that the next token is drawn from: temperature, then top-k, then top-p."""
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
-    logits = logits.float() / sampling.temperature
+    logits = (logits.float() - logits.max()) / sampling.temperature  # the largest is 0: nothing overflows
     if 0 < sampling.top_k < len(logits):
-        logits = logits.where(logits >= logits.topk(sampling.top_k).values[-1], -torch.inf)
+        logits = logits.index_fill(0, logits.argsort(descending=True, stable=True)[sampling.top_k :], -torch.inf)
     probs = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)

@@ -20,7 +20,7 @@ _LONGEST_BY_PRODUCTS = 512
 
 def rotary_angles(
     positions: Int[Tensor, "B T"], head_dim: int, rope_theta: float
-) -> tuple[Float[Tensor, "B T 1 Dh/2"], Float[Tensor, "B T 1 Dh/2"]]:
+) -> tuple[Float[Tensor, "B T 1 {head_dim}//2"], Float[Tensor, "B T 1 {head_dim}//2"]]:
     """Return cosine and sine of each position's rotation angles in float32 (RoFormer, eq. 15)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].float() * rope_theta**-exponents
@@ -117,6 +117,11 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+
+    def init_weights(self, std: float, residual_std: float) -> None:
+        """Draw weights: normal with ``std``, the projection into the residual stream with ``residual_std``."""
+        nn.init.normal_(self.qkv.weight, std=std)
+        nn.init.normal_(self.out.weight, std=residual_std)
 
     def forward(
         self,

@@ -103,7 +103,7 @@ def combine_rows(
     return (chosen * expert_weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
 
 
-def within_capacity(dispatch: Dispatch, expert_capacity: int) -> Bool[Tensor, "N K"]:
+def within_capacity(dispatch: Dispatch, expert_capacity: int | Tensor) -> Bool[Tensor, "N K"]:
     """Return which assignments keep their slot when an expert has ``expert_capacity`` of them.
 
     Token-first: slots go to the earliest tokens of the flattened batch, so a later token never evicts an earlier

@@ -30,12 +30,12 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
+        grad_up.copy_(grad * F.silu(gate))
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
         return grad_gate_up
 
 
-def swiglu(gate_up: Float[Tensor, "*batch 2F"]) -> Float[Tensor, "*batch F"]:
+def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batch gate_and_up//2"]:
     """Return silu(gate) * up, where the last dimension holds the gate's F values and then the up projection's."""
     return _SwiGLU.apply(gate_up)
 
@@ -47,6 +47,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def init_weights(self, std: float, residual_std: float) -> None:
+        """Draw weights: normal with ``std``, the projection into the residual stream with ``residual_std``."""
+        nn.init.normal_(self.gate_up.weight, std=std)
+        nn.init.normal_(self.down.weight, std=residual_std)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return down(silu(gate(x)) * up(x))."""
@@ -63,6 +68,11 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(config.n_experts, 2 * config.d_ff, config.d_model))
         self.down = nn.Parameter(torch.empty(config.n_experts, config.d_model, config.d_ff))
+
+    def init_weights(self, std: float, residual_std: float) -> None:
+        """Draw weights: normal with ``std``, the projection into the residual stream with ``residual_std``."""
+        nn.init.normal_(self.gate_up, std=std)
+        nn.init.normal_(self.down, std=residual_std)
 
     def forward(self, rows: Float[Tensor, "R D"], segment_ends: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Apply expert e to the rows of segment e.
@@ -85,7 +95,7 @@ def segment_mm(
     rows: Float[Tensor, "R I"], weights: Float[Tensor, "E O I"], segment_ends: Int[Tensor, "E"]
 ) -> Float[Tensor, "R O"]:
     """Do the same one segment at a time: any size and type, but the host waits to learn the segments' ends."""
-    ends = segment_ends.tolist()
+    ends = [rows.shape[0]] * len(weights) if rows.is_meta else segment_ends.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)] + [rows.shape[0] - ends[-1]]
     *segments, rest = rows.split(sizes)
     products = [F.linear(segment, weight) for segment, weight in zip(segments, weights.unbind(), strict=True)]

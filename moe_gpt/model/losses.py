@@ -57,8 +57,8 @@ def router_z_loss(
 def _mean(values: Tensor, valid_mask: Tensor | None) -> Tensor:
     if valid_mask is None:
         return values.mean(dim=0)
-    weights = valid_mask.to(values.dtype)
-    return torch.tensordot(weights, values, dims=1) / weights.sum().clamp(min=1)
+    weights = valid_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    return (weights * values).sum(dim=0) / weights.sum().clamp(min=1)  # no matrix product: autocast would round it
 
 
 class LossTerms(NamedTuple):

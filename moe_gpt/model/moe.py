@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -46,7 +46,8 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, make_router: Callable[[ModelConfig], nn.Module] = Router) -> None:
         super().__init__()
         self.n_experts, self.top_k = config.n_experts, config.top_k
-        self.capacity_factor = config.capacity_factor
+        factor = config.capacity_factor
+        self.capacity_ratio = None if factor is None else Fraction(str(factor)).as_integer_ratio()
         self.router = make_router(config)
         self.experts = Experts(config)
 
@@ -66,8 +67,10 @@ class MoE(nn.Module):
         tokens_per_expert = count_assignments(routing.expert_indices, self.n_experts, valid)
 
         expert_weights, dropped_tokens = routing.expert_weights, tokens_per_expert.new_zeros(())
-        if self.training and self.capacity_factor is not None:
-            expert_capacity = math.ceil(self.capacity_factor * routing.expert_indices.numel() / self.n_experts)
+        if self.training and self.capacity_ratio is not None:
+            n_assigned = routing.expert_indices.numel() if valid is None else valid.sum() * self.top_k
+            slots, per = self.capacity_ratio  # exact: 1.1 of 10 is 11, in floats a little more
+            expert_capacity = -(-n_assigned * slots // (per * self.n_experts))
             expert_weights, dropped_tokens = self._drop(routing.expert_indices, expert_weights, valid, expert_capacity)
 
         rows = dispatch_tokens(tokens.to(_compute_dtype(x)), dispatch)
@@ -82,7 +85,7 @@ class MoE(nn.Module):
         return y, stats
 
     def _drop(
-        self, indices: Tensor, weights: Tensor, valid: Tensor | None, expert_capacity: int
+        self, indices: Tensor, weights: Tensor, valid: Tensor | None, expert_capacity: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Zero the weights of assignments beyond their expert's capacity; padding takes no slot."""
         if valid is None:
@@ -98,4 +101,5 @@ class MoE(nn.Module):
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """Return the type that autocast would give a matrix product of x."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if has_autocast else x.dtype

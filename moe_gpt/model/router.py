@@ -56,9 +56,15 @@ class Router(nn.Module):
         bias = torch.zeros(config.n_experts) if config.balance == "bias" else None
         self.register_buffer("expert_bias", bias)
 
+    def init_weights(self, std: float, residual_std: float) -> None:
+        """Draw the weight, normal with ``std``, and clear the balancing bias."""
+        nn.init.normal_(self.weight, std=std)
+        if self.expert_bias is not None:
+            nn.init.zeros_(self.expert_bias)
+
     def logits(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
         """Return the router logits in float32, with noise in training where the config asks for it."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
         if self.training and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)
@@ -73,7 +79,8 @@ class Router(nn.Module):
         router_logits = self.logits(x)
         router_probs = router_logits.softmax(dim=-1)
         expert_indices = choose_experts(self.scores(x, router_probs), self.top_k)
-        expert_weights = router_probs.gather(-1, expert_indices)
         if self.normalize_topk:
-            expert_weights = expert_weights / expert_weights.sum(dim=-1, keepdim=True)
+            expert_weights = router_logits.gather(-1, expert_indices).softmax(dim=-1)
+        else:
+            expert_weights = router_probs.gather(-1, expert_indices)
         return Routing(expert_indices, expert_weights, router_logits, router_probs)

@@ -108,30 +108,20 @@ class MoEGPT(nn.Module):
 
         Matrices are normal with ``init_std``; the two projections into the residual stream of each block are
         divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2); norms are 1.
-        The output matrix is normal with 1 / d_model, so that the loss starts close to ln V; a tied one starts as the
-        embedding. Call it again after materialising a model built on the meta device.
+        The logits then start with variance d_model · init_std², and the loss about half of that above ln V. Call it
+        again after materialising a model built on the meta device.
         """
+        if self.config.tie_embeddings:  # materialising a meta model unties them
+            self.output.weight = self.embedding.weight
         std = self.config.init_std
-        into_residual = std / math.sqrt(2 * self.config.n_layers)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
-            elif isinstance(module, Router):
-                nn.init.normal_(module.weight, std=std)
-                if module.expert_bias is not None:
-                    nn.init.zeros_(module.expert_bias)
-            elif isinstance(module, Experts):
-                nn.init.normal_(module.gate_up, std=std)
-                nn.init.normal_(module.down, std=into_residual)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                nn.init.normal_(module.out.weight, std=into_residual)
-            elif isinstance(module, FeedForward):
-                nn.init.normal_(module.down.weight, std=into_residual)
+        nn.init.normal_(self.embedding.weight, std=std)
         if not self.config.tie_embeddings:
-            nn.init.normal_(self.output.weight, std=1 / self.config.d_model)
+            nn.init.normal_(self.output.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Attention | Router | Experts | FeedForward):
+                module.init_weights(std, std / math.sqrt(2 * self.config.n_layers))
 
     def forward(
         self,

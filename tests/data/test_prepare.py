@@ -112,6 +112,17 @@ def test_added_file_is_noticed():
     assert prepare_data(config_of("prose"), say=lambda _: None).fingerprint != first.fingerprint
 
 
+def test_tokenizer_follows_the_text():
+    """Other sources in the same cache get a tokenizer trained on their own text."""
+    write_texts("prose", word="tree")
+    write_texts("code", word="lambda")
+    prose, code = (
+        prepare_data(config_of(name, vocab_size=290), say=lambda _: None).tokenizer for name in ("prose", "code")
+    )
+    assert len(prose.encode(" tree")) < len(code.encode(" tree"))
+    assert len(code.encode(" lambda")) < len(prose.encode(" lambda"))
+
+
 def test_changed_file_of_a_local_dataset_is_noticed():
     """A local dataset folder whose file changed gives new tokens as well."""
     source = SourceConfig(name="mine", dataset=str(Path.cwd() / "folder"))

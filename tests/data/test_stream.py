@@ -160,12 +160,12 @@ def test_order_follows_the_seed_alone():
 
 
 def test_epochs_and_sources_have_orders_of_their_own():
-    """Chunks are shuffled, differently in each pass and in each source of equal size."""
-    inputs, _ = read(TrainingStream(numbered(400, 400), [1.0, 1.0], 0, 4), 0, 1600)
-    orders = [inputs[inputs // 100_000 == index].reshape(2, 400) - 100_000 * index for index in (0, 1)]
-    passes = [tuple(one) for order in orders for one in order]
-    assert len(set(passes)) == 4
-    assert all((np.diff(one) % 400 != 1).sum() > 80 for one in passes)
+    """Each pass of each source is cut at another place and its chunks are shuffled in another order."""
+    inputs, _ = read(TrainingStream(numbered(400, 400), [1.0, 1.0], 0, chunk_tokens=20), 0, 1600)
+    passes = [one for i in (0, 1) for one in inputs[inputs // 100_000 == i].reshape(2, 400) - 100_000 * i]
+    assert len({one[0] % 20 for one in passes}) == 4
+    assert len({tuple((one - one[0]) % 400) for one in passes}) == 4
+    assert all((np.diff(one) % 400 != 1).sum() > 12 for one in passes)
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 8, 16])

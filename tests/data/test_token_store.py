@@ -53,6 +53,10 @@ class WideTokenizer:
         """Return the numbers that each text spells."""
         return [[int(word) for word in text.split()] for text in texts]
 
+    def token_bytes(self) -> np.ndarray:
+        """Return a length for every id."""
+        return np.ones(self.vocab_size, dtype=np.int64)
+
 
 def test_tokens_are_the_documents_each_followed_by_end_of_text(tmp_path):
     """Each split is its documents in order, each followed by end-of-text, and no document is in both or neither."""
@@ -143,6 +147,19 @@ def test_documents_all_on_one_side_are_split_by_position(tmp_path, texts, fracti
     assert len(validation) == int(len(tokens_of(group)) * fraction)
     assert train.document_ends[-1] == len(train)
     assert validation.document_ends[-1] == len(validation)
+
+
+def test_split_by_position_may_fall_between_two_documents(tmp_path):
+    """A cut that meets a document's end gives each split its whole documents."""
+    group = [d for d in documents(*(f"number {i:02}" for i in range(99))) if not is_held_out(d, 0.5)][:2]
+    train, validation = build(tmp_path / "store", group, 0.5)
+    assert train.document_ends.tolist() == validation.document_ends.tolist() == [10]
+
+
+def test_digest_depends_on_where_the_splits_meet(tmp_path):
+    """The same tokens cut at another place are other data."""
+    book = documents("one long book. " * 40)
+    assert build(tmp_path / "a", book, 0.1)[0].digest != build(tmp_path / "b", book, 0.2)[0].digest
 
 
 def test_held_out_book_is_split_by_position_too(tmp_path):

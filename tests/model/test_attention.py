@@ -4,10 +4,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import tiny_config
 from torch.testing import assert_close
 
-from moe_gpt.model.attention import Attention, KVCache, causal_mask, rotary_angles, rotate
+from moe_gpt.model import attention
+from moe_gpt.model.attention import (
+    Attention,
+    KVCache,
+    attend,
+    attend_by_products,
+    causal_mask,
+    rotary_angles,
+    rotate,
+)
 
 
 def rotary_of(n_positions: int, head_dim: int = 8, theta: float = 10_000.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +58,14 @@ def random_attention(**changes: object) -> Attention:
     return layer
 
 
+@pytest.fixture(params=["by_products", "by_sdpa"])
+def way_to_attend(request, monkeypatch) -> str:
+    """Run the test with both ways to attend, whatever the context's length."""
+    monkeypatch.setattr(attention, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
+    return request.param
+
+
+@pytest.mark.usefixtures("way_to_attend")
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_attention_equals_a_loop_over_heads(n_kv_heads):
     """Multi-query, grouped-query and multi-head attention are what a loop over heads and positions gives."""
@@ -67,6 +85,42 @@ def test_attention_width_of_heads_need_not_divide_the_model():
     assert_close(y, expected, atol=2e-5, rtol=1e-4)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["none", "one for all", "one per sequence", "one query"])
+def test_attend_by_products_equals_scaled_dot_product_attention(n_kv_heads, mask):
+    """Both ways to attend agree in output and gradients, for every kind of mask that the model makes."""
+    generator = torch.Generator().manual_seed(0)
+    T, S = (1, 9) if mask == "one query" else (9, 9)
+    queries, keys, values = (
+        torch.randn(3, heads, length, 8, generator=generator, requires_grad=True)
+        for heads, length in ((4, T), (n_kv_heads, S), (n_kv_heads, S))
+    )
+    visible = causal_mask(T, S, torch.device("cpu"))[None, None]
+    if mask == "one per sequence":
+        visible = visible & (torch.arange(S) >= torch.tensor([0, 2, 5])[:, None, None, None]) | torch.eye(S).bool()
+    y = attend_by_products(queries, keys, values, None if mask == "none" else visible)
+    expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
+    assert_close(y, expected, atol=1e-5, rtol=1e-4)  # float32 sums in another order
+    upstream = torch.randn(y.shape, generator=generator)
+    gradients = [torch.autograd.grad(result, [queries, keys, values], upstream) for result in (y, expected)]
+    assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_attend_takes_products_on_a_cpu_up_to_the_stated_length(monkeypatch):
+    """Contexts of up to 512 positions are attended by matrix products, longer ones by PyTorch's kernel."""
+    lengths = []
+
+    def by_products(queries, keys, values, mask):
+        lengths.append(keys.shape[2])
+        return attend_by_products(queries, keys, values, mask)
+
+    monkeypatch.setattr(attention, "attend_by_products", by_products)
+    for length in (8, 512, 513):
+        attend(*(torch.zeros(1, 1, length, 2) for _ in range(3)), mask=None)
+    assert lengths == [8, 512]
+
+
+@pytest.mark.usefixtures("way_to_attend")
 @pytest.mark.parametrize("n_kv_heads", [1, 2])
 def test_shared_heads_equal_full_heads_with_copied_weights(n_kv_heads):
     """Sharing a key-value head is having copies of it, in output and in the gradient of the input."""
@@ -82,6 +136,7 @@ def test_shared_heads_equal_full_heads_with_copied_weights(n_kv_heads):
     assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-4)  # gradients of size 100
 
 
+@pytest.mark.usefixtures("way_to_attend")
 @pytest.mark.parametrize("n_kv_heads", [1, 4])
 def test_attention_without_a_mask_is_causal(n_kv_heads):
     """No mask means the causal mask among the positions of x."""

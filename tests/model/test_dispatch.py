@@ -144,13 +144,16 @@ def test_combine_rows_ignores_what_is_in_the_filling_rows():
     assert rows.grad.flatten().tolist() == [1.0, 0.0, 0.5, 2.0, 0.0, 0.0]
 
 
-def test_combine_rows_sums_in_float32():
-    """256 + 1 + 1 is 258 in bf16 if the sum is float32, and 256 if it is not; the result is in the rows' type."""
+@pytest.mark.parametrize(
+    ("rows", "weights", "expected"),
+    [([256.0, 1.0, 1.0], [1.0, 1.0, 1.0], 258), ([-256.0, 256.0, 0.0], [1.0, 257 / 256, 1.0], 1)],
+)
+def test_combine_rows_weighs_and_sums_in_float32(rows, weights, expected):
+    """In bf16 256 + 1 + 1 would be 256 and the weight 257/256 would be 1; the result is in the rows' type."""
     plan = plan_dispatch(torch.tensor([[0, 1, 2]]), n_experts=3, alignment=1)
-    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
-    y = combine_rows(rows, torch.ones(1, 3), plan)
+    y = combine_rows(torch.tensor(rows, dtype=torch.bfloat16)[:, None], torch.tensor([weights]), plan)
     assert y.dtype == torch.bfloat16
-    assert y.item() == 258
+    assert y.item() == expected
 
 
 def test_dispatch_tokens_sums_gradients_in_float32():

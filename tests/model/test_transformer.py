@@ -114,16 +114,18 @@ def test_padding_of_several_lengths_in_a_batch_changes_nothing():
     assert torch.equal(batch.router_stats.tokens_per_expert, counts)
 
 
-def test_padding_in_the_cache_changes_no_logit():
+def test_padding_in_the_cache_changes_no_logit_and_is_not_counted():
     """A left-padded prompt and its continuation through a cache have the logits of the whole sequence alone."""
     model = tiny_model().eval()
     tokens = random_tokens(1, 10)
     padded = torch.cat([random_tokens(1, 4, seed=3), tokens], dim=1)
     valid_mask = torch.arange(14)[None] >= 4
     cache = KVCache(model.config, 1, 14, torch.device("cpu"), torch.float32)
-    model(padded[:, :11], valid_mask[:, :11], cache)
-    continued = model(padded[:, 11:], valid_mask, cache).logits
-    assert_close(continued, model(tokens).logits[:, 7:], **ROUNDING)
+    prompt = model(padded[:, :11], valid_mask[:, :11], cache)
+    continued = model(padded[:, 11:], valid_mask, cache)
+    assert_close(continued.logits, model(tokens).logits[:, 7:], **ROUNDING)
+    assert prompt.router_stats.tokens_per_expert.sum(dim=1).tolist() == [14, 14]  # 7 tokens, 2 experts each
+    assert continued.router_stats.tokens_per_expert.sum(dim=1).tolist() == [6, 6]
 
 
 def test_model_without_valid_mask_equals_a_mask_of_all_tokens():
@@ -135,33 +137,42 @@ def test_model_without_valid_mask_equals_a_mask_of_all_tokens():
     assert_close(tuple(masked.router_stats), tuple(plain.router_stats), **ROUNDING)
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_model_normalises_before_the_output():
+    """With nothing added to the residual stream, logits are the output matrix times the normalised embedding."""
+    model = tiny_model(n_experts=1, top_k=1)
+    for block in model.blocks:
+        nn.init.zeros_(block.attention.out.weight)
+        nn.init.zeros_(block.feed_forward.down.weight)
+    x = model.embedding.weight[random_tokens(2, 5)]
+    normed = x / (x.square().mean(dim=-1, keepdim=True) + model.config.norm_eps).sqrt()
+    assert_close(model(random_tokens(2, 5)).logits, normed @ model.output.weight.T, atol=1e-5, rtol=1e-4)  # float32
+
+
+@pytest.mark.parametrize(("init_std", "tie_embeddings"), [(0.02, False), (0.02, True), (0.1, False)])
 @pytest.mark.parametrize("n_experts", [1, 8])
-def test_initial_loss_is_close_to_the_logarithm_of_the_vocabulary(n_experts, tie_embeddings):
-    """The loss starts close to ln V: the first predictions are nearly uniform."""
+def test_initial_loss_is_close_to_the_logarithm_of_the_vocabulary(n_experts, init_std, tie_embeddings):
+    """The first loss is ln V plus half the variance of the logits, d_model · init_std²."""
     torch.manual_seed(0)
-    model = MoEGPT(
-        ModelConfig(
-            vocab_size=500, d_model=64, n_experts=n_experts, top_k=min(2, n_experts), tie_embeddings=tie_embeddings
-        )
-    )
+    shape = {"vocab_size": 500, "d_model": 64, "n_experts": n_experts, "top_k": min(2, n_experts)}
+    model = MoEGPT(ModelConfig(**shape, init_std=init_std, tie_embeddings=tie_embeddings))
     tokens = torch.randint(500, (4, 65))
     ce = training_loss(model(tokens[:, :-1]), tokens[:, 1:], model).ce_loss
-    assert_close(ce, torch.tensor(math.log(500)), atol=0.1, rtol=0)  # logits of std 0.16 add 0.16²/2
+    # 256 targets with logits of standard deviation 8 · init_std: four standard errors are 2 · init_std
+    assert_close(ce, torch.tensor(math.log(500) + 64 * init_std**2 / 2), atol=2 * init_std, rtol=0)
 
 
 @pytest.mark.parametrize("n_experts", [1, 4])
 def test_initial_weights_have_the_stated_standard_deviations(n_experts):
     """init_std everywhere, divided by sqrt(2 · n_layers) for the two projections into the residual stream."""
     torch.manual_seed(0)
-    shape = {"d_model": 64, "d_ff": 64, "head_dim": 16, "n_layers": 8, "init_std": 0.05}
+    shape = {"d_model": 64, "d_ff": 64, "head_dim": 16, "n_layers": 8, "init_std": 0.08}
     model = MoEGPT(tiny_config(vocab_size=500, n_experts=n_experts, top_k=min(2, n_experts), **shape))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.ones(64))
             continue
         into_residual = name.endswith(("attention.out.weight", "experts.down", "feed_forward.down.weight"))
-        std = 0.05 / 4 if into_residual else 0.05
+        std = 0.08 / 4 if into_residual else 0.08
         expected_error = std / math.sqrt(2 * parameter.numel())
         assert abs(parameter.std() - std) < 5 * expected_error, name
         assert abs(parameter.mean()) < 5 * std / math.sqrt(parameter.numel()), name

@@ -1,7 +1,7 @@
 """Tiny models and inputs for the model's tests.
 
-``init_std`` is ten times the default, so that attention and experts matter to the logits and a broken mask or a
-wrong expert is seen, not rounded away.
+Initial weights are ten times the default, so that attention and experts matter to the logits and a broken mask or
+a wrong expert is seen, not rounded away.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def tiny_config(**changes: object) -> ModelConfig:
 
 
 def tiny_model(seed: int = 0, **changes: object) -> MoEGPT:
-    """Return a tiny model in training mode; a balancing bias is set to values that change choices."""
+    """Return a tiny model in training mode, with large output weights and a balancing bias that changes choices."""
     torch.manual_seed(seed)
     model = MoEGPT(tiny_config(**changes))
+    nn.init.normal_(model.output.weight, std=model.config.init_std)
     for router in routers_of(model):
         if router.expert_bias is not None:
             router.expert_bias.copy_(torch.linspace(-0.2, 0.2, len(router.expert_bias)))
