@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_gpt.config import ModelConfig, RunConfig, load_run_config
+    from moe_gpt.config import ModelConfig, RunConfig
+    from moe_gpt.config_file import load_run_config
     from moe_gpt.inference.generate import SamplingConfig, generate
     from moe_gpt.model.moe import MoE, RouterStats
     from moe_gpt.model.router import Router, Routing
@@ -40,8 +41,10 @@ __all__ = [
 
 def _home_of(name: str) -> str:
     match name:
-        case "ModelConfig" | "RunConfig" | "load_run_config":
+        case "ModelConfig" | "RunConfig":
             return "moe_gpt.config"
+        case "load_run_config":
+            return "moe_gpt.config_file"
         case "MoEGPT" | "ModelOutput":
             return "moe_gpt.model.transformer"
         case "MoE" | "RouterStats":

@@ -122,11 +122,16 @@ def _build(cls: type[Section], values: Any) -> tuple[Any, list[Problem]]:
                 value, found = None, problems[-1:]
         if found and not isinstance(value, Section | tuple):
             fallback = default_of(fields[name])
-            value = None if fallback is dataclasses.MISSING else fallback
+            value = _stand_in(annotation) if fallback is dataclasses.MISSING else fallback
         section.__dict__[name] = value
     broken = {key for problem in problems for key in problem.keys}
     problems += [p for p in _consistency(section, broken) if not _touches(p, broken)]
     return section, problems
+
+
+def _stand_in(annotation: Any) -> Any:
+    """Return some valid value for a required one that is unusable, so that problems() can look at the others."""
+    return next((value for value in (1, "x") if not _check(annotation, value)[1]), None)
 
 
 def _consistency(section: Section, broken: set[str]) -> list[Problem]:
@@ -205,6 +210,7 @@ def expectation(annotation: Any) -> str:
 
 
 def _unknown_key(key: str, fields: Mapping[str, Any]) -> Problem:
+    key = key or "''"  # the empty key means the section itself
     near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
     return Problem(
         (key,), f"{key} is not a known key; did you mean {near[0]}?" if near else f"{key} is not a known key"

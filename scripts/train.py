@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from moe_gpt.cli import count_argument, describe_settings, positive_argument, run_script
-from moe_gpt.config import find_config, load_run_config
+from moe_gpt.config_file import find_config, load_run_config
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 

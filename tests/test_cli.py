@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from moe_gpt.cli import count_argument, describe_settings, positive_argument, run_script
-from moe_gpt.config import RunConfig, to_plain
+from moe_gpt.config import RunConfig
+from moe_gpt.config_file import to_plain
 from moe_gpt.validation import ConfigError, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

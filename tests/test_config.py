@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_gpt.config import (
-    CONFIGS,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -22,11 +21,8 @@ from moe_gpt.config import (
     StageConfig,
     TokenizerConfig,
     TrainConfig,
-    find_config,
-    load_run_config,
-    to_plain,
-    to_yaml,
 )
+from moe_gpt.config_file import CONFIGS, find_config, load_run_config, to_plain, to_yaml
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.validation import ConfigError
 

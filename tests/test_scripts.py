@@ -82,7 +82,7 @@ def test_interrupted_training_saves_and_says_how_to_resume(small_yaml, tmp_path)
 
 
 def test_generate_prints_prompt_and_text_only(run_dir):
-    """stdout starts with the prompt; notes are on stderr; a seed repeats; greedy ignores the seed."""
+    """Stdout starts with the prompt; notes are on stderr; a seed repeats; greedy ignores the seed."""
     arguments = [run_dir, "--prompt", "def ", "--max-new-tokens", 12]
     first, second = (script("generate.py", *arguments, "--seed", 3) for _ in range(2))
     assert first.returncode == 0, first.stderr
@@ -115,7 +115,11 @@ def test_evaluate_prints_a_row_per_source(run_dir):
         ("generate.py", ["{tmp}/nothing", "--prompt", "a"], "no complete checkpoint at"),
         ("evaluate.py", ["{tmp}/nothing"], "no complete checkpoint at"),
         ("train.py", ["--config", "nothing.yaml"], "no config at nothing.yaml"),
-        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "model.n_layer=3"], "did you mean n_layers"),
+        (
+            "train.py",
+            ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "model.n_layer=3"],
+            "did you mean n_layers",
+        ),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "/proc/no/such"], "/proc/no"),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--device", "cuda:99"], "is not there"),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "no complete"),

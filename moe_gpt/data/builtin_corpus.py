@@ -9,8 +9,10 @@ train/validation split. The text differs a little between Python versions; the r
 from __future__ import annotations
 
 import ast
+import codecs
 import importlib
 import inspect
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -106,6 +108,7 @@ def collect_docstrings(tree: ast.Module, module: str) -> str:
 
 def remove_docstrings(source: bytes, tree: ast.Module) -> str:
     """Return the source without its docstrings; a body that was nothing else becomes ``pass``."""
+    source = source.removeprefix(codecs.BOM_UTF8)  # positions in the tree do not count it
     line_starts = [0]
     for line in source.splitlines(keepends=True):
         line_starts.append(line_starts[-1] + len(line))
@@ -119,7 +122,8 @@ def remove_docstrings(source: bytes, tree: ast.Module) -> str:
         edits.append((start, end, b"pass" if stands_alone else b""))
     for start, end, replacement in sorted(edits, reverse=True):
         if not replacement:
-            start, end = _whole_line(source, start, end)
+            separator = re.compile(rb"[ \t]*;[ \t]*").match(source, end)
+            start, end = _whole_line(source, start, separator.end() if separator else end)
         source = source[:start] + replacement + source[end:]
     return source.decode("utf-8")
 

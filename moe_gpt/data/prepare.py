@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,14 +101,17 @@ def _names(config: DataConfig) -> str:
 def _training_texts(config: DataConfig) -> Iterator[str]:
     """Yield the texts that the tokenizer learns from; nothing held out for validation is among them."""
     for source in config.sources:
-        n_bytes = 0
+        n_bytes, held_out = 0, ""
         for document in iterate_documents(source):
             if is_held_out(document, config.validation_fraction):
+                held_out = held_out or document.text
                 continue
             yield document.text
             n_bytes += len(document.text)
             if n_bytes >= _TOKENIZER_SAMPLE_BYTES:
                 break
+        if not n_bytes and held_out:  # a single book, which is split by position
+            yield held_out
 
 
 def _obtain_source(
@@ -154,6 +157,6 @@ def _fingerprint(*parts: Any) -> str:
 
 def _write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -101,8 +101,8 @@ def build_store(
     Raises:
         InputError: where there are no documents, or too few tokens for two splits.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         writers = {split: _SplitWriter(temporary, split, dtype, tokenizer.end_of_text_id) for split in SPLITS}
@@ -126,15 +126,16 @@ def _write_documents(
     max_tokens: int | None,
     report: Callable[[int, int], None],
 ) -> None:
+    token_bytes = tokenizer.token_bytes()
     for group in _in_groups(documents, _DOCUMENTS_AT_ONCE):
         for document, ids in zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True):
             split = "validation" if is_held_out(document, validation_fraction) else "train"
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             if max_tokens is not None:
-                if n_tokens >= max_tokens:
+                if max_tokens - n_tokens < 2:  # a document has a token and its end
                     return
-                ids = ids[: max(0, max_tokens - n_tokens - 1)]
-            writers[split].write(ids, len(document.text.encode("utf-8", "surrogatepass")))
+                ids = ids[: max_tokens - n_tokens - 1]
+            writers[split].write(ids, int(token_bytes[ids].sum()))
         report(sum(len(w.ends) for w in writers.values()), sum(w.n_tokens for w in writers.values()))
 
 

@@ -72,15 +72,16 @@ class Tokenizer:
 
         What is left at the end is decoded with replacement characters, so nothing is lost.
         """
+        context: list[int] = []  # already written; some decoders drop the space of the first token they see
         pending: list[int] = []
         for token in ids:
             pending.append(token)
-            text = self.decode(pending)
-            if not text.endswith("\ufffd") or len(pending) > 16:
-                yield text
-                pending = []
+            text = self.decode(context + pending)
+            if not text.endswith("\ufffd"):
+                yield text[len(self.decode(context)) :]
+                context, pending = pending, []
         if pending:
-            yield self.decode(pending)
+            yield self.decode(context + pending)[len(self.decode(context)) :]
 
     def token_bytes(self) -> np.ndarray:
         """Return how many bytes of text each id stands for, (V,) int64; special tokens stand for none.
@@ -118,4 +119,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str = EN
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, end_of_text)
+    tokenizer = Tokenizer(backend, end_of_text)
+    if tokenizer.end_of_text_id in tokenizer.encode(end_of_text):
+        raise InputError(
+            f"data.tokenizer.end_of_text must not be a word of the text, got {end_of_text!r}; use {END_OF_TEXT}"
+        )
+    return tokenizer

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_gpt.config import ModelConfig, RunConfig, parse_yaml, to_plain, to_yaml
+from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.config_file import parse_yaml, to_plain, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.step import TrainState

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_gpt.config import RunConfig, TrainConfig, to_yaml
+from moe_gpt.config import RunConfig, TrainConfig
+from moe_gpt.config_file import to_yaml
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer

@@ -184,7 +184,8 @@ def test_resume_with_other_data_is_refused(small_config, corpus_dir, tmp_path):
     for path in corpus_dir.glob("*.txt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     sources = tuple(
-        dataclasses.replace(source, files=str(tmp_path / f"{source.name}_*.txt")) for source in small_config.data.sources
+        dataclasses.replace(source, files=str(tmp_path / f"{source.name}_*.txt"))
+        for source in small_config.data.sources
     )
     config = change(small_config, "data", sources=sources)
     run_training(config, tmp_path / "run", max_steps=2)
@@ -195,7 +196,7 @@ def test_resume_with_other_data_is_refused(small_config, corpus_dir, tmp_path):
 
 
 def test_init_from_continues_at_a_longer_context(small_config, tmp_path):
-    """A new run takes weights and tokenizer, with a new schedule, max_seq_len and rope_theta (the reports' 8k to 32k)."""
+    """A new run takes weights and tokenizer, with its own schedule, max_seq_len and rope_theta."""
     run_training(small_config, tmp_path / "first")
     longer = change(small_config, "model", max_seq_len=128, rope_theta=40_000.0)
     stages = (dataclasses.replace(small_config.schedule.stages[-1], until_tokens=1024, seq_len=128, batch_tokens=256),)
@@ -226,7 +227,10 @@ def test_vocabulary_smaller_than_the_tokenizer_is_refused(small_config, tmp_path
 
 def test_open_schedule_is_one_big_epoch(small_config, tmp_path):
     """Without a total the run passes over prose once and over code twice, to within a chunk."""
-    stages = (*small_config.schedule.stages[:2], dataclasses.replace(small_config.schedule.stages[2], until_tokens=None))
+    stages = (
+        *small_config.schedule.stages[:2],
+        dataclasses.replace(small_config.schedule.stages[2], until_tokens=None),
+    )
     run = set_up_run(change(small_config, "schedule", stages=stages), tmp_path, CPU, say=lambda text: None)
     sizes = {source.config.name: len(source.train) for source in run.data.sources}
     assert sizes["prose"] + 2 * sizes["code"] - run.schedule.total_tokens in range(64)
