@@ -205,7 +205,8 @@ def test_init_from_continues_at_a_longer_context(small_config, tmp_path):
     assert outcome == "finished"
     first_line = read_metrics(tmp_path / "second" / "metrics.jsonl")[0]
     assert first_line["step"] == 0
-    assert first_line["val/code/ce_loss"] < 5.0  # an untrained model starts at ln 400 = 5.99
+    untrained = read_metrics(tmp_path / "first" / "metrics.jsonl")[0]
+    assert first_line["val/code/ce_loss"] < untrained["val/code/ce_loss"] - 0.3
     assert (tmp_path / "second/tokenizer.json").read_text() == (tmp_path / "first/tokenizer.json").read_text()
 
 
