@@ -26,22 +26,24 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
 
 
 def _fail(message: str) -> typing.NoReturn:
-    for line in message.splitlines():
+    for line in (message or "failed without a message").splitlines():
         print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def count_argument(text: str) -> int:
     """Parse a whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def positive_argument(text: str) -> float:
     """Parse a number above 0, for argparse."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value

@@ -86,7 +86,8 @@ class ModelConfig(Section):
         if self.top_k > self.n_experts:
             yield Problem(
                 ("top_k", "n_experts"),
-                f"top_k must be at most n_experts, got top_k={self.top_k}, n_experts={self.n_experts}",
+                f"top_k must be at most n_experts, got top_k={self.top_k}, n_experts={self.n_experts}; "
+                f"use top_k={self.n_experts} or fewer, or more experts",
             )
         if self.normalize_topk and self.top_k == 1 and self.n_experts > 1:
             yield Problem(
@@ -95,10 +96,11 @@ class ModelConfig(Section):
                 "rescaled to 1 gives the router no gradient",
             )
         if self.n_layers % self.attention_sharing:
+            fitting = ", ".join(str(n) for n in range(1, self.n_layers + 1) if self.n_layers % n == 0)
             yield Problem(
                 ("attention_sharing", "n_layers"),
                 f"attention_sharing must divide n_layers, got attention_sharing={self.attention_sharing}, "
-                f"n_layers={self.n_layers}",
+                f"n_layers={self.n_layers}; choose one of {fitting}",
             )
 
     @property

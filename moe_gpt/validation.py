@@ -106,6 +106,7 @@ def _build(cls: type[Section], values: Any) -> tuple[Any, list[Problem]]:
     """Build a section as far as its values allow, and list what is wrong with them."""
     if isinstance(values, cls):
         return values, []
+    values = {} if values is None else values  # a section whose keys are all commented out
     if not isinstance(values, Mapping):
         return None, [Problem(("",), f" must be a section of settings, got {values!r}")]
     fields = {field.name: field for field in dataclasses.fields(cls)}

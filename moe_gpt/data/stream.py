@@ -1,7 +1,7 @@
 """The training stream in closed form: any token of it follows from ``(seed, token index)``, with no loader state.
 
 The stream is one endless sequence of tokens. It is cut into *chunks* of ``chunk_tokens``; each chunk is contiguous
-text of one source.
+text of one source, but for the chunk in which a source's epoch ends and its next begins.
 
 - *Mixture.* Which source chunk number c takes is decided by integer arithmetic, one source after another
   (Bresenham's line, so to speak), such that in any window of the stream each source has its share to within as

@@ -57,10 +57,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text and of nothing else."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts in parallel."""
+        """Encode several texts in parallel.
+
+        Raises:
+            InputError: where a text holds half of a surrogate pair, which no UTF-8 can spell.
+        """
+        for text in texts:
+            if not _is_unicode(text):
+                raise InputError(f"text must be valid Unicode, got a lone surrogate in {ascii(text[:40])}")
         return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -102,6 +109,14 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return the contents of a ``tokenizer.json``."""
         return self._backend.to_str(pretty=True)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str = END_OF_TEXT) -> Tokenizer:

@@ -99,8 +99,8 @@ def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]
             end = start + (big_epoch_tokens - start) // stage.seq_len * stage.seq_len
             if end <= start:
                 raise InputError(
-                    f"schedule.stages.{index} starts at {start} tokens, but one big epoch of the data has "
-                    f"{big_epoch_tokens}; give until_tokens, or end the stage before it earlier"
+                    f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
+                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the stage before it earlier"
                 )
         yield Stage(start, end, stage)
         start = end
