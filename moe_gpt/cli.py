@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -12,10 +14,23 @@ from moe_gpt.config import RunConfig
 from moe_gpt.validation import InputError, Section, annotations_of, default_of, expectation, field_docs
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all errors of the scripts are."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Exit with status 2."""
+        _fail(f"{message}; --help says what there is")
+
+
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main function and exit: status 2 and one line for each problem where the input is bad."""
+    for stream in (sys.stdout, sys.stderr):  # a console may lack characters that a model writes
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         sys.exit(main() or 0)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except InputError as error:
         _fail(str(error))
     except OSError as error:
@@ -32,14 +47,22 @@ def _fail(message: str) -> typing.NoReturn:
 
 
 def count_argument(text: str) -> int:
-    """Parse a whole number of at least 1, for argparse."""
+    """Parse a whole number of at least 1, for argparse.
+
+    Raises:
+        ArgumentTypeError: where it is not one.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
 
 
 def positive_argument(text: str) -> float:
-    """Parse a number above 0, for argparse."""
+    """Parse a number above 0, for argparse.
+
+    Raises:
+        ArgumentTypeError: where it is not one.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -47,6 +70,12 @@ def positive_argument(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
+
+
+def command_line(*words: object) -> str:
+    """Return a command for people to copy, run by this Python."""
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
+    return shlex.join([python, *map(str, words)])
 
 
 def describe_settings(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:

@@ -7,11 +7,13 @@ from others is a property. ``config_file`` reads and writes them as YAML.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from typing import Literal
 
 from moe_gpt.validation import (
+    AtMostOne,
     Count,
     CountOrZero,
     Flag,
@@ -20,6 +22,7 @@ from moe_gpt.validation import (
     Positive,
     Problem,
     Section,
+    Seed,
     Share,
 )
 
@@ -125,7 +128,7 @@ class TokenizerConfig(Section):
         if self.vocab_size < 257:
             yield Problem(
                 ("vocab_size",),
-                f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}",
+                f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}; use 2048, say",
             )
 
 
@@ -174,6 +177,17 @@ class SourceConfig(Section):
         if self.epochs and self.weight:
             yield Problem(
                 ("epochs", "weight"), f"epochs or weight: give one, got epochs={self.epochs}, weight={self.weight}"
+            )
+        if not self.dataset:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for key in ("subset", "split", "revision", "streaming"):
+                if getattr(self, key) != defaults[key]:
+                    yield Problem(
+                        (key,), f"{key} is for a dataset: source only, got {getattr(self, key)!r}; leave it out"
+                    )
+        if self.builtin and self.text_field != "text":
+            yield Problem(
+                ("text_field",), f"text_field is not for a builtin source, got {self.text_field!r}; leave it out"
             )
         if not self.prompt:
             yield Problem(("prompt",), "prompt must have at least one character, got ''")
@@ -250,8 +264,8 @@ class ScheduleConfig(Section):
     """Tokens over which the learning rate rises linearly from 0."""
     decay: Literal["cosine", "wsd", "none"] = "cosine"
     """How it falls to optimizer.min_lr: by a cosine, linearly at the end (warm-up, stable, decay), or never."""
-    decay_fraction: Positive = 0.2
-    """Share of all tokens that the linear decay of wsd takes (at most 1)."""
+    decay_fraction: AtMostOne = 0.2
+    """Share of all tokens that the linear decay of wsd takes."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield stages out of order and ends that whole sequences do not reach."""
@@ -264,21 +278,27 @@ class ScheduleConfig(Section):
                 break
             if end <= start:
                 yield Problem((key,), f"{key} must be greater than the previous stage's end {start}, got {end}")
-            elif (end - start) % stage.seq_len:
-                nearest = start + max(1, round((end - start) / stage.seq_len)) * stage.seq_len
-                yield Problem(
-                    (key, f"stages.{index}.seq_len"),
-                    f"{key} must be a multiple of seq_len={stage.seq_len} after the stage's start {start}, "
-                    f"got {end}; use {nearest}",
-                )
+            else:
+                yield from self._unaligned_end(index, key, end)
             start = end
-        if self.decay_fraction > 1:
-            yield Problem(("decay_fraction",), f"decay_fraction must be at most 1, got {self.decay_fraction}")
         total = self.stages[-1].until_tokens
         if total is not None and self.warmup_tokens >= total:
             yield Problem(
                 ("warmup_tokens", "stages"),
                 f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}",
+            )
+
+    def _unaligned_end(self, index: int, key: str, end: int) -> Iterator[Problem]:
+        """Yield a stage end that would leave part of a sequence, of its own length or of the next stage's."""
+        seq_lens = [stage.seq_len for stage in self.stages[index : index + 2]]
+        unit = math.lcm(*seq_lens)
+        if end % unit:
+            whose = f"seq_len={seq_lens[0]}" + (
+                f" and of the next stage's seq_len={seq_lens[1]}" if seq_lens[1:] else ""
+            )
+            yield Problem(
+                (key, f"stages.{index}.seq_len"),
+                f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}",
             )
 
 
@@ -321,7 +341,7 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """How the run is executed and watched."""
 
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Fixes the initial weights, the order of the data and the noise."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute type of the matrix products; auto is bf16 where the device is faster with it. Weights stay fp32."""

@@ -67,20 +67,21 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def tune_process() -> None:
-    """Set what makes this process fast on a CPU and changes no result; scripts call it before they compute."""
-    _use_fast_float32()
-    _keep_freed_memory()
+def tune_process(device: torch.device) -> None:
+    """Set, for the whole process, what makes a CPU fast; on another device do nothing."""
+    if device.type == "cpu":
+        _use_fast_float32()
+        _keep_freed_memory()
 
 
 def _use_fast_float32() -> None:
     """Let float32 products take their fastest kernel that is still float32.
 
     On a CPU without AMX "medium" selects oneDNN's AVX-512 kernel, which is as exact as the default one (relative
-    error 6e-7); with AMX it would round to bf16, so there the default stays. GPUs keep full float32.
+    error 6e-7); with AMX it would round to bf16, so there the default stays.
     """
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if torch.cuda.is_available() or get_capabilities is None:
+    if get_capabilities is None:
         return
     capabilities = get_capabilities()
     if capabilities.get("avx512_f") and not capabilities.get("amx_tile"):

@@ -64,6 +64,10 @@ def _whole_number(value: Any) -> Any:
 Flag = StrictBool
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, description="a whole number of at least 1")]
 CountOrZero = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, description="a whole number of at least 0")]
+Seed = Annotated[
+    int, BeforeValidator(_whole_number), Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+]
+AtMostOne = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1, description="a number above 0 and at most 1")]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False, description="a number above 0")]
 NonNegative = Annotated[
     float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False, description="a number of at least 0")

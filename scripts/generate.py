@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moe_gpt.cli import count_argument, run_script
+from moe_gpt.cli import ArgumentParser, count_argument, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
     parser.add_argument("--prompt", required=True, help="the text to continue; the model sees exactly its tokens")
     parser.add_argument("--bos", action="store_true", help="put end-of-text before the prompt, as before a document")
-    parser.add_argument("--max-new-tokens", type=count_argument, default=200)
+    parser.add_argument("--max-new-tokens", type=count_argument, default=200, help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to P (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32 on a CPU, else auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     return parser.parse_args()
@@ -33,8 +33,8 @@ def main() -> None:
     from moe_gpt.train.checkpoint import load_model
 
     sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
-    tune_process()
     device = pick_device(arguments.device)
+    tune_process(device)
     precision = pick_precision(arguments.precision or ("fp32" if device.type == "cpu" else "auto"), device)
     loaded = load_model(arguments.model, device)
     print(f"{loaded.path}, {device}, {precision}", file=sys.stderr)
@@ -49,9 +49,10 @@ def main() -> None:
         tokenizer.end_of_text_id,
         precision,
     )
-    for index, text in enumerate(tokenizer.decode_stream(ids)):
-        if index == 0:
-            print(arguments.prompt, end="")
+    pieces = tokenizer.decode_stream(ids, context=prompt)
+    first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
+    print(arguments.prompt + first, end="", flush=True)
+    for text in pieces:
         print(text, end="", flush=True)
     print()
 

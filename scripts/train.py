@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from moe_gpt.cli import count_argument, describe_settings, positive_argument, run_script
+from moe_gpt.cli import ArgumentParser, command_line, count_argument, describe_settings, positive_argument, run_script
 from moe_gpt.config_file import find_config, load_run_config
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
@@ -15,7 +14,7 @@ EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit status: 0 done or stopped by a limit, 2 bad input, 130 or 143 saved and stopped by SIGINT or "
@@ -39,33 +38,34 @@ def main() -> int:
     run_dir = arguments.run_dir or Path("runs") / find_config(arguments.config).stem
 
     from moe_gpt.device import pick_device
-    from moe_gpt.train.display import TerminalDisplay, describe_run, samples
+    from moe_gpt.display import TerminalDisplay, describe_run, samples
     from moe_gpt.train.loop import Limits, train
-    from moe_gpt.train.run_folder import locked
-    from moe_gpt.train.setup import set_up_run, write_run_files
+    from moe_gpt.train.run_folder import open_run_folder
+    from moe_gpt.train.setup import set_up_run
 
     run = set_up_run(config, run_dir, pick_device(arguments.device), arguments.resume, arguments.init_from)
     print(describe_run(run), flush=True)
+    prompt = config.data.sources[-1].prompt
+    next_command = command_line("scripts/generate.py", run_dir, "--prompt", prompt)
     if run.is_finished:
-        print(f"this run is finished; try: python scripts/generate.py {run_dir} --prompt 'def '")
+        print(f"this run is finished; next: {next_command}")
         return 0
-    with locked(run_dir):
-        write_run_files(run)
+    with open_run_folder(run_dir, run.facts, run.resumed_from):
         display = TerminalDisplay(run)
         try:
             outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)
         finally:
             display.close()
-    command = shlex.join([sys.argv[0], *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    resume_command = command_line(*(word for word in sys.argv if word != "--resume"), "--resume")
     if outcome in EXIT_STATUS:
-        print(f"{outcome}: saved step {run.state.step}; continue with: python {command}", file=sys.stderr)
+        print(f"{outcome}: saved step {run.state.step}; continue with: {resume_command}", file=sys.stderr)
         return EXIT_STATUS[outcome]
-    print(f"\n{display.summary()}\n" if display.summary() else "")
+    print(display.summary())
     for text in samples(run):
         print(text + "\n")
     if outcome != "finished":
-        print(f"stopped by {outcome} at step {run.state.step}; the schedule goes on with --resume")
-    print(f"next: python scripts/generate.py {run_dir} --prompt 'def '\n      python scripts/evaluate.py {run_dir}")
+        print(f"stopped by {outcome} at step {run.state.step}; continue with: {resume_command}")
+    print(f"next: {next_command}\n      {command_line('scripts/evaluate.py', run_dir)}")
     return 0
 
 

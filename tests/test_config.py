@@ -189,7 +189,11 @@ def test_single_expert_per_token_is_allowed_where_the_router_still_learns(load, 
         ),
         (
             "{seq_len: 64, batch_tokens: 64, until_tokens: 640}, {seq_len: 128, batch_tokens: 128, until_tokens: 800}",
-            ["stages.1.until_tokens", "seq_len=128", "start 640", "got 800", "use 768"],
+            ["stages.1.until_tokens", "seq_len=128", "got 800", "use 768"],
+        ),
+        (
+            "{seq_len: 64, batch_tokens: 64, until_tokens: 320}, {seq_len: 128, batch_tokens: 128}",
+            ["stages.0.until_tokens", "seq_len=64 and of the next stage's seq_len=128", "got 320", "use 256"],
         ),
         (
             "{seq_len: 64, batch_tokens: 64}, {seq_len: 64, batch_tokens: 64, until_tokens: 640}",

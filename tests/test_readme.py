@@ -43,6 +43,12 @@ def test_readme_example_runs():
     assert [line.split()[0] for line in printed.getvalue().splitlines()] == ["Router", "FrozenRouter"]
 
 
+def test_no_placeholder_is_left():
+    """README and benchmarks have their numbers."""
+    text = README + (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert re.findall(r"\b(?:TINY|RESULTS?|[A-Z]+_RESULT)\w*\b", text) == []
+
+
 def test_readme_stays_short():
     """Under 1,200 words."""
     assert len(README.split()) < 1200

@@ -110,7 +110,11 @@ def test_evaluate_prints_a_row_per_source(run_dir):
     [
         ("generate.py", ["{run}", "--prompt", "word " * 200], "shorter than the context of 64 tokens"),
         ("generate.py", ["{run}", "--prompt", ""], "must have at least one token"),
-        ("generate.py", ["{run}", "--prompt", "a", "--top-p", "1.5"], "top_p must be at most 1, got 1.5"),
+        (
+            "generate.py",
+            ["{run}", "--prompt", "a", "--top-p", "1.5"],
+            "a number above 0 and at most 1, got 1.5",
+        ),
         ("generate.py", ["{run}", "--prompt", "a", "--device", "tpu"], "got 'tpu'"),
         ("generate.py", ["{tmp}/nothing", "--prompt", "a"], "no complete checkpoint at"),
         ("evaluate.py", ["{tmp}/nothing"], "no complete checkpoint at"),

@@ -75,11 +75,13 @@ def iterate_builtin(kind: str) -> Iterator[Document]:
 
 
 def _reference_topics() -> Iterator[Document]:
-    """Yield the language reference; Python 3.14 moved its table to another module."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        topics = importlib.import_module("pydoc_data.module_docs").topics
+        raise InputError(
+            "builtin: prose needs Python's module pydoc_data.topics, which this Python lacks; "
+            "use a Python with its documentation, or give the source files: or dataset:"
+        ) from None
     for name in sorted(topics):
         yield Document(topics[name].strip() + "\n", f"topic {name}")
 

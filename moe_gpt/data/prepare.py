@@ -19,6 +19,7 @@ from moe_gpt.config import DataConfig, SourceConfig
 from moe_gpt.data.corpus import describe_origin, iterate_documents
 from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
+from moe_gpt.validation import InputError
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
 """Text per source that the tokenizer is trained on, from the start of the source."""
@@ -64,8 +65,11 @@ def prepare_data(
         OSError: where the cache cannot be written.
     """
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    tokenizer = tokenizer or _obtain_tokenizer(config, cache, say)
-    sources = tuple(_obtain_source(source, config, tokenizer, cache, say) for source in config.sources)
+    try:
+        tokenizer = tokenizer or _obtain_tokenizer(config, cache, say)
+        sources = tuple(_obtain_source(source, config, tokenizer, cache, say) for source in config.sources)
+    except PermissionError as error:
+        raise InputError(f"data.cache_dir={cache} or a file of a source is not accessible: {error}") from error
     return PreparedData(tokenizer, sources)
 
 

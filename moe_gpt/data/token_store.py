@@ -154,7 +154,7 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
     """Split by position where the split by document left one side empty."""
     total = sum(writer.n_tokens for writer in writers.values())
     if not total:
-        raise InputError(f"source {name} has no documents with text")
+        raise InputError(f"source {name} has no documents with text; give it some, or remove the source")
     train, validation = writers["train"], writers["validation"]
     if train.ends and validation.ends:
         return

@@ -7,6 +7,7 @@ a special token stays text.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,12 +75,16 @@ class Tokenizer:
         """Return the text of the ids; special tokens are spelled out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int], context: Sequence[int] = ()) -> Iterator[str]:
         """Yield text as ids arrive, holding back bytes until they form whole characters.
 
         What is left at the end is decoded with replacement characters, so nothing is lost.
+
+        Args:
+            ids: what to decode.
+            context: ids before them, already written; some decoders drop the space of the first token they see.
         """
-        context: list[int] = []  # already written; some decoders drop the space of the first token they see
+        context = list(context)
         pending: list[int] = []
         for token in ids:
             pending.append(token)
@@ -98,7 +103,8 @@ class Tokenizer:
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
-        is_byte_level = '"ByteLevel"' in self._backend.to_str()
+        decoder = json.dumps(json.loads(self._backend.to_str())["decoder"])
+        is_byte_level = '"ByteLevel"' in decoder
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             if token in special:
                 continue

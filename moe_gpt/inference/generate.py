@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_gpt.device import Precision, autocast
 from moe_gpt.model.attention import KVCache
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.validation import CountOrZero, InputError, NonNegative, Positive, Problem, Section
+from moe_gpt.validation import AtMostOne, CountOrZero, InputError, NonNegative, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,8 @@ class SamplingConfig(Section):
     """Divides the logits; 0 takes the most likely token."""
     top_k: CountOrZero = 0
     """Draw from this many most likely tokens; 0 from all."""
-    top_p: Positive = 1.0
+    top_p: AtMostOne = 1.0
     """Draw from the most likely tokens that together have this probability (nucleus, arXiv 1904.09751)."""
-
-    def problems(self) -> Iterator[Problem]:
-        """Yield a probability above 1."""
-        if self.top_p > 1:
-            yield Problem(("top_p",), f"top_p must be at most 1, got {self.top_p}")
 
 
 def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -75,7 +70,9 @@ def generate(
     if not len(prompt):
         raise InputError("the prompt must have at least one token, got none; give text or --bos")
     if len(prompt) >= limit:
-        raise InputError(f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}")
+        raise InputError(
+            f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it"
+        )
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
     capacity = min(limit, len(prompt) + max_new_tokens)

@@ -98,9 +98,9 @@ def dispatch_tokens(x: Float[Tensor, "N D"], dispatch: Dispatch) -> Float[Tensor
 def combine_rows(
     rows: Float[Tensor, "R D"], expert_weights: Float[Tensor, "N K"], dispatch: Dispatch
 ) -> Float[Tensor, "N D"]:
-    """Return each token's weighted sum over its experts' outputs, summed in float32, in the type of ``rows``."""
+    """Return each token's weighted sum over its experts' outputs, in the weights' type, float32."""
     chosen = _GatherRows.apply(rows, dispatch.row_of_assignment)  # (N, K, D)
-    return (chosen * expert_weights.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
+    return (chosen * expert_weights.unsqueeze(-1)).sum(dim=1)
 
 
 def within_capacity(dispatch: Dispatch, expert_capacity: int | Tensor) -> Bool[Tensor, "N K"]:

@@ -11,7 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.model.dispatch import combine_rows, count_assignments, dispatch_tokens, plan_dispatch, within_capacity
+from moe_gpt.model.dispatch import (
+    Dispatch,
+    combine_rows,
+    count_assignments,
+    dispatch_tokens,
+    plan_dispatch,
+    within_capacity,
+)
 from moe_gpt.model.experts import Experts
 from moe_gpt.model.losses import load_balancing_loss, router_z_loss
 from moe_gpt.model.router import Router
@@ -47,7 +54,8 @@ class MoE(nn.Module):
         super().__init__()
         self.n_experts, self.top_k = config.n_experts, config.top_k
         factor = config.capacity_factor
-        self.capacity_ratio = None if factor is None else Fraction(str(factor)).as_integer_ratio()
+        self.drops_tokens = factor is not None
+        self.capacity_ratio = Fraction(str(factor)).as_integer_ratio() if factor else (0, 1)
         self.router = make_router(config)
         self.experts = Experts(config)
 
@@ -67,15 +75,14 @@ class MoE(nn.Module):
         tokens_per_expert = count_assignments(routing.expert_indices, self.n_experts, valid)
 
         expert_weights, dropped_tokens = routing.expert_weights, tokens_per_expert.new_zeros(())
-        if self.training and self.capacity_ratio is not None:
-            n_assigned = routing.expert_indices.numel() if valid is None else valid.sum() * self.top_k
-            slots, per = self.capacity_ratio  # exact: 1.1 of 10 is 11, in floats a little more
-            expert_capacity = -(-n_assigned * slots // (per * self.n_experts))
-            expert_weights, dropped_tokens = self._drop(routing.expert_indices, expert_weights, valid, expert_capacity)
+        if self.training and self.drops_tokens:
+            kept = self._kept(routing.expert_indices, dispatch, valid)
+            expert_weights = expert_weights * kept
+            dropped_tokens = (~kept).sum() if valid is None else (~kept & valid[:, None]).sum()
 
         rows = dispatch_tokens(tokens.to(_compute_dtype(x)), dispatch)
         rows = self.experts(rows, dispatch.segment_ends)
-        y = combine_rows(rows, expert_weights, dispatch).view_as(x)
+        y = combine_rows(rows, expert_weights, dispatch).to(x.dtype).view_as(x)
         stats = RouterStats(
             load_balancing_loss(routing.router_probs, tokens_per_expert, valid),
             router_z_loss(routing.router_logits, valid),
@@ -84,18 +91,14 @@ class MoE(nn.Module):
         )
         return y, stats
 
-    def _drop(
-        self, indices: Tensor, weights: Tensor, valid: Tensor | None, expert_capacity: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Zero the weights of assignments beyond their expert's capacity; padding takes no slot."""
-        if valid is None:
-            kept = within_capacity(plan_dispatch(indices, self.n_experts), expert_capacity)
-            dropped = ~kept
-        else:  # a place of its own for padding, after the last expert
-            indices = torch.where(valid[:, None], indices, self.n_experts)
-            kept = within_capacity(plan_dispatch(indices, self.n_experts + 1), expert_capacity)
-            dropped = ~kept & valid[:, None]
-        return weights * kept, dropped.sum()
+    def _kept(self, indices: Tensor, dispatch: Dispatch, valid: Tensor | None) -> Tensor:
+        """Return which assignments (N, K) find room at their expert; padding takes none."""
+        n_assigned: int | Tensor = indices.numel()
+        if valid is not None:  # padding gets a place of its own, after the last expert
+            dispatch = plan_dispatch(torch.where(valid[:, None], indices, self.n_experts), self.n_experts + 1)
+            n_assigned = valid.sum() * self.top_k
+        factor, per = self.capacity_ratio  # exact: 1.1 of 10 is 11, in floats a little more
+        return within_capacity(dispatch, -(-n_assigned * factor // (per * self.n_experts)))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -36,6 +36,8 @@ _FILES = (
     "config.yaml",
     "tokenizer.json",
 )
+_FILES_TO_USE_A_MODEL = ("model.safetensors", "state.json", "config.yaml", "tokenizer.json")
+_TEMPORARY = ".tmp"
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -62,6 +64,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
     """Return what bit-identical resume depends on besides config and data."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "precision": precision,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -81,28 +84,38 @@ def save_checkpoint(run_dir: Path, state: TrainState, facts: RunFacts, keep_last
         OSError: where it cannot be written; the checkpoints that were there are intact.
     """
     folder = run_dir / "checkpoints" / f"step_{state.step:08d}"
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(folder.name + _TEMPORARY)
+    for leftover in folder.parent.glob(f"step_*{_TEMPORARY}"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         _write_files(temporary, state, facts)
         manifest = {name: _size_and_digest(temporary / name) for name in _FILES}
         _write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
         _sync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         os.rename(temporary, folder)
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in list_checkpoints(run_dir)[:-keep_last]:
-        shutil.rmtree(old)
+        _delete(old)
     return folder
 
 
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint such that, killed at any instant, it is complete or not found."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.deleted{_TEMPORARY}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _write_files(folder: Path, state: TrainState, facts: RunFacts) -> None:
-    save_file(_contiguous(model_tensors(state.model)), folder / "model.safetensors")
-    save_file(_contiguous(_optimizer_tensors(state)), folder / "optimizer.safetensors")
-    save_file(_generator_states(state), folder / "rng.safetensors")
+    _save_tensors(folder / "model.safetensors", model_tensors(state.model))
+    _save_tensors(folder / "optimizer.safetensors", _optimizer_tensors(state))
+    _save_tensors(folder / "rng.safetensors", _generator_states(state))
     progress = {
         "format_version": FORMAT_VERSION,
         "step": state.step,
@@ -113,13 +126,17 @@ def _write_files(folder: Path, state: TrainState, facts: RunFacts) -> None:
     _write_text(folder / "state.json", json.dumps(progress, indent=2))
     _write_text(folder / "config.yaml", to_yaml(facts.config))
     _write_text(folder / "tokenizer.json", facts.tokenizer.to_json())
-    for name in _FILES:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.touch()  # with the user's permissions; safetensors would make it readable for the owner only
+    try:
+        save_file(contiguous, path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} could not be written: {error}") from error
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -165,7 +182,7 @@ def _size_and_digest(path: Path) -> dict[str, Any]:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return a run's complete checkpoints, oldest first."""
     found = run_dir.glob("checkpoints/step_*/manifest.json")
-    return sorted(path.parent for path in found if not path.parent.name.endswith(".tmp"))
+    return sorted(path.parent for path in found if not path.parent.name.endswith(_TEMPORARY))
 
 
 def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
@@ -185,22 +202,24 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
     return checkpoints[-1]
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the manifest.
+def verify_checkpoint(path: Path, names: tuple[str, ...] = _FILES) -> None:
+    """Compare files of a checkpoint with its manifest: all of them, or those that will be read.
 
     Raises:
         InputError: naming the checkpoint and the file that is missing, of another size, or changed.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        expected = {name: manifest[name] for name in _FILES}
+        expected = {name: manifest[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path}: manifest.json cannot be used: {error!r}") from None
     for name, facts in expected.items():
         if not (path / name).is_file():
             raise InputError(f"checkpoint {path}: {name} is missing")
         if _size_and_digest(path / name) != facts:
-            raise InputError(f"checkpoint {path}: {name} is not the file that was saved; use another checkpoint")
+            raise InputError(
+                f"checkpoint {path}: {name} is not the file that was saved; delete this folder to use the one before"
+            )
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -218,7 +237,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Return the resolved config saved with a checkpoint or in a run folder."""
+    """Return the resolved config saved with a checkpoint.
+
+    Raises:
+        ConfigError: where it is not a config of this version.
+    """
     text = (path / "config.yaml").read_text(encoding="utf-8")
     return RunConfig.from_mapping(parse_yaml(text, str(path / "config.yaml")))
 
@@ -246,14 +269,20 @@ def load_weights(model: MoEGPT, path: Path) -> None:
 
 
 def load_training_state(state: TrainState, path: Path) -> None:
-    """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
+    """Restore weights, optimizer, progress and random generators from a verified checkpoint.
+
+    Raises:
+        InputError: where it is of another model or format.
+    """
     load_weights(state.model, path)
     saved = _read_tensors(path / "optimizer.safetensors")
     for name, parameter in state.model.named_parameters():
         if f"{name}.step" in saved:
             parts = {part: saved[f"{name}.{part}"] for part in _OPTIMIZER_PARTS}
-            # fused AdamW keeps its step count beside the parameter
-            state.optimizer.state[parameter] = {part: tensor.to(parameter.device) for part, tensor in parts.items()}
+            # its step count too belongs beside the parameter; copied, because what is loaded is mapped onto the file
+            state.optimizer.state[parameter] = {
+                part: tensor.to(parameter.device, copy=True) for part, tensor in parts.items()
+            }
     progress = read_state(path)
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
     generators = _read_tensors(path / "rng.safetensors")
@@ -280,7 +309,7 @@ def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu"
         InputError: where it is damaged or of another format.
     """
     path = resolve_checkpoint(run_or_checkpoint)
-    verify_checkpoint(path)
+    verify_checkpoint(path, _FILES_TO_USE_A_MODEL)
     config = read_config(path)
     model = MoEGPT(config.model)
     load_weights(model, path)
@@ -299,6 +328,7 @@ def check_same_model(saved: ModelConfig, wanted: ModelConfig) -> None:
         InputError: naming every key that differs.
     """
     old, new = to_plain(saved), to_plain(wanted)
+    new["vocab_size"] = new["vocab_size"] or old["vocab_size"]  # null follows the checkpoint's tokenizer
     differing = [k for k in old if k not in (*_ANY_CONTEXT, *_TRAINING_ONLY) and old[k] != new[k]]
     if differing:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def stop_signals() -> Iterator[_StopSignal]:
         if stop.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.name = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+        os.write(2, b"\nfinishing this step and saving; interrupt again to stop at once\n")  # print may be interrupted
 
     previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -65,6 +67,10 @@ def train(run: Run, limits: Limits, display: Display) -> Outcome:
 
     Returns:
         why it stopped.
+
+    Raises:
+        OSError: where the run folder cannot be written; earlier checkpoints are intact.
+        KeyboardInterrupt: at a second SIGINT.
     """
     state, started_at = run.state, time.monotonic()
     log = MetricsLog(run.run_dir / "metrics.jsonl", state.step if state.step else -1)
@@ -80,7 +86,7 @@ def train(run: Run, limits: Limits, display: Display) -> Outcome:
             metrics = train_step(state, micro_batches, plan, run.config, run.precision)
             log.add(state.step, state.tokens_seen, plan, metrics)
             outcome = _why_stop(run, limits, started_at, stop.name)
-            recorder.after_step(is_last=outcome is not None, is_urgent=stop.name is not None)
+            recorder.after_step(is_last=outcome is not None, is_urgent=outcome in ("SIGINT", "SIGTERM"))
     assert outcome is not None, "the loop ends only with a reason"
     return outcome
 
@@ -120,7 +126,7 @@ class _Recorder:
             self.group_started_at = time.perf_counter()
 
     def write_metrics(self) -> None:
-        line = self.log.write_pending(time.perf_counter() - self.group_started_at)
+        line = self.log.write_pending(self.group_started_at)
         self.group_started_at = time.perf_counter()
         if line:
             self.display.progress(self.run.state.tokens_seen, line)

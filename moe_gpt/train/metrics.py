@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,19 @@ class MetricsLog:
         line = {"step": step, "tokens_seen": tokens_seen, **plan._asdict()}
         self._pending.append((line, metrics))
 
-    def write_pending(self, seconds: float) -> dict[str, Any] | None:
-        """Fetch and write what was added since the last call, which took ``seconds``; return the last line.
+    def write_pending(self, started_at: float) -> dict[str, Any] | None:
+        """Fetch and write what was added since the last call; return the last line.
+
+        Args:
+            started_at: time.perf_counter() when the first of the steps began. The clock is read again after the
+                device has delivered the values, so that work still queued there is counted.
 
         Every line has the mean ``tokens_per_second`` of the group: single steps are not timed on the device.
         """
         if not self._pending:
             return None
         values = torch.stack([torch.stack(metrics).float() for _, metrics in self._pending]).tolist()
+        seconds = time.perf_counter() - started_at
         n_tokens = sum(line["batch_tokens"] for line, _ in self._pending)
         for (line, _), row in zip(self._pending, values, strict=True):
             line.update(zip(StepMetrics._fields, row, strict=True), tokens_per_second=n_tokens / max(seconds, 1e-9))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from moe_gpt.train.checkpoint import list_checkpoints
+from moe_gpt.config_file import to_yaml
+from moe_gpt.train.checkpoint import RunFacts, list_checkpoints
 from moe_gpt.validation import InputError
 
 
@@ -24,12 +26,30 @@ def refuse_existing_run(run_dir: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for this process; the lock of a process that died is free.
+def check_writable(run_dir: Path) -> None:
+    """Check, without making anything, that the run folder can be written.
 
     Raises:
-        InputError: where another process is training in it.
+        InputError: naming the folder that cannot be written, or the file that is in the way.
+    """
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--run-dir {run_dir} cannot be written: no permission in {existing}, or not a folder")
+
+
+@contextlib.contextmanager
+def open_run_folder(run_dir: Path, facts: RunFacts, resumed_from: Path | None) -> Iterator[None]:
+    """Hold a run folder for this process, with the run's config and tokenizer in it.
+
+    The lock of a process that died is free.
+
+    Args:
+        run_dir: made where it is missing.
+        facts: what is written into it.
+        resumed_from: the checkpoint that the run goes on from.
+
+    Raises:
+        InputError: where another process is training in it, or has done so since the run was set up.
         OSError: where the folder cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -39,6 +59,10 @@ def locked(run_dir: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise InputError(f"{run_dir} is in use by another training process; choose another --run-dir") from None
     try:
+        if list_checkpoints(run_dir)[-1:] != ([resumed_from] if resumed_from else []):
+            raise InputError(f"{run_dir} changed while this run was being prepared; run the same line again")
+        (run_dir / "config.yaml").write_text(to_yaml(facts.config), encoding="utf-8")
+        (run_dir / "tokenizer.json").write_text(facts.tokenizer.to_json(), encoding="utf-8")
         yield
     finally:
         lock.release()

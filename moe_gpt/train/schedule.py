@@ -100,7 +100,7 @@ def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]
             if end <= start:
                 raise InputError(
                     f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
-                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the stage before it earlier"
+                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the one before earlier"
                 )
         yield Stage(start, end, stage)
         start = end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_gpt.config import RunConfig, TrainConfig
-from moe_gpt.config_file import to_yaml
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from moe_gpt.train.checkpoint import (
 )
 from moe_gpt.train.evaluation import Evaluator
 from moe_gpt.train.optimizer import build_optimizer
-from moe_gpt.train.run_folder import refuse_existing_run
+from moe_gpt.train.run_folder import check_writable, refuse_existing_run
 from moe_gpt.train.schedule import Schedule
 from moe_gpt.train.step import TrainState
 from moe_gpt.validation import InputError
@@ -53,6 +53,8 @@ class Run:
     evaluator: Evaluator
     state: TrainState
     facts: RunFacts
+    resumed_from: Path | None
+    """The checkpoint of this run that ``state`` was restored from."""
     passes: dict[str, float]
     """How often the whole schedule visits each source's training tokens."""
 
@@ -85,29 +87,24 @@ def set_up_run(
             fit together.
         FileNotFoundError: where ``init_from`` has no checkpoint.
     """
-    found = list_checkpoints(run_dir) if resume else []
-    if not resume:
-        refuse_existing_run(run_dir)
-    start_from = found[-1] if found else resolve_checkpoint(init_from) if init_from else None
-    tokenizer = None
-    if start_from:
-        verify_checkpoint(start_from)
-        tokenizer = _saved_tokenizer(start_from, config, is_resume=bool(found))
+    saved = _where_to_start(run_dir, resume, init_from, config)
+    tokenizer = Tokenizer.load(saved / "tokenizer.json", config.data.tokenizer.end_of_text) if saved else None
     data = prepare_data(config.data, tokenizer, say)
-    config, shares = _fill_in(config, data)
-    schedule = Schedule(config.schedule, config.optimizer, int(sum(shares)))
+    config, schedule, shares = _fill_in(config, data)
     precision = pick_precision(config.train.precision, device)
-    tune_process()
+    tune_process(device)
     facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
-    if found:
-        _check_resumable(found[-1], facts, say)
+    is_resumed = saved is not None and saved.is_relative_to(run_dir)
+    if saved and is_resumed:
+        _check_resumable(saved, facts, say)
     state = build_state(config, device)
-    if found:
-        load_training_state(state, found[-1])
-    elif start_from:
-        check_same_model(read_config(start_from).model, config.model)
-        load_weights(state.model, start_from)
+    if saved and is_resumed:
+        load_training_state(state, saved)
+    elif saved:
+        load_weights(state.model, saved)
     apply_execution(state.model, config.train)
+    seq_lens = [stage.config.seq_len for stage in schedule.stages]
+    texts = [source.train for source in data.sources]
     return Run(
         config=config,
         run_dir=run_dir,
@@ -115,22 +112,44 @@ def set_up_run(
         precision=precision,
         data=data,
         schedule=schedule,
-        stream=TrainingStream(
-            [source.train for source in data.sources], shares, config.train.seed, schedule.longest_seq_len
-        ),
-        evaluator=Evaluator(
-            data.sources,
-            data.tokenizer,
-            schedule.longest_seq_len,
-            config.data.validation_tokens,
-            config.train.micro_batch_tokens,
-        ),
+        stream=TrainingStream(texts, shares, config.train.seed, chunk_tokens=math.lcm(*seq_lens)),
+        evaluator=build_evaluator(config, data),
         state=state,
         facts=facts,
+        resumed_from=saved if is_resumed else None,
         passes={
             source.config.name: schedule.total_tokens * share / sum(shares) / len(source.train)
             for source, share in zip(data.sources, shares, strict=True)
         },
+    )
+
+
+def _where_to_start(run_dir: Path, resume: bool, init_from: str | None, config: RunConfig) -> Path | None:
+    """Return the checkpoint to resume or to take weights from, verified; None starts from nothing."""
+    if not resume:
+        refuse_existing_run(run_dir)
+    check_writable(run_dir)
+    found = list_checkpoints(run_dir)
+    if init_from and not found:
+        saved = resolve_checkpoint(init_from)
+        check_same_model(read_config(saved).model, config.model)
+        _check_same_tokenizer(saved, config)
+    elif found:
+        saved = found[-1]
+    else:
+        return None
+    verify_checkpoint(saved)
+    return saved
+
+
+def build_evaluator(config: RunConfig, data: PreparedData, max_tokens: int | None = None) -> Evaluator:
+    """Return the run's evaluation: its held-out text in sequences of its longest length."""
+    return Evaluator(
+        data.sources,
+        data.tokenizer,
+        seq_len=max(stage.seq_len for stage in config.schedule.stages),
+        max_tokens=max_tokens or config.data.validation_tokens,
+        batch_tokens=config.train.micro_batch_tokens,
     )
 
 
@@ -159,20 +178,18 @@ def _checkpointed(forward: Callable) -> Callable:
     return run
 
 
-def _saved_tokenizer(path: Path, config: RunConfig, is_resume: bool) -> Tokenizer:
-    """Return the checkpoint's tokenizer; a tokenizer file in the config must be the same one."""
+def _check_same_tokenizer(path: Path, config: RunConfig) -> None:
     wanted = config.data.tokenizer
-    saved = Tokenizer.load(path / "tokenizer.json", read_config(path).data.tokenizer.end_of_text)
-    if wanted.file and not is_resume and Tokenizer.load(wanted.file, wanted.end_of_text).to_json() != saved.to_json():
+    saved = Tokenizer.load(path / "tokenizer.json", wanted.end_of_text)
+    if wanted.file and Tokenizer.load(wanted.file, wanted.end_of_text).to_json() != saved.to_json():
         raise InputError(
             f"data.tokenizer.file={wanted.file} is not the tokenizer of {path}; "
             "leave the key out to use the checkpoint's"
         )
-    return saved
 
 
-def _fill_in(config: RunConfig, data: PreparedData) -> tuple[RunConfig, list[float]]:
-    """Return the config with what follows from the data, and each source's share of the tokens."""
+def _fill_in(config: RunConfig, data: PreparedData) -> tuple[RunConfig, Schedule, list[float]]:
+    """Return the config with what follows from the data, its schedule, and each source's share of the tokens."""
     uses_weights = any(source.config.weight for source in data.sources)
     shares: list[float] = [
         source.config.weight or 0.0 if uses_weights else (source.config.epochs or 1.0) * len(source.train)
@@ -187,31 +204,26 @@ def _fill_in(config: RunConfig, data: PreparedData) -> tuple[RunConfig, list[flo
     schedule = Schedule(config.schedule, config.optimizer, int(sum(shares)))
     *stages, last = config.schedule.stages
     last = dataclasses.replace(last, until_tokens=schedule.total_tokens)
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
         schedule=dataclasses.replace(config.schedule, stages=(*stages, last)),
-    ), shares
+    )
+    return config, schedule, shares
 
 
 def _check_resumable(path: Path, facts: RunFacts, say: Callable[[str], None]) -> None:
-    check_same_run(read_config(path), facts.config)
     saved = read_state(path)
     for name, digest in facts.data_fingerprint.items():
-        if saved["data_fingerprint"].get(name) != digest:
+        if saved["data_fingerprint"].get(name, digest) != digest:
             raise InputError(
                 f"--resume needs the run's own data: the text of source {name} is not what it was at {path}; "
                 "restore it, or start a new run with --init-from"
             )
+    check_same_run(read_config(path), facts.config)
     for key, old in saved["environment"].items():
         if facts.environment.get(key) != old:
             say(
                 f"note: {key} was {old} and is now {facts.environment.get(key)}: the run goes on in the same data "
                 "order, but not bit-identically"
             )
-
-
-def write_run_files(run: Run) -> None:
-    """Write the resolved config and the tokenizer into the run folder."""
-    (run.run_dir / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
-    (run.run_dir / "tokenizer.json").write_text(run.data.tokenizer.to_json(), encoding="utf-8")

@@ -119,7 +119,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = plan.lr
     optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]  # as GradScaler does
-    optimizer.step()
+    if grad_norm.device.type != "mps" or not bool(skipped):  # MPS's fused kernel does not look at found_inf
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if config.model.balance == "bias" and not config.model.is_dense:
         update_expert_bias(model, tokens_per_expert, config.model.bias_update_rate * (1 - skipped))

@@ -149,10 +149,10 @@ def test_combine_rows_ignores_what_is_in_the_filling_rows():
     [([256.0, 1.0, 1.0], [1.0, 1.0, 1.0], 258), ([-256.0, 256.0, 0.0], [1.0, 257 / 256, 1.0], 1)],
 )
 def test_combine_rows_weighs_and_sums_in_float32(rows, weights, expected):
-    """In bf16 256 + 1 + 1 would be 256 and the weight 257/256 would be 1; the result is in the rows' type."""
+    """In bf16 256 + 1 + 1 would be 256 and the weight 257/256 would be 1; the result is float32."""
     plan = plan_dispatch(torch.tensor([[0, 1, 2]]), n_experts=3, alignment=1)
     y = combine_rows(torch.tensor(rows, dtype=torch.bfloat16)[:, None], torch.tensor([weights]), plan)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == torch.float32
     assert y.item() == expected
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.data.tokenizer import train_tokenizer
@@ -65,16 +66,17 @@ def test_checkpoint_holds_no_pickle(tmp_path):
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("writer", "error"), [("_write_text", OSError), ("save_file", SafetensorError)])
+def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypatch, writer, error):
     """An error while writing leaves no new folder, no temporary one, and the previous checkpoint intact."""
     state, facts = make_run()
     first = save_checkpoint(tmp_path, state, facts, keep_last=1)
     state.step += 1
 
     def full_disk(*_):
-        raise OSError(28, "No space left on device", "somewhere")
+        raise error("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_text", full_disk)
+    monkeypatch.setattr(checkpoint, writer, full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, state, facts, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
@@ -113,7 +115,10 @@ def test_checkpoint_damage_is_named(tmp_path, name, damage):
         content[len(content) // 2] ^= 1
         (path / name).write_bytes(content if damage == "flip" else content[:-1])
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
-        load_model(path)
+        checkpoint.verify_checkpoint(path)
+    if name != "optimizer.safetensors":  # which a model is used without
+        with pytest.raises(InputError, match=name.replace(".", r"\.")):
+            load_model(path)
 
 
 def test_checkpoint_of_another_format_is_refused(tmp_path):

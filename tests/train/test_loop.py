@@ -14,8 +14,8 @@ from moe_gpt.config import RunConfig
 from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from moe_gpt.train.loop import Limits, train
 from moe_gpt.train.metrics import read_metrics
-from moe_gpt.train.run_folder import locked
-from moe_gpt.train.setup import Run, set_up_run, write_run_files
+from moe_gpt.train.run_folder import open_run_folder
+from moe_gpt.train.setup import Run, set_up_run
 from moe_gpt.validation import InputError
 
 CPU = torch.device("cpu")
@@ -33,8 +33,7 @@ class Silent:
 
 def run_training(config: RunConfig, run_dir, display=None, resume=False, init_from=None, **limits) -> tuple[Run, str]:
     run = set_up_run(config, run_dir, CPU, resume=resume, init_from=init_from, say=lambda text: None)
-    with locked(run_dir):
-        write_run_files(run)
+    with open_run_folder(run_dir, run.facts, run.resumed_from):
         outcome = train(run, Limits(**limits), display or Silent())
     return run, outcome
 
@@ -165,8 +164,22 @@ def test_run_folder_that_holds_a_run_is_refused(small_config, tmp_path):
 
 def test_run_folder_in_use_is_refused(small_config, tmp_path):
     """Two processes never train in one folder."""
-    with locked(tmp_path), pytest.raises(InputError, match="in use by another training process"):
-        run_training(small_config, tmp_path)
+    run = set_up_run(small_config, tmp_path, CPU, resume=True, say=lambda text: None)
+    with open_run_folder(tmp_path, run.facts, None), pytest.raises(InputError, match="in use by another"):
+        run_training(small_config, tmp_path, resume=True)
+
+
+def test_run_folder_that_changed_meanwhile_is_refused(small_config, tmp_path):
+    """A run that another process trained between set-up and start is not written over."""
+    slow = set_up_run(small_config, tmp_path, CPU, say=lambda text: None)
+    run_training(small_config, tmp_path, max_steps=2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with (
+        pytest.raises(InputError, match="changed while this run was being prepared"),
+        open_run_folder(tmp_path, slow.facts, slow.resumed_from),
+    ):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_resume_with_other_settings_names_them(small_config, tmp_path):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from moe_gpt.analysis.accounting import count_parameters
@@ -52,6 +53,7 @@ class TerminalDisplay:
 
     def __init__(self, run: Run) -> None:
         self._run, self._is_terminal = run, sys.stderr.isatty()
+        self._scores: dict[str, Score] = {}
         self._started_at, self._started_with = time.monotonic(), run.state.tokens_seen
         self._line_at = self._started_at
         self._bar = tqdm(
@@ -84,7 +86,7 @@ class TerminalDisplay:
         """Show an evaluation."""
         parts = [f"{name} {s.ce_loss:.3f} ({s.bits_per_byte:.3f} bits per byte)" for name, s in scores.items()]
         self.say(f"validation at step {step}: " + ", ".join(parts))
-        self.last_scores = scores
+        self._scores = scores
 
     def say(self, text: str) -> None:
         """Print without tearing the bar."""
@@ -97,15 +99,15 @@ class TerminalDisplay:
         """Finish the bar."""
         self._bar.close()
 
-    def summary(self) -> str | None:
-        """Return the last evaluation as a table."""
-        scores = getattr(self, "last_scores", None)
-        return format_scores(scores) if scores else None
+    def summary(self) -> str:
+        """Return the last evaluation as a table, nothing where there was none."""
+        return "\n" + format_scores(self._scores) + "\n" if self._scores else ""
 
 
 def samples(run: Run, n_tokens: int = 120) -> Iterator[str]:
     """Yield a generated text for each source's prompt."""
     tokenizer, limit = run.data.tokenizer, run.config.model.max_seq_len
+    torch.compiler.set_stance("force_eager")  # single tokens would recompile what was compiled for batches
     for source in run.data.sources:
         prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
         new = generate(
