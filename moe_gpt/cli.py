@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -86,9 +87,9 @@ def describe_settings(section: type[Section] = RunConfig, prefix: str = "") -> I
         item = typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else annotation
         if isinstance(item, type) and issubclass(item, Section):
             inner = f"{prefix}{field.name}." + ("0." if item is not annotation else "")
-            yield f"\n{inner[:-1]}: {docs[field.name]}"
+            yield f"\n{inner[:-1]}: {docs[field.name]}" + (" A list: 0, 1, ..." if item is not annotation else "")
             yield from describe_settings(item, inner)
         else:
             default = default_of(field)
-            shown = "required" if default is dataclasses.MISSING else "null" if default is None else default
+            shown = "required" if default is dataclasses.MISSING else json.dumps(default)
             yield f"  {prefix}{field.name} ({shown}): {docs[field.name]} [{expectation(annotation)}]"

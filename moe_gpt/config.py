@@ -348,7 +348,7 @@ class TrainConfig(Section):
     micro_batch_tokens: Count = 16_384
     """Tokens that one forward pass may hold; larger batches accumulate gradients."""
     compile: Flag = False
-    """Compile each block with torch.compile."""
+    """Compile each block with torch.compile. For GPUs: on a CPU in fp32 the loop over experts recompiles."""
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass to save memory."""
     eval_every_steps: CountOrZero = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def describe_run(run: Run) -> str:
         lines.append(f"           until {stage.end:>12,}: sequences of {stage.config.seq_len}, {batch} tokens a step")
     lines.append(f"device     {describe_device(run.device)}, {run.precision}")
     lines.append(f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""))
+    if run.facts.initialised_from:
+        lines.append(f"           started with the weights of {run.facts.initialised_from}")
     return "\n".join(lines)
 
 
@@ -54,6 +57,7 @@ class TerminalDisplay:
     def __init__(self, run: Run) -> None:
         self._run, self._is_terminal = run, sys.stderr.isatty()
         self._scores: dict[str, Score] = {}
+        self._pending = ""
         self._started_at, self._started_with = time.monotonic(), run.state.tokens_seen
         self._line_at = self._started_at
         self._bar = tqdm(
@@ -71,22 +75,31 @@ class TerminalDisplay:
         if self._is_terminal:
             self._bar.set_postfix_str(f"ce_loss {ce_loss}, seq_len {line['seq_len']}", refresh=False)
             self._bar.update(tokens_seen - self._bar.n)
-        elif time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES or self._run.is_finished:
-            self._line_at = time.monotonic()
-            speed = (tokens_seen - self._started_with) / (self._line_at - self._started_at)
-            left = (self._run.schedule.total_tokens - tokens_seen) / speed
-            print(
-                f"step {line['step']}: {tokens_seen:,} tokens, ce_loss {ce_loss}, lr {line['lr']:.2e}, "
-                f"{line['batch_tokens']:,} x {line['seq_len']}, {line['tokens_per_second']:,.0f} tokens/s, "
-                f"{left:.0f} s left",
-                flush=True,
-            )
+        else:
+            self._pending = self._format_line(tokens_seen, ce_loss, line)
+            if time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES:
+                self._print_pending()
 
     def scores(self, step: int, scores: dict[str, Score]) -> None:
-        """Show an evaluation."""
+        """Show an evaluation, after the newest metrics."""
+        self._print_pending()
         parts = [f"{name} {s.ce_loss:.3f} ({s.bits_per_byte:.3f} bits per byte)" for name, s in scores.items()]
         self.say(f"validation at step {step}: " + ", ".join(parts))
         self._scores = scores
+
+    def _format_line(self, tokens_seen: int, ce_loss: str, line: dict[str, Any]) -> str:
+        speed = (tokens_seen - self._started_with) / (time.monotonic() - self._started_at)
+        left = datetime.timedelta(seconds=round((self._run.schedule.total_tokens - tokens_seen) / speed))
+        return (
+            f"step {line['step']}: {tokens_seen:,} tokens, ce_loss {ce_loss}, lr {line['lr']:.2e}, "
+            f"{line['batch_tokens']:,} tokens a step in sequences of {line['seq_len']}, "
+            f"{line['tokens_per_second']:,.0f} tokens/s, {left} left"
+        )
+
+    def _print_pending(self) -> None:
+        if self._pending:
+            print(self._pending, flush=True)
+            self._pending, self._line_at = "", time.monotonic()
 
     def say(self, text: str) -> None:
         """Print without tearing the bar."""
@@ -108,14 +121,14 @@ def samples(run: Run, n_tokens: int = 120) -> Iterator[str]:
     """Yield a generated text for each source's prompt."""
     tokenizer, limit = run.data.tokenizer, run.config.model.max_seq_len
     torch.compiler.set_stance("force_eager")  # single tokens would recompile what was compiled for batches
-    for source in run.data.sources:
+    for index, source in enumerate(run.data.sources):
         prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
         new = generate(
             run.state.model,
             prompt,
             n_tokens,
             SamplingConfig(temperature=0.7, top_p=0.95),
-            seed=run.config.train.seed,
+            seed=index,
             end_of_text_id=tokenizer.end_of_text_id,
         )
         yield f"--- {source.config.name} ---\n{tokenizer.decode([*prompt, *new])}"

@@ -114,7 +114,7 @@ def _build(cls: type[Section], values: Any) -> tuple[Any, list[Problem]]:
     if not isinstance(values, Mapping):
         return None, [Problem(("",), f" must be a section of settings, got {values!r}")]
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems = [_unknown_key(str(key), fields) for key in values if key not in fields]
+    problems = [_unknown_key(cls, str(key)) for key in values if key not in fields]
     section = object.__new__(cls)
     for name, annotation in annotations_of(cls).items():
         if name in values:
@@ -214,12 +214,14 @@ def expectation(annotation: Any) -> str:
     return {bool: "true or false", str: "text", type(None): "null"}.get(annotation, getattr(annotation, "__name__", ""))
 
 
-def _unknown_key(key: str, fields: Mapping[str, Any]) -> Problem:
+def _unknown_key(cls: type[Section], key: str) -> Problem:
+    """Name the nearest key: one of this section's, or one that a section inside it has to the letter."""
+    nearest = difflib.get_close_matches(key, annotations_of(cls), n=1, cutoff=0.0)
+    for name, annotation in annotations_of(cls).items():
+        if isinstance(annotation, type) and issubclass(annotation, Section) and key in annotations_of(annotation):
+            nearest = [f"{name}.{key}"]
     key = key or "''"  # the empty key means the section itself
-    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
-    return Problem(
-        (key,), f"{key} is not a known key; did you mean {near[0]}?" if near else f"{key} is not a known key"
-    )
+    return Problem((key,), f"{key} is not a known key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -12,7 +12,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
-    parser.add_argument("--max-tokens", type=count_argument, help="per source (default: the run's validation_tokens)")
+    parser.add_argument(
+        "--max-tokens", type=count_argument, help="per source, whole sequences (default: validation_tokens)"
+    )
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     return parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from moe_gpt.cli import ArgumentParser, count_argument, run_script
 
@@ -12,7 +13,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
-    parser.add_argument("--prompt", required=True, help="the text to continue; the model sees exactly its tokens")
+    parser.add_argument("--prompt", default="", help="the text to continue; the model sees exactly its tokens")
     parser.add_argument("--bos", action="store_true", help="put end-of-text before the prompt, as before a document")
     parser.add_argument("--max-new-tokens", type=count_argument, default=200, help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
@@ -49,12 +50,21 @@ def main() -> None:
         tokenizer.end_of_text_id,
         precision,
     )
-    pieces = tokenizer.decode_stream(ids, context=prompt)
+    written = list(prompt)
+    pieces = tokenizer.decode_stream(_remember(ids, written), context=prompt)
     first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
     print(arguments.prompt + first, end="", flush=True)
     for text in pieces:
         print(text, end="", flush=True)
     print()
+    if len(written) == loaded.model.config.max_seq_len:
+        print(f"stopped: the context of {len(written)} tokens is full", file=sys.stderr)
+
+
+def _remember(ids: Iterator[int], written: list[int]) -> Iterator[int]:
+    for token in ids:
+        written.append(token)
+        yield token
 
 
 if __name__ == "__main__":

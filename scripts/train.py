@@ -23,7 +23,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, or start")
-    parser.add_argument("--init-from", metavar="RUN_OR_CHECKPOINT", help="start a new run with these weights")
+    parser.add_argument(
+        "--init-from",
+        metavar="RUN_OR_CHECKPOINT",
+        help="start a new run with these weights (with --resume: unless it has started)",
+    )
     parser.add_argument("--max-steps", type=count_argument, help="stop after this optimizer step of the run")
     parser.add_argument("--max-minutes", type=positive_argument, help="stop after this time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -39,6 +43,7 @@ def main() -> int:
 
     from moe_gpt.device import pick_device
     from moe_gpt.display import TerminalDisplay, describe_run, samples
+    from moe_gpt.train.checkpoint import resolve_checkpoint
     from moe_gpt.train.loop import Limits, train
     from moe_gpt.train.run_folder import open_run_folder
     from moe_gpt.train.setup import set_up_run
@@ -63,7 +68,9 @@ def main() -> int:
     print(display.summary())
     for text in samples(run):
         print(text + "\n")
-    if outcome != "finished":
+    if run.resumed_from == resolve_checkpoint(run_dir):
+        print(f"already at step {run.state.step}; nothing was trained")
+    elif outcome != "finished":
         print(f"stopped by {outcome} at step {run.state.step}; continue with: {resume_command}")
     print(f"next: {next_command}\n      {command_line('scripts/evaluate.py', run_dir)}")
     return 0

@@ -64,7 +64,8 @@ def expand_files(source: SourceConfig) -> list[Path]:
         matches = [path] if path.is_file() else [Path(match) for match in glob.glob(str(path), recursive=True)]
         matches = [match.resolve() for match in matches if match.is_file()]
         if not matches:
-            raise InputError(f"source {source.name}: files={pattern!r} matches no file in {Path.cwd()}")
+            remedy = f"it is a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the folder is {Path.cwd()}"
+            raise InputError(f"source {source.name}: files={pattern!r} matches no file; {remedy}")
         files.update(matches)
     return sorted(files)
 

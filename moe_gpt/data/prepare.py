@@ -114,7 +114,9 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
             n_bytes += len(document.text)
             if n_bytes >= _TOKENIZER_SAMPLE_BYTES:
                 break
-        if not n_bytes and held_out:  # a single book, which is split by position
+        if not n_bytes and not held_out:
+            raise InputError(f"source {source.name} has no documents with text; give it some, or remove the source")
+        if not n_bytes:  # a single book, which is split by position
             yield held_out
 
 

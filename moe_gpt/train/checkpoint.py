@@ -48,6 +48,8 @@ class RunFacts(NamedTuple):
     tokenizer: Tokenizer
     data_fingerprint: dict[str, str]
     environment: dict[str, Any]
+    initialised_from: str | None = None
+    """The checkpoint whose weights the run started with (--init-from)."""
 
 
 class LoadedRun(NamedTuple):
@@ -122,6 +124,7 @@ def _write_files(folder: Path, state: TrainState, facts: RunFacts) -> None:
         "tokens_seen": state.tokens_seen,
         "data_fingerprint": facts.data_fingerprint,
         "environment": facts.environment,
+        "initialised_from": facts.initialised_from,
     }
     _write_text(folder / "state.json", json.dumps(progress, indent=2))
     _write_text(folder / "config.yaml", to_yaml(facts.config))
@@ -353,7 +356,10 @@ def check_same_run(saved: RunConfig, wanted: RunConfig) -> None:
         if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER) and not key.endswith(".prompt")
     ]
     if problems:
-        raise InputError("--resume needs the run's own settings:\n" + "\n".join(problems))
+        raise InputError(
+            "--resume needs the run's own settings; to change them start a new run with --init-from\n"
+            + "\n".join(problems)
+        )
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_gpt.config import RunConfig, TrainConfig
+from moe_gpt.config_file import to_plain
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
@@ -93,8 +94,10 @@ def set_up_run(
     config, schedule, shares = _fill_in(config, data)
     precision = pick_precision(config.train.precision, device)
     tune_process(device)
-    facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
     is_resumed = saved is not None and saved.is_relative_to(run_dir)
+    origin = read_state(saved).get("initialised_from") if saved and is_resumed else str(saved) if saved else None
+    environment = describe_environment(device, precision)
+    facts = RunFacts(config, data.tokenizer, data.fingerprint, environment, initialised_from=origin)
     if saved and is_resumed:
         _check_resumable(saved, facts, say)
     state = build_state(config, device)
@@ -179,12 +182,20 @@ def _checkpointed(forward: Callable) -> Callable:
 
 
 def _check_same_tokenizer(path: Path, config: RunConfig) -> None:
-    wanted = config.data.tokenizer
-    saved = Tokenizer.load(path / "tokenizer.json", wanted.end_of_text)
-    if wanted.file and Tokenizer.load(wanted.file, wanted.end_of_text).to_json() != saved.to_json():
+    """Check that the config asks for the tokenizer that the checkpoint's weights were trained with."""
+    wanted, saved = config.data.tokenizer, read_config(path).data.tokenizer
+    if wanted.file and wanted.file != saved.file:
+        text = Tokenizer.load(wanted.file, wanted.end_of_text).to_json()
+        is_same = text == Tokenizer.load(path / "tokenizer.json", wanted.end_of_text).to_json()
+    else:
+        is_same = wanted == saved
+    if not is_same:
+        differing = [key for key in to_plain(saved) if getattr(saved, key) != getattr(wanted, key)]
         raise InputError(
-            f"data.tokenizer.file={wanted.file} is not the tokenizer of {path}; "
-            "leave the key out to use the checkpoint's"
+            "--init-from uses the checkpoint's tokenizer, and the settings must say so: "
+            + "; ".join(
+                f"data.tokenizer.{k} is {getattr(saved, k)!r} there, got {getattr(wanted, k)!r}" for k in differing
+            )
         )
 
 

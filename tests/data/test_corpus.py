@@ -222,7 +222,7 @@ def test_corrupt_file_is_named(name, content):
 def test_pattern_that_matches_nothing_is_refused():
     """A path or glob without a file is an error with the pattern and the folder, even beside one that matches."""
     message = failure(files=(write("a.txt", "text"), "b*.txt"))
-    assert message == f"source mine: files='b*.txt' matches no file in {Path.cwd()}"
+    assert message == f"source mine: files='b*.txt' matches no file; the folder is {Path.cwd()}"
 
 
 def test_home_of_an_unknown_user_is_refused():

@@ -12,7 +12,7 @@ import torch
 
 from moe_gpt.config import RunConfig
 from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
-from moe_gpt.train.loop import Limits, train
+from moe_gpt.train.loop import Limits, stop_signals, train
 from moe_gpt.train.metrics import read_metrics
 from moe_gpt.train.run_folder import open_run_folder
 from moe_gpt.train.setup import Run, set_up_run
@@ -263,3 +263,27 @@ def test_evaluation_by_hand(small_config, tmp_path):
     assert score.n_tokens == 512
     assert score.ce_loss == pytest.approx(float(ce_loss), rel=1e-5)
     assert score.bits_per_byte == pytest.approx(float(ce_loss) * 512 / 0.6931472 / len(text.encode()), rel=0.005)
+
+
+def test_second_interrupt_stops_at_once():
+    """The first SIGINT asks, the second raises; afterwards Python's own handling is back."""
+    with stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_interrupt_in_the_last_step_still_evaluates(small_config, tmp_path):
+    """A run whose schedule has ended is finished, signal or not."""
+
+    class Late(Silent):
+        def progress(self, tokens_seen, line):
+            if tokens_seen == 6144:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    _, outcome = run_training(small_config, tmp_path, Late())
+    assert outcome == "finished"
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["tokens_seen"] == 6144
+    assert "val/prose/ce_loss" in read_metrics(tmp_path / "metrics.jsonl")[-1]
