@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import time
@@ -120,15 +121,14 @@ class TerminalDisplay:
 def samples(run: Run, n_tokens: int = 120) -> Iterator[str]:
     """Yield a generated text for each source's prompt."""
     tokenizer, limit = run.data.tokenizer, run.config.model.max_seq_len
-    torch.compiler.set_stance("force_eager")  # single tokens would recompile what was compiled for batches
     for index, source in enumerate(run.data.sources):
         prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
-        new = generate(
-            run.state.model,
-            prompt,
-            n_tokens,
-            SamplingConfig(temperature=0.7, top_p=0.95),
-            seed=index,
-            end_of_text_id=tokenizer.end_of_text_id,
-        )
+        sampling = SamplingConfig(temperature=0.7, top_p=0.95)
+        with _without_compiling(run):
+            new = list(generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id))
         yield f"--- {source.config.name} ---\n{tokenizer.decode([*prompt, *new])}"
+
+
+def _without_compiling(run: Run) -> contextlib.AbstractContextManager:
+    """Run compiled blocks eagerly: single tokens would recompile what was compiled for batches."""
+    return torch.compiler.set_stance("force_eager") if run.config.train.compile else contextlib.nullcontext()
