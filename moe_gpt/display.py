@@ -123,7 +123,7 @@ def samples(run: Run, n_tokens: int = 120) -> Iterator[str]:
     tokenizer, limit = run.data.tokenizer, run.config.model.max_seq_len
     for index, source in enumerate(run.data.sources):
         prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
-        sampling = SamplingConfig(temperature=0.7, top_p=0.95)
+        sampling = SamplingConfig(temperature=0.6, top_p=0.95)
         with _without_compiling(run):
             new = list(generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id))
         yield f"--- {source.config.name} ---\n{tokenizer.decode([*prompt, *new])}"
