@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_gpt.config import ModelConfig
 
-_LONGEST_BY_PRODUCTS = 512
+_LONGEST_BY_PRODUCTS = 256
 
 
 def rotary_angles(
@@ -82,7 +82,7 @@ def attend(
     """Return softmax(q k^T / sqrt(Dh)) v; a mask of None is causal.
 
     PyTorch's scaled_dot_product_attention, except for short contexts on a CPU: its CPU kernel repeats the shared
-    head and takes two to ten times as long there as plain matrix products do.
+    head and takes up to seven times as long there as plain matrix products do (docs/benchmarks.md).
     """
     if queries.device.type == "cpu" and keys.shape[2] <= _LONGEST_BY_PRODUCTS:
         return attend_by_products(queries, keys, values, mask)
