@@ -4,23 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expert_loop import moe_by_loop, parameters_for_loop
-from tiny_models import tiny_config
+from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
 from moe_gpt.model.dispatch import combine_rows, dispatch_tokens, plan_dispatch
 from moe_gpt.model.experts import Experts, FeedForward, grouped_mm, grouped_mm_fits, segment_mm
-from moe_gpt.model.moe import MoE
 
 PATHS = {"grouped_mm": {"d_model": 32, "d_ff": 16}, "segment_mm": {"d_model": 30, "d_ff": 13}}
 """Sizes that take each of the two ways to multiply, in float32 on a CPU."""
-
-
-def random_layer(**changes: object) -> MoE:
-    torch.manual_seed(0)
-    layer = MoE(tiny_config(**changes))
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return layer
 
 
 @pytest.mark.parametrize(("path", "fits"), [("grouped_mm", True), ("segment_mm", False)])

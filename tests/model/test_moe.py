@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_config
+from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
 from moe_gpt.model.moe import MoE
@@ -23,14 +23,6 @@ def steered_layer(n_experts: int = 4, **changes: object) -> MoE:
 def tokens_for(experts: list[int], n_experts: int = 4) -> torch.Tensor:
     """Return one sequence (1, T, D) whose tokens choose these experts."""
     return torch.eye(n_experts)[torch.tensor(experts)][None]
-
-
-def random_layer(**changes: object) -> MoE:
-    torch.manual_seed(0)
-    layer = MoE(tiny_config(**changes))
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return layer
 
 
 def test_moe_drops_beyond_capacity_by_hand():

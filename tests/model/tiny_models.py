@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_gpt.config import LossConfig, ModelConfig
 from moe_gpt.model.losses import LossTerms, combine_losses, cross_entropy
+from moe_gpt.model.moe import MoE
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import ModelOutput, MoEGPT
 
@@ -56,6 +57,15 @@ def tiny_model(seed: int = 0, **changes: object) -> MoEGPT:
         if router.expert_bias is not None:
             router.expert_bias.copy_(torch.linspace(-0.2, 0.2, len(router.expert_bias)))
     return model
+
+
+def random_layer(**changes: object) -> MoE:
+    """Return one layer whose weights are all large enough to matter."""
+    torch.manual_seed(0)
+    layer = MoE(tiny_config(**changes))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
 
 
 def random_tokens(*shape: int, seed: int = 1) -> Tensor:
