@@ -71,7 +71,9 @@ def main() -> int:
     if run.resumed_from == resolve_checkpoint(run_dir):
         print(f"already at step {run.state.step}; nothing was trained")
     elif outcome != "finished":
-        print(f"stopped by {outcome} at step {run.state.step}; continue with: {resume_command}")
+        print(
+            f"stopped by {outcome} at step {run.state.step}; repeat with --resume and a later limit, or none, to go on"
+        )
     print(f"next: {next_command}\n      {command_line('scripts/evaluate.py', run_dir)}")
     return 0
 
