@@ -12,9 +12,18 @@ from moe_gpt.cli import ArgumentParser, count_argument, run_script
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder (Mixtral, Mistral, Llama)",
+    )
     parser.add_argument("--prompt", default="", help="the text to continue; the model sees exactly its tokens")
-    parser.add_argument("--bos", action="store_true", help="put end-of-text before the prompt, as before a document")
+    parser.add_argument(
+        "--bos",
+        action="store_true",
+        help="put end-of-text before the prompt, as before a document (a Hugging Face tokenizer that starts every "
+        "text with a token of its own, such as <s>, does so anyway)",
+    )
     parser.add_argument("--max-new-tokens", type=count_argument, default=200, help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 from all")
@@ -31,16 +40,23 @@ def main() -> None:
 
     from moe_gpt.device import pick_device, pick_precision, tune_process
     from moe_gpt.inference.generate import SamplingConfig, generate
-    from moe_gpt.train.checkpoint import load_model
+    from moe_gpt.interop import hugging_face
+    from moe_gpt.train.checkpoint import LoadedRun, load_model
 
     sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     device = pick_device(arguments.device)
     tune_process(device)
     precision = pick_precision(arguments.precision or ("fp32" if device.type == "cpu" else "auto"), device)
-    loaded = load_model(arguments.model, device)
+    loaded: hugging_face.LoadedFolder | LoadedRun
+    start: list[int] = []
+    if hugging_face.is_model_folder(arguments.model):
+        loaded = hugging_face.load_with_tokenizer(arguments.model, device)
+        start = loaded.text_start
+    else:
+        loaded = load_model(arguments.model, device)
     print(f"{loaded.path}, {device}, {precision}", file=sys.stderr)
     tokenizer = loaded.tokenizer
-    prompt = [tokenizer.end_of_text_id] * arguments.bos + tokenizer.encode(arguments.prompt)
+    prompt = (start or [tokenizer.end_of_text_id] * arguments.bos) + tokenizer.encode(arguments.prompt)
     ids = generate(
         loaded.model,
         prompt,

@@ -25,8 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, or start")
     parser.add_argument(
         "--init-from",
-        metavar="RUN_OR_CHECKPOINT",
-        help="start a new run with these weights (with --resume: unless it has started)",
+        metavar="MODEL",
+        help="start a new run with the weights of a run, a checkpoint or a Hugging Face folder; those of a dense model "
+        "can start a mixture of experts (with --resume: unless the run has started)",
     )
     parser.add_argument("--max-steps", type=count_argument, help="stop after this optimizer step of the run")
     parser.add_argument("--max-minutes", type=positive_argument, help="stop after this time")

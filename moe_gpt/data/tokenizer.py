@@ -71,6 +71,15 @@ class Tokenizer:
                 raise InputError(f"text must be valid Unicode, got a lone surrogate in {ascii(text[:40])}")
         return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def template(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the tokenizer's own template puts before and after a text, such as Llama's <s>.
+
+        Ours has none, and ``encode`` never adds them.
+        """
+        plain, whole = (self._backend.encode("a", add_special_tokens=add).ids for add in (False, True))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:start], whole[start + len(plain) :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; special tokens are spelled out."""
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.config import RunConfig
 from moe_gpt.config_file import parse_yaml, to_plain, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.model.transformer import MoEGPT
@@ -28,15 +29,16 @@ from moe_gpt.train.step import TrainState
 from moe_gpt.validation import InputError
 
 FORMAT_VERSION = 1
+_WEIGHTS = "model.safetensors"
 _FILES = (
-    "model.safetensors",
+    _WEIGHTS,
     "optimizer.safetensors",
     "rng.safetensors",
     "state.json",
     "config.yaml",
     "tokenizer.json",
 )
-_FILES_TO_USE_A_MODEL = ("model.safetensors", "state.json", "config.yaml", "tokenizer.json")
+_FILES_TO_USE_A_MODEL = (_WEIGHTS, "state.json", "config.yaml", "tokenizer.json")
 _TEMPORARY = ".tmp"
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -50,6 +52,27 @@ class RunFacts(NamedTuple):
     environment: dict[str, Any]
     initialised_from: str | None = None
     """The checkpoint whose weights the run started with (--init-from)."""
+
+
+class SavedModel(NamedTuple):
+    """A verified checkpoint, as far as using its model needs it; the weights are not read yet."""
+
+    path: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    step: int
+    tokens_seen: int
+    initialised_from: str | None
+
+    @property
+    def weights_file(self) -> Path:
+        """Where the weights are, by our names."""
+        return self.path / _WEIGHTS
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that the checkpoint belongs to, while it lies where it was written."""
+        return self.path.parent.parent
 
 
 class LoadedRun(NamedTuple):
@@ -115,7 +138,7 @@ def _delete(folder: Path) -> None:
 
 
 def _write_files(folder: Path, state: TrainState, facts: RunFacts) -> None:
-    _save_tensors(folder / "model.safetensors", model_tensors(state.model))
+    _save_tensors(folder / _WEIGHTS, model_tensors(state.model))
     _save_tensors(folder / "optimizer.safetensors", _optimizer_tensors(state))
     _save_tensors(folder / "rng.safetensors", _generator_states(state))
     progress = {
@@ -249,14 +272,27 @@ def read_config(path: Path) -> RunConfig:
     return RunConfig.from_mapping(parse_yaml(text, str(path / "config.yaml")))
 
 
-def load_weights(model: MoEGPT, path: Path) -> None:
-    """Copy a checkpoint's weights into a model.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's weights by name.
+
+    Raises:
+        InputError: where the file cannot be read.
+    """
+    return _read_tensors(path / _WEIGHTS)
+
+
+def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> None:
+    """Copy weights into a model.
+
+    Args:
+        model: where they go.
+        saved: every parameter and buffer by name.
+        origin: where they come from, for the error.
 
     Raises:
         InputError: naming tensors that are missing, left over or of another shape.
     """
     own = model_tensors(model)
-    saved = _read_tensors(path / "model.safetensors")
     missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     problems = [f"{name} is missing" for name in missing] + [f"{name} is left over" for name in extra]
     problems += [
@@ -265,7 +301,7 @@ def load_weights(model: MoEGPT, path: Path) -> None:
         if own[name].shape != saved[name].shape
     ]
     if problems:
-        raise InputError(f"checkpoint {path} is of another model: {'; '.join(sorted(problems)[:5])}")
+        raise InputError(f"{origin} is of another model: {'; '.join(sorted(problems)[:5])}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
@@ -277,7 +313,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
     Raises:
         InputError: where it is of another model or format.
     """
-    load_weights(state.model, path)
+    copy_weights(state.model, read_weights(path), f"checkpoint {path}")
     saved = _read_tensors(path / "optimizer.safetensors")
     for name, parameter in state.model.named_parameters():
         if f"{name}.step" in saved:
@@ -304,8 +340,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
-def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
-    """Return the model of a run folder's newest checkpoint, or of one checkpoint, in evaluation mode.
+def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
+    """Return a run folder's newest checkpoint, or one checkpoint, after comparing its files with the manifest.
 
     Raises:
         FileNotFoundError: where there is no complete checkpoint.
@@ -313,31 +349,28 @@ def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu"
     """
     path = resolve_checkpoint(run_or_checkpoint)
     verify_checkpoint(path, _FILES_TO_USE_A_MODEL)
-    config = read_config(path)
-    model = MoEGPT(config.model)
-    load_weights(model, path)
+    state, config = read_state(path), read_config(path)
     tokenizer = Tokenizer.load(path / "tokenizer.json", config.data.tokenizer.end_of_text)
-    return LoadedRun(model.to(device).eval(), tokenizer, config, read_state(path)["step"], path)
+    return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"])
 
 
-_ANY_CONTEXT = ("max_seq_len", "rope_theta")
-_TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std")
+def describe_model(path: str) -> str:
+    """Name a model by its path: the run and the step of a checkpoint, else the folder."""
+    place = Path(path)
+    return f"{place.parent.parent.name}, {place.name}" if place.parent.name == "checkpoints" else place.name
 
 
-def check_same_model(saved: ModelConfig, wanted: ModelConfig) -> None:
-    """Check that weights of one config mean the same in another; context length and training settings may differ.
+def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+    """Return the model of a run folder's newest checkpoint, or of one checkpoint, in evaluation mode.
 
     Raises:
-        InputError: naming every key that differs.
+        FileNotFoundError: where there is no complete checkpoint.
+        InputError: where it is damaged or of another format.
     """
-    old, new = to_plain(saved), to_plain(wanted)
-    new["vocab_size"] = new["vocab_size"] or old["vocab_size"]  # null follows the checkpoint's tokenizer
-    differing = [k for k in old if k not in (*_ANY_CONTEXT, *_TRAINING_ONLY) and old[k] != new[k]]
-    if differing:
-        raise InputError(
-            "--init-from needs the checkpoint's model: "
-            + "; ".join(f"model.{k} is {old[k]} there, got {new[k]}" for k in differing)
-        )
+    saved = open_checkpoint(run_or_checkpoint)
+    model = MoEGPT(saved.config.model)
+    copy_weights(model, read_weights(saved.path), f"checkpoint {saved.path}")
+    return LoadedRun(model.to(device).eval(), saved.tokenizer, saved.config, saved.step, saved.path)
 
 
 _MAY_DIFFER = ("checkpoint.", "train.eval_every_steps", "train.log_every_steps", "data.cache_dir")

@@ -91,6 +91,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
+    """Return the evaluation after a step: per source ``ce_loss`` and ``bits_per_byte``; empty where there is none."""
+    scores: dict[str, dict[str, float]] = {}
+    for line in read_metrics(path) if path.is_file() else []:
+        for key, value in line.items() if line["step"] == step else ():
+            if key.startswith("val/") and value is not None:
+                _, source, name = key.split("/")
+                scores.setdefault(source, {})[name] = value
+    return scores
+
+
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return

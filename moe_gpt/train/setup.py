@@ -13,7 +13,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_gpt.config import RunConfig, TrainConfig
-from moe_gpt.config_file import to_plain
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
@@ -21,18 +20,16 @@ from moe_gpt.device import Precision, pick_precision, tune_process
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.checkpoint import (
     RunFacts,
-    check_same_model,
     check_same_run,
     describe_environment,
     list_checkpoints,
     load_training_state,
-    load_weights,
     read_config,
     read_state,
-    resolve_checkpoint,
     verify_checkpoint,
 )
 from moe_gpt.train.evaluation import Evaluator
+from moe_gpt.train.initial_weights import check_fits, open_initial_weights
 from moe_gpt.train.optimizer import build_optimizer
 from moe_gpt.train.run_folder import check_writable, refuse_existing_run
 from moe_gpt.train.schedule import Schedule
@@ -80,31 +77,42 @@ def set_up_run(
         run_dir: where the run will be, or is.
         device: where to train.
         resume: go on from the folder's newest checkpoint, if there is one.
-        init_from: run or checkpoint whose weights and tokenizer a new run starts with.
+        init_from: run, checkpoint or Hugging Face folder whose weights and tokenizer a new run starts with.
         say: told about slow steps and about differences that do not matter.
 
     Raises:
         InputError: for a folder that holds a run and is not to be resumed; settings, data or weights that do not
             fit together.
-        FileNotFoundError: where ``init_from`` has no checkpoint.
+        FileNotFoundError: where ``init_from`` has no model.
     """
-    saved = _where_to_start(run_dir, resume, init_from, config)
-    tokenizer = Tokenizer.load(saved / "tokenizer.json", config.data.tokenizer.end_of_text) if saved else None
+    if not resume:
+        refuse_existing_run(run_dir)
+    check_writable(run_dir)
+    found = list_checkpoints(run_dir)
+    saved = found[-1] if found else None
+    initial = open_initial_weights(init_from, config.model.max_seq_len) if init_from and not saved else None
+    tokenizer, vocab_size = None, None
+    if saved:
+        verify_checkpoint(saved)
+        tokenizer = Tokenizer.load(saved / "tokenizer.json", config.data.tokenizer.end_of_text)
+        vocab_size = read_config(saved).model.vocab_size
+    elif initial:
+        check_fits(initial, config)
+        tokenizer, vocab_size = initial.tokenizer, initial.model.vocab_size
     data = prepare_data(config.data, tokenizer, say)
-    config, schedule, shares = _fill_in(config, data)
+    config, schedule, shares = _fill_in(config, data, vocab_size)
     precision = pick_precision(config.train.precision, device)
     tune_process(device)
-    is_resumed = saved is not None and saved.is_relative_to(run_dir)
-    origin = read_state(saved).get("initialised_from") if saved and is_resumed else str(saved) if saved else None
+    origin = str(initial.path) if initial else read_state(saved).get("initialised_from") if saved else None
     environment = describe_environment(device, precision)
     facts = RunFacts(config, data.tokenizer, data.fingerprint, environment, initialised_from=origin)
-    if saved and is_resumed:
+    if saved:
         _check_resumable(saved, facts, say)
     state = build_state(config, device)
-    if saved and is_resumed:
+    if saved:
         load_training_state(state, saved)
-    elif saved:
-        load_weights(state.model, saved)
+    elif initial:
+        initial.copy_into(state.model)
     apply_execution(state.model, config.train)
     seq_lens = [stage.config.seq_len for stage in schedule.stages]
     texts = [source.train for source in data.sources]
@@ -119,30 +127,12 @@ def set_up_run(
         evaluator=build_evaluator(config, data),
         state=state,
         facts=facts,
-        resumed_from=saved if is_resumed else None,
+        resumed_from=saved,
         passes={
             source.config.name: schedule.total_tokens * share / sum(shares) / len(source.train)
             for source, share in zip(data.sources, shares, strict=True)
         },
     )
-
-
-def _where_to_start(run_dir: Path, resume: bool, init_from: str | None, config: RunConfig) -> Path | None:
-    """Return the checkpoint to resume or to take weights from, verified; None starts from nothing."""
-    if not resume:
-        refuse_existing_run(run_dir)
-    check_writable(run_dir)
-    found = list_checkpoints(run_dir)
-    if init_from and not found:
-        saved = resolve_checkpoint(init_from)
-        check_same_model(read_config(saved).model, config.model)
-        _check_same_tokenizer(saved, config)
-    elif found:
-        saved = found[-1]
-    else:
-        return None
-    verify_checkpoint(saved)
-    return saved
 
 
 def build_evaluator(config: RunConfig, data: PreparedData, max_tokens: int | None = None) -> Evaluator:
@@ -181,32 +171,20 @@ def _checkpointed(forward: Callable) -> Callable:
     return run
 
 
-def _check_same_tokenizer(path: Path, config: RunConfig) -> None:
-    """Check that the config asks for the tokenizer that the checkpoint's weights were trained with."""
-    wanted, saved = config.data.tokenizer, read_config(path).data.tokenizer
-    if wanted.file and wanted.file != saved.file:
-        text = Tokenizer.load(wanted.file, wanted.end_of_text).to_json()
-        is_same = text == Tokenizer.load(path / "tokenizer.json", wanted.end_of_text).to_json()
-    else:
-        is_same = wanted == saved
-    if not is_same:
-        differing = [key for key in to_plain(saved) if getattr(saved, key) != getattr(wanted, key)]
-        raise InputError(
-            "--init-from uses the checkpoint's tokenizer, and the settings must say so: "
-            + "; ".join(
-                f"data.tokenizer.{k} is {getattr(saved, k)!r} there, got {getattr(wanted, k)!r}" for k in differing
-            )
-        )
+def _fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> tuple[RunConfig, Schedule, list[float]]:
+    """Return the config with what follows from the data, its schedule, and each source's share of the tokens.
 
-
-def _fill_in(config: RunConfig, data: PreparedData) -> tuple[RunConfig, Schedule, list[float]]:
-    """Return the config with what follows from the data, its schedule, and each source's share of the tokens."""
+    Args:
+        config: as the user gave it.
+        data: the tokenised sources.
+        vocab_size: of the weights that the run goes on from; used where the config names none.
+    """
     uses_weights = any(source.config.weight for source in data.sources)
     shares: list[float] = [
         source.config.weight or 0.0 if uses_weights else (source.config.epochs or 1.0) * len(source.train)
         for source in data.sources
     ]
-    vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    vocab_size = config.model.vocab_size or vocab_size or data.tokenizer.vocab_size
     if vocab_size < data.tokenizer.vocab_size:
         raise InputError(
             f"model.vocab_size must be at least the tokenizer's {data.tokenizer.vocab_size}, got {vocab_size}; "

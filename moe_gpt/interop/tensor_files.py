@@ -1,0 +1,149 @@
+"""Sharded safetensors, one tensor in memory at a time.
+
+The format (https://huggingface.co/docs/safetensors): the length of a JSON header in 8 bytes, the header with each
+tensor's type, shape and place, then the data. Several files have an index beside them that says where each tensor
+is. Reading is the library's; its writer wants all tensors of a file at once, so writing is done here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moe_gpt.validation import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class TensorReader:
+    """Reads tensors by name from one or more safetensors files, each when it is asked for.
+
+    Raises:
+        InputError: naming the file that is missing, cut off or not safetensors, and a name that is there twice.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._file_of: dict[str, Path] = {}
+        self._open = {}
+        for path in paths:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path} cannot be read as safetensors: {error}") from None
+            for name in self._open[path].keys():  # noqa: SIM118 (not a dict)
+                if name in self._file_of:
+                    raise InputError(f"{name} is both in {self._file_of[name]} and in {path}")
+                self._file_of[name] = path
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor there is."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Return the format's name of a tensor's type, such as BF16."""
+        return self._open[self._file_of[name]].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._open[self._file_of[name]].get_tensor(name)
+
+
+def open_folder(folder: Path) -> TensorReader:
+    """Open the weights of a model folder: ``model.safetensors``, or the files that its index lists.
+
+    Raises:
+        InputError: where there are none, where one is missing or cut off, or where the index is wrong.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be safetensors")
+        return TensorReader([folder / SINGLE_FILE])
+    try:
+        places = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        files = {name: folder / place for name, place in places.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / INDEX_FILE} is not an index of safetensors files: {error!r}") from None
+    reader = TensorReader(dict.fromkeys(files.values()))
+    absent = sorted(files.keys() - set(reader.names))
+    if absent:
+        raise InputError(f"{files[absent[0]]} has no {absent[0]}, which {INDEX_FILE} says it has")
+    return reader
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def write_folder(
+    folder: Path,
+    specs: Sequence[TensorSpec],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    max_file_bytes: int = 5 * 10**9,
+) -> None:
+    """Write tensors in order, each read, converted and written before the next is read.
+
+    Equal tensors give equal files.
+
+    Args:
+        folder: where the files go; several with an index where one would exceed ``max_file_bytes``.
+        specs: names and shapes of what is written.
+        read: returns a tensor by name.
+        dtype: type in the files.
+        max_file_bytes: size of a file's data, exceeded only by a single tensor that is larger.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if groups[-1] and sum(map(_count, groups[-1])) + _count(spec) > max_file_bytes // dtype.itemsize:
+            groups.append([])
+        groups[-1].append(spec)
+    places: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        file_name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        _write_file(folder / file_name, group, read, dtype)
+        places |= {spec.name: file_name for spec in group}
+    if len(groups) > 1:
+        n_bytes = sum(map(_count, specs)) * dtype.itemsize
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": places}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        start, end = end, end + _count(spec) * dtype.itemsize
+        header[spec.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": spec.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            tensor = read(spec.name).detach().to("cpu", dtype).contiguous()
+            if tuple(tensor.shape) != spec.shape:
+                raise ValueError(f"{spec.name} must have shape {spec.shape}, got {tuple(tensor.shape)}")
+            file.write(tensor.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _count(spec: TensorSpec) -> int:
+    return math.prod(spec.shape)

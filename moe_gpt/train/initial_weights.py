@@ -1,0 +1,140 @@
+"""What a new run can start with (--init-from): a run or checkpoint of ours, or a Hugging Face folder.
+
+Weights of a dense model can start a mixture of experts (``moe_gpt.model.upcycle``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe_gpt.config import ModelConfig, RunConfig, TokenizerConfig
+from moe_gpt.config_file import to_plain
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.interop import hugging_face
+from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.model.upcycle import starts_as_same_function, upcycle
+from moe_gpt.train.checkpoint import (
+    copy_weights,
+    model_tensors,
+    read_config,
+    read_weights,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from moe_gpt.validation import InputError
+
+_ANY_CONTEXT = ("max_seq_len", "rope_theta")
+_TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std")
+_ROUTING = ("n_experts", "top_k", "normalize_topk", "balance")
+
+
+class InitialWeights(NamedTuple):
+    """A trained model that a new run starts with; its weights are read when they are asked for."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: Tokenizer
+    tokenizer_config: TokenizerConfig
+    """The settings that mean this tokenizer."""
+    read: Callable[[], dict[str, Tensor]]
+    """Returns the weights by our names."""
+
+    def copy_into(self, model: MoEGPT) -> None:
+        """Put the weights into a model whose config ``check_fits`` accepted.
+
+        What they have no part of keeps its initial values: the routers of an upcycled model, a new balancing bias.
+        """
+        tensors = self.read()
+        if self.model.is_dense and not model.config.is_dense:
+            tensors = upcycle(tensors, model.config)
+        own = model_tensors(model)
+        is_new = (".router.weight", ".router.expert_bias") if self.model.is_dense else (".router.expert_bias",)
+        tensors |= {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(is_new)}
+        copy_weights(model, tensors, str(self.path))
+
+
+def open_initial_weights(path: str | Path, max_seq_len: int) -> InitialWeights:
+    """Open what ``--init-from`` names.
+
+    Args:
+        path: a run folder, a checkpoint, or a Hugging Face folder.
+        max_seq_len: the context that the weights will be used with.
+
+    Raises:
+        FileNotFoundError: where there is neither a complete checkpoint nor a config.json.
+        InputError: for a damaged checkpoint, and for folders that ``hugging_face.load`` refuses.
+    """
+    if hugging_face.is_model_folder(path):
+        folder = Path(path)
+        tokenizer = hugging_face.load_tokenizer(folder)
+        return InitialWeights(
+            path=folder,
+            model=hugging_face.read_model_config(folder, max_seq_len),
+            tokenizer=tokenizer,
+            tokenizer_config=TokenizerConfig(file=str(folder / "tokenizer.json"), end_of_text=tokenizer.end_of_text),
+            read=lambda: model_tensors(hugging_face.load(folder, max_seq_len)),
+        )
+    checkpoint = resolve_checkpoint(path)
+    verify_checkpoint(checkpoint)
+    config = read_config(checkpoint)
+    return InitialWeights(
+        path=checkpoint,
+        model=config.model,
+        tokenizer=Tokenizer.load(checkpoint / "tokenizer.json", config.data.tokenizer.end_of_text),
+        tokenizer_config=config.data.tokenizer,
+        read=lambda: read_weights(checkpoint),
+    )
+
+
+def check_fits(initial: InitialWeights, config: RunConfig) -> None:
+    """Check that the weights mean the same in a run's model; context length and training settings may differ.
+
+    Raises:
+        InputError: naming every setting that differs, and what to add to the command.
+    """
+    differences = list(_differences(initial, config))
+    problems = [f"{key} is {there!r} there, got {here!r}" for key, there, here in differences]
+    if problems:
+        overrides = [f"{key}={json.dumps(there)}" for key, there, _ in differences]
+        raise InputError(
+            f"--init-from {initial.path} needs its model and its tokenizer, and the settings must say so\n"
+            + "\n".join(problems)
+            + f"\nto agree, add: {shlex.join(overrides)}"
+        )
+    if _is_upcycled(initial, config) and not starts_as_same_function(config.model):
+        raise InputError(
+            "model.normalize_topk must be true to start from a dense model, got false: the weights of a token's equal "
+            "experts must sum to 1"
+        )
+
+
+def _is_upcycled(initial: InitialWeights, config: RunConfig) -> bool:
+    return initial.model.is_dense and not config.model.is_dense
+
+
+def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
+    """Yield each key that must agree and does not, with its value there and here."""
+    there, here = to_plain(initial.model), to_plain(config.model)
+    here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null follows the weights
+    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if _is_upcycled(initial, config) else ()))
+    if initial.model.balance != "bias":  # a bias that starts at zero changes nothing
+        ignored += ("balance",)
+    for key in there:
+        if key not in ignored and there[key] != here[key]:
+            yield f"model.{key}", there[key], here[key]
+    saved, wanted = initial.tokenizer_config, config.data.tokenizer
+    if wanted.file and wanted.file != saved.file:
+        if Tokenizer.load(wanted.file, wanted.end_of_text).to_json() == initial.tokenizer.to_json():
+            return
+    elif saved.file:
+        wanted = dataclasses.replace(wanted, vocab_size=saved.vocab_size)  # not used where a file is given
+    for key in to_plain(saved):
+        if getattr(saved, key) != getattr(wanted, key):
+            yield f"data.tokenizer.{key}", getattr(saved, key), getattr(wanted, key)
