@@ -1,20 +1,43 @@
-"""The scripts as a user runs them, in processes of their own."""
+"""The scripts as a user runs them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from tiny_models import tiny_model
+
+from moe_gpt.interop import hugging_face
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script as the command line would, but in this process: starting one takes seconds."""
+    command = [str(ROOT / "scripts" / name), *map(str, arguments)]
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    status = 0
+    with mock.patch.object(sys, "argv", command), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as exit_:
+            status = exit_.code
+    written = [stream.buffer.getvalue().decode() for stream in (out, errors)]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(command, status, *written)
+
+
+def script_in_a_process(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script as the command line does."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
@@ -26,7 +49,8 @@ def run_dir(small_values, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("scripts")
     (folder / "small.yaml").write_text(yaml.safe_dump(small_values), encoding="utf-8")
-    done = script("train.py", "--config", folder / "small.yaml", "--run-dir", folder / "run", "--max-steps", 8)
+    arguments = ["--config", folder / "small.yaml", "--run-dir", folder / "run", "--max-steps", 8]
+    done = script_in_a_process("train.py", *arguments)
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     return folder / "run"
@@ -102,6 +126,50 @@ def test_evaluate_prints_a_row_per_source(run_dir):
     assert float(rows["code"][2]) == pytest.approx(last["val/code/ce_loss"], abs=1e-4)
 
 
+def test_export_then_generate_gives_the_same_text(run_dir, tmp_path):
+    """Also from a single checkpoint, in bfloat16, and with a licence and the run's scores in the model card."""
+    done = script("export.py", run_dir, tmp_path / "a", "--license", "mit")
+    assert done.returncode == 0, done.stderr
+    assert "MixtralForCausalLM, float32" in done.stdout
+    arguments = ["--prompt", "def ", "--max-new-tokens", 12, "--seed", 3]
+    texts = [script("generate.py", folder, *arguments).stdout for folder in (run_dir, tmp_path / "a")]
+    assert texts[0] == texts[1]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n")
+    scores = next(json.loads(s) for s in reversed((run_dir / "metrics.jsonl").read_text().splitlines()) if "val/" in s)
+    assert f"| code | {scores['val/code/ce_loss']:.4f} |" in card
+    assert str(run_dir.parent) not in card  # nobody's folders are published
+    checkpoint = next((run_dir / "checkpoints").iterdir())
+    assert script("export.py", checkpoint, tmp_path / "b", "--dtype", "bfloat16").returncode == 0
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in "ab"]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
+    """The error says which settings the folder needs; with them it trains on, and resumes without the folder."""
+    script("export.py", run_dir, tmp_path / "hf")
+    arguments = [
+        "--config",
+        run_dir.parent / "small.yaml",
+        "--run-dir",
+        tmp_path / "run",
+        "--init-from",
+        tmp_path / "hf",
+    ]
+    refused = script("train.py", *arguments)
+    assert refused.returncode == 2
+    advice = next(line for line in refused.stderr.splitlines() if "to agree, add: " in line)
+    overrides = shlex.split(advice.partition("add: ")[2])
+    assert f'data.tokenizer.file="{tmp_path}/hf/tokenizer.json"' in overrides
+    assert script("train.py", *arguments, *overrides, "--max-steps", 2).returncode == 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = script("evaluate.py", run_dir).stdout.splitlines()[1].split()
+    assert metrics[0]["val/prose/ce_loss"] == pytest.approx(float(trained[2]), abs=1e-3)
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        file.unlink()
+    assert script("train.py", *arguments, *overrides, "--max-steps", 3, "--resume").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
@@ -124,11 +192,20 @@ def test_evaluate_prints_a_row_per_source(run_dir):
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "/proc/no/such"], "/proc/no"),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--device", "cuda:99"], "is not there"),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "no complete"),
+        ("export.py", ["{run}", "{run}"], "output folder must be new or empty"),
+        ("export.py", ["{tmp}/nothing", "{tmp}/x"], "no complete checkpoint at"),
+        ("export.py", ["{run}", "{tmp}/x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        ("export.py", ["{run}", "{tmp}/x", "--license", "a\nb"], "must be an identifier such as apache-2.0"),
+        ("generate.py", ["{hf}", "--prompt", "a"], "architecture must be one of MixtralForCausalLM"),
     ],
 )
 def test_bad_input_is_one_clear_line(run_dir, name, arguments, expected):
     """Status 2, the problem on stderr without a traceback, nothing on stdout that looks like a result."""
-    filled = [argument.format(run=run_dir, tmp=run_dir.parent) for argument in arguments]
+    foreign = run_dir.parent / "foreign"
+    if not foreign.exists():
+        hugging_face.save(tiny_model(), foreign)
+        (foreign / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    filled = [argument.format(run=run_dir, tmp=run_dir.parent, hf=foreign) for argument in arguments]
     done = script(name, *filled)
     assert done.returncode == 2, done.stdout + done.stderr
     assert expected in done.stderr

@@ -86,6 +86,7 @@ def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") 
         InputError: as ``load``; and for a tokenizer with more tokens than the model.
     """
     folder = Path(folder)
+    read_model_config(folder)  # another architecture is the first thing to say
     tokenizer = load_tokenizer(folder)
     return LoadedFolder(load(folder).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
 

@@ -48,8 +48,8 @@ def _body(name: str, training: Training) -> Iterator[str]:
     )
     yield f"# {name}\n"
     yield (
-        f"A {kind} decoder of {counts.total:,} parameters, {counts.active:,} of them used for a token, trained with moe_gpt on "
-        f"{training.tokens_seen:,} tokens ({training.step:,} steps)."
+        f"A {kind} decoder of {counts.total:,} parameters, {counts.active:,} of them used for a token, trained with "
+        f"moe_gpt on {training.tokens_seen:,} tokens ({training.step:,} steps)."
     )
     if training.started_from:
         yield f"Its weights started from {training.started_from}."

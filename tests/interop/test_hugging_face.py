@@ -244,9 +244,7 @@ def test_tokenizer_of_another_model_is_refused(folder, tmp_path):
     """Both when a folder is read and when one is written."""
     shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.json")
     edit_json(folder / "config.json", vocab_size=200)
-    with pytest.raises(
-        InputError, match=r"tokenizer has \d+ tokens, config.json says that the model has vocab_size=200"
-    ):
+    with pytest.raises(InputError, match=r"tokenizer has \d+ tokens, config.json says .* vocab_size=200"):
         hugging_face.load_tokenizer(folder)
     with pytest.raises(InputError, match=f"tokens, the model only vocab_size={VOCAB_SIZE}"):
         hugging_face.save(tiny_model(), tmp_path / "y", Tokenizer.load(tmp_path / "tokenizer.json"))

@@ -9,37 +9,15 @@ import signal
 
 import pytest
 import torch
+from small_runs import CPU, Silent, change, run_training
 
 from moe_gpt.config import RunConfig
 from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
-from moe_gpt.train.loop import Limits, stop_signals, train
+from moe_gpt.train.loop import stop_signals
 from moe_gpt.train.metrics import read_metrics
 from moe_gpt.train.run_folder import open_run_folder
-from moe_gpt.train.setup import Run, set_up_run
+from moe_gpt.train.setup import set_up_run
 from moe_gpt.validation import InputError
-
-CPU = torch.device("cpu")
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def progress(self, tokens_seen, line):
-        """Show nothing."""
-
-    def scores(self, step, scores):
-        """Show nothing."""
-
-
-def run_training(config: RunConfig, run_dir, display=None, resume=False, init_from=None, **limits) -> tuple[Run, str]:
-    run = set_up_run(config, run_dir, CPU, resume=resume, init_from=init_from, say=lambda text: None)
-    with open_run_folder(run_dir, run.facts, run.resumed_from):
-        outcome = train(run, Limits(**limits), display or Silent())
-    return run, outcome
-
-
-def change(config: RunConfig, section: str, **settings) -> RunConfig:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **settings)})
 
 
 def step_lines(run_dir) -> list[dict]:

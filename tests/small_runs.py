@@ -1,0 +1,40 @@
+"""Whole small runs in the tests' own process."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from moe_gpt.config import RunConfig
+from moe_gpt.train.loop import Limits, train
+from moe_gpt.train.run_folder import open_run_folder
+from moe_gpt.train.setup import Run, set_up_run
+
+CPU = torch.device("cpu")
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def progress(self, tokens_seen, line):
+        """Show nothing."""
+
+    def scores(self, step, scores):
+        """Show nothing."""
+
+
+def run_training(
+    config: RunConfig, run_dir: Path, display=None, resume=False, init_from=None, **limits
+) -> tuple[Run, str]:
+    """Train in a folder; return the run and how it ended."""
+    run = set_up_run(config, run_dir, CPU, resume=resume, init_from=init_from, say=lambda text: None)
+    with open_run_folder(run_dir, run.facts, run.resumed_from):
+        outcome = train(run, Limits(**limits), display or Silent())
+    return run, outcome
+
+
+def change(config: RunConfig, section: str, **settings) -> RunConfig:
+    """Return the config with some settings of a section changed."""
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **settings)})

@@ -1,0 +1,120 @@
+"""What a run may start with, and what must agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_runs import CPU, change, run_training
+
+from moe_gpt.config import RunConfig, TokenizerConfig
+from moe_gpt.interop import hugging_face
+from moe_gpt.train.metrics import read_metrics
+from moe_gpt.train.setup import Run, set_up_run
+from moe_gpt.validation import InputError
+
+DENSE = {"n_experts": 1, "top_k": 1}
+
+
+def with_model(config: RunConfig, **changes: object) -> RunConfig:
+    return change(config, "model", **changes)
+
+
+def with_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
+    tokenizer = TokenizerConfig(file=str(folder / "tokenizer.json"))
+    return change(config, "data", tokenizer=tokenizer)
+
+
+def start(config: RunConfig, run_dir: Path, init_from: Path | None = None, **limits: int) -> Run:
+    return run_training(config, run_dir, init_from=init_from, **limits)[0]
+
+
+@pytest.fixture
+def dense_run(small_config, tmp_path) -> Path:
+    """A dense run of a few steps."""
+    start(with_model(small_config, **DENSE), tmp_path / "dense", max_steps=4)
+    return tmp_path / "dense"
+
+
+def first_and_last_loss(run_dir: Path) -> tuple[float, float]:
+    losses = [
+        line["val/code/ce_loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "val/code/ce_loss" in line
+    ]
+    return losses[0], losses[-1]
+
+
+@pytest.mark.parametrize("form", ["run", "hugging_face"])
+def test_dense_weights_start_a_mixture(form, small_config, dense_run, tmp_path):
+    """The first evaluation is the dense run's last; then it learns; and the checkpoint says where it came from."""
+    origin, config = dense_run, small_config
+    if form == "hugging_face":
+        run = set_up_run(with_model(small_config, **DENSE), tmp_path / "x", CPU, init_from=str(dense_run))
+        origin = tmp_path / "llama"
+        hugging_face.save(run.state.model, origin, run.data.tokenizer)
+        config = with_tokenizer(config, origin)
+    run = start(config, tmp_path / "mixture", origin, max_steps=8)
+    first, last = first_and_last_loss(tmp_path / "mixture")
+    assert first == pytest.approx(first_and_last_loss(dense_run)[1], abs=1e-4)
+    assert last < first - 0.2
+    assert run.state.model.config.n_experts == 4
+    assert str(run.facts.initialised_from).startswith(str(origin))
+
+
+def test_rescaling_is_needed_to_start_from_a_dense_model(small_config, dense_run, tmp_path):
+    """Without it the mixture would start as another function."""
+    with pytest.raises(InputError, match="normalize_topk must be true to start from a dense model, got false"):
+        start(with_model(small_config, normalize_topk=False), tmp_path / "mixture", dense_run)
+
+
+def test_every_difference_is_named_with_what_to_add(small_config, dense_run, tmp_path):
+    """Model and tokenizer together, as overrides to copy."""
+    other = with_model(small_config, d_ff=48, norm_eps=1e-3)
+    with pytest.raises(InputError) as caught:
+        start(change(other, "data", tokenizer=TokenizerConfig(vocab_size=300)), tmp_path / "mixture", dense_run)
+    assert "model.d_ff is 32 there, got 48" in str(caught.value)
+    last = str(caught.value).splitlines()[-1]
+    assert last == "to agree, add: model.d_ff=32 model.norm_eps=1e-05 data.tokenizer.vocab_size=400"
+
+
+def test_balancing_by_bias_can_begin_later(small_config, tmp_path):
+    """A bias that starts at zero changes nothing; the other way would change the function and is refused."""
+    start(small_config, tmp_path / "loss", max_steps=2)
+    start(with_model(small_config, balance="bias"), tmp_path / "bias", tmp_path / "loss", max_steps=2)
+    first, _ = first_and_last_loss(tmp_path / "bias")
+    assert first == pytest.approx(first_and_last_loss(tmp_path / "loss")[1], abs=1e-4)
+    with pytest.raises(InputError, match="model.balance is 'bias' there, got 'loss'"):
+        start(small_config, tmp_path / "back", tmp_path / "bias")
+
+
+def test_vocabulary_follows_the_weights(small_config, tmp_path):
+    """A padded embedding stays padded where the config names no size, also after a resume."""
+    start(with_model(small_config, vocab_size=448), tmp_path / "padded", max_steps=1)
+    run = start(small_config, tmp_path / "next", tmp_path / "padded", max_steps=1)
+    assert run.state.model.output.weight.shape[0] == 448
+    resumed = set_up_run(small_config, tmp_path / "next", CPU, resume=True)
+    assert resumed.state.model.output.weight.shape[0] == 448
+
+
+def test_tokenizer_of_another_text_is_refused(small_config, dense_run, tmp_path):
+    """An equal file at another path is fine, another tokenizer is not."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "tokenizer.json").write_text((dense_run / "tokenizer.json").read_text())
+    start(with_tokenizer(small_config, copy), tmp_path / "mixture", dense_run, max_steps=1)
+    text = (copy / "tokenizer.json").read_text().replace("<|endoftext|>", "<|end|>")
+    (copy / "tokenizer.json").write_text(text)
+    other = TokenizerConfig(file=str(copy / "tokenizer.json"), end_of_text="<|end|>")
+    with pytest.raises(InputError, match="data.tokenizer.file is None there, got"):
+        start(change(small_config, "data", tokenizer=other), tmp_path / "other", dense_run)
+
+
+def test_sliding_window_matters_only_beyond_it(small_config, tmp_path):
+    """The context that counts is the run's."""
+    run = start(small_config, tmp_path / "first", max_steps=1)
+    folder = tmp_path / "hf"
+    hugging_face.save(run.state.model, folder, run.data.tokenizer)
+    config_file = folder / "config.json"
+    config_file.write_text(config_file.read_text().replace('"sliding_window": null', '"sliding_window": 64'))
+    start(with_tokenizer(small_config, folder), tmp_path / "same", folder, max_steps=1)
+    with pytest.raises(InputError, match="sliding_window must be at least the context of 128 tokens"):
+        start(with_model(with_tokenizer(small_config, folder), max_seq_len=128), tmp_path / "longer", folder)
