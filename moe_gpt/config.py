@@ -1,6 +1,6 @@
 """Every setting of a run: frozen, typed, checked when it is constructed.
 
-A run is one ``RunConfig`` of seven sections. A default is written here and nowhere else; a number that follows
+A run is one ``RunConfig`` of eight sections. A default is written here and nowhere else; a number that follows
 from others is a property. ``config_file`` reads and writes them as YAML.
 """
 
@@ -351,6 +351,8 @@ class TrainConfig(Section):
     """Compile each block with torch.compile. For GPUs: on a CPU in fp32 the loop over experts recompiles."""
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass to save memory."""
+    deterministic: Flag = False
+    """Let a GPU repeat its own bits, at some speed, and refuse operations that cannot; a CPU always does."""
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     log_every_steps: Count = 10
@@ -359,12 +361,38 @@ class TrainConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written and which are kept."""
 
     every_steps: CountOrZero = 500
     """Optimizer steps between checkpoints; 0 saves at the end only."""
     keep_last: Count = 2
     """Newest checkpoints to keep."""
+    keep_best: Flag = True
+    """Keep also the one with the lowest mean validation loss, among those saved right after an evaluation."""
+    keep_every_steps: CountOrZero = 0
+    """Keep also those whose step is a multiple of this; 0 keeps none for that."""
+    in_background: Flag = True
+    """Write while training goes on, from a copy of the state; at the end and at a signal training waits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultConfig(Section):
+    """What to do about numerical faults. A step whose loss or gradient is not finite never moves the weights."""
+
+    max_skips_in_a_row: Count = 10
+    """Non-finite steps in a row after which the run goes back to its last good checkpoint and past these tokens."""
+    max_rollbacks: CountOrZero = 3
+    """How often a run may go back before it stops."""
+    spike_window: Count = 200
+    """Steps whose mean and standard deviation the loss is compared with."""
+    spike_deviations: Positive = 8.0
+    """Standard deviations above that mean at which the loss is called a spike, with a warning."""
+    routing_window: Count = 200
+    """Steps over which experts are counted before their loads are judged."""
+    dead_expert_load: Share = 0.01
+    """Share of an even load below which an expert is called dead, with a warning."""
+    collapsed_share: Share = 0.9
+    """Share of all assignments above which the top_k busiest experts of a layer are called a collapse."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,6 +413,8 @@ class RunConfig(Section):
     """Execution."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """Saving."""
+    faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
+    """Numerical faults."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield what two sections disagree about."""

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from moe_gpt.config import RunConfig
-from moe_gpt.validation import ConfigError, InputError, Section
+from moe_gpt.validation import ConfigError, InputError, Section, shown
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -38,7 +38,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError([f"{origin} is not valid YAML: {' '.join(str(error).split())}"]) from None
 
 
@@ -70,7 +70,7 @@ def load_run_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     values = parse_yaml(text, str(path))
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError([f"{path} must hold sections such as model: and data:, got {values!r}"])
+        raise ConfigError([f"{path} must hold sections such as model: and data:, got {shown(values)}"])
     problems = []
     for override in overrides:
         try:
@@ -101,7 +101,7 @@ def _override(values: dict, override: str) -> None:
         elif isinstance(place, dict):
             key_here = part
         else:
-            raise InputError(f"{key}: {here} is not a section, it is {place!r}")
+            raise InputError(f"{key}: {here} is not a section, it is {shown(place)}")
         if depth == len(parts) - 1:
             place[key_here] = parse_yaml(text, f"override {key}")
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 from typing import Literal
 
@@ -67,8 +68,18 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def tune_process(device: torch.device) -> None:
-    """Set, for the whole process, what makes a CPU fast; on another device do nothing."""
+def tune_process(device: torch.device, deterministic: bool = False) -> None:
+    """Set, for the whole process, what makes a CPU fast, and whether operations may vary from run to run.
+
+    Args:
+        device: where to compute.
+        deterministic: refuse operations that do not repeat their own bits. A CPU's do with the same number of
+            threads; some of CUDA's have a slower deterministic form, which this selects.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         _use_fast_float32()
         _keep_freed_memory()

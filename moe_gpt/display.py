@@ -109,6 +109,11 @@ class TerminalDisplay:
         else:
             print(text, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self._print_pending()
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
     def close(self) -> None:
         """Finish the bar."""
         self._bar.close()

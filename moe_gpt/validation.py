@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import reprlib
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,16 @@ class ConfigError(InputError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message; what is long or deep is cut, as a stranger's file may be either."""
+    return _shortened.repr(value)
+
+
+_shortened = reprlib.Repr()
+_shortened.maxlevel, _shortened.maxlist, _shortened.maxtuple, _shortened.maxdict = 4, 8, 8, 8
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 200
 
 
 class Problem(NamedTuple):
@@ -112,7 +123,7 @@ def _build(cls: type[Section], values: Any) -> tuple[Any, list[Problem]]:
         return values, []
     values = {} if values is None else values  # a section whose keys are all commented out
     if not isinstance(values, Mapping):
-        return None, [Problem(("",), f" must be a section of settings, got {values!r}")]
+        return None, [Problem(("",), f" must be a section of settings, got {shown(values)}")]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     problems = [_unknown_key(cls, str(key)) for key in values if key not in fields]
     section = object.__new__(cls)
@@ -170,14 +181,14 @@ def _check(annotation: Any, value: Any) -> tuple[Any, list[Problem]]:
         return _build(annotation, value)
     if origin is tuple and isinstance(arguments[0], type) and issubclass(arguments[0], Section):
         if not isinstance(value, list | tuple) or not value:
-            return None, [Problem(("",), f" must be a list with at least one entry, got {value!r}")]
+            return None, [Problem(("",), f" must be a list with at least one entry, got {shown(value)}")]
         built = [_build(arguments[0], item) for item in value]
         problems = [_placed(problem, str(i)) for i, (_, found) in enumerate(built) for problem in found]
         return tuple(item for item, _ in built), problems
     try:
         return _adapter(annotation).validate_python(value), []
     except ValidationError:
-        return None, [Problem(("",), f" must be {expectation(annotation)}, got {value!r}")]
+        return None, [Problem(("",), f" must be {expectation(annotation)}, got {shown(value)}")]
 
 
 @cache

@@ -41,7 +41,7 @@ def main() -> None:
     from moe_gpt.analysis.accounting import count_parameters
     from moe_gpt.interop import hugging_face
     from moe_gpt.interop.model_card import Training, model_card
-    from moe_gpt.interop.tensor_files import TensorReader
+    from moe_gpt.tensor_files import TensorReader
     from moe_gpt.train.checkpoint import describe_model, open_checkpoint
     from moe_gpt.train.metrics import scores_at
 

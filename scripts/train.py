@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_gpt.cli import ArgumentParser, command_line, count_argument, describe_settings, positive_argument, run_script
 from moe_gpt.config_file import find_config, load_run_config
+from moe_gpt.validation import InputError
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -17,8 +18,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit status: 0 done or stopped by a limit, 2 bad input, 130 or 143 saved and stopped by SIGINT or "
-        "SIGTERM\n\nkeys of a config, for the YAML file and for key.path=value:\n" + "\n".join(describe_settings()),
+        epilog="exit status: 0 done or stopped by a limit, 2 bad input, 3 training could not go on (the message says "
+        "why and what is saved), 130 or 143 saved and stopped by SIGINT or SIGTERM\n\n"
+        "keys of a config, for the YAML file and for key.path=value:\n" + "\n".join(describe_settings()),
     )
     parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
@@ -28,6 +30,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="MODEL",
         help="start a new run with the weights of a run, a checkpoint or a Hugging Face folder; those of a dense model "
         "can start a mixture of experts (with --resume: unless the run has started)",
+    )
+    parser.add_argument(
+        "--allow-changes",
+        metavar="KEY,KEY",
+        type=lambda text: [key for key in text.split(",") if key],
+        default=[],
+        help="with --resume: go on although these are not what they were (a setting or a section such as optimizer, "
+        "data.<source>, code, torch, moe_gpt); the checkpoint records it",
     )
     parser.add_argument("--max-steps", type=count_argument, help="stop after this optimizer step of the run")
     parser.add_argument("--max-minutes", type=positive_argument, help="stop after this time")
@@ -45,21 +55,29 @@ def main() -> int:
     from moe_gpt.device import pick_device
     from moe_gpt.display import TerminalDisplay, describe_run, samples
     from moe_gpt.train.checkpoint import resolve_checkpoint
+    from moe_gpt.train.faults import TrainingStopped
     from moe_gpt.train.loop import Limits, train
     from moe_gpt.train.run_folder import open_run_folder
     from moe_gpt.train.setup import set_up_run
 
-    run = set_up_run(config, run_dir, pick_device(arguments.device), arguments.resume, arguments.init_from)
+    if arguments.allow_changes and not arguments.resume:
+        raise InputError(f"--allow-changes is for --resume, got {','.join(arguments.allow_changes)} without it")
+    run = set_up_run(
+        config, run_dir, pick_device(arguments.device), arguments.resume, arguments.init_from, arguments.allow_changes
+    )
     print(describe_run(run), flush=True)
     prompt = config.data.sources[-1].prompt
     next_command = command_line("scripts/generate.py", run_dir, "--prompt", prompt)
     if run.is_finished:
         print(f"this run is finished; next: {next_command}")
         return 0
-    with open_run_folder(run_dir, run.facts, run.resumed_from):
+    with open_run_folder(run_dir, run.facts, run.resumed_from, run.damaged):
         display = TerminalDisplay(run)
         try:
             outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)
+        except TrainingStopped as stopped:
+            print(f"error: {stopped}", file=sys.stderr)
+            return 3
         finally:
             display.close()
     resume_command = command_line(*(word for word in sys.argv if word != "--resume"), "--resume")

@@ -24,13 +24,16 @@ class Silent:
     def scores(self, step, scores):
         """Show nothing."""
 
+    def warn(self, text):
+        """Show nothing."""
+
 
 def run_training(
-    config: RunConfig, run_dir: Path, display=None, resume=False, init_from=None, **limits
+    config: RunConfig, run_dir: Path, display=None, resume=False, init_from=None, allow_changes=(), **limits
 ) -> tuple[Run, str]:
     """Train in a folder; return the run and how it ended."""
-    run = set_up_run(config, run_dir, CPU, resume=resume, init_from=init_from, say=lambda text: None)
-    with open_run_folder(run_dir, run.facts, run.resumed_from):
+    run = set_up_run(config, run_dir, CPU, resume, init_from, allow_changes, say=lambda text: None)
+    with open_run_folder(run_dir, run.facts, run.resumed_from, run.damaged):
         outcome = train(run, Limits(**limits), display or Silent())
     return run, outcome
 

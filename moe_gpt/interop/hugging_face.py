@@ -7,11 +7,7 @@ llama.cpp's converter read without any code of ours. What is read becomes a ``Mo
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +16,10 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, ModelConfig
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.durable import complete_folder, write_file
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
-from moe_gpt.interop.tensor_files import TensorReader, TensorSpec, open_folder, write_folder
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.tensor_files import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.validation import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -233,14 +230,17 @@ def export(
     name = str(dtype).removeprefix("torch.")
     end = tokenizer.end_of_text_id if tokenizer else None
     settings |= {"bos_token_id": end, "eos_token_id": end, "torch_dtype": name, "dtype": name}
-    with _appearing_complete(Path(folder)) as temporary:
-        specs = [TensorSpec(name, shape) for name, shape in shapes.items()]
-        write_folder(temporary, specs, lambda name: table[name].of(read(table[name].name)), dtype)
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"the output folder must be new or empty, got {folder}")
+    with complete_folder(folder) as temporary:
+        specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
+        write_sharded(temporary, specs, lambda name: table[name].of(read(table[name].name)))
         _write_json(temporary / "config.json", settings)
         if tokenizer:
             _write_tokenizer(temporary, tokenizer, config)
         if model_card:
-            (temporary / "README.md").write_text(model_card, encoding="utf-8")
+            write_file(temporary / "README.md", [model_card.encode("utf-8")])
 
 
 def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
@@ -260,7 +260,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
     values = json.loads(tokenizer.to_json())
     if any(tokenizer.template()):
         values["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    _write_json(folder / "tokenizer.json", values)
     end = tokenizer.end_of_text
     special = {"content": end, "special": True}
     special |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -284,31 +284,4 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _appearing_complete(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``folder`` at the end, and nothing where something fails.
-
-    Raises:
-        InputError: where ``folder`` is a file or not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"the output folder must be new or empty, got {folder}")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.absolute().parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's is for the owner only
-        if folder.exists():
-            folder.rmdir()  # empty: renaming onto it works on POSIX only
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_file(path, [json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8"), b"\n"])

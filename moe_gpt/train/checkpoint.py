@@ -1,57 +1,69 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""One checkpoint: everything a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder ``step_XXXXXXXX``: weights, optimizer and random generators as safetensors, the rest as
-JSON and YAML; nothing needs unpickling. It is written under a temporary name; ``manifest.json``, written last, has
-the size and SHA-256 of every file; then the folder is renamed. So a folder without a temporary name is complete.
+A checkpoint is a folder ``step_XXXXXXXX``: weights, optimizer and random generators as safetensors, the rest as JSON
+and YAML; nothing needs unpickling. ``manifest.json`` has the size and SHA-256 of every file and is compared with them
+before anything is used. The folder appears complete or not at all (``moe_gpt.durable``). Which checkpoints a run has,
+and which of them it keeps, is ``moe_gpt.train.checkpoint_store``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_gpt.config import RunConfig
-from moe_gpt.config_file import parse_yaml, to_plain, to_yaml
+from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.config_file import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.durable import FileFacts, complete_folder, read_facts, write_file
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.tensor_files import TensorReader, TensorSpec, write_tensors
 from moe_gpt.train.step import TrainState
-from moe_gpt.validation import InputError
+from moe_gpt.validation import InputError, shown
 
-FORMAT_VERSION = 1
-_WEIGHTS = "model.safetensors"
-_FILES = (
-    _WEIGHTS,
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "state.json",
-    "config.yaml",
-    "tokenizer.json",
-)
-_FILES_TO_USE_A_MODEL = (_WEIGHTS, "state.json", "config.yaml", "tokenizer.json")
-_TEMPORARY = ".tmp"
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+_WEIGHTS, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
+_STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
+FILES = (_WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
+FILES_TO_USE_A_MODEL = (_WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
+_LARGEST_MANIFEST = 1_000_000
+_ADDED_IN_VERSION_2: dict[str, Any] = {"initialised_from": None} | {
+    "skipped_windows": [],
+    "skips_in_a_row": 0,
+    "rollbacks": 0,
+    "changes": [],
+    "score": None,
+}
 
 
 class RunFacts(NamedTuple):
-    """What stays the same during a run and is saved with every checkpoint."""
+    """What stays the same while a process trains and is saved with every checkpoint."""
 
     config: RunConfig
     tokenizer: Tokenizer
     data_fingerprint: dict[str, str]
     environment: dict[str, Any]
     initialised_from: str | None = None
-    """The checkpoint whose weights the run started with (--init-from)."""
+    """The model whose weights the run started with (--init-from)."""
+    changes: tuple[dict[str, Any], ...] = ()
+    """What was changed on purpose when the run was resumed (--allow-changes)."""
+
+
+class Snapshot(NamedTuple):
+    """Everything of a run that changes, at one step."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    generators: dict[str, Tensor]
+    progress: dict[str, Any]
+    """Plain values for state.json."""
 
 
 class SavedModel(NamedTuple):
@@ -85,84 +97,33 @@ class LoadedRun(NamedTuple):
     path: Path
 
 
-def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Return what bit-identical resume depends on besides config and data."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def model_tensors(model: MoEGPT) -> dict[str, Tensor]:
     """Return every distinct parameter and buffer by name; shared ones have the first of their names."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, facts: RunFacts, keep_last: int) -> Path:
-    """Write ``run_dir/checkpoints/step_XXXXXXXX`` and delete older checkpoints beyond ``keep_last``.
+def take_snapshot(state: TrainState, score: float | None = None, copy: bool = False) -> Snapshot:
+    """Return a run's state.
 
-    Raises:
-        OSError: where it cannot be written; the checkpoints that were there are intact.
+    Args:
+        state: what is being trained.
+        score: mean validation loss at this step, where it was evaluated.
+        copy: copy every tensor, so that training may go on while the snapshot is written.
     """
-    folder = run_dir / "checkpoints" / f"step_{state.step:08d}"
-    temporary = folder.with_name(folder.name + _TEMPORARY)
-    for leftover in folder.parent.glob(f"step_*{_TEMPORARY}"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_files(temporary, state, facts)
-        manifest = {name: _size_and_digest(temporary / name) for name in _FILES}
-        _write_text(temporary / "manifest.json", json.dumps(manifest, indent=2))
-        _sync_folder(temporary)
-        _delete(folder)
-        os.rename(temporary, folder)
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(run_dir)[:-keep_last]:
-        _delete(old)
-    return folder
 
+    def kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.detach().to("cpu", copy=copy) for name, t in tensors.items()}
 
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint such that, killed at any instant, it is complete or not found."""
-    if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.deleted{_TEMPORARY}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _write_files(folder: Path, state: TrainState, facts: RunFacts) -> None:
-    _save_tensors(folder / _WEIGHTS, model_tensors(state.model))
-    _save_tensors(folder / "optimizer.safetensors", _optimizer_tensors(state))
-    _save_tensors(folder / "rng.safetensors", _generator_states(state))
     progress = {
-        "format_version": FORMAT_VERSION,
         "step": state.step,
         "tokens_seen": state.tokens_seen,
-        "data_fingerprint": facts.data_fingerprint,
-        "environment": facts.environment,
-        "initialised_from": facts.initialised_from,
+        "skipped_windows": [list(window) for window in state.skipped_windows],
+        "skips_in_a_row": state.skips_in_a_row,
+        "rollbacks": state.rollbacks,
+        "score": score,
     }
-    _write_text(folder / "state.json", json.dumps(progress, indent=2))
-    _write_text(folder / "config.yaml", to_yaml(facts.config))
-    _write_text(folder / "tokenizer.json", facts.tokenizer.to_json())
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path.touch()  # with the user's permissions; safetensors would make it readable for the owner only
-    try:
-        save_file(contiguous, path)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{path} could not be written: {error}") from error
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
+    optimizer = _optimizer_tensors(state)
+    return Snapshot(kept(model_tensors(state.model)), kept(optimizer), kept(_generator_states(state)), progress)
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -184,82 +145,93 @@ def _generator_states(state: TrainState) -> dict[str, Tensor]:
     return states
 
 
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _size_and_digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return a run's complete checkpoints, oldest first."""
-    found = run_dir.glob("checkpoints/step_*/manifest.json")
-    return sorted(path.parent for path in found if not path.parent.name.endswith(_TEMPORARY))
-
-
-def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return the checkpoint that a path means: itself, or the newest complete one of a run folder.
+def write_checkpoint(folder: Path, snapshot: Snapshot, facts: RunFacts) -> None:
+    """Write a checkpoint; one of the same name is replaced. Equal state gives equal files.
 
     Raises:
-        FileNotFoundError: where it is neither.
+        OSError: where it cannot be written; then nothing has changed.
     """
-    path = Path(run_or_checkpoint)
-    if (path / "manifest.json").is_file():
-        return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*"
-        )
-    return checkpoints[-1]
+    with complete_folder(folder, replace=True) as temporary:
+        tensors = {_WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer, _GENERATORS: snapshot.generators}
+        written = {name: _write_tensors(temporary / name, values) for name, values in tensors.items()}
+        state = {
+            "format_version": FORMAT_VERSION,
+            **snapshot.progress,
+            "data_fingerprint": facts.data_fingerprint,
+            "environment": facts.environment,
+            "initialised_from": facts.initialised_from,
+            "changes": list(facts.changes),
+        }
+        texts = {
+            _STATE: json.dumps(state, indent=2),
+            _CONFIG: to_yaml(facts.config),
+            _TOKENIZER: facts.tokenizer.to_json(),
+        }
+        written |= {name: write_file(temporary / name, [text.encode("utf-8")]) for name, text in texts.items()}
+        manifest = {name: file._asdict() for name, file in written.items()}
+        write_file(temporary / MANIFEST, [json.dumps(manifest, indent=2).encode()])
 
 
-def verify_checkpoint(path: Path, names: tuple[str, ...] = _FILES) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileFacts:
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    return write_tensors(path, specs, tensors.__getitem__)
+
+
+def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
     """Compare files of a checkpoint with its manifest: all of them, or those that will be read.
 
+    Sizes are compared first, and no file is read that the manifest does not know or that has another size.
+
     Raises:
-        InputError: naming the checkpoint and the file that is missing, of another size, or changed.
+        InputError: naming the checkpoint and the file that is missing, of another size, changed or foreign; or where
+            the checkpoint is of another step than its name says.
     """
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        expected = {name: manifest[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path}: manifest.json cannot be used: {error!r}") from None
-    for name, facts in expected.items():
+    manifest = _read_manifest(path)
+    for name in names:
         if not (path / name).is_file():
             raise InputError(f"checkpoint {path}: {name} is missing")
-        if _size_and_digest(path / name) != facts:
-            raise InputError(
-                f"checkpoint {path}: {name} is not the file that was saved; delete this folder to use the one before"
-            )
+        size = (path / name).stat().st_size
+        if size != manifest[name].bytes:
+            raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, saved were {manifest[name].bytes:,}")
+    for name in names:
+        if read_facts(path / name) != manifest[name]:
+            raise InputError(f"checkpoint {path}: {name} is not the file that was saved: its SHA-256 differs")
+    step = read_state(path)["step"]
+    if re.fullmatch(r"step_\d+", path.name) and int(path.name[5:]) != step:
+        raise InputError(f"checkpoint {path}: {_STATE} is of step {step}; the folder was renamed or its files replaced")
+
+
+def _read_manifest(path: Path) -> dict[str, FileFacts]:
+    file = path / MANIFEST
+    try:
+        if file.stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"{file.stat().st_size} bytes are too many")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if set(values) != set(FILES):
+            raise ValueError(f"it must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
+        manifest = {name: FileFacts(**facts) for name, facts in values.items()}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None
+    return manifest
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's ``state.json``.
+    """Return a checkpoint's ``state.json``; one of format 1 is completed with what it did not have.
 
     Raises:
-        InputError: where it was written in another format.
+        InputError: where it cannot be read or was written in another format.
     """
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"checkpoint {path} has format version {state.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
-    return state
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        version = state["format_version"]
+        known = {key: state[key] for key in ("step", "tokens_seen", "data_fingerprint", "environment")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error!r}") from None
+    if version not in (1, FORMAT_VERSION):
+        raise InputError(f"checkpoint {path} has format version {version}, this code reads 1 and {FORMAT_VERSION}")
+    if not all(isinstance(known[key], int) and known[key] >= 0 for key in ("step", "tokens_seen")):
+        raise InputError(f"checkpoint {path}: {_STATE} must count step and tokens_seen, got {shown(known)}")
+    return _ADDED_IN_VERSION_2 | state
 
 
 def read_config(path: Path) -> RunConfig:
@@ -268,17 +240,31 @@ def read_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: where it is not a config of this version.
     """
-    text = (path / "config.yaml").read_text(encoding="utf-8")
-    return RunConfig.from_mapping(parse_yaml(text, str(path / "config.yaml")))
+    text = (path / _CONFIG).read_text(encoding="utf-8")
+    return RunConfig.from_mapping(parse_yaml(text, str(path / _CONFIG)))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's weights by name.
+def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
+    """Return the tokenizer saved with a checkpoint."""
+    return Tokenizer.load(path / _TOKENIZER, end_of_text)
+
+
+def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Return a checkpoint's weights by name, after comparing their names and shapes with the config.
+
+    Nothing of the size that the config names is allocated before the file is known to hold it.
 
     Raises:
-        InputError: where the file cannot be read.
+        InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
+            safetensors.
     """
-    return _read_tensors(path / _WEIGHTS)
+    reader = TensorReader([path / _WEIGHTS])
+    if config.n_layers > len(reader.names):  # a model without end would take long to describe
+        raise InputError(f"checkpoint {path} is of another model: it has {len(reader.names)} tensors in all")
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(MoEGPT(config)).items()}
+    _compare(shapes, {name: reader.shape(name) for name in reader.names}, f"checkpoint {path}")
+    return {name: reader.read(name) for name in reader.names}
 
 
 def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> None:
@@ -293,18 +279,22 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
         InputError: naming tensors that are missing, left over or of another shape.
     """
     own = model_tensors(model)
-    missing, extra = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
-    problems = [f"{name} is missing" for name in missing] + [f"{name} is left over" for name in extra]
-    problems += [
-        f"{name} has shape {tuple(saved[name].shape)}, the model wants {tuple(own[name].shape)}"
-        for name in own.keys() & saved.keys()
-        if own[name].shape != saved[name].shape
-    ]
-    if problems:
-        raise InputError(f"{origin} is of another model: {'; '.join(sorted(problems)[:5])}")
+    _compare({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+
+
+def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], origin: str) -> None:
+    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
+    problems += [f"{name} is left over" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {found[name]}, the model wants {wanted[name]}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name] != found[name]
+    ]
+    if problems:
+        raise InputError(f"{origin} is of another model: {'; '.join(sorted(problems)[:5])}")
 
 
 def load_training_state(state: TrainState, path: Path) -> None:
@@ -313,31 +303,50 @@ def load_training_state(state: TrainState, path: Path) -> None:
     Raises:
         InputError: where it is of another model or format.
     """
-    copy_weights(state.model, read_weights(path), f"checkpoint {path}")
-    saved = _read_tensors(path / "optimizer.safetensors")
+    copy_weights(state.model, read_weights(path, state.model.config), f"checkpoint {path}")
+    saved = TensorReader([path / _OPTIMIZER])
     for name, parameter in state.model.named_parameters():
-        if f"{name}.step" in saved:
-            parts = {part: saved[f"{name}.{part}"] for part in _OPTIMIZER_PARTS}
-            # its step count too belongs beside the parameter; copied, because what is loaded is mapped onto the file
+        if f"{name}.step" in saved.names:
+            # its step count too belongs beside the parameter; copied, because what is read may be mapped onto the file
             state.optimizer.state[parameter] = {
-                part: tensor.to(parameter.device, copy=True) for part, tensor in parts.items()
+                part: saved.read(f"{name}.{part}").to(parameter.device, copy=True) for part in _OPTIMIZER_PARTS
             }
+        else:
+            state.optimizer.state.pop(parameter, None)
     progress = read_state(path)
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
-    generators = _read_tensors(path / "rng.safetensors")
-    torch.set_rng_state(generators["cpu"])
+    state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
+    state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
+    generators = TensorReader([path / _GENERATORS])
     device = state.model.embedding.weight.device
-    if device.type == "cuda" and "cuda" in generators:
-        torch.cuda.set_rng_state(generators["cuda"], device)
-    if device.type == "mps" and "mps" in generators:
-        torch.mps.set_rng_state(generators["mps"])
+    torch.set_rng_state(generators.read("cpu").clone())
+    if device.type == "cuda" and "cuda" in generators.names:
+        torch.cuda.set_rng_state(generators.read("cuda").clone(), device)
+    if device.type == "mps" and "mps" in generators.names:
+        torch.mps.set_rng_state(generators.read("mps").clone())
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
+    """Return the checkpoint that a path means: itself, or the newest of a run folder.
+
+    Raises:
+        FileNotFoundError: where it is neither.
+    """
+    path = Path(run_or_checkpoint)
+    if (path / MANIFEST).is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*"
+        )
+    return checkpoints[-1]
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first; what is in them is not looked at."""
+    found = [path for path in run_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))
 
 
 def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
@@ -348,9 +357,14 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
         InputError: where it is damaged or of another format.
     """
     path = resolve_checkpoint(run_or_checkpoint)
-    verify_checkpoint(path, _FILES_TO_USE_A_MODEL)
+    try:
+        verify_checkpoint(path, FILES_TO_USE_A_MODEL)
+    except InputError as error:
+        older = [other for other in list_checkpoints(path.parent.parent) if other.name < path.name]
+        advice = f"; an older one is {older[-1]}" if older else ""
+        raise InputError(f"{error}{advice}") from None
     state, config = read_state(path), read_config(path)
-    tokenizer = Tokenizer.load(path / "tokenizer.json", config.data.tokenizer.end_of_text)
+    tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
     return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"])
 
 
@@ -368,38 +382,7 @@ def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu"
         InputError: where it is damaged or of another format.
     """
     saved = open_checkpoint(run_or_checkpoint)
+    weights = read_weights(saved.path, saved.config.model)
     model = MoEGPT(saved.config.model)
-    copy_weights(model, read_weights(saved.path), f"checkpoint {saved.path}")
+    copy_weights(model, weights, f"checkpoint {saved.path}")
     return LoadedRun(model.to(device).eval(), saved.tokenizer, saved.config, saved.step, saved.path)
-
-
-_MAY_DIFFER = ("checkpoint.", "train.eval_every_steps", "train.log_every_steps", "data.cache_dir")
-
-
-def check_same_run(saved: RunConfig, wanted: RunConfig) -> None:
-    """Check that a resumed run computes what the saved one would have.
-
-    Raises:
-        InputError: naming every key that differs and would change the result.
-    """
-    old, new = _flatten(to_plain(saved)), _flatten(to_plain(wanted))
-    problems = [
-        f"{key} is {old.get(key)!r} in the run, got {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER) and not key.endswith(".prompt")
-    ]
-    if problems:
-        raise InputError(
-            "--resume needs the run's own settings; to change them start a new run with --init-from\n"
-            + "\n".join(problems)
-        )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = {str(i): item for i, item in enumerate(value)}.items()
-    else:
-        return {prefix: value}
-    return {k: v for key, item in items for k, v in _flatten(item, f"{prefix}.{key}".lstrip(".")).items()}

@@ -24,6 +24,7 @@ from moe_gpt.train.checkpoint import (
     copy_weights,
     model_tensors,
     read_config,
+    read_tokenizer,
     read_weights,
     resolve_checkpoint,
     verify_checkpoint,
@@ -87,9 +88,9 @@ def open_initial_weights(path: str | Path, max_seq_len: int) -> InitialWeights:
     return InitialWeights(
         path=checkpoint,
         model=config.model,
-        tokenizer=Tokenizer.load(checkpoint / "tokenizer.json", config.data.tokenizer.end_of_text),
+        tokenizer=read_tokenizer(checkpoint, config.data.tokenizer.end_of_text),
         tokenizer_config=config.data.tokenizer,
-        read=lambda: read_weights(checkpoint),
+        read=lambda: read_weights(checkpoint, config.model),
     )
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import math
 import os
 import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
-from moe_gpt.train.checkpoint import save_checkpoint
+import torch
+
+from moe_gpt.durable import delete_folder
+from moe_gpt.train.checkpoint import list_checkpoints, load_training_state
+from moe_gpt.train.checkpoint_store import CheckpointSaver, find_checkpoint_to_go_back_to
 from moe_gpt.train.evaluation import Score
-from moe_gpt.train.metrics import MetricsLog
+from moe_gpt.train.faults import Finding, RoutingWatch, SpikeDetector, TooManySkips, TrainingStopped, past_skipped
+from moe_gpt.train.metrics import JsonLines, MetricsLog
 from moe_gpt.train.setup import Run
 from moe_gpt.train.step import split_batch, train_step
+
+_MOST_PLACES = 64
+"""Sequences of a batch whose place in the data is written down when the batch is at fault."""
 
 Outcome = Literal["finished", "max_steps", "max_minutes", "SIGINT", "SIGTERM"]
 
@@ -35,6 +46,9 @@ class Display(Protocol):
 
     def scores(self, step: int, scores: dict[str, Score]) -> None:
         """Show an evaluation."""
+
+    def warn(self, text: str) -> None:
+        """Show something that a person should know now."""
 
 
 class _StopSignal:
@@ -69,26 +83,17 @@ def train(run: Run, limits: Limits, display: Display) -> Outcome:
         why it stopped.
 
     Raises:
-        OSError: where the run folder cannot be written; earlier checkpoints are intact.
+        TrainingStopped: where training cannot go on: no memory, no place to save the last step, too many steps that
+            were not finite, the run folder gone. It says what is saved.
         KeyboardInterrupt: at a second SIGINT.
     """
-    state, started_at = run.state, time.monotonic()
-    log = MetricsLog(run.run_dir / "metrics.jsonl", state.step if state.step else -1)
-    recorder = _Recorder(run, log, display)
-    outcome: Outcome | None = _why_stop(run, limits._replace(max_minutes=None), started_at, None)
-    with contextlib.closing(log), stop_signals() as stop:
-        if state.step == 0:
-            recorder.evaluate()
-        while outcome is None:
-            plan = run.schedule.at(state.tokens_seen)
-            batch = run.stream.batch(state.tokens_seen, plan.seq_len, plan.batch_tokens)
-            micro_batches = split_batch(batch, run.config.train.micro_batch_tokens, run.device)
-            metrics = train_step(state, micro_batches, plan, run.config, run.precision)
-            log.add(state.step, state.tokens_seen, plan, metrics)
-            outcome = _why_stop(run, limits, started_at, stop.name)
-            recorder.after_step(is_last=outcome is not None, is_urgent=outcome in ("SIGINT", "SIGTERM"))
-    assert outcome is not None, "the loop ends only with a reason"
-    return outcome
+    with stop_signals() as stop, contextlib.closing(_Session(run, limits, display)) as session:
+        try:
+            return session.train(stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingStopped(session.account_of_no_memory(error)) from error
 
 
 def _why_stop(
@@ -105,38 +110,232 @@ def _why_stop(
     return None
 
 
-class _Recorder:
-    """Does what is due after a step: fetch metrics, evaluate, save."""
+class _Session:
+    """A run while this process trains it: what is due after a step, and what to do when something goes wrong."""
 
-    def __init__(self, run: Run, log: MetricsLog, display: Display) -> None:
-        self.run, self.log, self.display = run, log, display
-        self.group_started_at = time.perf_counter()
+    def __init__(self, run: Run, limits: Limits, display: Display) -> None:
+        self.run, self.state, self.config, self.limits, self.display = run, run.state, run.config, limits, display
+        self.log = MetricsLog(run.run_dir / "metrics.jsonl", run.state.step if run.resumed_from else -1)
+        self.events = JsonLines(run.run_dir / "events.jsonl")
+        self.saver = CheckpointSaver(run.run_dir, run.facts, run.config.checkpoint)
+        self.spikes = SpikeDetector(run.config.faults)
+        self.routing = RoutingWatch(run.config.faults, run.config.model)
+        self.started_at, self.group_started_at = time.monotonic(), time.perf_counter()
+        self.cannot_log = False
+
+    def close(self) -> None:
+        """Close the files."""
+        self.log.close()
+        self.events.close()
+
+    def train(self, stop: _StopSignal) -> Outcome:
+        """Step until there is a reason to stop."""
+        run = self.run
+        self.record("resume" if run.resumed_from else "start", changes=[c["key"] for c in run.changes])
+        if not run.resumed_from:
+            self.evaluate()
+        outcome = _why_stop(run, self.limits._replace(max_minutes=None), self.started_at, None)
+        while outcome is None:
+            try:
+                self.step()
+                outcome = _why_stop(run, self.limits, self.started_at, stop.name)
+                self.after_step(is_last=outcome is not None, is_urgent=outcome in ("SIGINT", "SIGTERM"))
+            except TooManySkips as skips:
+                self.go_back(skips)
+                outcome = _why_stop(run, self.limits, self.started_at, stop.name)
+                if outcome:
+                    self.after_step(is_last=True, is_urgent=outcome != "finished")
+        self.warn_of(self.saver.wait)
+        return outcome
+
+    def step(self) -> None:
+        """Take one optimizer step."""
+        run, state = self.run, self.state
+        plan = run.schedule.at(state.tokens_seen)
+        batch = run.stream.batch(state.tokens_seen, plan.seq_len, plan.batch_tokens)
+        micro_batches = split_batch(batch, run.config.train.micro_batch_tokens, run.device)
+        result = train_step(state, micro_batches, plan, run.config, run.precision)
+        self.log.add(state.step, state.tokens_seen, plan, result.metrics)
+        self.routing.add(result.tokens_per_expert)
+        state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
 
     def after_step(self, is_last: bool, is_urgent: bool) -> None:
-        config, step = self.run.config, self.run.state.step
+        """Fetch metrics, evaluate, save: what is due."""
+        config, step = self.config, self.state.step
         should_save = is_last or _is_due(step, config.checkpoint.every_steps)
         should_evaluate = (is_last and not is_urgent) or _is_due(step, config.train.eval_every_steps)
+        score = None
         if should_save or should_evaluate or _is_due(step, config.train.log_every_steps):
-            self.write_metrics()
+            self.fetch_metrics()
         if should_evaluate:
-            self.evaluate()
+            score = self.evaluate()
         if should_save:
-            self.log.sync()
-            save_checkpoint(self.run.run_dir, self.run.state, self.run.facts, config.checkpoint.keep_last)
-            self.group_started_at = time.perf_counter()
+            self.save(score, is_last)
 
-    def write_metrics(self) -> None:
-        line = self.log.write_pending(self.group_started_at)
+    def fetch_metrics(self) -> None:
+        """Read what the steps since the last time did.
+
+        Raises:
+            TooManySkips: where the run must go back.
+            TrainingStopped: where the run folder is gone.
+        """
+        lines = self.log.fetch(self.group_started_at)
         self.group_started_at = time.perf_counter()
-        if line:
-            self.display.progress(self.run.state.tokens_seen, line)
+        for line in lines:
+            self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
+            if line["skipped"]:
+                self.record_skip(line)
+            for finding in self.spikes.read(line):
+                self.warn(finding)
+            if self.state.skips_in_a_row >= self.config.faults.max_skips_in_a_row:
+                raise TooManySkips(line["tokens_seen"], self.state.skips_in_a_row)
+        for finding in self.routing.read(self.state.step):
+            self.warn(finding)
+        self.write_log()
+        if lines:
+            self.display.progress(self.state.tokens_seen, lines[-1])
+        if self.saver.has_failed:
+            self.warn_of(self.saver.wait)
 
-    def evaluate(self) -> None:
-        state = self.run.state
+    def write_log(self) -> None:
+        """Write the metrics, or keep them where that is not possible now."""
+        try:
+            self.log.write()
+        except OSError as error:
+            if not self.run.run_dir.is_dir():
+                raise TrainingStopped(self.account_of_no_folder()) from error
+            if not self.cannot_log:
+                text = f"metrics cannot be written ({error}); they are kept, and nothing is saved before they are"
+                self.warn(Finding("cannot_log", self.state.step, text))
+            self.cannot_log = True
+        else:
+            self.cannot_log = False
+
+    def record_skip(self, line: dict[str, Any]) -> None:
+        """Note where the data of a step came from whose loss or gradient was not finite."""
+        start, names = line["tokens_seen"] - line["batch_tokens"], [s.config.name for s in self.run.data.sources]
+        starts = range(start, line["tokens_seen"], line["seq_len"])
+        places = [self.run.stream.locate(place) for place in starts[:_MOST_PLACES]]
+        self.record(
+            "non_finite_step",
+            step=line["step"],
+            tokens=[start, line["tokens_seen"]],
+            n_sequences=len(starts),
+            sequences=[{**place._asdict(), "source": names[place.source]} for place in places],
+        )
+        self.display.warn(
+            f"step {line['step']}: loss or gradient not finite; the weights stay as they were (its data: events.jsonl)"
+        )
+
+    def evaluate(self) -> float | None:
+        """Score the model; return the mean validation loss of the sources, if it is finite."""
+        state = self.state
         scores = self.run.evaluator(state.model, self.run.precision)
-        self.log.write_scores(state.step, state.tokens_seen, scores)
+        self.log.append_scores(state.step, state.tokens_seen, scores)
+        self.write_log()
         self.display.scores(state.step, scores)
         self.group_started_at = time.perf_counter()
+        mean = statistics.fmean(score.ce_loss for score in scores.values())
+        return mean if math.isfinite(mean) else None
+
+    def save(self, score: float | None, is_last: bool) -> None:
+        """Save a checkpoint; where that fails, warn and train on, unless it is the last."""
+        self.warn_of(self.saver.wait)
+        try:
+            self.log.sync()
+            self.saver.save(self.state, score, wait=is_last)
+        except OSError as error:
+            if is_last:
+                raise TrainingStopped(f"step {self.state.step} could not be saved: {error}; {self.saved()}") from error
+            self.warn(Finding("cannot_save", self.state.step, f"step {self.state.step} is not saved: {error}"))
+        self.group_started_at = time.perf_counter()
+
+    def go_back(self, skips: TooManySkips) -> None:
+        """Return to the last good checkpoint, and pass over all tokens from there to the steps that failed.
+
+        Raises:
+            TrainingStopped: where there is none, or the run went back too often.
+        """
+        state, limit = self.state, self.config.faults.max_rollbacks
+        self.warn_of(self.saver.wait)
+        place = find_checkpoint_to_go_back_to(self.run.run_dir)
+        account = f"{skips.n_steps} steps in a row were not finite, up to step {state.step}"
+        advice = "events.jsonl has the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
+        if place is None or state.rollbacks >= limit:
+            why = "there is no good checkpoint to go back to" if place is None else f"the run went back {limit} times"
+            self.record("stopped", reason=account)
+            raise TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
+        windows, rollbacks = list(state.skipped_windows), state.rollbacks
+        for path in list_checkpoints(self.run.run_dir):
+            if path.name > place.name:  # within the series that failed
+                delete_folder(path)
+        load_training_state(state, place)
+        window = (state.tokens_seen, skips.tokens_seen)
+        state.skipped_windows = [w for w in windows if not window[0] <= w[0] < window[1]] + [window]
+        state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
+        state.rollbacks, state.skips_in_a_row = rollbacks + 1, 0
+        self.log.rewind(state.step)
+        self.spikes = SpikeDetector(self.config.faults)
+        self.routing = RoutingWatch(self.config.faults, self.config.model)
+        text = f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}"
+        self.warn(Finding("went_back", state.step, text))
+
+    def saved(self) -> str:
+        """Say where the run can go on from."""
+        checkpoints = list_checkpoints(self.run.run_dir)
+        return f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"
+
+    def account_of_no_memory(self, error: Exception) -> str:
+        """Save what can be saved after memory ran out, and say what to do."""
+        state, train = self.state, self.config.train
+        account = f"out of memory in step {state.step + 1} ({' '.join(str(error).split())[:200]})"
+        advice = f"lower train.micro_batch_tokens (now {train.micro_batch_tokens})"
+        if not train.activation_checkpointing:
+            advice += " or set train.activation_checkpointing=true"
+        if not state.is_updating:  # the weights are those after the last step
+            state.optimizer.zero_grad(set_to_none=True)
+            with contextlib.suppress(TooManySkips):
+                self.fetch_metrics()
+                self.save(None, is_last=True)
+        return f"{account}; {advice}, with --resume and --allow-changes train; {self.saved()}"
+
+    def account_of_no_folder(self) -> str:
+        """Save into a new folder after the run's was removed."""
+        account = f"{self.run.run_dir} was removed while the run was training; its metrics and checkpoints are gone"
+        with contextlib.suppress(OSError):
+            self.saver.wait()
+        try:
+            self.saver.save(self.state, wait=True)
+        except OSError as error:
+            return f"{account}, and step {self.state.step} could not be saved: {error}"
+        return f"{account}; {self.saved()}"
+
+    def warn(self, finding: Finding) -> None:
+        """Tell a person, and keep it in events.jsonl."""
+        self.display.warn(finding.text)
+        self.record(finding.kind, step=finding.step, text=finding.text)
+
+    def warn_of(self, action: Callable[[], None]) -> None:
+        """Do something whose failure does not stop the run."""
+        try:
+            action()
+        except OSError as error:
+            self.warn(Finding("cannot_save", self.state.step, f"a checkpoint could not be saved: {error}"))
+
+    def record(self, kind: str, **details: Any) -> None:
+        """Append to events.jsonl; where that cannot be written it is tried again with the next event."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.events.append({"time": now, "kind": kind, "step": self.state.step, **details})
+        with contextlib.suppress(OSError):
+            self.events.write()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,7 +1,11 @@
-"""The run's diary: one JSON object per optimizer step and one per evaluation, in ``metrics.jsonl``."""
+"""The run's diary: ``metrics.jsonl`` has a JSON object per optimizer step and per evaluation.
+
+``events.jsonl`` has what happened besides: starts, resumes, warnings, faults. It is only ever appended to.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,13 +15,65 @@ from typing import Any
 
 import torch
 
+from moe_gpt.durable import replace_file
 from moe_gpt.train.evaluation import Score
 from moe_gpt.train.schedule import StepPlan
 from moe_gpt.train.step import StepMetrics
 
 
-class MetricsLog:
-    """Collects the metrics of several steps on the device and writes them together.
+class JsonLines:
+    """Appends lines to a file; what cannot be written now is kept and written with the next lines.
+
+    A line is in the file whole or not at all: what a full disk cut off is removed again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._unwritten = path, b""
+        self._open()
+
+    def _open(self) -> None:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line; nothing is written yet."""
+        # JSON has no NaN: a value that is not finite becomes null
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._unwritten += json.dumps(plain).encode() + b"\n"
+
+    def write(self) -> None:
+        """Write what was added.
+
+        Raises:
+            OSError: where it cannot be written, or the file is not there any more; nothing added is lost.
+        """
+        if not self._path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "removed or replaced while in use", str(self._path))
+        size = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(self._unwritten)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            os.truncate(self._file.fileno(), size)
+            raise
+        self._unwritten = b""
+
+    def sync(self) -> None:
+        """Write what was added and force it to the disk.
+
+        Raises:
+            OSError: as ``write``.
+        """
+        self.write()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MetricsLog(JsonLines):
+    """Collects the metrics of several steps on the device and fetches them together.
 
     Args:
         path: the file, appended to.
@@ -26,7 +82,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         _keep_until(path, step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        super().__init__(path)
         self._pending: list[tuple[dict[str, Any], StepMetrics]] = []
 
     def add(self, step: int, tokens_seen: int, plan: StepPlan, metrics: StepMetrics) -> None:
@@ -34,8 +90,8 @@ class MetricsLog:
         line = {"step": step, "tokens_seen": tokens_seen, **plan._asdict()}
         self._pending.append((line, metrics))
 
-    def write_pending(self, started_at: float) -> dict[str, Any] | None:
-        """Fetch and write what was added since the last call; return the last line.
+    def fetch(self, started_at: float) -> list[dict[str, Any]]:
+        """Fetch the metrics of the steps since the last call, append their lines, and return them.
 
         Args:
             started_at: time.perf_counter() when the first of the steps began. The clock is read again after the
@@ -44,50 +100,46 @@ class MetricsLog:
         Every line has the mean ``tokens_per_second`` of the group: single steps are not timed on the device.
         """
         if not self._pending:
-            return None
+            return []
         values = torch.stack([torch.stack(metrics).float() for _, metrics in self._pending]).tolist()
         seconds = time.perf_counter() - started_at
         n_tokens = sum(line["batch_tokens"] for line, _ in self._pending)
-        for (line, _), row in zip(self._pending, values, strict=True):
+        lines = [line for line, _ in self._pending]
+        for line, row in zip(lines, values, strict=True):
             line.update(zip(StepMetrics._fields, row, strict=True), tokens_per_second=n_tokens / max(seconds, 1e-9))
             line["skipped"] = bool(line["skipped"])
-            self._write(line)
-        self._file.flush()
+            self.append(line)
         self._pending = []
-        return line
+        return lines
 
-    def write_scores(self, step: int, tokens_seen: int, scores: dict[str, Score]) -> None:
-        """Write an evaluation."""
+    def append_scores(self, step: int, tokens_seen: int, scores: dict[str, Score]) -> None:
+        """Append an evaluation."""
         line: dict[str, Any] = {"step": step, "tokens_seen": tokens_seen}
         for name, score in scores.items():
             line[f"val/{name}/ce_loss"] = score.ce_loss
             line[f"val/{name}/bits_per_byte"] = score.bits_per_byte
-        self._write(line)
-        self._file.flush()
+        self.append(line)
 
-    def sync(self) -> None:
-        """Make sure that everything written is on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
+    def rewind(self, step: int) -> None:
+        """Remove the lines of later steps, written or not."""
+        self._pending = []
+        self.write()
         self._file.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        # JSON has no NaN: a value that is not finite becomes null
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(plain) + "\n")
+        _keep_until(self._path, step)
+        self._open()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    """Return the lines of a ``metrics.jsonl``; what follows a damaged line is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 
@@ -103,9 +155,5 @@ def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    if path.exists():
+        replace_file(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))

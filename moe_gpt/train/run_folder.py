@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import filelock
 
 from moe_gpt.config_file import to_yaml
+from moe_gpt.durable import delete_leftovers, replace_file
 from moe_gpt.train.checkpoint import RunFacts, list_checkpoints
+from moe_gpt.train.checkpoint_store import Damaged, set_aside
 from moe_gpt.validation import InputError
 
 
@@ -38,31 +40,50 @@ def check_writable(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def open_run_folder(run_dir: Path, facts: RunFacts, resumed_from: Path | None) -> Iterator[None]:
+def open_run_folder(
+    run_dir: Path, facts: RunFacts, resumed_from: Path | None, damaged: Collection[Damaged] = ()
+) -> Iterator[None]:
     """Hold a run folder for this process, with the run's config and tokenizer in it.
 
-    The lock of a process that died is free.
+    The lock of a process that died is free. Damaged checkpoints get a name under which nothing takes them for good.
 
     Args:
         run_dir: made where it is missing.
         facts: what is written into it.
         resumed_from: the checkpoint that the run goes on from.
+        damaged: newer checkpoints that cannot be used.
 
     Raises:
         InputError: where another process is training in it, or has done so since the run was set up.
         OSError: where the folder cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    with hold(run_dir):
+        unusable = {path for path, _ in damaged}
+        newest = [path for path in list_checkpoints(run_dir) if path not in unusable][-1:]
+        if newest != ([resumed_from] if resumed_from else []):
+            raise InputError(f"{run_dir} changed while this run was being prepared; run the same line again")
+        for path in unusable:
+            set_aside(path)
+        delete_leftovers(run_dir, "")
+        replace_file(run_dir / "config.yaml", to_yaml(facts.config))
+        replace_file(run_dir / "tokenizer.json", facts.tokenizer.to_json())
+        yield
+
+
+@contextlib.contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Lock a run folder for this process; the lock of a process that died is free.
+
+    Raises:
+        InputError: where another process holds it.
+    """
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"{run_dir} is in use by another training process; choose another --run-dir") from None
     try:
-        if list_checkpoints(run_dir)[-1:] != ([resumed_from] if resumed_from else []):
-            raise InputError(f"{run_dir} changed while this run was being prepared; run the same line again")
-        (run_dir / "config.yaml").write_text(to_yaml(facts.config), encoding="utf-8")
-        (run_dir / "tokenizer.json").write_text(facts.tokenizer.to_json(), encoding="utf-8")
         yield
     finally:
         lock.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from moe_gpt.config import RunConfig, TrainConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
-from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.device import Precision, pick_precision, tune_process
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.checkpoint import (
-    RunFacts,
-    check_same_run,
-    describe_environment,
-    list_checkpoints,
-    load_training_state,
-    read_config,
-    read_state,
-    verify_checkpoint,
-)
+from moe_gpt.train.changes import check_changes, describe_environment, find_changes
+from moe_gpt.train.checkpoint import RunFacts, load_training_state, read_config, read_state, read_tokenizer
+from moe_gpt.train.checkpoint_store import Damaged, find_good_checkpoint
 from moe_gpt.train.evaluation import Evaluator
 from moe_gpt.train.initial_weights import check_fits, open_initial_weights
 from moe_gpt.train.optimizer import build_optimizer
@@ -53,6 +45,10 @@ class Run:
     facts: RunFacts
     resumed_from: Path | None
     """The checkpoint of this run that ``state`` was restored from."""
+    damaged: list[Damaged]
+    """Newer checkpoints that cannot be used."""
+    changes: list[dict[str, Any]]
+    """What is not as it was when the run was saved."""
     passes: dict[str, float]
     """How often the whole schedule visits each source's training tokens."""
 
@@ -68,6 +64,7 @@ def set_up_run(
     device: torch.device,
     resume: bool = False,
     init_from: str | None = None,
+    allow_changes: Collection[str] = (),
     say: Callable[[str], None] = print,
 ) -> Run:
     """Prepare data, build the model, and restore what is to be restored. The run folder is not touched.
@@ -78,36 +75,40 @@ def set_up_run(
         device: where to train.
         resume: go on from the folder's newest checkpoint, if there is one.
         init_from: run, checkpoint or Hugging Face folder whose weights and tokenizer a new run starts with.
-        say: told about slow steps and about differences that do not matter.
+        allow_changes: keys that may differ from the run that is resumed, although its results change with them.
+        say: told about slow steps, damaged checkpoints, and differences that do not stop the run.
 
     Raises:
         InputError: for a folder that holds a run and is not to be resumed; settings, data or weights that do not
-            fit together.
+            fit together; a run whose checkpoints are all damaged.
         FileNotFoundError: where ``init_from`` has no model.
     """
     if not resume:
         refuse_existing_run(run_dir)
     check_writable(run_dir)
-    found = list_checkpoints(run_dir)
-    saved = found[-1] if found else None
+    saved, damaged = _newest_good_checkpoint(run_dir, say)
     initial = open_initial_weights(init_from, config.model.max_seq_len) if init_from and not saved else None
     tokenizer, vocab_size = None, None
     if saved:
-        verify_checkpoint(saved)
-        tokenizer = Tokenizer.load(saved / "tokenizer.json", config.data.tokenizer.end_of_text)
-        vocab_size = read_config(saved).model.vocab_size
+        saved_config = read_config(saved)
+        tokenizer = read_tokenizer(saved, saved_config.data.tokenizer.end_of_text)
+        vocab_size = saved_config.model.vocab_size
     elif initial:
         check_fits(initial, config)
         tokenizer, vocab_size = initial.tokenizer, initial.model.vocab_size
     data = prepare_data(config.data, tokenizer, say)
     config, schedule, shares = _fill_in(config, data, vocab_size)
     precision = pick_precision(config.train.precision, device)
-    tune_process(device)
-    origin = str(initial.path) if initial else read_state(saved).get("initialised_from") if saved else None
-    environment = describe_environment(device, precision)
-    facts = RunFacts(config, data.tokenizer, data.fingerprint, environment, initialised_from=origin)
+    tune_process(device, config.train.deterministic)
+    facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
+    changes: list[dict[str, Any]] = []
     if saved:
-        _check_resumable(saved, facts, say)
+        before = read_state(saved)
+        changes = check_changes(find_changes(saved_config, before, facts), allow_changes, say)
+        history = tuple(before["changes"]) + tuple({"after_step": before["step"], **change} for change in changes)
+        facts = facts._replace(initialised_from=before["initialised_from"], changes=history)
+    elif initial:
+        facts = facts._replace(initialised_from=str(initial.path))
     state = build_state(config, device)
     if saved:
         load_training_state(state, saved)
@@ -128,11 +129,28 @@ def set_up_run(
         state=state,
         facts=facts,
         resumed_from=saved,
+        damaged=damaged,
+        changes=changes,
         passes={
             source.config.name: schedule.total_tokens * share / sum(shares) / len(source.train)
             for source, share in zip(data.sources, shares, strict=True)
         },
     )
+
+
+def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Damaged]]:
+    """Return the checkpoint to resume, if there is one, and the damaged ones that are newer."""
+    saved, damaged = find_good_checkpoint(run_dir)
+    if damaged and not saved:
+        raise InputError(
+            "\n".join(problem for _, problem in damaged)
+            + f"\n{run_dir} has no other checkpoint; start it anew with another --run-dir"
+        )
+    for _, problem in damaged:
+        say(f"WARNING: {problem}")
+    if damaged and saved:
+        say(f"WARNING: going on from the newest undamaged checkpoint instead, {saved}")
+    return saved, damaged
 
 
 def build_evaluator(config: RunConfig, data: PreparedData, max_tokens: int | None = None) -> Evaluator:
@@ -199,20 +217,3 @@ def _fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> t
         schedule=dataclasses.replace(config.schedule, stages=(*stages, last)),
     )
     return config, schedule, shares
-
-
-def _check_resumable(path: Path, facts: RunFacts, say: Callable[[str], None]) -> None:
-    saved = read_state(path)
-    for name, digest in facts.data_fingerprint.items():
-        if saved["data_fingerprint"].get(name, digest) != digest:
-            raise InputError(
-                f"--resume needs the run's own data: the text of source {name} is not what it was at {path}; "
-                "restore it, or start a new run with --init-from"
-            )
-    check_same_run(read_config(path), facts.config)
-    for key, old in saved["environment"].items():
-        if facts.environment.get(key) != old:
-            say(
-                f"note: {key} was {old} and is now {facts.environment.get(key)}: the run goes on in the same data "
-                "order, but not bit-identically"
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,14 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int = 0
     tokens_seen: int = 0
+    skipped_windows: list[tuple[int, int]] = field(default_factory=list)
+    """Parts [start, end) of the stream that are passed over, because the run went back to before them."""
+    skips_in_a_row: int = 0
+    """Non-finite steps up to and including the last one whose metrics were read."""
+    rollbacks: int = 0
+    """How often the run went back."""
+    is_updating: bool = False
+    """Whether the optimizer is at work: an error then leaves weights that are neither old nor new."""
 
 
 class MicroBatch(NamedTuple):
@@ -49,7 +57,15 @@ class StepMetrics(NamedTuple):
     dropped_fraction: Tensor
     """Share of assignments beyond capacity."""
     skipped: Tensor
-    """1 where a non-finite gradient kept the step from moving the weights."""
+    """1 where a loss or gradient that was not finite kept the step from moving the weights."""
+
+
+class StepResult(NamedTuple):
+    """What one step returns; everything is still on the device."""
+
+    metrics: StepMetrics
+    tokens_per_expert: Tensor
+    """Assignments before any dropping (L, E); no layers for a dense model."""
 
 
 def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> list[MicroBatch]:
@@ -106,18 +122,20 @@ def train_step(
     plan: StepPlan,
     config: RunConfig,
     precision: Precision,
-) -> StepMetrics:
+) -> StepResult:
     """Take one optimizer step and advance ``state``; never waits for the device.
 
-    A gradient that is not finite leaves weights, moments and balancing bias as they are; its tokens count as seen.
+    A loss or gradient that is not finite leaves weights, moments and balancing bias as they are; its tokens count as
+    seen.
     """
     model, optimizer = state.model, state.optimizer
     model.train()
     terms, tokens_per_expert, dropped_tokens = accumulate_gradients(model, micro_batches, config.loss, precision)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-    skipped = (~torch.isfinite(grad_norm)).float()
+    skipped = 1 - (torch.isfinite(grad_norm) & torch.isfinite(terms.loss)).float()
     for group in optimizer.param_groups:
         group["lr"] = plan.lr
+    state.is_updating = True
     optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]  # as GradScaler does
     if grad_norm.device.type != "mps" or not bool(skipped):  # MPS's fused kernel does not look at found_inf
         optimizer.step()
@@ -126,14 +144,16 @@ def train_step(
         update_expert_bias(model, tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
     state.step += 1
     state.tokens_seen += plan.batch_tokens
+    state.is_updating = False
     n_assigned = tokens_per_expert.sum().clamp(min=1)
-    return StepMetrics(
+    metrics = StepMetrics(
         *terms,
         grad_norm=grad_norm,
         max_violation=max_violation(tokens_per_expert),
         dropped_fraction=dropped_tokens.sum() / n_assigned,
         skipped=skipped,
     )
+    return StepResult(metrics, tokens_per_expert)
 
 
 @torch.no_grad()

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from moe_gpt import tensor_files
 from moe_gpt.data.tokenizer import END_OF_TEXT, train_tokenizer
 from moe_gpt.inference.generate import SamplingConfig, generate
-from moe_gpt.interop import hugging_face, tensor_files
+from moe_gpt.interop import hugging_face
 from moe_gpt.interop.mixtral_layout import tensor_table
 from moe_gpt.model.losses import cross_entropy
 from moe_gpt.model.transformer import MoEGPT
@@ -277,8 +278,8 @@ def test_bfloat16_export_rounds_once(tmp_path):
 def test_sharded_export_is_read_by_both(tmp_path, monkeypatch):
     """Several files and an index."""
     ours, theirs = pair("multi_query")
-    small = partial(tensor_files.write_folder, max_file_bytes=20_000)
-    monkeypatch.setattr(hugging_face, "write_folder", small)
+    small = partial(tensor_files.write_sharded, max_file_bytes=20_000)
+    monkeypatch.setattr(hugging_face, "write_sharded", small)
     hugging_face.save(ours, tmp_path / "x")
     assert len(list((tmp_path / "x").glob("model-0000*.safetensors"))) > 2
     tokens = random_tokens(2, 20)

@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
-from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt import durable, tensor_files
+from moe_gpt.config import CheckpointConfig, ModelConfig, RunConfig
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train import checkpoint
-from moe_gpt.train.checkpoint import RunFacts, list_checkpoints, load_model, load_training_state, save_checkpoint
+from moe_gpt.train.checkpoint import RunFacts, list_checkpoints, load_model, load_training_state
+from moe_gpt.train.checkpoint_store import CheckpointSaver
 from moe_gpt.train.optimizer import build_optimizer
 from moe_gpt.train.schedule import StepPlan
 from moe_gpt.train.step import MicroBatch, TrainState, train_step
@@ -31,6 +32,11 @@ def make_run(seed: int = 0, **settings) -> tuple[TrainState, RunFacts]:
     plan = StepPlan(16, 32, 1e-3)
     train_step(state, [MicroBatch(tokens[:, :-1], tokens[:, 1:])], plan, config, "fp32")
     return state, RunFacts(config, tokenizer, {"prose": "abc"}, {"device": "cpu"})
+
+
+def save_checkpoint(run_dir, state: TrainState, facts: RunFacts, **policy):
+    CheckpointSaver(run_dir, facts, CheckpointConfig(**policy)).save(state, wait=True)
+    return list_checkpoints(run_dir)[-1]
 
 
 @pytest.mark.parametrize(
@@ -66,30 +72,36 @@ def test_checkpoint_holds_no_pickle(tmp_path):
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-@pytest.mark.parametrize(("writer", "error"), [("_write_text", OSError), ("save_file", SafetensorError)])
-def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypatch, writer, error):
+@pytest.mark.parametrize("n_written", range(7))
+def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypatch, n_written):
     """An error while writing leaves no new folder, no temporary one, and the previous checkpoint intact."""
     state, facts = make_run()
     first = save_checkpoint(tmp_path, state, facts, keep_last=1)
     state.step += 1
 
-    def full_disk(*_):
-        raise error("No space left on device")
+    real = durable.write_file
+    written = []
 
-    monkeypatch.setattr(checkpoint, writer, full_disk)
+    def full_disk(path, chunks):
+        if len(written) == n_written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        return real(path, chunks)
+
+    for module in (checkpoint, tensor_files):
+        monkeypatch.setattr(module, "write_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, state, facts, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
     checkpoint.verify_checkpoint(first)
 
 
-def test_checkpoint_without_manifest_or_under_a_temporary_name_is_not_found(tmp_path):
-    """Only complete folders count; "latest" is the latest complete one."""
+def test_checkpoint_under_another_name_is_not_found(tmp_path):
+    """Neither what is being written nor what was set aside is taken for a checkpoint."""
     state, facts = make_run()
     first = save_checkpoint(tmp_path, state, facts, keep_last=3)
-    shutil.copytree(first, first.with_name("step_00000009.tmp"))
-    shutil.copytree(first, first.with_name("step_00000008"))
-    (first.with_name("step_00000008") / "manifest.json").unlink()
+    for name in ("step_00000009.tmp-x1", "step_00000008.damaged-1", "step_7", "other"):
+        shutil.copytree(first, first.with_name(name))
     assert list_checkpoints(tmp_path) == [first]
     assert checkpoint.resolve_checkpoint(tmp_path) == first
 
@@ -102,23 +114,60 @@ def test_checkpoint_keeps_the_last_ones(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000100"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"])
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+DAMAGE = {
+    "truncate": r"{name} has [\d,]+ bytes, saved were",
+    "extend": r"{name} has [\d,]+ bytes, saved were",
+    "flip": r"{name} is not the file that was saved: its SHA-256 differs",
+    "delete": r"{name} is missing",
+    "swap": r"{name} (is not the file that was saved|has [\d,]+ bytes)",
+}
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_checkpoint_damage_is_named(tmp_path, name, damage):
-    """A changed, shortened or missing file is found by the manifest and named."""
+    """Each file, damaged in each way, is found by the manifest and named."""
     state, facts = make_run()
     path = save_checkpoint(tmp_path, state, facts, keep_last=1)
-    content = bytearray((path / name).read_bytes())
+    file = path / name
+    content = bytearray(file.read_bytes())
     if damage == "delete":
-        (path / name).unlink()
+        file.unlink()
+    elif damage == "swap":  # with that of another run at the same step
+        other, other_facts = make_run(1, d_ff=48)
+        torch.manual_seed(5)
+        other_facts = other_facts._replace(tokenizer=train_tokenizer(["quite another text"], 290))
+        other_facts = other_facts._replace(config=RunConfig(model=other.model.config))
+        other.tokens_seen += 1
+        shutil.copy(save_checkpoint(tmp_path / "other", other, other_facts) / name, file)
     else:
         content[len(content) // 2] ^= 1
-        (path / name).write_bytes(content if damage == "flip" else content[:-1])
-    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        file.write_bytes({"flip": content, "truncate": content[:-1], "extend": content + b" "}[damage])
+    with pytest.raises(InputError, match=DAMAGE[damage].format(name=name.replace(".", r"\."))):
         checkpoint.verify_checkpoint(path)
-    if name != "optimizer.safetensors":  # which a model is used without
+    if name in checkpoint.FILES_TO_USE_A_MODEL:
         with pytest.raises(InputError, match=name.replace(".", r"\.")):
             load_model(path)
+
+
+def test_older_checkpoint_is_recommended_where_the_newest_is_damaged(tmp_path):
+    """Using a model never falls back by itself; the error says what there is."""
+    state, facts = make_run()
+    first = save_checkpoint(tmp_path, state, facts)
+    state.step += 1
+    second = save_checkpoint(tmp_path, state, facts)
+    (second / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=f"model.safetensors has 0 bytes.*; an older one is {first}"):
+        load_model(tmp_path)
+
+
+def test_renamed_checkpoint_is_named(tmp_path):
+    """A checkpoint of another step than its name says is not used."""
+    state, facts = make_run()
+    path = save_checkpoint(tmp_path, state, facts)
+    path = path.rename(path.with_name("step_00000099"))
+    with pytest.raises(InputError, match=r"state\.json is of step 1; the folder was renamed"):
+        checkpoint.verify_checkpoint(path)
 
 
 def test_checkpoint_of_another_format_is_refused(tmp_path):
@@ -127,8 +176,20 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, state, facts, keep_last=1)
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format_version": 7}))
-    with pytest.raises(InputError, match="format version 7, this code reads 1"):
+    with pytest.raises(InputError, match="format version 7, this code reads 1 and 2"):
         checkpoint.read_state(path)
+
+
+def test_checkpoint_of_the_first_format_is_read(tmp_path):
+    """What it does not have begins as it does in a new run."""
+    state, facts = make_run()
+    path = save_checkpoint(tmp_path, state, facts)
+    values = json.loads((path / "state.json").read_text())
+    old = {key: values[key] for key in ("step", "tokens_seen", "data_fingerprint", "environment", "initialised_from")}
+    (path / "state.json").write_text(json.dumps({**old, "format_version": 1}))
+    other, _ = make_run(1)
+    load_training_state(other, path)
+    assert (other.step, other.skipped_windows, other.skips_in_a_row, other.rollbacks) == (state.step, [], 0, 0)
 
 
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
@@ -137,10 +198,10 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, state, facts, keep_last=1)
     wider, _ = make_run(d_ff=48)
     with pytest.raises(InputError, match=r"down has shape \(4, 32, 32\), the model wants \(4, 32, 48\)"):
-        checkpoint.copy_weights(wider.model, checkpoint.read_weights(path), "x")
+        checkpoint.read_weights(path, wider.model.config)
     deeper, _ = make_run(n_layers=3)
     with pytest.raises(InputError, match=r"blocks\.2\.attention.*is missing"):
-        checkpoint.copy_weights(deeper.model, checkpoint.read_weights(path), "x")
+        checkpoint.read_weights(path, deeper.model.config)
 
 
 def test_load_model_gives_the_trained_model(tmp_path):

@@ -163,7 +163,7 @@ def test_run_folder_that_changed_meanwhile_is_refused(small_config, tmp_path):
 def test_resume_with_other_settings_names_them(small_config, tmp_path):
     """Settings that would change the result are refused with both values; others may change."""
     run_training(small_config, tmp_path, max_steps=2)
-    with pytest.raises(InputError, match=r"train\.seed is 0 in the run, got 3"):
+    with pytest.raises(InputError, match=r"train\.seed was 0 and is now 3\n.*--allow-changes train\.seed"):
         run_training(change(small_config, "train", seed=3), tmp_path, resume=True)
     harmless = change(change(small_config, "checkpoint", keep_last=7), "train", eval_every_steps=2)
     _, outcome = run_training(harmless, tmp_path, resume=True)
@@ -182,7 +182,7 @@ def test_resume_with_other_data_is_refused(small_config, corpus_dir, tmp_path):
     run_training(config, tmp_path / "run", max_steps=2)
     changed = tmp_path / "prose_03.txt"
     changed.write_text(changed.read_text().replace("e", "a"))
-    with pytest.raises(InputError, match="the text of source prose is not what it was"):
+    with pytest.raises(InputError, match=r"data\.prose was .tokens with digest (.|\n)*--allow-changes data.prose;"):
         run_training(config, tmp_path / "run", resume=True)
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from moe_gpt.train.metrics import MetricsLog, read_metrics
+from moe_gpt.train.metrics import JsonLines, MetricsLog, read_metrics, scores_at
 from moe_gpt.train.schedule import StepPlan
 from moe_gpt.train.step import StepMetrics
 
@@ -21,15 +21,16 @@ def metrics(loss: float, skipped: float = 0.0) -> StepMetrics:
 
 
 def test_log_writes_steps_in_groups(tmp_path):
-    """Nothing is written before write_pending; then every step has its own values and the group's speed."""
+    """Nothing is written before write; every step has its own values and the group's speed."""
     log = MetricsLog(tmp_path / "metrics.jsonl", -1)
     log.add(1, 64, PLAN, metrics(3.0))
     log.add(2, 128, PLAN, metrics(2.0))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    last = log.write_pending(time.perf_counter() - 2.0)
+    fetched = log.fetch(time.perf_counter() - 2.0)
+    log.write()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["tokens_seen"], line["loss"]) for line in lines] == [(1, 64, 3.0), (2, 128, 2.0)]
-    assert last == lines[-1]
+    assert fetched == lines
     assert lines[0]["tokens_per_second"] == pytest.approx(64, rel=0.05)
     log.close()
 
@@ -38,7 +39,8 @@ def test_log_writes_null_for_what_is_not_finite(tmp_path):
     """Every line is JSON that any reader takes; a skipped step says so."""
     log = MetricsLog(tmp_path / "metrics.jsonl", -1)
     log.add(1, 64, PLAN, metrics(float("nan"), skipped=1.0))
-    log.write_pending(time.perf_counter())
+    log.fetch(time.perf_counter())
+    log.write()
     log.close()
 
     def refuse(name):
@@ -56,3 +58,75 @@ def test_log_drops_later_and_broken_lines(tmp_path):
     path.write_text(kept + '{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     MetricsLog(path, 1).close()
     assert path.read_text() == kept
+
+
+def test_log_goes_back(tmp_path):
+    """Rewound to a step, the lines of later ones are gone, written or not."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, -1)
+    for step in (1, 2, 3):
+        log.add(step, 64 * step, PLAN, metrics(3.0))
+    log.fetch(time.perf_counter())
+    log.write()
+    log.add(4, 256, PLAN, metrics(3.0))
+    log.rewind(2)
+    log.add(3, 192, PLAN, metrics(2.0))
+    log.fetch(time.perf_counter())
+    log.write()
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 3.0), (2, 3.0), (3, 2.0)]
+
+
+def test_full_disk_cuts_no_line_and_loses_none(tmp_path, monkeypatch):
+    """Half of a write goes through, then the disk is full, then it has room again."""
+    path = tmp_path / "x.jsonl"
+    log = JsonLines(path)
+    log.append({"step": 1})
+    log.write()
+    log.append({"step": 2, "text": "long" * 20})
+    real, file = log._file.write, log._file
+
+    class Full:
+        calls = 0
+
+        def write(self, data):
+            self.calls += 1
+            if self.calls == 2:
+                raise OSError(28, "No space left on device")
+            return real(data[:10])
+
+        def fileno(self):
+            return file.fileno()
+
+    log._file = Full()
+    with pytest.raises(OSError, match="No space left"):
+        log.write()
+    assert path.read_text() == '{"step": 1}\n'
+    log._file = file
+    log.append({"step": 3})
+    log.write()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    log.close()
+
+
+def test_file_that_was_removed_is_an_error(tmp_path):
+    """Lines would go into a file that has no name any more."""
+    path = tmp_path / "x.jsonl"
+    log = JsonLines(path)
+    path.unlink()
+    log.append({"step": 1})
+    with pytest.raises(FileNotFoundError, match="removed or replaced"):
+        log.write()
+    path.write_text("someone else's")
+    with pytest.raises(FileNotFoundError, match="removed or replaced"):
+        log.write()
+    log.close()
+
+
+def test_scores_of_a_step(tmp_path):
+    """Per source; none where the step was not evaluated or there is no file."""
+    path = tmp_path / "metrics.jsonl"
+    assert scores_at(path, 5) == {}
+    path.write_text('{"step": 5, "loss": 1.0}\n{"step": 5, "val/a/ce_loss": 2.0, "val/a/bits_per_byte": 1.0}\n')
+    assert scores_at(path, 5) == {"a": {"ce_loss": 2.0, "bits_per_byte": 1.0}}
+    assert scores_at(path, 4) == {}

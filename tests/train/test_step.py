@@ -11,6 +11,7 @@ from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from moe_gpt.data.stream import Batch
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.train import step
 from moe_gpt.train.optimizer import build_optimizer
 from moe_gpt.train.schedule import StepPlan
 from moe_gpt.train.step import (
@@ -78,7 +79,7 @@ def test_step_logs_what_it_optimised():
     with torch.no_grad():
         logits = state.model.train()(batch.inputs).logits
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
-    metrics = train_step(state, cut(batch, 5, 3), StepPlan(16, 128, 1e-3), config, "fp32")
+    metrics = train_step(state, cut(batch, 5, 3), StepPlan(16, 128, 1e-3), config, "fp32").metrics
     torch.testing.assert_close(metrics.ce_loss, expected, rtol=1e-5, atol=1e-5)
     total = metrics.ce_loss + 0.01 * metrics.load_balancing_loss + 1e-3 * metrics.router_z_loss
     torch.testing.assert_close(metrics.loss, total, rtol=1e-6, atol=1e-6)
@@ -103,7 +104,7 @@ def test_step_reports_the_norm_before_clipping():
     state.model.zero_grad()
     config = dataclasses.replace(config, optimizer=OptimizerConfig(max_grad_norm=1e-3, beta1=0.0))
     state = TrainState(state.model, build_optimizer(state.model, config.optimizer))
-    metrics = train_step(state, [make_batch()], StepPlan(16, 128, 1e-3), config, "fp32")
+    metrics = train_step(state, [make_batch()], StepPlan(16, 128, 1e-3), config, "fp32").metrics
     torch.testing.assert_close(metrics.grad_norm, expected, rtol=1e-5, atol=1e-6)
     first_moments = torch.cat([state.optimizer.state[p]["exp_avg"].flatten() for p in state.model.parameters()])
     torch.testing.assert_close(first_moments.norm(), torch.tensor(1e-3), rtol=1e-3, atol=0)
@@ -119,7 +120,7 @@ def test_step_with_a_non_finite_gradient_moves_nothing(balance):
     with torch.no_grad():
         broken = state.model.final_norm.weight[0].clone()
         state.model.final_norm.weight[0] = float("nan")
-    metrics = train_step(state, [make_batch()], StepPlan(16, 128, 1e-3), config, "fp32")
+    metrics = train_step(state, [make_batch()], StepPlan(16, 128, 1e-3), config, "fp32").metrics
     with torch.no_grad():
         state.model.final_norm.weight[0] = broken
     assert bool(metrics.skipped)
@@ -129,11 +130,29 @@ def test_step_with_a_non_finite_gradient_moves_nothing(balance):
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
+def test_loss_that_is_not_finite_moves_nothing_even_where_the_gradient_is(monkeypatch):
+    """An infinite term without a gradient is as much a fault as one with."""
+    state, config = make_state()
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    real = step.combine_losses
+
+    def broken(*arguments):
+        terms = real(*arguments)
+        return terms._replace(loss=terms.loss + torch.tensor(float("inf")))
+
+    monkeypatch.setattr(step, "combine_losses", broken)
+    metrics = train_step(state, [make_batch()], StepPlan(16, 128, 1e-3), config, "fp32").metrics
+    assert bool(metrics.skipped)
+    assert bool(torch.isfinite(metrics.grad_norm))
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.model.state_dict().items())
+
+
 def test_step_learns_a_repeated_batch():
     """Thirty steps on one batch bring the loss well below where it started."""
     state, config = make_state()
     losses = [
-        float(train_step(state, [make_batch()], StepPlan(16, 128, 3e-3), config, "fp32").ce_loss) for _ in range(30)
+        float(train_step(state, [make_batch()], StepPlan(16, 128, 3e-3), config, "fp32").metrics.ce_loss)
+        for _ in range(30)
     ]
     assert losses[-1] < losses[0] - 1.0
 
@@ -168,9 +187,9 @@ def test_bias_balances_a_skewed_router():
         router.weight[0] = 0.3 * state.model.blocks[0].feed_forward_norm(state.model.embedding.weight).mean(0)
     for _ in range(80):
         train_step(state, [make_batch()], StepPlan(16, 128, 0.0), config, "fp32")
-    balanced = train_step(state, [make_batch()], StepPlan(16, 128, 0.0), config, "fp32").max_violation
+    balanced = train_step(state, [make_batch()], StepPlan(16, 128, 0.0), config, "fp32").metrics.max_violation
     router.expert_bias.zero_()
-    unbalanced = train_step(state, [make_batch()], StepPlan(16, 128, 0.0), config, "fp32").max_violation
+    unbalanced = train_step(state, [make_batch()], StepPlan(16, 128, 0.0), config, "fp32").metrics.max_violation
     assert balanced < 0.25 < unbalanced
 
 

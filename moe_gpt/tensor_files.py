@@ -2,15 +2,15 @@
 
 The format (https://huggingface.co/docs/safetensors): the length of a JSON header in 8 bytes, the header with each
 tensor's type, shape and place, then the data. Several files have an index beside them that says where each tensor
-is. Reading is the library's; its writer wants all tensors of a file at once, so writing is done here.
+is. Reading is the library's; its writer wants all tensors of a file at once and orders its metadata at random, so
+writing is done here.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_gpt.durable import FileFacts, write_file
 from moe_gpt.validation import InputError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
 class TensorReader:
@@ -90,60 +91,67 @@ class TensorSpec(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_folder(
-    folder: Path,
-    specs: Sequence[TensorSpec],
-    read: Callable[[str], Tensor],
-    dtype: torch.dtype,
-    max_file_bytes: int = 5 * 10**9,
-) -> None:
-    """Write tensors in order, each read, converted and written before the next is read.
+def write_tensors(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> FileFacts:
+    """Write one file, in order, each tensor read, converted and written before the next is read.
 
     Equal tensors give equal files.
 
     Args:
-        folder: where the files go; several with an index where one would exceed ``max_file_bytes``.
-        specs: names and shapes of what is written.
+        path: of the file.
+        specs: names, shapes and types of what is written.
+        read: returns a tensor by name, on any device and of any type.
+
+    Raises:
+        ValueError: where a tensor has another shape than its spec.
+    """
+    return write_file(path, _chunks(specs, read))
+
+
+def write_sharded(
+    folder: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], max_file_bytes: int = 5 * 10**9
+) -> None:
+    """Write tensors into a folder: one file, or several and their index where one would exceed ``max_file_bytes``.
+
+    Args:
+        folder: where the files go.
+        specs: names, shapes and types of what is written.
         read: returns a tensor by name.
-        dtype: type in the files.
         max_file_bytes: size of a file's data, exceeded only by a single tensor that is larger.
     """
     groups: list[list[TensorSpec]] = [[]]
     for spec in specs:
-        if groups[-1] and sum(map(_count, groups[-1])) + _count(spec) > max_file_bytes // dtype.itemsize:
+        if groups[-1] and sum(other.n_bytes for other in groups[-1]) + spec.n_bytes > max_file_bytes:
             groups.append([])
         groups[-1].append(spec)
     places: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file_name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        _write_file(folder / file_name, group, read, dtype)
+        write_tensors(folder / file_name, group, read)
         places |= {spec.name: file_name for spec in group}
     if len(groups) > 1:
-        n_bytes = sum(map(_count, specs)) * dtype.itemsize
-        index = {"metadata": {"total_size": n_bytes}, "weight_map": places}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": sum(spec.n_bytes for spec in specs)}, "weight_map": places}
+        write_file(folder / INDEX_FILE, [json.dumps(index, indent=2).encode() + b"\n"])
 
 
-def _write_file(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+def _chunks(specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
-        start, end = end, end + _count(spec) * dtype.itemsize
-        header[spec.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": spec.shape, "data_offsets": [start, end]}
+        start, end = end, end + spec.n_bytes
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            tensor = read(spec.name).detach().to("cpu", dtype).contiguous()
-            if tuple(tensor.shape) != spec.shape:
-                raise ValueError(f"{spec.name} must have shape {spec.shape}, got {tuple(tensor.shape)}")
-            file.write(tensor.view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _count(spec: TensorSpec) -> int:
-    return math.prod(spec.shape)
+    yield len(text).to_bytes(8, "little") + text
+    for spec in specs:
+        tensor = read(spec.name).detach().to("cpu", spec.dtype).contiguous()
+        if tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{spec.name} must have shape {spec.shape}, got {tuple(tensor.shape)}")
+        yield tensor.view(-1).view(torch.uint8).numpy().data

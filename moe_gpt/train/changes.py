@@ -1,0 +1,160 @@
+"""What differs between a run and its continuation, and whether it may."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import tokenizers
+import torch
+
+import moe_gpt
+from moe_gpt.config import RunConfig
+from moe_gpt.config_file import to_plain
+from moe_gpt.train.checkpoint import RunFacts
+from moe_gpt.validation import InputError, shown
+
+_MAY_DIFFER = (
+    "checkpoint.",
+    "train.eval_every_steps",
+    "train.log_every_steps",
+    "data.cache_dir",
+    "data.verify",
+    "faults.spike_",
+    "faults.routing_window",
+    "faults.dead_expert_load",
+    "faults.collapsed_share",
+)
+_FILES_THAT_COMPUTE, _FOLDERS_THAT_COMPUTE = ("config.py", "device.py"), ("data", "model", "train")
+_NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
+
+
+class Change(NamedTuple):
+    """Something that is not what it was when the run was saved."""
+
+    key: str
+    """A setting, ``data.<source>``, or a key of the environment."""
+    old: Any
+    new: Any
+    needs_permission: bool
+    """Whether the results would be another run's, rather than merely not the same to the bit."""
+
+
+def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """Return what bit-identical resume depends on besides config and data."""
+    return {
+        "moe_gpt": moe_gpt.__version__,
+        "code": _code_digests(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "tokenizers": tokenizers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": 1,
+    }
+
+
+def _code_digests() -> dict[str, str]:
+    """Return a digest of each file of this package that training computes with."""
+    root = Path(__file__).resolve().parents[1]
+    files = [root / name for name in _FILES_THAT_COMPUTE]
+    files += [file for name in _FOLDERS_THAT_COMPUTE for file in (root / name).glob("*.py")]
+    return {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)
+    }
+
+
+def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], facts: RunFacts) -> list[Change]:
+    """Compare a checkpoint with what it would be continued with.
+
+    Args:
+        saved_config: of the checkpoint.
+        saved_state: its state.json.
+        facts: of the process that wants to go on.
+    """
+    return [
+        *_changed_settings(saved_config, facts.config),
+        *_changed_data(saved_state["data_fingerprint"], facts.data_fingerprint),
+        *_changed_environment(saved_state["environment"], facts.environment),
+    ]
+
+
+def _changed_settings(saved: RunConfig, wanted: RunConfig) -> Iterator[Change]:
+    old, new = _flatten(to_plain(saved)), _flatten(to_plain(wanted))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER) and not key.endswith(".prompt"):
+            yield Change(key, old.get(key), new.get(key), needs_permission=True)
+
+
+def _changed_data(saved: dict[str, str], found: dict[str, str]) -> Iterator[Change]:
+    for name in saved.keys() & found.keys():  # a source more or less is a changed setting
+        if saved[name] != found[name]:
+            old, new = (f"tokens with digest {digest[:12]}" for digest in (saved[name], found[name]))
+            yield Change(f"data.{name}", old, new, needs_permission=True)
+
+
+def _changed_environment(saved: dict[str, Any], found: dict[str, Any]) -> Iterator[Change]:
+    for key in found:
+        if key not in saved or saved[key] == found[key]:
+            continue
+        old, new = saved[key], found[key]
+        if isinstance(old, dict) and isinstance(new, dict):  # digests of the code
+            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            old, new = "another", f"changed in {', '.join(names)}"
+        yield Change(key, old, new, needs_permission=key in _NEEDS_PERMISSION)
+
+
+def check_changes(
+    changes: Collection[Change], allowed: Collection[str], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Refuse changes that were not allowed, and return a record of those that were.
+
+    Args:
+        changes: from ``find_changes``.
+        allowed: keys given with --allow-changes; a key also allows what is below it (``optimizer`` allows
+            ``optimizer.lr``).
+        say: told about every change that does not stop the run.
+
+    Raises:
+        InputError: with a line for each change that is not allowed, and what to add to allow them.
+    """
+
+    def is_allowed(key: str) -> bool:
+        return any(key == other or key.startswith(f"{other}.") for other in allowed)
+
+    refused = [change for change in changes if change.needs_permission and not is_allowed(change.key)]
+    if refused:
+        lines = [f"{c.key} was {shown(c.old)} and is now {shown(c.new)}" for c in refused]
+        raise InputError(
+            "--resume continues the same run, but some of it is not what it was:\n"
+            + "\n".join(lines)
+            + f"\nrestore it; or go on all the same with --allow-changes {','.join(c.key for c in refused)}; "
+            "or start a new run with --init-from"
+        )
+    for key in allowed:
+        if not any(change.key == key or change.key.startswith(f"{key}.") for change in changes):
+            say(f"note: --allow-changes {key} was not needed: it is what it was")
+    for change in changes:
+        was = f"{change.key} was {shown(change.old)} and is now {shown(change.new)}"
+        if change.needs_permission:
+            say(f"note: {was}, as allowed; from here on this is another run than it would have been")
+        else:
+            say(f"note: {was}: the run goes on in the same data order, but not bit-identically")
+    return [change._asdict() for change in changes]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = {str(i): item for i, item in enumerate(value)}.items()
+    else:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in _flatten(item, f"{prefix}.{key}".lstrip(".")).items()}

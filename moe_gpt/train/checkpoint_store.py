@@ -1,0 +1,186 @@
+"""The checkpoints of a run: which are good, which are kept, and saving a new one while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_gpt.config import CheckpointConfig
+from moe_gpt.durable import delete_folder, delete_leftovers
+from moe_gpt.train.checkpoint import (
+    RunFacts,
+    list_checkpoints,
+    read_state,
+    take_snapshot,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from moe_gpt.train.step import TrainState
+from moe_gpt.validation import InputError
+
+
+class Damaged(NamedTuple):
+    """A checkpoint that cannot be used."""
+
+    path: Path
+    problem: str
+
+
+def find_good_checkpoint(run_dir: Path) -> tuple[Path | None, list[Damaged]]:
+    """Return a run's newest checkpoint whose files are all what was saved, and the newer ones that are not.
+
+    None and an empty list where the run has no checkpoints.
+    """
+    damaged = []
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            verify_checkpoint(path)
+        except (InputError, OSError) as error:
+            damaged.append(Damaged(path, str(error)))
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def find_checkpoint_to_go_back_to(run_dir: Path) -> Path | None:
+    """Return the newest good checkpoint that was not saved within a series of non-finite steps."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            verify_checkpoint(path)
+            if not read_state(path)["skips_in_a_row"]:
+                return path
+        except (InputError, OSError):
+            continue
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that it is never taken for one, and return its new place."""
+    number = 1
+    while (place := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return path.rename(place)
+
+
+def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+    """Return the checkpoints that the config does not keep, oldest first.
+
+    Kept are the newest, the best by validation, every n-th, and always the newest one whose state is readable and
+    not within a series of non-finite steps: the one to go back to.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    kept = set(checkpoints[-config.keep_last :])
+    scores, sound = {}, []
+    for path in checkpoints:
+        try:
+            state = read_state(path)
+        except (InputError, OSError):
+            continue
+        if state["score"] is not None:
+            scores[path] = state["score"]
+        if not state["skips_in_a_row"]:
+            sound.append(path)
+        if config.keep_every_steps and state["step"] % config.keep_every_steps == 0:
+            kept.add(path)
+    kept.update(sound[-1:])
+    if config.keep_best and scores:
+        kept.add(min(scores, key=lambda path: scores[path]))
+    return [path for path in checkpoints if path not in kept]
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+    """Delete what ``to_prune`` returns, provided that a checkpoint that is kept has all its files; return what went.
+
+    Raises:
+        InputError: where every checkpoint that would be kept is damaged; then nothing is deleted.
+    """
+    doomed = to_prune(run_dir, config)
+    if not doomed:
+        return []
+    kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
+    if not any(_is_good(path) for path in reversed(kept)):
+        raise InputError(f"{run_dir}: nothing is pruned, because no checkpoint that would be kept is undamaged")
+    for path in doomed:
+        delete_folder(path)
+    return doomed
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except (InputError, OSError):
+        return False
+    return True
+
+
+class CheckpointSaver:
+    """Saves one checkpoint after another; a save begins only when the one before is on the disk.
+
+    Use it only while holding the run folder. In the background, training waits while its state is copied, and for the
+    save before, where that is not done yet. An error of a background save is raised by the next call.
+
+    Args:
+        run_dir: the run.
+        facts: saved with every checkpoint.
+        config: which to keep.
+    """
+
+    def __init__(self, run_dir: Path, facts: RunFacts, config: CheckpointConfig) -> None:
+        self._run_dir, self._facts, self._config = run_dir, facts, config
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a background save has ended with an error that ``wait`` will raise."""
+        return self._error is not None
+
+    def save(self, state: TrainState, score: float | None = None, wait: bool = False) -> None:
+        """Save ``run_dir/checkpoints/step_XXXXXXXX``, then prune.
+
+        Args:
+            state: what is being trained.
+            score: mean validation loss at this step, where it was evaluated.
+            wait: return when the checkpoint is on the disk; otherwise as the config says.
+
+        Raises:
+            OSError: where this save, or the one before it, cannot be written; earlier checkpoints are intact.
+        """
+        self.wait()
+        in_background = self._config.in_background and not wait
+        snapshot = take_snapshot(state, score, copy=in_background)
+        folder = self._run_dir / "checkpoints" / f"step_{state.step:08d}"
+
+        def write() -> None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            delete_leftovers(folder.parent, "step_")
+            write_checkpoint(folder, snapshot, self._facts)
+            for path in to_prune(self._run_dir, self._config):  # the newest is kept, and it is good
+                delete_folder(path)
+
+        if in_background:
+            self._thread = threading.Thread(target=self._guarded, args=(write,), name="save checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            write()
+
+    def wait(self) -> None:
+        """Return when nothing is being saved.
+
+        Raises:
+            OSError: where the save that was under way failed.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:  # noqa: BLE001 (raised by the next call, in the thread that trains)
+            self._error = error
