@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_gpt.config import CheckpointConfig
 from moe_gpt.durable import delete_folder, delete_leftovers
@@ -44,12 +44,16 @@ def find_good_checkpoint(run_dir: Path) -> tuple[Path | None, list[Damaged]]:
     return None, damaged
 
 
-def find_checkpoint_to_go_back_to(run_dir: Path) -> Path | None:
-    """Return the newest good checkpoint that was not saved within a series of non-finite steps."""
+def find_checkpoint_to_go_back_to(run_dir: Path, config: CheckpointConfig) -> Path | None:
+    """Return the newest good checkpoint that was not saved within a series of non-finite steps.
+
+    Only those count that were saved because ``every_steps`` said so (if it says anything): an interruption leaves
+    others, and a run that was interrupted must go back to the same step as one that was not.
+    """
     for path in reversed(list_checkpoints(run_dir)):
         try:
             verify_checkpoint(path)
-            if not read_state(path)["skips_in_a_row"]:
+            if _is_way_back(read_state(path), config):
                 return path
         except (InputError, OSError):
             continue
@@ -67,12 +71,11 @@ def set_aside(path: Path) -> Path:
 def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints that the config does not keep, oldest first.
 
-    Kept are the newest, the best by validation, every n-th, and always the newest one whose state is readable and
-    not within a series of non-finite steps: the one to go back to.
+    Kept are the newest, the best by validation, every n-th, and always the one to go back to when steps fail.
     """
     checkpoints = list_checkpoints(run_dir)
     kept = set(checkpoints[-config.keep_last :])
-    scores, sound = {}, []
+    scores, ways_back = {}, []
     for path in checkpoints:
         try:
             state = read_state(path)
@@ -80,14 +83,19 @@ def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
             continue
         if state["score"] is not None:
             scores[path] = state["score"]
-        if not state["skips_in_a_row"]:
-            sound.append(path)
+        if _is_way_back(state, config):
+            ways_back.append(path)
         if config.keep_every_steps and state["step"] % config.keep_every_steps == 0:
             kept.add(path)
-    kept.update(sound[-1:])
+    kept.update(ways_back[-1:])
     if config.keep_best and scores:
         kept.add(min(scores, key=lambda path: scores[path]))
     return [path for path in checkpoints if path not in kept]
+
+
+def _is_way_back(state: dict[str, Any], config: CheckpointConfig) -> bool:
+    is_scheduled = not config.every_steps or state["step"] % config.every_steps == 0
+    return is_scheduled and not state["skips_in_a_row"]
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:

@@ -258,7 +258,7 @@ class _Session:
         """
         state, limit = self.state, self.config.faults.max_rollbacks
         self.warn_of(self.saver.wait)
-        place = find_checkpoint_to_go_back_to(self.run.run_dir)
+        place = find_checkpoint_to_go_back_to(self.run.run_dir, self.config.checkpoint)
         account = f"{skips.n_steps} steps in a row were not finite, up to step {state.step}"
         advice = "events.jsonl has the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
         if place is None or state.rollbacks >= limit:
