@@ -59,8 +59,8 @@ class TerminalDisplay:
         self._run, self._is_terminal = run, sys.stderr.isatty()
         self._scores: dict[str, Score] = {}
         self._pending = ""
-        self._started_at, self._started_with = time.monotonic(), run.state.tokens_seen
-        self._line_at = self._started_at
+        self._started_at = self._line_at = time.monotonic()
+        self._started_with: int | None = None
         self._bar = tqdm(
             total=run.schedule.total_tokens,
             initial=run.state.tokens_seen,
@@ -89,7 +89,11 @@ class TerminalDisplay:
         self._scores = scores
 
     def _format_line(self, tokens_seen: int, ce_loss: str, line: dict[str, Any]) -> str:
-        speed = (tokens_seen - self._started_with) / (time.monotonic() - self._started_at)
+        if self._started_with in (None, tokens_seen):  # the first line: nothing but its own speed is known
+            self._started_at, self._started_with = time.monotonic(), tokens_seen
+            speed = line["tokens_per_second"]
+        else:
+            speed = (tokens_seen - self._started_with) / (time.monotonic() - self._started_at)
         left = datetime.timedelta(seconds=round((self._run.schedule.total_tokens - tokens_seen) / speed))
         return (
             f"step {line['step']}: {tokens_seen:,} tokens, ce_loss {ce_loss}, lr {line['lr']:.2e}, "

@@ -73,18 +73,40 @@ def complete_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: where it cannot be written, or is there already and may not be replaced.
     """
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=folder.name + TEMPORARY, dir=folder.absolute().parent))
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=folder.name + TEMPORARY, dir=parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's is for the owner only
         sync_folder(temporary)
         if replace:
             delete_folder(folder)
-        with contextlib.suppress(FileNotFoundError):
+        elif folder.exists():
             folder.rmdir()  # fails where it is not empty
         os.rename(temporary, folder)
-        sync_folder(folder.absolute().parent)
+        sync_folder(parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """Do the same for a folder that is there and empty, and that may be a mount, a link or the working directory.
+
+    It is filled from a temporary folder inside it. A process killed while the files are moved leaves some of them.
+
+    Raises:
+        OSError: where the folder is not empty or cannot be written.
+    """
+    if any(folder.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    try:
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            os.rename(path, folder / path.name)
+        sync_folder(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

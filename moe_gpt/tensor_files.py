@@ -38,7 +38,8 @@ class TensorReader:
         self._open = {}
         for path in paths:
             try:
-                self._open[path] = safe_open(path, framework="pt")
+                with open(path, "rb"):  # says why where it cannot be read
+                    self._open[path] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path} cannot be read as safetensors: {error}") from None
             for name in self._open[path].keys():  # noqa: SIM118 (not a dict)

@@ -61,7 +61,8 @@ def main() -> None:
         saved.tokenizer,
         hugging_face.DTYPES[arguments.dtype],
         config.loss.load_balancing_loss_weight,
-        model_card(arguments.folder.absolute().name, training, arguments.license),
+        model_card(arguments.folder.absolute().name, training, arguments.dtype, arguments.license),
+        keep_template=False,
     )
     architecture = "LlamaForCausalLM" if config.model.is_dense else "MixtralForCausalLM"
     n_bytes = sum(file.stat().st_size for file in arguments.folder.iterdir())
@@ -71,7 +72,11 @@ def main() -> None:
         print(f"note: attention shared by layers is written once for each, so there are more than {total:,} parameters")
     if config.model.capacity_factor:
         print("note: training dropped tokens beyond model.capacity_factor; the exported model drops none, nor did ours")
-    print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{arguments.folder}")')
+    start, end = saved.tokenizer.template()
+    if start or end:
+        spelled = " ".join(saved.tokenizer.spell(index) for index in (*start, *end))
+        print(f"note: the exported tokenizer does not put {spelled} around texts, because training did not")
+    print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(arguments.folder)!r})")
 
 
 if __name__ == "__main__":

@@ -194,9 +194,10 @@ def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "no complete"),
         ("export.py", ["{run}", "{run}"], "output folder must be new or empty"),
         ("export.py", ["{tmp}/nothing", "{tmp}/x"], "no complete checkpoint at"),
+        ("export.py", ["{hf}", "{tmp}/x"], "is a Hugging Face folder; this takes a run folder"),
         ("export.py", ["{run}", "{tmp}/x", "--dtype", "int8"], "invalid choice: 'int8'"),
         ("export.py", ["{run}", "{tmp}/x", "--license", "a\nb"], "must be an identifier such as apache-2.0"),
-        ("generate.py", ["{hf}", "--prompt", "a"], "architecture must be one of MixtralForCausalLM"),
+        ("generate.py", ["{hf}", "--prompt", "a"], "architectures must name one of MixtralForCausalLM"),
     ],
 )
 def test_bad_input_is_one_clear_line(run_dir, name, arguments, expected):

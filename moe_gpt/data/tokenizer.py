@@ -45,8 +45,8 @@ class Tokenizer:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer.file takes the path of a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), end_of_text)
-        except InputError:
+            return cls(tokenizers.Tokenizer.from_buffer(Path(path).read_bytes()), end_of_text)
+        except (InputError, OSError):
             raise
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path} is not a tokenizer.json: {error}") from None
@@ -79,6 +79,10 @@ class Tokenizer:
         plain, whole = (self._backend.encode("a", add_special_tokens=add).ids for add in (False, True))
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
+
+    def spell(self, index: int) -> str:
+        """Return a token as the vocabulary spells it; empty where there is no such id."""
+        return self._backend.id_to_token(index) or ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids; special tokens are spelled out."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, ModelConfig
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.durable import complete_folder, write_file
+from moe_gpt.durable import complete_folder, filled_folder, write_file
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.tensor_files import TensorReader, TensorSpec, open_folder, write_sharded
@@ -57,22 +57,46 @@ def load(folder: str | Path, max_seq_len: int | None = None, dtype: torch.dtype 
         InputError: for another architecture, settings this model does not have (one line each), and tensors that
             are missing, left over, cut off or of another shape than config.json says, by name.
     """
-    folder = Path(folder)
-    config = read_model_config(folder, max_seq_len)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
+    model, table, reader = _open(Path(folder), max_seq_len)
+    model.to(dtype).to_empty(device="cpu")
+    if model.config.tie_embeddings:  # to_empty unties them
+        model.output.weight = model.embedding.weight
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in table.items():
+            tensor = reader.read(name)
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"{folder}: {name} has values that are not finite")
+            part.of(own[part.name]).copy_(tensor)
+    return model.eval()
+
+
+def check(folder: str | Path, max_seq_len: int | None = None) -> ModelConfig:
+    """Return the config of a folder's model after everything that ``load`` checks before it reads weights.
+
+    Raises:
+        FileNotFoundError: where the folder has no config.json.
+        InputError: as ``load``, but for values that are not finite.
+    """
+    return _open(Path(folder), max_seq_len)[0].config
+
+
+def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slice], TensorReader]:
+    """Return a folder's model without memory for its weights, where their tensors go, and the files they are in."""
+    if max_seq_len is not None and max_seq_len < 1:
+        raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
+    config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
+    if config.n_layers > len(reader.names):  # a model without end would take long to describe
+        raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     table = tensor_table(config, "fused" if is_fused else "per_expert")
     with torch.device("meta"):
         model = MoEGPT(config)
     _check_tensors(folder, config, table, _shapes(model, table), reader)
-    model.to_empty(device="cpu").to(dtype)
-    if config.tie_embeddings:  # to_empty unties them
-        model.output.weight = model.embedding.weight
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, part in table.items():
-            part.of(own[part.name]).copy_(reader.read(name))
-    return model.eval()
+    return model, table, reader
 
 
 def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> LoadedFolder:
@@ -83,7 +107,7 @@ def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") 
         InputError: as ``load``; and for a tokenizer with more tokens than the model.
     """
     folder = Path(folder)
-    read_model_config(folder)  # another architecture is the first thing to say
+    check(folder)  # another architecture is the first thing to say
     tokenizer = load_tokenizer(folder)
     return LoadedFolder(load(folder).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
 
@@ -102,12 +126,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{folder} has no tokenizer.json; AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers "
             "makes one from other tokenizers"
         )
+    if not (folder / "tokenizer_config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer_config.json, which names the token that ends a text")
     end_of_text = _read_json(folder / "tokenizer_config.json").get("eos_token")
     if isinstance(end_of_text, dict):
         end_of_text = end_of_text.get("content")
     if not isinstance(end_of_text, str):
         raise InputError(f"{folder / 'tokenizer_config.json'} must name an eos_token, got {end_of_text!r}")
-    tokenizer = Tokenizer.load(path, end_of_text)
+    try:
+        tokenizer = Tokenizer.load(path, end_of_text)
+    except InputError as error:
+        place = folder / "tokenizer_config.json"
+        raise InputError(f"{error} (eos_token of {place} is {end_of_text!r})") from None
     vocab_size = _read_json(folder / "config.json").get("vocab_size")
     if isinstance(vocab_size, int) and vocab_size < tokenizer.vocab_size:
         raise InputError(
@@ -117,16 +147,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def read_model_config(folder: Path, max_seq_len: int | None = None) -> ModelConfig:
-    """Return the config of a folder's model.
-
-    Raises:
-        FileNotFoundError: where there is no config.json.
-        InputError: where it describes another architecture; see ``from_hugging_face``.
-    """
+def _read_model_config(folder: Path, max_seq_len: int | None) -> ModelConfig:
     path = folder / "config.json"
+    values = _read_json(path)
     try:
-        return from_hugging_face(_read_json(path), max_seq_len)
+        return from_hugging_face(values, max_seq_len)
     except InputError as error:
         raise InputError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
 
@@ -136,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a mapping, got {type(values).__name__}")
@@ -164,8 +189,8 @@ def _check_tensors(
         elif reader.dtype(name) not in _READABLE_DTYPES:
             problems.append(f"{name} is {reader.dtype(name)}, not one of {', '.join(_READABLE_DTYPES)}")
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"{folder}: the tensors are not what config.json describes: {'; '.join(problems[:5])}{more}")
+        shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
+        raise InputError(f"{folder}: the tensors are not those that config.json describes\n" + "\n".join(shown))
 
 
 def save(
@@ -182,14 +207,16 @@ def save(
     Args:
         model: on any device.
         folder: new or empty.
-        tokenizer: written beside the weights, for ``AutoTokenizer.from_pretrained``.
+        tokenizer: written beside the weights, for ``AutoTokenizer.from_pretrained``; a tokenizer of this package, such
+            as ``load_tokenizer`` and ``load_model`` return. Its template, if it has one, is kept.
         dtype: torch.float32 or torch.bfloat16, of the weights in the files.
         load_balancing_loss_weight: ours, translated into ``router_aux_loss_coef``.
 
     Raises:
         InputError: where the folder is not empty; for settings that change the function and that Mixtral does not
             have (``balance: bias`` once the bias has moved, ``normalize_topk: false``), by name; for a tokenizer with
-            more tokens than the model.
+            more tokens than the model; for weights that are not finite; where the folder cannot be written.
+        ValueError: for another dtype.
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     export(model.config, own.__getitem__, folder, tokenizer, dtype, load_balancing_loss_weight)
@@ -203,6 +230,7 @@ def export(
     dtype: torch.dtype,
     load_balancing_loss_weight: float,
     model_card: str | None = None,
+    keep_template: bool = True,
 ) -> None:
     """Write a folder for transformers from weights that are read one tensor at a time; ``save`` says the rest.
 
@@ -216,7 +244,11 @@ def export(
         dtype: of the weights in the files.
         load_balancing_loss_weight: ours.
         model_card: contents of README.md, where given.
+        keep_template: let the written tokenizer put before and after a text what its template says, such as Llama's
+            <s>. Training here does not, so a model that was trained here is best used without.
     """
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
     settings = to_hugging_face(config, load_balancing_loss_weight)
     _check_biases(config, read)
     if tokenizer and config.vocab_size and tokenizer.vocab_size > config.vocab_size:
@@ -228,19 +260,40 @@ def export(
     with torch.device("meta"):
         shapes = _shapes(MoEGPT(config), table)
     name = str(dtype).removeprefix("torch.")
-    end = tokenizer.end_of_text_id if tokenizer else None
-    settings |= {"bos_token_id": end, "eos_token_id": end, "torch_dtype": name, "dtype": name}
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"the output folder must be new or empty, got {folder}")
-    with complete_folder(folder) as temporary:
-        specs = [TensorSpec(name, shape, dtype) for name, shape in shapes.items()]
-        write_sharded(temporary, specs, lambda name: table[name].of(read(table[name].name)))
-        _write_json(temporary / "config.json", settings)
-        if tokenizer:
-            _write_tokenizer(temporary, tokenizer, config)
-        if model_card:
-            write_file(temporary / "README.md", [model_card.encode("utf-8")])
+    settings |= {"torch_dtype": name, "dtype": name, "bos_token_id": None, "eos_token_id": None}
+    if tokenizer:
+        start = tokenizer.template()[0] if keep_template else []
+        settings["eos_token_id"] = tokenizer.end_of_text_id
+        settings["bos_token_id"] = start[0] if start else tokenizer.end_of_text_id
+
+    def read_slice(name: str) -> Tensor:
+        tensor = table[name].of(read(table[name].name))
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{table[name].name} has values that are not finite; the model is of no use")
+        return tensor
+
+    try:
+        path = _new_or_empty(folder)
+        with filled_folder(path) if path.exists() else complete_folder(path) as temporary:
+            write_sharded(temporary, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
+            _write_json(temporary / "config.json", settings)
+            if tokenizer:
+                _write_tokenizer(temporary, tokenizer, settings, keep_template)
+            if model_card:
+                write_file(temporary / "README.md", [model_card.encode("utf-8")])
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _new_or_empty(folder: str | Path) -> Path:
+    path = Path(folder)
+    if not str(folder).strip():
+        raise InputError("the output folder must have a name, got ''")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"the output folder must be new or empty, got a broken link, {path}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"the output folder must be new or empty, got {path}")
+    return path
 
 
 def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
@@ -255,10 +308,10 @@ def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
         )
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Write the tokenizer as a class that old and new versions know; it adds no tokens to a text, as ours does not."""
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], keep_template: bool) -> None:
+    """Write the tokenizer as a class that old and new versions know."""
     values = json.loads(tokenizer.to_json())
-    if any(tokenizer.template()):
+    if not keep_template and any(tokenizer.template()):
         values["post_processor"] = None
     _write_json(folder / "tokenizer.json", values)
     end = tokenizer.end_of_text
@@ -268,19 +321,19 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, config: ModelConfig) ->
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
+            "bos_token": tokenizer.spell(settings["bos_token_id"]),
             "eos_token": end,
             "pad_token": end,
             "unk_token": None,
             "padding_side": "left",
             "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": config.max_seq_len,
+            "model_max_length": settings["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {str(tokenizer.end_of_text_id): special},
         },
     )
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text_id)
-    _write_json(folder / "generation_config.json", ids)
+    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
+    _write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.end_of_text_id})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

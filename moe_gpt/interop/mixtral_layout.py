@@ -6,13 +6,14 @@ One table serves both directions: every Hugging Face tensor is a slice of one of
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import ConfigError, InputError
+from moe_gpt.validation import Count, Flag, InputError, Positive, Problem, Section, shown
 
 _GROUPED_MM_WIDTH = 8  # rows of 16 bytes in bfloat16
 
@@ -139,21 +140,146 @@ def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> d
     }
 
 
-# What transformers assumes where config.json leaves a key out, where its three classes differ or we need a value.
-_COMMON = {"head_dim": None, "hidden_act": "silu", "tie_word_embeddings": False, "initializer_range": 0.02}
-_MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "mixtral": _COMMON
-    | {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072}
-    | {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2, "router_jitter_noise": 0.0},
-    "mistral": _COMMON
-    | {"num_key_value_heads": 8, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072}
-    | {"sliding_window": 4096},
-    "llama": _COMMON
-    | {"num_key_value_heads": None, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-    | {"attention_bias": False, "mlp_bias": False},
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Llama(Section):
+    """The keys of a Llama's config.json that say what it computes, with what transformers assumes for absent ones."""
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: Positive = 1.0
+    tie_word_embeddings: Flag = False
+    initializer_range: Positive = 0.02
+    attention_bias: Flag = False
+    mlp_bias: Flag = False
+    sliding_window: Count | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    _rope_theta_assumed: ClassVar[float] = 1e4
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what this model does not have."""
+        heads, groups = self.num_attention_heads, self.n_kv_heads
+        if heads % groups:
+            text = f"num_attention_heads must be a multiple of num_key_value_heads={groups}, got {heads}"
+            yield Problem(("num_attention_heads", "num_key_value_heads"), text)
+        if self.head_width % 2 or self.head_width == 0:
+            yield Problem(("head_dim", "hidden_size"), f"head_dim must be even and above 0, got {self.head_width}")
+        if self.hidden_act != "silu":
+            yield Problem(("hidden_act",), f"hidden_act must be silu, got {self.hidden_act!r}")
+        for key in ("attention_bias", "mlp_bias"):
+            if getattr(self, key):
+                yield Problem((key,), f"{key} must be false, got true: this model has no biases")
+        if self.quantization_config is not None:
+            text = "quantization_config must be absent: the weights must be float32, bfloat16 or float16"
+            yield Problem(("quantization_config",), text)
+        yield from self._rope_problems()
+
+    def _rope_problems(self) -> Iterator[Problem]:
+        for key in ("rope_parameters", "rope_scaling"):
+            given = getattr(self, key) or {}
+            kind = given.get("rope_type", given.get("type", "default"))
+            if kind != "default":
+                text = f"{key}.rope_type must be default, got {shown(kind)}: this model has no scaled rotary positions"
+                yield Problem((key,), text)
+        parts = {"partial_rotary_factor": self.partial_rotary_factor}
+        parts["rope_parameters.partial_rotary_factor"] = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        for key, part in parts.items():
+            if part != 1.0:
+                yield Problem((key,), f"{key} must be 1, got {shown(part)}: positions rotate whole heads here")
+        said = self._said_of_rope_theta()
+        wrong = {key: value for key, value in said.items() if not isinstance(value, int | float) or value <= 0}
+        for key, value in wrong.items():
+            yield Problem((key,), f"{key} must be a number above 0, got {shown(value)}")
+        if not wrong and len(set(said.values())) > 1:
+            both = " and ".join(f"{key}={value}" for key, value in said.items())
+            text = f"rope_theta must be the same in all places, got {both}; versions of transformers differ in which"
+            yield Problem(tuple(said), text + " they read")
+
+    def _said_of_rope_theta(self) -> dict[str, Any]:
+        said = {
+            "rope_theta": self.rope_theta,
+            "rope_parameters.rope_theta": (self.rope_parameters or {}).get("rope_theta"),
+            "rope_scaling.rope_theta": (self.rope_scaling or {}).get("rope_theta"),
+        }
+        return {key: value for key, value in said.items() if value is not None}
+
+    @property
+    def rope_base(self) -> float:
+        """The base of the rotary frequencies, wherever it is written."""
+        return float(next(iter(self._said_of_rope_theta().values()), self._rope_theta_assumed))
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads; null means one for each query head."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head; null divides the model's width among the heads."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        """Experts of a layer, and how many of them a token is sent to."""
+        return 1, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Mistral(_Llama):
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131_072
+    sliding_window: Count | None = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Mixtral(_Llama):
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131_072
+    rms_norm_eps: Positive = 1e-5
+    num_local_experts: Count = 8
+    num_experts_per_tok: Count = 2
+
+    _rope_theta_assumed: ClassVar[float] = 1e6
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what this model does not have."""
+        yield from super().problems()
+        n_experts, top_k = self.experts
+        if n_experts == 1:
+            text = "num_local_experts must be at least 2, got 1: a model with one expert is a Llama"
+            yield Problem(("num_local_experts",), text)
+        elif top_k == 1:
+            text = (
+                "num_experts_per_tok must be at least 2, got 1: Mixtral rescales that single weight to 1, and so the "
+                "router gets no gradient"
+            )
+            yield Problem(("num_experts_per_tok",), text)
+        elif top_k > n_experts:
+            text = f"num_experts_per_tok must be at most num_local_experts={n_experts}, got {top_k}"
+            yield Problem(("num_experts_per_tok", "num_local_experts"), text)
+
+    @property
+    def experts(self) -> tuple[int, int]:
+        """Experts of a layer, and how many of them a token is sent to."""
+        return self.num_local_experts, self.num_experts_per_tok
+
+
+_ARCHITECTURES: dict[str, tuple[str, type[_Llama]]] = {
+    "MixtralForCausalLM": ("mixtral", _Mixtral),
+    "MistralForCausalLM": ("mistral", _Mistral),
+    "LlamaForCausalLM": ("llama", _Llama),
 }
-_ARCHITECTURES = {"MixtralForCausalLM": "mixtral", "MistralForCausalLM": "mistral", "LlamaForCausalLM": "llama"}
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) -> ModelConfig:
@@ -164,91 +290,50 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
         max_seq_len: the context to use instead of ``max_position_embeddings``.
 
     Raises:
-        InputError: one line for each thing that is another architecture, missing, contradictory, or that this
-            model does not have.
+        InputError: one line for each thing that is another architecture, missing, of the wrong type, contradictory,
+            or that this model does not have.
     """
-    architecture, model_type = (values.get("architectures") or [None])[0], values.get("model_type")
-    kind = _ARCHITECTURES.get(architecture) if architecture else model_type
-    if kind not in _MODEL_TYPES or (model_type or kind) != kind:
-        got = architecture if not model_type or architecture not in _ARCHITECTURES else f"{architecture}, {model_type}"
-        raise InputError(f"architecture must be one of {', '.join(_ARCHITECTURES)}, got {got or model_type}")
-    known = _MODEL_TYPES[kind] | values
-    problems = [f"{key} is missing" for key in _REQUIRED if known.get(key) is None]
-    if problems:
-        raise InputError("\n".join(problems))
-    rope_theta, rope_problems = _rope_theta(values, known["rope_theta"])
-    context = max_seq_len or known["max_position_embeddings"]
-    problems += [*rope_problems, *_differences(known, context)]
-    if problems:
-        raise InputError("\n".join(problems))
-    n_experts, top_k = (known["num_local_experts"], known["num_experts_per_tok"]) if kind == "mixtral" else (1, 1)
-    try:
-        return ModelConfig(
-            vocab_size=known["vocab_size"],
-            n_layers=known["num_hidden_layers"],
-            d_model=known["hidden_size"],
-            n_heads=known["num_attention_heads"],
-            n_kv_heads=known["num_key_value_heads"] or known["num_attention_heads"],
-            head_dim=known["head_dim"] or known["hidden_size"] // known["num_attention_heads"],
-            d_ff=known["intermediate_size"],
-            n_experts=n_experts,
-            top_k=top_k,
-            tie_embeddings=known["tie_word_embeddings"],
-            max_seq_len=context,
-            rope_theta=rope_theta,
-            norm_eps=known["rms_norm_eps"],
-            init_std=known["initializer_range"],
-        )
-    except ConfigError as error:
-        raise InputError(f"describes an impossible model: {'; '.join(error.problems)}") from None
-
-
-def _rope_theta(values: dict[str, Any], default: float) -> tuple[float, list[str]]:
-    """Return the base of the rotary frequencies and what is wrong with the keys that say it."""
-    parameters = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        return default, [f"rope_parameters and rope_scaling must be mappings, got {parameters!r} and {scaling!r}"]
-    problems = []
-    for key, given in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind != "default":
-            problems.append(f"{key}.rope_type must be default, got {kind!r}: this model has no scaled rotary positions")
-    given = {
-        "rope_theta": values.get("rope_theta"),
-        "rope_parameters.rope_theta": parameters.get("rope_theta"),
-        "rope_scaling.rope_theta": scaling.get("rope_theta"),
-    }
-    found = {key: float(value) for key, value in given.items() if value is not None}
-    if len(set(found.values())) > 1:
-        said = " and ".join(f"{key}={value}" for key, value in found.items())
-        problems.append(f"the rope settings disagree: {said}; versions of transformers differ in which they read")
-    return next(iter(found.values()), default), problems
-
-
-def _differences(known: dict[str, Any], context: int) -> Iterator[str]:
-    """Yield what the described model computes and ours does not."""
-    if known["hidden_act"] != "silu":
-        yield f"hidden_act must be silu, got {known['hidden_act']!r}"
-    for key in ("attention_bias", "mlp_bias"):
-        if known.get(key):
-            yield f"{key} must be false, got true: this model has no biases"
-    for place in (known, known.get("rope_parameters") or {}):
-        if place.get("partial_rotary_factor", 1.0) != 1.0:
-            yield f"partial_rotary_factor must be 1, got {place['partial_rotary_factor']}: positions rotate whole heads"
-    if known.get("quantization_config"):
-        yield "quantization_config must be absent: the weights must be float32, bfloat16 or float16"
-    window = known.get("sliding_window")
-    if window is not None and window < context:
-        yield (
+    keys = _keys_of(values)
+    known = keys.from_mapping(
+        {field.name: values[field.name] for field in dataclasses.fields(keys) if field.name in values}
+    )
+    context = max_seq_len or known.max_position_embeddings
+    if known.sliding_window is not None and known.sliding_window < context:
+        window = known.sliding_window
+        raise InputError(
             f"sliding_window must be at least the context of {context} tokens, got {window}: every position sees the "
-            f"whole context here; a max_seq_len of {window} or less uses it as it was made"
+            f"whole context here; with max_seq_len={window} (model.max_seq_len in a run) it is used as it was made"
         )
-    n_experts, top_k = known.get("num_local_experts"), known.get("num_experts_per_tok")
-    if n_experts == 1:
-        yield "num_local_experts must be at least 2, got 1: a model with one expert is a Llama"
-    elif n_experts is not None and top_k == 1:
-        yield (
-            "num_experts_per_tok must be at least 2, got 1: Mixtral rescales that single weight to 1, and so the "
-            "router gets no gradient"
-        )
+    n_experts, top_k = known.experts
+    return ModelConfig(
+        vocab_size=known.vocab_size,
+        n_layers=known.num_hidden_layers,
+        d_model=known.hidden_size,
+        n_heads=known.num_attention_heads,
+        n_kv_heads=known.n_kv_heads,
+        head_dim=known.head_width,
+        d_ff=known.intermediate_size,
+        n_experts=n_experts,
+        top_k=top_k,
+        tie_embeddings=known.tie_word_embeddings,
+        max_seq_len=context,
+        rope_theta=known.rope_base,
+        norm_eps=known.rms_norm_eps,
+        init_std=known.initializer_range,
+    )
+
+
+def _keys_of(values: dict[str, Any]) -> type[_Llama]:
+    """Return the section that describes a config.json's architecture."""
+    architectures, model_type = values.get("architectures"), values.get("model_type")
+    if architectures is not None and (not isinstance(architectures, list) or len(architectures) != 1):
+        raise InputError(f"architectures must be a list of one name, got {shown(architectures)}")
+    by_type = {kind: name for name, (kind, _) in _ARCHITECTURES.items()}
+    name = architectures[0] if architectures else by_type.get(model_type) if isinstance(model_type, str) else None
+    if name not in _ARCHITECTURES:
+        got = shown(architectures[0] if architectures else model_type)
+        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {got}")
+    kind, keys = _ARCHITECTURES[name]
+    if model_type not in (None, kind):
+        raise InputError(f"model_type must be {kind} for {name}, got {shown(model_type)}: they disagree")
+    return keys

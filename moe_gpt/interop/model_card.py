@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -24,25 +26,27 @@ class Training(NamedTuple):
     """The model whose weights the run started with."""
 
 
-def model_card(name: str, training: Training, licence: str) -> str:
+def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
     """Return a model card in Markdown, with the front matter that the Hugging Face hub reads.
 
     Args:
         name: what the model is called.
         training: the run it comes from.
+        dtype: of the weights in the files.
         licence: an identifier that the hub knows, or "unknown".
     """
-    return "\n".join([*_front_matter(training.config, licence), *_body(name, training)]) + "\n"
+    return "\n".join([*_front_matter(training.config, licence), *_body(name, training, dtype)]) + "\n"
 
 
 def _front_matter(config: RunConfig, licence: str) -> Iterator[str]:
     yield from ("---", f"license: {licence}", "library_name: transformers", "pipeline_tag: text-generation", "tags:")
-    yield from ("- moe_gpt", *(() if config.model.is_dense else ("- moe", "- mixtral")), "---", "")
+    yield from ("- moe_gpt", *(("- llama",) if config.model.is_dense else ("- moe", "- mixtral")), "---", "")
 
 
-def _body(name: str, training: Training) -> Iterator[str]:
+def _body(name: str, training: Training, dtype: str) -> Iterator[str]:
     config = training.config
-    model, counts = config.model, count_parameters(config.model)
+    model = config.model
+    counts = count_parameters(dataclasses.replace(model, attention_sharing=1))  # written once for each layer
     kind = (
         "dense decoder" if model.is_dense else f"decoder with {model.n_experts} experts per layer (top-{model.top_k})"
     )
@@ -56,19 +60,22 @@ def _body(name: str, training: Training) -> Iterator[str]:
     yield "A base model: it continues text, and it answers nothing reliably.\n"
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-    yield f'model, tokenizer = (c.from_pretrained("{name}") for c in (AutoModelForCausalLM, AutoTokenizer))'
-    yield f'ids = tokenizer("{_python_text(config.data.sources[-1].prompt)}", return_tensors="pt")'
+    yield f"folder = {json.dumps(name)}  # where this folder is, or its name on the hub"
+    yield "model, tokenizer = (c.from_pretrained(folder) for c in (AutoModelForCausalLM, AutoTokenizer))"
+    yield f'ids = tokenizer({json.dumps(config.data.sources[-1].prompt)}, return_tensors="pt")'
     yield "print(tokenizer.decode(model.generate(**ids, max_new_tokens=50, do_sample=True)[0]))"
     yield "```\n"
     yield "## Architecture\n"
     heads = f"{model.n_heads} heads of {model.head_dim}, {model.n_kv_heads} key-value"
+    experts = "none (dense)" if model.is_dense else f"{model.n_experts}, top-{model.top_k}"
+    vocabulary = f"{model.vocab_size}, tied" if model.tie_embeddings else model.vocab_size
+    shape = (model.n_layers, model.d_model, heads, model.d_ff, experts, vocabulary, model.max_seq_len)
     yield from _table(
-        ("layers", "d_model", "attention", "d_ff", "experts", "vocabulary", "context", "rope_theta"),
-        [
-            (model.n_layers, model.d_model, heads, model.d_ff, model.n_experts, model.vocab_size, model.max_seq_len)
-            + (f"{model.rope_theta:g}",)
-        ],
+        ("layers", "d_model", "attention", "d_ff", "experts", "vocabulary", "context", "rope_theta", "weights"),
+        [(*shape, f"{model.rope_theta:g}", dtype)],
     )
+    if model.attention_sharing > 1:
+        yield f"\nIn training every {model.attention_sharing} layers shared one set of attention weights."
     yield "\n## Training data\n"
     yield from _table(("source", "from", "share"), [(s.name, _origin(s), _share(s)) for s in config.data.sources])
     end = config.data.tokenizer.end_of_text
@@ -139,7 +146,3 @@ def _balance(config: RunConfig) -> str:
         case "bias":
             return "loss-free bias"
     return "none"
-
-
-def _python_text(text: str) -> str:
-    return text.encode("unicode_escape").decode().replace('"', '\\"')

@@ -28,6 +28,8 @@ from moe_gpt.validation import InputError, shown
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+UPCYCLED = " (dense, every expert as its feed-forward network)"
+"""Marks in ``initialised_from`` that the weights were upcycled."""
 _WEIGHTS, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
 _STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
 FILES = (_WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
@@ -336,9 +338,12 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     checkpoints = list_checkpoints(path)
+    if not checkpoints and (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is a Hugging Face folder; this takes a run folder or one of its checkpoints")
     if not checkpoints:
         raise FileNotFoundError(
-            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*"
+            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*, "
+            "or, to generate or to start a run, a Hugging Face folder on this disk (with a config.json)"
         )
     return checkpoints[-1]
 
@@ -369,9 +374,10 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
 
 
 def describe_model(path: str) -> str:
-    """Name a model by its path: the run and the step of a checkpoint, else the folder."""
-    place = Path(path)
-    return f"{place.parent.parent.name}, {place.name}" if place.parent.name == "checkpoints" else place.name
+    """Name what ``initialised_from`` says: the run and the step of a checkpoint, else the folder."""
+    place, how = Path(path.removesuffix(UPCYCLED)), UPCYCLED if path.endswith(UPCYCLED) else ""
+    is_checkpoint = place.parent.name == "checkpoints"
+    return (f"{place.parent.parent.name}, {place.name}" if is_checkpoint else place.name) + how
 
 
 def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedRun:

@@ -47,13 +47,17 @@ class InitialWeights(NamedTuple):
     read: Callable[[], dict[str, Tensor]]
     """Returns the weights by our names."""
 
+    def is_upcycled_into(self, config: ModelConfig) -> bool:
+        """Whether a model of this config would begin with every expert as these weights' dense feed-forward."""
+        return self.model.is_dense and not config.is_dense
+
     def copy_into(self, model: MoEGPT) -> None:
         """Put the weights into a model whose config ``check_fits`` accepted.
 
         What they have no part of keeps its initial values: the routers of an upcycled model, a new balancing bias.
         """
         tensors = self.read()
-        if self.model.is_dense and not model.config.is_dense:
+        if self.is_upcycled_into(model.config):
             tensors = upcycle(tensors, model.config)
         own = model_tensors(model)
         is_new = (".router.weight", ".router.expert_bias") if self.model.is_dense else (".router.expert_bias",)
@@ -77,7 +81,7 @@ def open_initial_weights(path: str | Path, max_seq_len: int) -> InitialWeights:
         tokenizer = hugging_face.load_tokenizer(folder)
         return InitialWeights(
             path=folder,
-            model=hugging_face.read_model_config(folder, max_seq_len),
+            model=hugging_face.check(folder, max_seq_len),
             tokenizer=tokenizer,
             tokenizer_config=TokenizerConfig(file=str(folder / "tokenizer.json"), end_of_text=tokenizer.end_of_text),
             read=lambda: model_tensors(hugging_face.load(folder, max_seq_len)),
@@ -103,28 +107,24 @@ def check_fits(initial: InitialWeights, config: RunConfig) -> None:
     differences = list(_differences(initial, config))
     problems = [f"{key} is {there!r} there, got {here!r}" for key, there, here in differences]
     if problems:
-        overrides = [f"{key}={json.dumps(there)}" for key, there, _ in differences]
+        overrides = [f"{key}={json.dumps(there, ensure_ascii=False)}" for key, there, _ in differences]
         raise InputError(
             f"--init-from {initial.path} needs its model and its tokenizer, and the settings must say so\n"
             + "\n".join(problems)
             + f"\nto agree, add: {shlex.join(overrides)}"
         )
-    if _is_upcycled(initial, config) and not starts_as_same_function(config.model):
+    if initial.is_upcycled_into(config.model) and not starts_as_same_function(config.model):
         raise InputError(
             "model.normalize_topk must be true to start from a dense model, got false: the weights of a token's equal "
             "experts must sum to 1"
         )
 
 
-def _is_upcycled(initial: InitialWeights, config: RunConfig) -> bool:
-    return initial.model.is_dense and not config.model.is_dense
-
-
 def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
     """Yield each key that must agree and does not, with its value there and here."""
     there, here = to_plain(initial.model), to_plain(config.model)
     here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null follows the weights
-    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if _is_upcycled(initial, config) else ()))
+    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if initial.is_upcycled_into(config.model) else ()))
     if initial.model.balance != "bias":  # a bias that starts at zero changes nothing
         ignored += ("balance",)
     for key in there:

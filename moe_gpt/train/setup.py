@@ -18,10 +18,10 @@ from moe_gpt.data.stream import TrainingStream
 from moe_gpt.device import Precision, pick_precision, tune_process
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.changes import check_changes, describe_environment, find_changes
-from moe_gpt.train.checkpoint import RunFacts, load_training_state, read_config, read_state, read_tokenizer
+from moe_gpt.train.checkpoint import UPCYCLED, RunFacts, load_training_state, read_config, read_state, read_tokenizer
 from moe_gpt.train.checkpoint_store import Damaged, find_good_checkpoint
 from moe_gpt.train.evaluation import Evaluator
-from moe_gpt.train.initial_weights import check_fits, open_initial_weights
+from moe_gpt.train.initial_weights import InitialWeights, check_fits, open_initial_weights
 from moe_gpt.train.optimizer import build_optimizer
 from moe_gpt.train.run_folder import check_writable, refuse_existing_run
 from moe_gpt.train.schedule import Schedule
@@ -95,6 +95,7 @@ def set_up_run(
         vocab_size = saved_config.model.vocab_size
     elif initial:
         check_fits(initial, config)
+        _say_what_differs(initial, config, say)
         tokenizer, vocab_size = initial.tokenizer, initial.model.vocab_size
     data = prepare_data(config.data, tokenizer, say)
     config, schedule, shares = _fill_in(config, data, vocab_size)
@@ -108,7 +109,8 @@ def set_up_run(
         history = tuple(before["changes"]) + tuple({"after_step": before["step"], **change} for change in changes)
         facts = facts._replace(initialised_from=before["initialised_from"], changes=history)
     elif initial:
-        facts = facts._replace(initialised_from=str(initial.path))
+        how = UPCYCLED if initial.is_upcycled_into(config.model) else ""
+        facts = facts._replace(initialised_from=f"{initial.path}{how}")
     state = build_state(config, device)
     if saved:
         load_training_state(state, saved)
@@ -136,6 +138,20 @@ def set_up_run(
             for source, share in zip(data.sources, shares, strict=True)
         },
     )
+
+
+def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[[str], None]) -> None:
+    if initial.is_upcycled_into(config.model):
+        say(
+            f"note: the weights are a dense model's, and each of the {config.model.n_experts} experts starts as its "
+            "feed-forward network; model.n_experts=1 model.top_k=1 keeps it dense"
+        )
+    start, end = initial.tokenizer.template()
+    if start or end:
+        spelled = " ".join(initial.tokenizer.spell(index) for index in (*start, *end))
+        say(
+            f"note: this tokenizer puts {spelled} around every text; training here does not, and neither will the model"
+        )
 
 
 def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Damaged]]:

@@ -126,11 +126,14 @@ def test_shorter_context_makes_a_sliding_window_harmless(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "must be one of MixtralForCausalLM, Mistral"),
-        ({"architectures": ["MixtralForSequenceClassification"]}, "got MixtralForSequenceClassification"),
-        ({"architectures": None, "model_type": None}, "architecture must be one of .*, got None"),
-        ({"model_type": "llama"}, "got MixtralForCausalLM, llama"),
-        ({"hidden_size": None}, "hidden_size is missing"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+            "one of MixtralForCausalLM, MistralForCausalLM, LlamaForCausalLM, got .Qwen2",
+        ),
+        ({"architectures": ["MixtralForSequenceClassification"]}, "got .MixtralForSequenceClassification"),
+        ({"architectures": None, "model_type": None}, "architectures must name one of .*, got None"),
+        ({"model_type": "llama"}, "model_type must be mixtral for MixtralForCausalLM, got .llama.: they disagree"),
+        ({"hidden_size": None}, "hidden_size is required"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta=10000.0 and .*=500000.0"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be default, got 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type must be default, got 'linear'"),
@@ -141,13 +144,27 @@ def test_shorter_context_makes_a_sliding_window_harmless(folder):
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
         ({"attention_bias": True}, "attention_bias must be false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config must be absent"),
-        ({"num_attention_heads": 3}, "impossible model: n_heads must be a multiple of n_kv_heads"),
+        ({"num_attention_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads=2, got 3"),
         ({"num_key_value_heads": 2}, "k_proj.weight has shape .8, 32., config.json says .16, 32."),
         ({"num_local_experts": 5}, "experts.4.w1.weight is missing"),
         ({"num_local_experts": 3}, "experts.3.w1.weight is left over"),
-        ({"num_hidden_layers": 1}, "layers.1.* is left over.* more"),
+        ({"num_hidden_layers": 1}, "layers.1.* is left over(.|\\n)*and 14 more"),
         ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
         ({"vocab_size": 10}, "embed_tokens.weight has shape"),
+        ({"architectures": "MixtralForCausalLM"}, "architectures must be a list of one name, got .MixtralForCausalLM"),
+        ({"sliding_window": "x"}, "sliding_window must be a whole number of at least 1 or null, got 'x'"),
+        ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1 or null, got 0"),
+        ({"rope_parameters": "x"}, "rope_parameters must be .*, got 'x'"),
+        ({"rope_parameters": [1]}, "rope_parameters must be .*, got .1."),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta must be a number above 0, got 'x'"),
+        ({"rope_theta": "abc"}, "rope_theta must be a number above 0"),
+        (
+            {"num_attention_heads": 0, "head_dim": None},
+            "num_attention_heads must be a whole number of at least 1, got 0",
+        ),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings must be a whole number"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but there are"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -251,7 +268,7 @@ def test_tokenizer_of_another_model_is_refused(folder, tmp_path):
 
 
 def test_tokenizer_with_a_template(folder, tmp_path):
-    """A tokenizer like Llama's starts texts with <s>: known when read, dropped when written, as training had none."""
+    """A tokenizer like Llama's starts texts with <s>: kept by save, dropped for models that were trained without."""
     values = json.loads((folder / "tokenizer.json").read_text())
     start = values["added_tokens"][0] | {"id": len(values["model"]["vocab"]), "content": "<s>"}
     values["added_tokens"].append(start)
@@ -266,10 +283,18 @@ def test_tokenizer_with_a_template(folder, tmp_path):
         hugging_face.load_with_tokenizer(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     assert tokenizer.template() == ([start["id"]], [])
-    hugging_face.save(tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "y", tokenizer)
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    hugging_face.save(model, tmp_path / "y", tokenizer)
     written = hugging_face.load_with_tokenizer(tmp_path / "y")
-    assert written.text_start == []
+    assert written.text_start == [start["id"]]
     assert written.tokenizer.encode("the fox") == tokenizer.encode("the fox")
+    assert json.loads((tmp_path / "y" / "tokenizer_config.json").read_text())["bos_token"] == "<s>"
+    assert json.loads((tmp_path / "y" / "config.json").read_text())["bos_token_id"] == start["id"]
+    own = dict(model.named_parameters())
+    arguments = (tmp_path / "z", tokenizer, torch.float32, 0.01)
+    hugging_face.export(model.config, own.__getitem__, *arguments, keep_template=False)
+    assert hugging_face.load_with_tokenizer(tmp_path / "z").text_start == []
+    assert json.loads((tmp_path / "z" / "tokenizer_config.json").read_text())["bos_token"] == END_OF_TEXT
 
 
 @pytest.mark.parametrize(
@@ -292,6 +317,14 @@ def test_output_folder_must_be_new_or_empty(tmp_path):
     """Whatever was in it is untouched."""
     (tmp_path / "x").mkdir()
     hugging_face.save(tiny_model(), tmp_path / "x")  # empty is fine
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["config.json", "model.safetensors"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    hugging_face.save(tiny_model(), tmp_path / "link")
+    assert len(list((tmp_path / "empty").iterdir())) == 2
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="got a broken link"):
+        hugging_face.save(tiny_model(), tmp_path / "broken")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "thesis.txt").write_text("mine")
     for taken in (tmp_path / "x", tmp_path / "y", tmp_path / "y" / "thesis.txt"):
@@ -310,6 +343,41 @@ def test_failed_export_leaves_nothing(tmp_path):
             raise OSError("the disk is gone")
         return own[name]
 
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(InputError, match="out cannot be written: the disk is gone"):
         hugging_face.export(model.config, read, tmp_path / "out", None, torch.float32, 0.01)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value, folder, tmp_path):
+    """In both directions: such a model is of no use to anybody."""
+    model = hugging_face.load(folder)
+    with torch.no_grad():
+        model.blocks[1].attention.out.weight[0, 0] = value
+    with pytest.raises(InputError, match=r"blocks\.1\.attention\.out\.weight has values that are not finite"):
+        hugging_face.save(model, tmp_path / "x")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.norm\.weight has values that are not finite"):
+        hugging_face.load(folder)
+
+
+def test_arguments_of_the_wrong_kind_are_refused(folder, tmp_path):
+    """By the functions themselves."""
+    model = hugging_face.load(folder)
+    with pytest.raises(ValueError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+        hugging_face.save(model, tmp_path / "x", dtype=torch.float16)
+    with pytest.raises(ValueError, match="dtype must be .*, got 'float32'"):
+        hugging_face.load(folder, dtype="float32")
+    with pytest.raises(ValueError, match="max_seq_len must be at least 1, got 0"):
+        hugging_face.load(folder, max_seq_len=0)
+    with pytest.raises(InputError, match="must have a name"):
+        hugging_face.save(model, "")
+
+
+def test_folder_that_cannot_be_written_is_named_as_given(tmp_path):
+    """Not by a temporary name."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"^{tmp_path}/file/out cannot be written: "):
+        hugging_face.save(tiny_model(), tmp_path / "file" / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_dense_weights_start_a_mixture(form, small_config, dense_run, tmp_path):
     assert last < first - 0.2
     assert run.state.model.config.n_experts == 4
     assert str(run.facts.initialised_from).startswith(str(origin))
+    assert "every expert as its feed-forward" in run.facts.initialised_from
 
 
 def test_rescaling_is_needed_to_start_from_a_dense_model(small_config, dense_run, tmp_path):
@@ -118,3 +120,35 @@ def test_sliding_window_matters_only_beyond_it(small_config, tmp_path):
     start(with_tokenizer(small_config, folder), tmp_path / "same", folder, max_steps=1)
     with pytest.raises(InputError, match="sliding_window must be at least the context of 128 tokens"):
         start(with_model(with_tokenizer(small_config, folder), max_seq_len=128), tmp_path / "longer", folder)
+
+
+def test_start_of_a_run_says_what_is_special(small_config, dense_run, tmp_path):
+    """That experts are upcycled, and that a tokenizer's own template is not used in training."""
+    said: list[str] = []
+    set_up_run(small_config, tmp_path / "mixture", CPU, init_from=str(dense_run), say=said.append)
+    assert any("each of the 4 experts starts as its feed-forward network" in line for line in said)
+    run = set_up_run(with_model(small_config, **DENSE), tmp_path / "x", CPU, init_from=str(dense_run))
+    folder = tmp_path / "llama"
+    hugging_face.save(run.state.model, folder, run.data.tokenizer)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    said.clear()
+    config = with_model(with_tokenizer(small_config, folder), **DENSE)
+    set_up_run(config, tmp_path / "next", CPU, init_from=str(folder), say=said.append)
+    assert any("puts <|endoftext|> around every text; training here does not" in line for line in said)
+
+
+def test_damaged_folder_is_noticed_before_settings_are_compared(small_config, dense_run, tmp_path):
+    """The first error is the one that matters."""
+    run = set_up_run(with_model(small_config, **DENSE), tmp_path / "x", CPU, init_from=str(dense_run))
+    hugging_face.save(run.state.model, tmp_path / "llama", run.data.tokenizer)
+    weights = tmp_path / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        start(with_model(small_config, d_ff=48), tmp_path / "next", tmp_path / "llama")
