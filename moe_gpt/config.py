@@ -206,6 +206,8 @@ class DataConfig(Section):
     """The mixture."""
     cache_dir: str | None = None
     """Where tokenised data is kept and found again; null is moe_gpt in the user's cache folder."""
+    verify_tokens: Flag = True
+    """Compare tokenised data with its digest at every start; otherwise only the sizes of its files."""
     validation_fraction: Share = 0.03
     """Share of each source's documents held out, chosen by a hash of the document."""
     validation_tokens: Count = 65_536

@@ -8,17 +8,18 @@ import json
 import os
 import platform
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 from tqdm import tqdm
 
 from moe_gpt.config import DataConfig, SourceConfig
 from moe_gpt.data.corpus import describe_origin, iterate_documents
-from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out
+from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
+from moe_gpt.durable import delete_leftovers, replace_file
 from moe_gpt.validation import InputError
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
@@ -88,7 +89,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     if not path.is_file():
         say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
         tokenizer = train_tokenizer(_training_texts(config), wanted.vocab_size, wanted.end_of_text)
-        _write_atomically(path, tokenizer.to_json())
+        replace_file(path, tokenizer.to_json())
     tokenizer = Tokenizer.load(path, wanted.end_of_text)
     if tokenizer.vocab_size < wanted.vocab_size:
         say(
@@ -125,23 +126,43 @@ def _obtain_source(
 ) -> PreparedSource:
     key = _fingerprint(_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction)
     folder = cache / "tokens" / f"{source.name}-{key}"
-    if not (folder / "meta.json").is_file():
-        say(f"tokenising {source.name}")
-        with _progress(source.name) as report:
-            build_store(
-                source.name,
-                iterate_documents(source),
-                tokenizer,
-                folder,
-                config.validation_fraction,
-                source.max_tokens,
-                report,
-            )
+    if not folder.is_dir():
+        with _only_process(cache / "locks" / f"{folder.name}.lock", f"tokenising {source.name}", say):
+            if not folder.is_dir():  # another process may have finished it meanwhile
+                delete_leftovers(folder.parent, folder.name)
+                say(f"tokenising {source.name}")
+                with _progress(source.name) as report:
+                    build_store(
+                        source.name,
+                        iterate_documents(source),
+                        tokenizer,
+                        folder,
+                        config.validation_fraction,
+                        source.max_tokens,
+                        report,
+                    )
+    verify_store(folder, read_all=config.verify_tokens)
     return PreparedSource(source, TokenStore(folder, "train"), TokenStore(folder, "validation"))
 
 
 def _origin(source: SourceConfig) -> dict[str, Any]:
     return {**describe_origin(source), "python": platform.python_version() if source.builtin else None}
+
+
+@contextlib.contextmanager
+def _only_process(lock_file: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process holds the lock, and hold it; the lock of a process that died is free."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"waiting for another process that is {what}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -159,10 +180,3 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 def _fingerprint(*parts: Any) -> str:
     text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:20]
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,18 +1,16 @@
 """Tokenise once into flat memory-mapped files.
 
 A source's store is one folder: ``train.bin`` and ``validation.bin`` (token ids, uint16 or uint32, every document
-followed by end-of-text), where the documents end, and ``meta.json``. It is written under a temporary name and
-renamed when complete: a half-written store is never found, and two runs that prepare the same data at once do not
-disturb each other.
+followed by end-of-text), where the documents end, and ``meta.json``. The folder appears complete or not at all
+(``moe_gpt.durable``), and is compared with its digest before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +19,7 @@ import numpy as np
 
 from moe_gpt.data.builtin_corpus import Document
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.durable import complete_folder, write_file
 from moe_gpt.validation import InputError
 
 FORMAT_VERSION = 1
@@ -101,9 +100,7 @@ def build_store(
     Raises:
         InputError: where there are no documents, or too few tokens for two splits.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
+    with complete_folder(folder) as temporary:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         writers = {split: _SplitWriter(temporary, split, dtype, tokenizer.end_of_text_id) for split in SPLITS}
         try:
@@ -113,9 +110,6 @@ def build_store(
         finally:
             for writer in writers.values():
                 writer.file.close()
-        _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_documents(
@@ -180,14 +174,11 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
 
 
 def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype) -> None:
-    digest = hashlib.sha256()
     for split, writer in writers.items():
+        ends = io.BytesIO()
+        np.save(ends, np.array(writer.ends, dtype=np.int64))
+        write_file(folder / f"{split}_ends.npy", [ends.getbuffer()])
         writer.file.flush()
-        np.save(folder / f"{split}_ends.npy", np.array(writer.ends, dtype=np.int64))
-        writer.file.seek(0)
-        while block := writer.file.read(1 << 22):
-            digest.update(block)
-        digest.update(split.encode())
         os.fsync(writer.file.fileno())
     meta = {
         "format_version": FORMAT_VERSION,
@@ -195,14 +186,50 @@ def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype)
         "n_tokens": {split: writer.n_tokens for split, writer in writers.items()},
         "n_documents": {split: len(writer.ends) for split, writer in writers.items()},
         "n_bytes": {split: writer.n_bytes for split, writer in writers.items()},
-        "digest": digest.hexdigest(),
+        "digest": _digest(folder),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    write_file(folder / "meta.json", [json.dumps(meta, indent=2).encode()])
 
 
-def _publish(temporary: Path, folder: Path) -> None:
+def _digest(folder: Path) -> str:
+    """Return the SHA-256 of both splits' tokens."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        with open(folder / f"{split}.bin", "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        digest.update(split.encode())
+    return digest.hexdigest()
+
+
+def verify_store(folder: Path, read_all: bool) -> None:
+    """Check that a store is what was written.
+
+    Args:
+        folder: of the store.
+        read_all: compare the tokens with their digest; otherwise only the files' sizes.
+
+    Raises:
+        InputError: naming the file that is damaged, and what to do.
+    """
+    advice = "delete that folder to tokenise the source again"
     try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not (folder / "meta.json").is_file():  # otherwise another run finished the same store first
-            raise
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        sizes = {f"{split}.bin": meta["n_tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
+        n_ends = {f"{split}_ends.npy": meta["n_documents"][split] for split in SPLITS}
+        wanted = meta["digest"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{folder}: meta.json cannot be used ({error!r}); {advice}") from None
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            raise InputError(f"{folder}: {name} has {found:,} bytes, written were {size:,}; {advice}")
+    for name, count in n_ends.items():
+        try:
+            ends = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{folder}: {name} cannot be used ({error}); {advice}") from None
+        if len(ends) != count:
+            raise InputError(f"{folder}: {name} has {len(ends)} documents, written were {count}; {advice}")
+    if read_all and _digest(folder) != wanted:
+        raise InputError(f"{folder}: the tokens are not those that were written: their SHA-256 differs; {advice}")

@@ -23,7 +23,7 @@ _MAY_DIFFER = (
     "train.eval_every_steps",
     "train.log_every_steps",
     "data.cache_dir",
-    "data.verify",
+    "data.verify_tokens",
     "faults.spike_",
     "faults.routing_window",
     "faults.dead_expert_load",

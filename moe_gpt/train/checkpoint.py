@@ -212,6 +212,8 @@ def _read_manifest(path: Path) -> dict[str, FileFacts]:
         if set(values) != set(FILES):
             raise ValueError(f"it must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
         manifest = {name: FileFacts(**facts) for name, facts in values.items()}
+        if not all(isinstance(facts.bytes, int) and isinstance(facts.sha256, str) for facts in manifest.values()):
+            raise ValueError("every file must have a whole number of bytes and the digest as text")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None
     return manifest
@@ -240,10 +242,16 @@ def read_config(path: Path) -> RunConfig:
     """Return the resolved config saved with a checkpoint.
 
     Raises:
-        ConfigError: where it is not a config of this version.
+        InputError: where it is not a config of this version.
     """
-    text = (path / _CONFIG).read_text(encoding="utf-8")
-    return RunConfig.from_mapping(parse_yaml(text, str(path / _CONFIG)))
+    try:
+        text = (path / _CONFIG).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"checkpoint {path}: {_CONFIG} is not UTF-8 text: {error}") from None
+    config = RunConfig.from_mapping(parse_yaml(text, str(path / _CONFIG)))
+    if config.model.vocab_size is None:
+        raise InputError(f"checkpoint {path}: {_CONFIG} has no model.vocab_size; it is not the config of a checkpoint")
+    return config
 
 
 def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,55 @@ def test_source_that_fails_leaves_no_store():
     with pytest.raises(InputError, match="source prose: .*z.txt.* byte 0xe9 at position 3"):
         prepare_data(config_of("prose"), train_tokenizer([], 257), lambda _: None)
     assert list(Path("cache/tokens").iterdir()) == []
+
+
+def test_two_processes_do_not_tokenise_the_same_source_twice(monkeypatch):
+    """The second waits, says so, and finds what the first made; what a dead process left is cleared away."""
+    builds, said, lock = [], [], threading.Lock()
+    entered, may_finish = threading.Event(), threading.Event()
+    real = prepare.build_store
+
+    def slow(name, *arguments):
+        with lock:
+            builds.append(name)
+        entered.set()
+        assert may_finish.wait(20)
+        real(name, *arguments)
+
+    monkeypatch.setattr(prepare, "build_store", slow)
+    leftover = Path("cache/tokens")
+    write_texts("prose")
+    config = config_of("prose")
+    first = threading.Thread(target=prepare_data, args=(config,), kwargs={"say": lambda text: None})
+    first.start()
+    assert entered.wait(20)
+    (leftover / "of-another-source.tmp-x").mkdir()
+
+    def say(text):
+        said.append(text)
+        if "waiting" in text:
+            may_finish.set()
+
+    prepare_data(config, say=say)
+    first.join()
+    assert len(builds) == len(config.sources)
+    assert any(text.startswith("waiting for another process that is tokenising") for text in said)
+    assert (leftover / "of-another-source.tmp-x").exists()  # somebody else's
+
+
+def test_damaged_tokens_are_not_used():
+    """A flipped bit in the cache is found at the next start; without the check, a cut is."""
+    write_texts("prose")
+    config = config_of("prose")
+    data = prepare_data(config, say=lambda text: None)
+    path = Path(data.sources[0].train.tokens.filename)
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="their SHA-256 differs"):
+        prepare_data(config, say=lambda text: None)
+    unchecked = dataclasses.replace(config, verify_tokens=False)
+    prepare_data(unchecked, say=lambda text: None)
+    path.write_bytes(content[:-2])
+    with pytest.raises(InputError, match=r"train\.bin has [\d,]+ bytes, written were"):
+        prepare_data(unchecked, say=lambda text: None)

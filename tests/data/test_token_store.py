@@ -223,12 +223,35 @@ def test_success_leaves_only_the_store(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["store"]
 
 
-def test_store_that_another_run_finished_first_is_kept(tmp_path):
-    """Of two runs that build the same store the first one's is kept, and the second is not an error."""
+def test_store_that_is_there_is_not_replaced(tmp_path):
+    """Whoever builds must look first."""
     first, _ = build(tmp_path / "cache" / "store", DOCUMENTS)
-    second, _ = build(tmp_path / "cache" / "store", DOCUMENTS[:20])
-    assert second.digest == first.digest
+    with pytest.raises(OSError, match="not empty"):
+        build(tmp_path / "cache" / "store", DOCUMENTS[:20])
+    assert TokenStore(tmp_path / "cache" / "store", "train").digest == first.digest
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train_ends.npy", "validation_ends.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
+def test_damaged_store_is_named(tmp_path, name, damage):
+    """Each file in each way, with what to do; a flipped bit of the tokens needs the digest."""
+    folder = tmp_path / "store"
+    build(folder, DOCUMENTS)
+    verify_store(folder, read_all=True)
+    content = bytearray((folder / name).read_bytes())
+    if damage == "delete":
+        (folder / name).unlink()
+    elif damage == "truncate":
+        (folder / name).write_bytes(content[: len(content) // 2])
+    elif name.endswith(".bin"):
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        verify_store(folder, read_all=False)
+    else:
+        (folder / name).write_bytes(b"x" + content[1:])
+    with pytest.raises(InputError, match=rf"{folder}: .*; delete that folder to tokenise the source again"):
+        verify_store(folder, read_all=True)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])

@@ -1,0 +1,246 @@
+"""Files from strangers: nothing in them runs, nothing outside the folder is touched, every end is a clear one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_runs import CPU, run_training
+
+from moe_gpt.config import RunConfig
+from moe_gpt.config_file import load_run_config, parse_yaml, to_plain, to_yaml
+from moe_gpt.train import checkpoint
+from moe_gpt.train.checkpoint import FILES, MANIFEST, list_checkpoints, load_model, verify_checkpoint
+from moe_gpt.train.setup import set_up_run
+from moe_gpt.validation import InputError
+
+
+class Bomb:
+    """Leaves a file behind if anybody unpickles it."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.fixture(scope="module")
+def saved(small_values, tmp_path_factory):
+    """A run with one checkpoint; tests copy it."""
+    run_dir = tmp_path_factory.mktemp("hostile") / "run"
+    run_training(RunConfig.from_mapping(small_values), run_dir, max_steps=1)
+    return run_dir
+
+
+@pytest.fixture
+def path(saved, tmp_path):
+    """A copy of the checkpoint."""
+    shutil.copytree(saved, tmp_path / "run")
+    return list_checkpoints(tmp_path / "run")[0]
+
+
+def make_manifest_fit(path) -> None:
+    """Give a changed checkpoint a manifest that agrees with it, as a stranger would."""
+    manifest = {name: checkpoint.read_facts(path / name)._asdict() for name in FILES}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_pickles_are_never_opened(name, path, small_values, tmp_path):
+    """In place of any file, with a manifest that fits."""
+    (path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "pwned")))
+    if name != MANIFEST:
+        make_manifest_fit(path)
+    if name in (*checkpoint.FILES_TO_USE_A_MODEL, MANIFEST):
+        with pytest.raises(InputError):
+            load_model(path)
+    with pytest.raises(InputError):
+        set_up_run(RunConfig.from_mapping(small_values), path.parents[1], CPU, resume=True)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch pwned']",
+        "model: !!python/object/new:open [pwned, w]",
+        "a: &a [x, x, x, x, x, x, x, x]\n"
+        + "\n".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 8)}]" for i in range(9)),
+        "[" * 5000,
+        "model: {n_layers: " + "9" * 5000 + "}",
+        "model: {n_layers: 1e400}",
+        "\x00",
+        "? {a: b}\n: c",
+    ],
+    ids=["apply", "new", "laughs", "deep", "digits", "infinite", "nul", "odd_key"],
+)
+def test_hostile_yaml_is_one_short_error(text, path, tmp_path, monkeypatch):
+    """As a config file and as a checkpoint's config; nothing runs, nothing explodes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_run_config(tmp_path / "evil.yaml")
+    assert len(str(caught.value)) < 5000
+    (path / "config.yaml").write_text(text)
+    make_manifest_fit(path)
+    with pytest.raises(InputError):
+        load_model(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m | {"../../../outside": {"bytes": 1, "sha256": "x"}},
+        lambda m: m | {"/etc/passwd": {"bytes": 1, "sha256": "x"}},
+        lambda m: {k: v for k, v in m.items() if k != "rng.safetensors"},
+        lambda m: m | {"state.json": {"bytes": 10**18, "sha256": "x"}},
+        lambda m: m | {"state.json": {"bytes": "many", "sha256": None}},
+        lambda m: m | {"state.json": {"bytes": 1}},
+        lambda m: m | {"state.json": [1]},
+        lambda m: [m],
+        lambda m: None,
+        lambda m: "x" * 2_000_000,
+    ],
+)
+def test_hostile_manifests_are_refused(change, path, tmp_path):
+    """Paths that lead outside, missing and foreign entries, sizes of fantasy, other types, too much of it."""
+    (path / MANIFEST).write_text(json.dumps(change(json.loads((path / MANIFEST).read_text()))))
+    before = sorted(p for p in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"checkpoint .*(manifest\.json cannot be used|state\.json has)"):
+        verify_checkpoint(path)
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_manifest_that_is_too_deep_is_refused(path):
+    """JSON can be nested until the parser gives up."""
+    (path / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be used"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"d_model": 10**7, "n_layers": 2},
+        {"n_layers": 10**9},
+        {"vocab_size": 10**12},
+        {"n_experts": 10**6},
+    ],
+    ids=str,
+)
+def test_nothing_is_allocated_that_the_file_does_not_hold(changes, path, monkeypatch):
+    """A config that asks for terabytes is compared with the weights' shapes before there is a model."""
+    config = to_plain(load_model(path).config)
+    config["model"] |= changes
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    make_manifest_fit(path)
+    real = torch.empty
+    sizes = []
+
+    def empty(*shape, **rest):
+        result = real(*shape, **rest)
+        if not result.is_meta:
+            sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(InputError, match="is of another model"):
+        load_model(path)
+    assert sum(sizes) < 10**6
+
+
+def test_safetensors_whose_header_lies_is_refused(path):
+    """A header longer than the file, offsets beyond its end."""
+    for header in (b'{"a":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}', b""):
+        size = (len(header) if header else 2**60).to_bytes(8, "little")
+        (path / "model.safetensors").write_bytes(size + header)
+        make_manifest_fit(path)
+        with pytest.raises(InputError, match=r"model\.safetensors cannot be read as safetensors"):
+            load_model(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([*FILES, MANIFEST]),
+    content=st.binary(max_size=200) | JSON.map(lambda v: json.dumps(v).encode()),
+)
+def test_fuzzed_files_end_in_a_clear_error(name, content, saved, tmp_path_factory):
+    """Whatever a file holds, loading ends in an error of ours (or works)."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(saved, folder / "run")
+    (path,) = list_checkpoints(folder / "run")
+    (path / name).write_bytes(content)
+    if name != MANIFEST:
+        make_manifest_fit(path)
+    with contextlib.suppress(InputError):
+        load_model(path)
+    shutil.rmtree(folder)
+
+
+KEYS = st.sampled_from(["model", "data", "schedule", "stages", "n_layers", "lr", "sources", "files", "faults", "x"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.recursive(
+        JSON, lambda inner: st.dictionaries(KEYS, inner, max_size=4) | st.lists(inner, max_size=3), max_leaves=9
+    )
+)
+def test_fuzzed_configs_end_in_a_clear_error(values):
+    """Any YAML is a config or a list of problems."""
+    with contextlib.suppress(InputError):
+        RunConfig.from_mapping(parse_yaml(yaml.safe_dump(values), "fuzz"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.floats(1e-9, 1e3),
+    st.text(min_size=1, max_size=20).filter(lambda text: "\x00" not in text),
+    st.sampled_from([64, [64, 128], [128, 64]]),
+)
+def test_configs_survive_their_file(n_layers, lr, prompt, batch_tokens):
+    """Written as YAML and read again, a config is equal."""
+    config = RunConfig.from_mapping(
+        {
+            "model": {"n_layers": n_layers},
+            "optimizer": {"lr": lr},
+            "data": {"sources": [{"name": "a", "builtin": "prose", "prompt": prompt}]},
+            "schedule": {"stages": [{"seq_len": 32, "batch_tokens": batch_tokens}]},
+        }
+    )
+    assert RunConfig.from_mapping(parse_yaml(to_yaml(config), "again")) == config
+
+
+@given(
+    st.dictionaries(st.sampled_from(FILES), st.tuples(st.integers(0, 10**15), st.text("0123456789abcdef", max_size=64)))
+)
+def test_manifest_is_read_as_it_was_written(facts):
+    """All six files with size and digest, or it is refused."""
+    values = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in facts.items()}
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / MANIFEST).write_text(json.dumps(values))
+        if set(values) == set(FILES):
+            assert {n: f._asdict() for n, f in checkpoint._read_manifest(Path(folder)).items()} == values
+        else:
+            with pytest.raises(InputError, match="it must list"):
+                checkpoint._read_manifest(Path(folder))
