@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -33,13 +34,22 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
     so faster than most disks write (docs/reliability.md).
     """
     digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        _force_to_disk(file.fileno())
+    try:
+        with open(path, "wb", buffering=0) as file:
+            for chunk in chunks:
+                _write_all(file, memoryview(chunk))
+                digest.update(chunk)
+                size += len(chunk)
+            _force_to_disk(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     return FileFacts(size, digest.hexdigest())
+
+
+def _write_all(file: io.FileIO, rest: memoryview) -> None:
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def read_facts(path: Path) -> FileFacts:

@@ -231,7 +231,7 @@ def test_cache_is_in_the_users_cache_folder_unless_given(monkeypatch):
     assert not default_cache_dir().exists()
     prepare_data(config_of("prose", cache_dir=None), say=lambda _: None)
     assert default_cache_dir() == Path.cwd() / "user_cache" / "moe_gpt"
-    assert {path.name for path in default_cache_dir().iterdir()} == {"tokenizers", "tokens"}
+    assert {path.name for path in default_cache_dir().iterdir()} == {"locks", "tokenizers", "tokens"}
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert default_cache_dir() == Path("/home/somebody/.cache/moe_gpt")
@@ -266,7 +266,7 @@ def test_two_processes_do_not_tokenise_the_same_source_twice(monkeypatch):
     first = threading.Thread(target=prepare_data, args=(config,), kwargs={"say": lambda text: None})
     first.start()
     assert entered.wait(20)
-    (leftover / "of-another-source.tmp-x").mkdir()
+    (leftover / "of-another-source.tmp-x").mkdir(parents=True)
 
     def say(text):
         said.append(text)

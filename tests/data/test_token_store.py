@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_gpt.data.builtin_corpus import Document
-from moe_gpt.data.token_store import TokenStore, build_store, is_held_out
+from moe_gpt.data.token_store import TokenStore, build_store, is_held_out, verify_store
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.validation import InputError
 

@@ -78,6 +78,58 @@ def test_resume_in_every_stage_is_bit_identical(small_config, tmp_path, settings
     assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.compile
+def test_resume_with_compiled_blocks_is_bit_identical(small_config, tmp_path):
+    """The compiled run and the compiled pieces, each compiled anew."""
+    config = change(small_config, "train", compile=True, precision="bf16")
+    run_training(config, tmp_path / "whole")
+    for stop_at in (5, 14):
+        torch._dynamo.reset()
+        run_training(config, tmp_path / "pieces", resume=True, max_steps=stop_at)
+    torch._dynamo.reset()
+    run_training(config, tmp_path / "pieces", resume=True)
+    assert step_lines(tmp_path / "pieces") == step_lines(tmp_path / "whole")
+    assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
+
+
+def test_deterministic_runs_are_what_a_cpu_gives_anyway(small_config, tmp_path):
+    """The switch is on while such a run trains, refuses what cannot repeat, and changes nothing here."""
+    run_training(small_config, tmp_path / "plain", max_steps=4)
+    assert not torch.are_deterministic_algorithms_enabled()
+    run_training(change(small_config, "train", deterministic=True), tmp_path / "strict", max_steps=4)
+    assert torch.are_deterministic_algorithms_enabled()
+    run_training(small_config, tmp_path / "again", max_steps=1)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert weights(tmp_path / "plain") == weights(tmp_path / "strict")
+
+
+def test_resume_falls_back_from_a_damaged_checkpoint(small_config, tmp_path):
+    """It says which file of which checkpoint, goes on from the one before, and ends with the same bytes."""
+    config = change(small_config, "checkpoint", every_steps=5)
+    run_training(config, tmp_path / "whole")
+    run_training(config, tmp_path / "run", max_steps=12)
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"x")
+    said: list[str] = []
+    run = set_up_run(config, tmp_path / "run", CPU, resume=True, say=said.append)
+    assert run.state.step == 10
+    assert f"WARNING: checkpoint {newest}: optimizer.safetensors has 1 bytes" in said[0]
+    assert "going on from the newest undamaged checkpoint instead" in said[1]
+    run_training(config, tmp_path / "run", resume=True)
+    assert (newest.parent / f"{newest.name}.damaged-1").is_dir()
+    assert step_lines(tmp_path / "run") == step_lines(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_refused(small_config, tmp_path):
+    """Nothing is started over silently."""
+    run_training(small_config, tmp_path, max_steps=2)
+    (list_checkpoints(tmp_path)[-1] / "state.json").unlink()
+    with pytest.raises(InputError, match="state.json is missing\n.*has no other checkpoint"):
+        run_training(small_config, tmp_path, resume=True)
+
+
 def test_resume_from_an_older_checkpoint_drops_later_lines(small_config, tmp_path):
     """After a crash between checkpoints every step is in metrics.jsonl exactly once, with the same values."""
     config = change(small_config, "checkpoint", every_steps=5, keep_last=10)
