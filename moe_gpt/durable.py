@@ -42,7 +42,8 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
                 size += len(chunk)
             _force_to_disk(file.fileno())
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        if error.errno and not error.filename:  # a full disk does not say where
+            error.filename = str(path)
         raise
     return FileFacts(size, digest.hexdigest())
 

@@ -49,8 +49,8 @@ class _Silent:
     def warn(self, text) -> None: ...
 
 
-def make_config(corpus: Path, model: dict) -> RunConfig:
-    """A run of 48 steps in three stages, with a checkpoint every third step and an evaluation every eighth."""
+def make_config(corpus: Path, model: dict, unit: int) -> RunConfig:
+    """A run in three stages, 12 units long, with a checkpoint every third step and an evaluation every eighth."""
     return RunConfig.from_mapping(
         {
             "model": {"n_layers": 2, "d_model": 32, "n_heads": 2, "head_dim": 16, "d_ff": 32, "n_experts": 4}
@@ -67,9 +67,9 @@ def make_config(corpus: Path, model: dict) -> RunConfig:
             },
             "schedule": {
                 "stages": [
-                    {"until_tokens": 2048, "seq_len": 16, "batch_tokens": 128},
-                    {"until_tokens": 6144, "seq_len": 32, "batch_tokens": [128, 384]},
-                    {"until_tokens": 12288, "seq_len": 64, "batch_tokens": 384},
+                    {"until_tokens": 2 * unit, "seq_len": 16, "batch_tokens": 128},
+                    {"until_tokens": 6 * unit, "seq_len": 32, "batch_tokens": [128, 384]},
+                    {"until_tokens": 12 * unit, "seq_len": 64, "batch_tokens": 384},
                 ],
                 "warmup_tokens": 512,
             },
@@ -196,6 +196,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unit", type=int, default=1024, help="tokens; a multiple of 64, a run has 12 (default: 1024)")
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many kinds of model")
     arguments = parser.parse_args()
     rng, failed = random.Random(arguments.seed), False
@@ -203,7 +204,7 @@ def main() -> int:
     variants = list(VARIANTS.items())[: arguments.variants]
     for name, model in variants:
         folder = arguments.folder / name.partition(",")[0].replace(" ", "-")
-        config = make_config(arguments.folder / "corpus", model)
+        config = make_config(arguments.folder / "corpus", model, arguments.unit)
         counts, problems = torment(config, folder, -(-arguments.kills // len(variants)), rng)
         print(f"{name}: {dict(counts)}, {len(problems)} differences", flush=True)
         for problem in problems:
