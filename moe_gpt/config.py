@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import string
 from collections.abc import Iterator
 from typing import Literal
 
@@ -141,7 +142,7 @@ class SourceConfig(Section):
     builtin: Literal["prose", "code"] | None = None
     """Text that ships with Python: its documentation (prose) or its standard library's sources (code)."""
     files: str | tuple[str, ...] | None = None
-    """Path, glob, or list of them: .jsonl, .parquet, .csv, anything else is read as UTF-8 text, one document a file."""
+    """Paths or globs: .jsonl, .parquet, .csv, else UTF-8 text, one document a file; also compressed: .gz, .zst."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, or a local folder, for datasets.load_dataset."""
     subset: str | None = None
@@ -154,6 +155,12 @@ class SourceConfig(Section):
     """Read the dataset while tokenising instead of downloading all of it first."""
     text_field: str = "text"
     """The column that holds the text (jsonl, parquet, csv, dataset)."""
+    template: str | None = None
+    """Text made of several columns instead, such as "{question}\\n{answer}"; {{ and }} are braces."""
+    min_chars: Count = 1
+    """Shorter documents are passed over."""
+    deduplicate: Flag = False
+    """Read a document only where its exact text has not come before in this source."""
     max_documents: Count | None = None
     """Read at most this many documents."""
     max_tokens: Count | None = None
@@ -178,19 +185,45 @@ class SourceConfig(Section):
             yield Problem(
                 ("epochs", "weight"), f"epochs or weight: give one, got epochs={self.epochs}, weight={self.weight}"
             )
-        if not self.dataset:
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            for key in ("subset", "split", "revision", "streaming"):
-                if getattr(self, key) != defaults[key]:
-                    yield Problem(
-                        (key,), f"{key} is for a dataset: source only, got {getattr(self, key)!r}; leave it out"
-                    )
-        if self.builtin and self.text_field != "text":
-            yield Problem(
-                ("text_field",), f"text_field is not for a builtin source, got {self.text_field!r}; leave it out"
-            )
+        yield from self._misplaced_keys()
+        if self.template is not None:
+            yield from self._template_problems()
         if not self.prompt:
             yield Problem(("prompt",), "prompt must have at least one character, got ''")
+
+    def _misplaced_keys(self) -> Iterator[Problem]:
+        """Yield keys that mean nothing for this kind of source."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for keys, is_wrong, what in (
+            (("subset", "split", "revision", "streaming"), not self.dataset, "for a dataset: source only"),
+            (("text_field", "template"), bool(self.builtin), "not for a builtin source"),
+        ):
+            for key in keys if is_wrong else ():
+                if getattr(self, key) != defaults[key]:
+                    yield Problem((key,), f"{key} is {what}, got {getattr(self, key)!r}; leave it out")
+
+    def _template_problems(self) -> Iterator[Problem]:
+        if self.text_field != "text":
+            text = f"text_field or template: give one, got text_field={self.text_field!r}, template={self.template!r}"
+            yield Problem(("text_field", "template"), text)
+        try:
+            names = self.template_fields
+        except ValueError as error:
+            yield Problem(("template",), f"template must have its braces in pairs, got {self.template!r}: {error}")
+            return
+        if not names or not all(name.isidentifier() for name in names):
+            text = f"template must name at least one column, as {{column}} and nothing more, got {self.template!r}"
+            yield Problem(("template",), text)
+
+    @property
+    def template_fields(self) -> tuple[str, ...]:
+        """The columns that the template names; format specifications count as part of a name, so they are refused."""
+        parts = string.Formatter().parse(self.template or "")
+        return tuple(
+            name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
+            for _, name, spec, conversion in parts
+            if name is not None
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,13 @@ on the hub take the same path. Documents come in a fixed order; nothing is shuff
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import dataclasses
 import glob
+import hashlib
+import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +20,13 @@ from typing import Any
 
 from moe_gpt.config import SourceConfig
 from moe_gpt.data.builtin_corpus import Document, iterate_builtin, source_files
-from moe_gpt.validation import InputError
+from moe_gpt.validation import InputError, shown
 
 
 def iterate_documents(source: SourceConfig) -> Iterator[Document]:
-    """Yield a source's documents that are not empty, at most ``max_documents``.
+    """Yield a source's documents that are not shorter than ``min_chars``, at most ``max_documents``.
+
+    With ``deduplicate`` each text comes once; that keeps 16 bytes of digest for every document.
 
     Raises:
         InputError: naming the source and what is wrong with it: no files, no such field, bytes that are not UTF-8,
@@ -28,15 +36,25 @@ def iterate_documents(source: SourceConfig) -> Iterator[Document]:
         documents = iterate_builtin(source.builtin)
     else:
         documents = (Document(text, text) for text in _iterate_texts(source))
-    for count, document in enumerate(documents):
-        if count == source.max_documents:
-            return
-        yield document
+    documents = (document for document in documents if len(document.text) >= source.min_chars)
+    if source.deduplicate:
+        documents = _without_repeats(documents)
+    yield from itertools.islice(documents, source.max_documents)
+
+
+def _without_repeats(documents: Iterator[Document]) -> Iterator[Document]:
+    seen: set[bytes] = set()
+    for document in documents:
+        digest = hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).digest()[:16]
+        if digest not in seen:
+            seen.add(digest)
+            yield document
 
 
 def describe_origin(source: SourceConfig) -> dict[str, Any]:
     """Return what identifies a source's text without reading all of it: for files, their sizes and times too."""
-    keys = ("builtin", "files", "dataset", "subset", "split", "revision", "text_field", "max_documents", "max_tokens")
+    keys = ["builtin", "files", "dataset", "subset", "split", "revision", "text_field", "template"]
+    keys += ["min_chars", "deduplicate", "max_documents", "max_tokens"]
     origin: dict[str, Any] = {key: getattr(source, key) for key in keys}
     origin["stat"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _local_files(source)]
     return origin
@@ -71,26 +89,42 @@ def expand_files(source: SourceConfig) -> list[Path]:
 
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip")
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
 def _iterate_texts(source: SourceConfig) -> Iterator[str]:
     if source.dataset:
-        yield from _read_field(source, _open_hub(source), f"dataset {source.dataset}", source.text_field)
+        yield from _read_texts(source, _open_hub(source), f"dataset {source.dataset}")
         return
     for path in expand_files(source):
         if "::" in str(path):
             raise InputError(f"source {source.name}: a path must not contain '::', got {path}; rename the file")
-        if path.suffix.lower() in _COMPRESSED:
-            raise InputError(f"source {source.name}: {path} is compressed; unpack it first")
         if path.stat().st_size == 0:
             continue
-        builder = _BUILDERS.get(path.suffix.lower(), "text")
-        field = source.text_field if builder != "text" else "text"
-        yield from _read_field(source, _file_rows(builder, path, field), str(path), field)
+        builder = _builder_for(source, path)
+        if builder == "text":
+            source_of_text = dataclasses.replace(source, text_field="text", template=None)
+            yield from _read_texts(source_of_text, _file_rows(builder, path, ("text",)), str(path))
+        else:
+            yield from _read_texts(source, _file_rows(builder, path, _columns(source)), str(path))
 
 
-def _file_rows(builder: str, path: Path, field: str) -> Iterator[Any]:
+def _builder_for(source: SourceConfig, path: Path) -> str:
+    """Return which reader of ``datasets`` a file is for, looking through one layer of compression."""
+    suffix = path.suffix.lower()
+    if suffix in _ARCHIVES:
+        raise InputError(f"source {source.name}: {path} is an archive; unpack it (single files may be .gz or .zst)")
+    if suffix == ".zst" and not importlib.util.find_spec("zstandard"):
+        raise InputError(f"source {source.name}: {path} needs a package to be read; run: pip install zstandard")
+    return _BUILDERS.get(path.with_suffix("").suffix.lower() if suffix in _COMPRESSED else suffix, "text")
+
+
+def _columns(source: SourceConfig) -> tuple[str, ...]:
+    return (source.text_field,) if source.template is None else source.template_fields
+
+
+def _file_rows(builder: str, path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise each file is reported over the network
@@ -98,7 +132,7 @@ def _file_rows(builder: str, path: Path, field: str) -> Iterator[Any]:
     if builder == "text":
         options = {"sample_by": "document"}
     if builder == "csv":  # a cell is text, whatever it looks like
-        options = {"converters": {field: str}, "keep_default_na": False}
+        options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
     yield from datasets.load_dataset(
         builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
     )
@@ -118,47 +152,64 @@ def _open_hub(source: SourceConfig) -> Any:
         ) from error
 
 
-def _read_field(source: SourceConfig, rows: Any, where: str, field: str) -> Iterator[str]:
-    """Yield one column of a dataset, turning the reader's failures into errors that name the file."""
-    row_number = 0
+def _read_texts(source: SourceConfig, rows: Any, where: str) -> Iterator[str]:
+    """Yield each row's text, turning the reader's failures into errors that name the file."""
+    row_number, columns = 0, _columns(source)
     try:
         for row_number, row in enumerate(rows):
-            if field not in row:
-                raise InputError(
-                    f"source {source.name}: text_field={field!r} is not a column of {where}; there are {', '.join(row)}"
-                )
-            if not isinstance(row[field], str):
-                raise InputError(
-                    f"source {source.name}: column {field!r} of {where} must be text, "
-                    f"got {row[field]!r} in row {row_number}"
-                )
-            if row[field]:
-                yield row[field]
+            for column in columns:
+                _check_cell(source, row, column, where, row_number)
+            text = row[source.text_field] if source.template is None else source.template.format_map(row)
+            if text:
+                yield text
     except InputError:
         raise
     except Exception as error:  # datasets wraps its readers' failures in several types of its own
         raise InputError(f"source {source.name}: {where}: {_reading_failure(error, row_number, where)}") from error
 
 
+def _check_cell(source: SourceConfig, row: dict[str, Any], column: str, where: str, row_number: int) -> None:
+    key = "text_field" if source.template is None else "template"
+    if column not in row:
+        raise InputError(
+            f"source {source.name}: {key}={column!r} is not a column of {where}; there are {', '.join(row)}"
+        )
+    is_number = isinstance(row[column], int | float) and source.template is not None
+    if not isinstance(row[column], str) and not is_number:
+        raise InputError(
+            f"source {source.name}: column {column!r} of {where} must be text, "
+            f"got {shown(row[column])} in row {row_number}"
+        )
+
+
 def _reading_failure(error: BaseException, row_number: int, where: str) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UnicodeDecodeError):
-            cause = _decoding_failure(Path(where)) or cause
-            return f"not UTF-8 text: byte {cause.object[cause.start]:#04x} at position {cause.start}; convert the file"
+            found = _undecodable(Path(where)) or [(cause.start, cause.object[cause.start])]
+            (position, byte), more = found[0], len(found) - 1
+            others = f", and {more:,} more such bytes" if more else ""
+            return f"not UTF-8 text: byte {byte:#04x} at position {position}{others}; convert the file"
         cause = cause.__cause__ or cause.__context__
     return f"could not be read after row {row_number}: {_one_line(error)}"
 
 
-def _decoding_failure(path: Path) -> UnicodeDecodeError | None:
-    """Return where a file stops being UTF-8; the reader's own error counts from the start of its piece."""
-    try:
-        path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error
-    except OSError:  # not a local file
-        return None
-    return None
+def _undecodable(path: Path) -> list[tuple[int, int]]:
+    """Return position and value of each byte of a file that is not UTF-8; the reader counts from its own pieces."""
+    import fsspec
+
+    found: list[tuple[int, int]] = []
+
+    def note(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeDecodeError)
+        found.append((error.start, error.object[error.start]))
+        return "", error.start + 1
+
+    codecs.register_error("moe_gpt_note", note)
+    with contextlib.suppress(OSError):  # not a local file
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            file.read().decode("utf-8", "moe_gpt_note")
+    return found
 
 
 def _one_line(error: BaseException) -> str:

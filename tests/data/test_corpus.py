@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import re
 import socket
@@ -11,8 +14,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from moe_gpt.config import SourceConfig
+from moe_gpt.data import corpus
 from moe_gpt.data.corpus import describe_origin, expand_files, iterate_documents
 from moe_gpt.validation import InputError
 
@@ -294,3 +299,89 @@ def test_origin_of_a_local_dataset_changes_with_its_files():
     before = describe_origin(source)
     os.utime(path, ns=(1, 1))
     assert describe_origin(source) != before
+
+
+COMPRESSORS = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", jsonl({"text": "one"}, {"text": "zwei\nund \u00e9"}), ["one", "zwei\nund \u00e9"]),
+        ("a.csv", "text,n\none,1\ntwo,2\n", ["one", "two"]),
+        ("a.txt", "all of\nthis", ["all of\nthis"]),
+        ("a.py", "x = 1\n", ["x = 1\n"]),
+    ],
+)
+def test_compressed_files_are_read_as_what_they_hold(suffix, name, content, expected):
+    """By both suffixes: the inner one says what is in it."""
+    path = write(name + suffix, COMPRESSORS[suffix](content.encode()))
+    assert texts(files=path) == expected
+
+
+def test_archives_are_refused():
+    """They hold many files, and which order is right nobody knows."""
+    path = write("a.zip", b"PK")
+    assert failure(files=path) == f"source mine: {path} is an archive; unpack it (single files may be .gz or .zst)"
+
+
+def test_zst_without_its_package_says_what_to_install(monkeypatch):
+    """The one compression that Python lacks."""
+    path = write("a.jsonl.zst", zstandard.compress(b"{}"))
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    assert failure(files=path).endswith("run: pip install zstandard")
+
+
+def test_damaged_compressed_file_is_named():
+    """Cut off in the middle."""
+    path = write("a.jsonl.gz", gzip.compress(jsonl(*[{"text": str(i) * 50} for i in range(99)]).encode())[:60])
+    assert path in failure(files=path)
+
+
+def test_bytes_in_a_compressed_file_are_counted():
+    """Position and number are those of what it holds."""
+    path = write("a.txt.gz", gzip.compress(b"plain \xe9 and \xff\xfe"))
+    assert "byte 0xe9 at position 6, and 2 more such bytes; convert the file" in failure(files=path)
+
+
+def test_template_makes_a_text_of_several_columns():
+    """Numbers too; doubled braces are braces."""
+    path = write("a.jsonl", jsonl({"q": "why?", "a": "so", "n": 3}, {"q": "", "a": "", "n": 15}))
+    assert texts(files=path, template="Q {q}\nA {a} {{{n}}}") == ["Q why?\nA so {3}", "Q \nA  {15}"]
+    csv = write("a.csv", "q,a\nwhy?,007\n")
+    assert texts(files=csv, template="{q} {a}") == ["why? 007"]
+
+
+def test_template_of_a_missing_column_names_those_there_are():
+    """With the key that is wrong."""
+    path = write("a.jsonl", jsonl({"q": "x", "a": "y"}))
+    assert failure(files=path, template="{q} {b}").endswith(f"template='b' is not a column of {path}; there are q, a")
+    path = write("b.jsonl", jsonl({"q": "x", "a": None}))
+    assert "column 'a' of" in failure(files=path, template="{q} {a}")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("no columns", "must name at least one column"),
+        ("{}", "must name at least one column"),
+        ("{a.__class__}", "must name at least one column"),
+        ("{a[0]}", "must name at least one column"),
+        ("{a:>10}", "must name at least one column"),
+        ("{a!r}", "must name at least one column"),
+        ("{a", "must have its braces in pairs"),
+    ],
+)
+def test_template_is_columns_and_nothing_more(template, problem):
+    """No attributes, indices or formats: a template from a stranger computes nothing."""
+    with pytest.raises(InputError, match=problem):
+        SourceConfig(name="mine", files="x", template=template)
+
+
+def test_short_documents_and_repeats_are_passed_over():
+    """By characters, and by exact text; max_documents counts what is left."""
+    path = write("a.jsonl", jsonl(*({"text": text} for text in ["aaaa", "b", "aaaa", "cccc", "aaaa", "dddd"])))
+    assert texts(files=path, min_chars=2) == ["aaaa", "aaaa", "cccc", "aaaa", "dddd"]
+    assert texts(files=path, deduplicate=True) == ["aaaa", "b", "cccc", "dddd"]
+    assert texts(files=path, deduplicate=True, min_chars=4, max_documents=2) == ["aaaa", "cccc"]
