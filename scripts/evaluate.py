@@ -1,19 +1,40 @@
-"""Print loss, perplexity and bits per byte on held-out text: python scripts/evaluate.py runs/tiny."""
+"""Print loss, perplexity and bits per byte on held-out text, or on any: python scripts/evaluate.py runs/tiny."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from moe_gpt.cli import ArgumentParser, count_argument, run_script
+from moe_gpt.validation import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_gpt.device import Precision
+    from moe_gpt.train.evaluation import Score
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
     parser.add_argument(
-        "--max-tokens", type=count_argument, help="per source, whole sequences (default: validation_tokens)"
+        "model",
+        metavar="MODEL",
+        help="a run folder (its newest checkpoint) or a checkpoint; with --files also a Hugging Face folder",
+    )
+    parser.add_argument(
+        "--files",
+        action="append",
+        metavar="GLOB",
+        help="score these files instead of the run's held-out text (.jsonl, .parquet, .csv: column text); repeatable",
+    )
+    parser.add_argument(
+        "--stride", type=count_argument, help="with --files: tokens that the window moves (default: half the context)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=count_argument, help="held-out tokens per source (default: validation_tokens)"
     )
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
@@ -21,28 +42,62 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Score the run's sources."""
+    """Score the run's sources, or files."""
     arguments = parse_arguments()
+    if arguments.stride and not arguments.files:
+        raise InputError(f"--stride is for --files, got --stride {arguments.stride} without it")
+    if arguments.max_tokens and arguments.files:
+        raise InputError(f"--max-tokens is for held-out text, got {arguments.max_tokens} with --files")
 
-    from moe_gpt.data.prepare import prepare_data
     from moe_gpt.device import pick_device, pick_precision, tune_process
-    from moe_gpt.train.checkpoint import load_model, read_state
     from moe_gpt.train.evaluation import format_scores
-    from moe_gpt.train.setup import build_evaluator
-
-    def note(text: str) -> None:
-        print(text, file=sys.stderr)
 
     device = pick_device(arguments.device)
     tune_process(device)
     precision = pick_precision(arguments.precision, device)
+    score = score_files if arguments.files else score_held_out
+    print(format_scores(score(arguments, device, precision)))
+
+
+def score_held_out(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Score]:
+    """Return a score per source of the run."""
+    from moe_gpt.data.prepare import prepare_data
+    from moe_gpt.train.checkpoint import load_model, read_state
+    from moe_gpt.train.setup import build_evaluator
+
     loaded = load_model(arguments.model, device)
     note(f"{loaded.path}, {device}, {precision}")
     data = prepare_data(loaded.config.data, loaded.tokenizer, say=note)
     if data.fingerprint != read_state(loaded.path)["data_fingerprint"]:
         note("note: the text of the sources is not what it was in training, so the held-out part differs too")
-    evaluator = build_evaluator(loaded.config, data, arguments.max_tokens)
-    print(format_scores(evaluator(loaded.model, precision)))
+    return build_evaluator(loaded.config, data, arguments.max_tokens)(loaded.model, precision)
+
+
+def score_files(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Score]:
+    """Return a score per glob."""
+    from moe_gpt.config import SourceConfig
+    from moe_gpt.data.corpus import iterate_documents
+    from moe_gpt.interop import hugging_face
+    from moe_gpt.train.checkpoint import LoadedRun, load_model
+    from moe_gpt.train.evaluation import score_documents
+
+    loaded: hugging_face.LoadedFolder | LoadedRun
+    if hugging_face.is_model_folder(arguments.model):
+        loaded = hugging_face.load_with_tokenizer(arguments.model, device)
+    else:
+        loaded = load_model(arguments.model, device)
+    stride = arguments.stride or max(1, loaded.model.config.max_seq_len // 2)
+    note(f"{loaded.path}, {device}, {precision}, windows of {loaded.model.config.max_seq_len} tokens every {stride}")
+    scores = {}
+    for pattern in arguments.files:
+        documents = (document.text for document in iterate_documents(SourceConfig(name="files", files=pattern)))
+        scores[pattern] = score_documents(loaded.model, loaded.tokenizer, documents, precision, stride)
+    return scores
+
+
+def note(text: str) -> None:
+    """Tell a person what is not part of the result."""
+    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

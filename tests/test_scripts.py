@@ -212,3 +212,35 @@ def test_bad_input_is_one_clear_line(run_dir, name, arguments, expected):
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert not (run_dir.parent / "x").exists()
+
+
+def test_prepare_data_shows_sources_and_sequences(small_yaml, tmp_path):
+    """A row per source with shares that sum to one, and what the first sequences of each stage say."""
+    done = script("prepare_data.py", "--config", small_yaml, "--show", f"data.cache_dir={tmp_path / 'cache'}")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.startswith(("prose", "code"))}
+    assert sum(float(row[5].rstrip("%")) for row in rows.values()) == pytest.approx(100, abs=0.2)
+    documents = int(rows["code"][1]) + int(rows["prose"][1])
+    assert documents in (18, 19)  # one may be cut in two, where the hash leaves a split empty
+    assert float(rows["code"][6]) / float(rows["prose"][6]) == pytest.approx(2, rel=0.05)
+    headings = [line for line in done.stdout.splitlines() if line.startswith("--- token ")]
+    assert len(headings) == 6
+    assert headings[0].startswith("--- token 0, 16 tokens: ")
+    again = script("prepare_data.py", "--config", small_yaml, f"data.cache_dir={tmp_path / 'cache'}")
+    assert "tokenising" in done.stdout
+    assert "tokenising" not in again.stdout
+    assert "--- token" not in again.stdout
+
+
+def test_evaluate_scores_any_file(run_dir, tmp_path):
+    """The same from the run and from its export; the stride changes the context, and belongs to --files."""
+    (tmp_path / "a.txt").write_text((ROOT / "moe_gpt" / "durable.py").read_text())
+    script("export.py", run_dir, tmp_path / "hf")
+    values = []
+    for model, *more in ((run_dir,), (tmp_path / "hf",), (run_dir, "--stride", 64), (run_dir, "--stride", 4)):
+        done = script("evaluate.py", model, "--files", tmp_path / "a.txt", *more)
+        assert done.returncode == 0, done.stderr
+        values.append(float(done.stdout.splitlines()[1].split()[-1]))
+    assert values[0] == values[1]
+    assert len({values[0], values[2], values[3]}) == 3
+    assert script("evaluate.py", run_dir, "--stride", 4).returncode == 2

@@ -206,9 +206,9 @@ def _undecodable(path: Path) -> list[tuple[int, int]]:
         return "", error.start + 1
 
     codecs.register_error("moe_gpt_note", note)
-    with contextlib.suppress(OSError):  # not a local file
-        with fsspec.open(str(path), "rb", compression="infer") as file:
-            file.read().decode("utf-8", "moe_gpt_note")
+    opened = fsspec.open(str(path), "rb", compression="infer")
+    with contextlib.suppress(OSError), opened as file:  # an OSError: not a local file
+        file.read().decode("utf-8", "moe_gpt_note")
     return found
 
 

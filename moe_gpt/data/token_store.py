@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -63,7 +64,7 @@ class _SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, end_of_text_id: int) -> None:
         self.file: IO[bytes] = open(folder / f"{split}.bin", "wb+")  # noqa: SIM115 (closed by the caller's folder)
         self.dtype, self.end_of_text_id = dtype, end_of_text_id
-        self.ends: list[int] = []
+        self.ends = array("q")  # 8 bytes for every document
         self.n_bytes = 0
 
     @property
@@ -169,7 +170,7 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
         writer.file.seek(0)
         writer.file.truncate()
         part.tofile(writer.file)
-        writer.ends = ends
+        writer.ends = array("q", ends)
         writer.n_bytes = round(n_bytes * len(part) / total)
 
 

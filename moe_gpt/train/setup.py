@@ -98,7 +98,7 @@ def set_up_run(
         _say_what_differs(initial, config, say)
         tokenizer, vocab_size = initial.tokenizer, initial.model.vocab_size
     data = prepare_data(config.data, tokenizer, say)
-    config, schedule, shares = _fill_in(config, data, vocab_size)
+    config, schedule, shares = fill_in(config, data, vocab_size)
     precision = pick_precision(config.train.precision, device)
     tune_process(device, config.train.deterministic)
     facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
@@ -205,7 +205,7 @@ def _checkpointed(forward: Callable) -> Callable:
     return run
 
 
-def _fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> tuple[RunConfig, Schedule, list[float]]:
+def fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> tuple[RunConfig, Schedule, list[float]]:
     """Return the config with what follows from the data, its schedule, and each source's share of the tokens.
 
     Args:

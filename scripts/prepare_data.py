@@ -1,0 +1,84 @@
+"""Tokenise a config's sources ahead of training, and show what the model will see."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from moe_gpt.cli import ArgumentParser, run_script
+from moe_gpt.config_file import load_run_config
+
+if TYPE_CHECKING:
+    from moe_gpt.config import RunConfig
+    from moe_gpt.data.prepare import PreparedData
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
+    parser.add_argument("--show", action="store_true", help="also print sequences as training will read them")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings over the file's")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Prepare what is missing, then print a table of the sources."""
+    arguments = parse_arguments()
+    config = load_run_config(arguments.config, arguments.overrides)
+
+    from moe_gpt.data.prepare import prepare_data
+    from moe_gpt.train.setup import fill_in
+
+    data = prepare_data(config.data)
+    config, schedule, shares = fill_in(config, data, None)
+    print(describe_sources(data, shares, schedule.total_tokens))
+    if arguments.show:
+        show_sequences(config, data, shares)
+
+
+def describe_sources(data: PreparedData, shares: list[float], total_tokens: int) -> str:
+    """Return a row per source: what it has, and what the run takes of it."""
+    width = max(len("source"), *(len(source.config.name) for source in data.sources))
+    lines = [
+        f"{'source':<{width}}  {'documents':>10}  {'train tokens':>14}  {'held out':>11}  {'bytes/token':>11}  "
+        f"{'share':>6}  {'passes':>7}"
+    ]
+    for source, share in zip(data.sources, shares, strict=True):
+        part, train = share / sum(shares), source.train
+        lines.append(
+            f"{source.config.name:<{width}}  {len(train.document_ends) + len(source.validation.document_ends):>10,}  "
+            f"{len(train):>14,}  {len(source.validation):>11,}  {train.n_bytes / len(train):>11.2f}  {part:>6.1%}  "
+            f"{total_tokens * part / len(train):>7.2f}"
+        )
+    size = data.tokenizer.vocab_size
+    return "\n".join(
+        [*lines, f"a run of {total_tokens:,} tokens; vocabulary {size:,}; passes are over the train tokens"]
+    )
+
+
+def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -> None:
+    """Print the first sequence of every stage, and of the middle of the run, with the place it comes from."""
+    import math
+
+    from moe_gpt.data.stream import TrainingStream
+    from moe_gpt.train.schedule import Schedule
+
+    schedule = Schedule(config.schedule, config.optimizer, 0)
+    texts = [source.train for source in data.sources]
+    chunk_tokens = math.lcm(*(stage.config.seq_len for stage in schedule.stages))
+    stream = TrainingStream(texts, shares, config.train.seed, chunk_tokens)
+    for stage in schedule.stages:
+        seq_len = stage.config.seq_len
+        for start in (stage.start, stage.start + (stage.end - stage.start) // 2 // chunk_tokens * chunk_tokens):
+            place = stream.locate(start)
+            name = data.sources[place.source].config.name
+            print(
+                f"\n--- token {start:,}, {seq_len} tokens: {name}, pass {place.epoch + 1}, document {place.document}, "
+                f"from its token {place.offset} ---"
+            )
+            print(data.tokenizer.decode(stream.batch(start, seq_len, seq_len).inputs[0].tolist()))
+
+
+if __name__ == "__main__":
+    run_script(main)
