@@ -22,6 +22,7 @@ from moe_gpt.validation import (
     NonNegative,
     Positive,
     Problem,
+    Rate,
     Section,
     Seed,
     Share,
@@ -122,7 +123,9 @@ class TokenizerConfig(Section):
     file: str | None = None
     """Path of a tokenizer.json to use instead of training one."""
     end_of_text: str = "<|endoftext|>"
-    """The token that ends every document."""
+    """The token that ends every document; its id is 0 in a tokenizer that is trained here."""
+    special_tokens: tuple[str, ...] = ()
+    """More tokens that no text can spell, ids 1, 2, ...: padding, chat roles, <|fim_prefix|> and the like."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield what no byte-level tokenizer can be."""
@@ -131,6 +134,16 @@ class TokenizerConfig(Section):
                 ("vocab_size",),
                 f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}; use 2048, say",
             )
+        elif self.vocab_size < 257 + len(self.special_tokens):
+            text = f"vocab_size must leave room for 256 bytes and {1 + len(self.special_tokens)} special tokens"
+            yield Problem(("vocab_size", "special_tokens"), f"{text}, got {self.vocab_size}")
+        tokens = (self.end_of_text, *self.special_tokens)
+        if len(set(tokens)) < len(tokens) or not all(tokens):
+            text = f"special_tokens must differ from each other and from end_of_text, got {list(self.special_tokens)}"
+            yield Problem(("special_tokens", "end_of_text"), text)
+        if self.special_tokens and self.file:
+            text = f"special_tokens is for a tokenizer that is trained, got {list(self.special_tokens)} with file"
+            yield Problem(("special_tokens", "file"), text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +182,10 @@ class SourceConfig(Section):
     """Passes over the source in one big epoch, which sets its share; default 1 where no source has a weight."""
     weight: Positive | None = None
     """Share of the mixture relative to the other sources' weights, instead of epochs."""
+    fim_rate: Rate = 0.0
+    """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); the tokenizer needs its sentinels."""
+    fim_spm_rate: Rate = 0.5
+    """Share of those in the order suffix, prefix, middle instead of prefix, suffix, middle."""
     prompt: str = "The "
     """What the sample at the end of training starts with."""
 

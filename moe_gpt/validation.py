@@ -84,6 +84,7 @@ NonNegative = Annotated[
     float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False, description="a number of at least 0")
 ]
 Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, description="a number above 0 and below 1")]
+Rate = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, description="a number from 0 to 1")]
 Fraction = Annotated[
     float, BeforeValidator(_number), Field(ge=0, lt=1, description="a number of at least 0 and below 1")
 ]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from moe_gpt.cli import ArgumentParser, count_argument, run_script
+from moe_gpt.cli import ArgumentParser, count_argument, positive_argument, run_script
 from moe_gpt.validation import InputError
 
 if TYPE_CHECKING:
     import torch
 
     from moe_gpt.device import Precision
-    from moe_gpt.train.evaluation import Score
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,6 +34,13 @@ def parse_arguments() -> argparse.Namespace:
         "--stride", type=count_argument, help="with --files: tokens that the window moves (default: half the context)"
     )
     parser.add_argument(
+        "--by-position", action="store_true", help="held-out loss by place in the sequence, instead of its mean"
+    )
+    parser.add_argument("--context", type=count_argument, help="held-out sequences of this length (default: the run's)")
+    parser.add_argument(
+        "--rope-theta", type=positive_argument, help="base of the rotary frequencies (default: the run's)"
+    )
+    parser.add_argument(
         "--max-tokens", type=count_argument, help="held-out tokens per source (default: validation_tokens)"
     )
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: auto")
@@ -46,23 +53,24 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.stride and not arguments.files:
         raise InputError(f"--stride is for --files, got --stride {arguments.stride} without it")
-    if arguments.max_tokens and arguments.files:
-        raise InputError(f"--max-tokens is for held-out text, got {arguments.max_tokens} with --files")
+    for name in ("max_tokens", "context", "rope_theta", "by_position"):
+        if arguments.files and getattr(arguments, name):
+            raise InputError(f"--{name.replace('_', '-')} is for held-out text, got it with --files")
 
     from moe_gpt.device import pick_device, pick_precision, tune_process
-    from moe_gpt.train.evaluation import format_scores
 
     device = pick_device(arguments.device)
     tune_process(device)
     precision = pick_precision(arguments.precision, device)
     score = score_files if arguments.files else score_held_out
-    print(format_scores(score(arguments, device, precision)))
+    print(score(arguments, device, precision))
 
 
-def score_held_out(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Score]:
-    """Return a score per source of the run."""
+def score_held_out(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> str:
+    """Return a table with a row per source of the run."""
     from moe_gpt.data.prepare import prepare_data
     from moe_gpt.train.checkpoint import load_model, read_state
+    from moe_gpt.train.evaluation import format_positions, format_scores
     from moe_gpt.train.setup import build_evaluator
 
     loaded = load_model(arguments.model, device)
@@ -70,16 +78,25 @@ def score_held_out(arguments: argparse.Namespace, device: torch.device, precisio
     data = prepare_data(loaded.config.data, loaded.tokenizer, say=note)
     if data.fingerprint != read_state(loaded.path)["data_fingerprint"]:
         note("note: the text of the sources is not what it was in training, so the held-out part differs too")
-    return build_evaluator(loaded.config, data, arguments.max_tokens)(loaded.model, precision)
+    model, context = loaded.model, arguments.context
+    model.config = dataclasses.replace(
+        model.config,
+        max_seq_len=max(context or 0, model.config.max_seq_len),
+        rope_theta=arguments.rope_theta or model.config.rope_theta,
+    )
+    evaluator = build_evaluator(loaded.config, data, arguments.max_tokens, context)
+    if arguments.by_position:
+        return format_positions(evaluator.by_position(model, precision))
+    return format_scores(evaluator(model, precision))
 
 
-def score_files(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> dict[str, Score]:
-    """Return a score per glob."""
+def score_files(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> str:
+    """Return a table with a row per glob."""
     from moe_gpt.config import SourceConfig
     from moe_gpt.data.corpus import iterate_documents
     from moe_gpt.interop import hugging_face
     from moe_gpt.train.checkpoint import LoadedRun, load_model
-    from moe_gpt.train.evaluation import score_documents
+    from moe_gpt.train.evaluation import format_scores, score_documents
 
     loaded: hugging_face.LoadedFolder | LoadedRun
     if hugging_face.is_model_folder(arguments.model):
@@ -92,7 +109,7 @@ def score_files(arguments: argparse.Namespace, device: torch.device, precision: 
     for pattern in arguments.files:
         documents = (document.text for document in iterate_documents(SourceConfig(name="files", files=pattern)))
         scores[pattern] = score_documents(loaded.model, loaded.tokenizer, documents, precision, stride)
-    return scores
+    return format_scores(scores)
 
 
 def note(text: str) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from moe_gpt.config import DataConfig, SourceConfig
 from moe_gpt.data.corpus import describe_origin, iterate_documents
+from moe_gpt.data.fill_in_the_middle import FillInTheMiddle
 from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
 from moe_gpt.durable import delete_leftovers, replace_file
@@ -82,13 +83,16 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
         [_origin(source) for source in config.sources],
         wanted.vocab_size,
         wanted.end_of_text,
+        wanted.special_tokens,
         config.validation_fraction,
         _TOKENIZER_SAMPLE_BYTES,
     )
     path = cache / "tokenizers" / f"{key}.json"
     if not path.is_file():
         say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
-        tokenizer = train_tokenizer(_training_texts(config), wanted.vocab_size, wanted.end_of_text)
+        tokenizer = train_tokenizer(
+            _training_texts(config), wanted.vocab_size, wanted.end_of_text, wanted.special_tokens
+        )
         replace_file(path, tokenizer.to_json())
     tokenizer = Tokenizer.load(path, wanted.end_of_text)
     if tokenizer.vocab_size < wanted.vocab_size:
@@ -124,7 +128,8 @@ def _training_texts(config: DataConfig) -> Iterator[str]:
 def _obtain_source(
     source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, cache: Path, say: Callable[[str], None]
 ) -> PreparedSource:
-    key = _fingerprint(_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction)
+    fim = (source.fim_rate, source.fim_spm_rate) if source.fim_rate else None
+    key = _fingerprint(_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction, fim)
     folder = cache / "tokens" / f"{source.name}-{key}"
     if not folder.is_dir():
         with _only_process(cache / "locks" / f"{folder.name}.lock", f"tokenising {source.name}", say):
@@ -140,6 +145,7 @@ def _obtain_source(
                         config.validation_fraction,
                         source.max_tokens,
                         report,
+                        FillInTheMiddle(tokenizer, source.fim_rate, source.fim_spm_rate) if source.fim_rate else None,
                     )
     verify_store(folder, read_all=config.verify_tokens)
     return PreparedSource(source, TokenStore(folder, "train"), TokenStore(folder, "validation"))

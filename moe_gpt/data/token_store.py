@@ -85,6 +85,7 @@ def build_store(
     validation_fraction: float,
     max_tokens: int | None = None,
     report: Callable[[int, int], None] = lambda n_documents, n_tokens: None,
+    rearrange: Callable[[str], list[int] | None] | None = None,
 ) -> None:
     """Tokenise a source's documents into ``folder``, which must not exist yet.
 
@@ -97,6 +98,7 @@ def build_store(
             single book, say), the last such share of the tokens is held out instead.
         max_tokens: stop after this many tokens, both splits together.
         report: called with the number of documents and tokens so far.
+        rearrange: returns other ids for a document, or None; training documents only.
 
     Raises:
         InputError: where there are no documents, or too few tokens for two splits.
@@ -105,7 +107,7 @@ def build_store(
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         writers = {split: _SplitWriter(temporary, split, dtype, tokenizer.end_of_text_id) for split in SPLITS}
         try:
-            _write_documents(documents, tokenizer, writers, validation_fraction, max_tokens, report)
+            _write_documents(documents, tokenizer, writers, validation_fraction, max_tokens, report, rearrange)
             _ensure_both_splits(name, writers, validation_fraction)
             _write_meta(temporary, writers, dtype)
         finally:
@@ -120,11 +122,14 @@ def _write_documents(
     validation_fraction: float,
     max_tokens: int | None,
     report: Callable[[int, int], None],
+    rearrange: Callable[[str], list[int] | None] | None,
 ) -> None:
     token_bytes = tokenizer.token_bytes()
     for group in _in_groups(documents, _DOCUMENTS_AT_ONCE):
         for document, ids in zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True):
             split = "validation" if is_held_out(document, validation_fraction) else "train"
+            if rearrange and split == "train":
+                ids = rearrange(document.text) or ids
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             if max_tokens is not None:
                 if max_tokens - n_tokens < 2:  # a document has a token and its end

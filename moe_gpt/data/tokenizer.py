@@ -80,6 +80,15 @@ class Tokenizer:
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
 
+    def special_tokens(self) -> dict[str, int]:
+        """Return the special tokens with their ids."""
+        decoder = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in decoder.items() if token.special}
+
+    def special_id(self, token: str) -> int | None:
+        """Return the id of a special token; None where there is none of that name."""
+        return self.special_tokens().get(token)
+
     def spell(self, index: int) -> str:
         """Return a token as the vocabulary spells it; empty where there is no such id."""
         return self._backend.id_to_token(index) or ""
@@ -115,7 +124,7 @@ class Tokenizer:
         length of the token in UTF-8, with SentencePiece's word mark as a space and its <0xNN> as one byte.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        special = self.special_tokens()
         decoder = json.dumps(json.loads(self._backend.to_str())["decoder"])
         is_byte_level = '"ByteLevel"' in decoder
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
@@ -138,8 +147,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str = END_OF_TEXT) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, end_of_text: str = END_OF_TEXT, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
     """Train byte-level BPE (arXiv 1508.07909; GPT-2's byte alphabet).
+
+    The special tokens have the first ids: end-of-text 0, the others in their order. They count as part of the size.
 
     Too little text for that many merges gives a smaller vocabulary; the caller can compare ``vocab_size``.
     """
@@ -148,7 +161,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str = EN
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end_of_text],
+        special_tokens=[end_of_text, *special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -23,6 +23,7 @@ from moe_gpt.tensor_files import TensorReader, TensorSpec, open_folder, write_sh
 from moe_gpt.validation import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PADDING = "<|padding|>"
 _READABLE_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
@@ -315,7 +316,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
         values["post_processor"] = None
     _write_json(folder / "tokenizer.json", values)
     end = tokenizer.end_of_text
-    special = {"content": end, "special": True}
+    pad = PADDING if tokenizer.special_id(PADDING) is not None else end
+    special: dict[str, Any] = {"special": True}
     special |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     _write_json(
         folder / "tokenizer_config.json",
@@ -323,17 +325,19 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": tokenizer.spell(settings["bos_token_id"]),
             "eos_token": end,
-            "pad_token": end,
+            "pad_token": pad,
             "unk_token": None,
             "padding_side": "left",
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": settings["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {str(tokenizer.end_of_text_id): special},
+            "added_tokens_decoder": {
+                str(index): special | {"content": token} for token, index in tokenizer.special_tokens().items()
+            },
         },
     )
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
-    _write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.end_of_text_id})
+    _write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.special_id(pad)})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from moe_gpt.data.prepare import PreparedSource
 from moe_gpt.data.stream import ValidationRows, validation_rows
@@ -32,6 +34,15 @@ class Score(NamedTuple):
     def perplexity(self) -> float:
         """E to the cross entropy; infinite where that is beyond a float."""
         return math.exp(self.ce_loss) if self.ce_loss < 700 else math.inf
+
+
+class PositionScore(NamedTuple):
+    """The result on the positions [start, end) of all sequences."""
+
+    start: int
+    end: int
+    ce_loss: float
+    """Mean cross entropy in nats per token."""
 
 
 class Evaluator:
@@ -67,13 +78,39 @@ class Evaluator:
             model.train(was_training)
 
     @torch.inference_mode()
+    def by_position(self, model: MoEGPT, precision: Precision) -> dict[str, list[PositionScore]]:
+        """Return each source's mean cross entropy for positions 0 to 63, 64 to 127, 128 to 255 and so on.
+
+        In a model that uses its context, later positions are predicted better.
+        """
+        was_training, scores = model.training, {}
+        model.eval()
+        for name, rows in self._rows.items():
+            nats = np.zeros(rows.inputs.shape[1])
+            for inputs, targets in self._micro_batches(rows, model.embedding.weight.device):
+                with autocast(inputs.device, precision):
+                    logits = model(inputs).logits
+                losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+                nats += losses.sum(dim=0).double().cpu().numpy()
+            edges = [0, *(64 << i for i in range(40) if 64 << i < len(nats)), len(nats)]
+            scores[name] = [
+                PositionScore(start, end, float(nats[start:end].mean()) / len(rows.inputs))
+                for start, end in zip(edges, edges[1:], strict=False)
+            ]
+        model.train(was_training)
+        return scores
+
+    def _micro_batches(self, rows: ValidationRows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        per_batch = max(1, self._batch_tokens // rows.inputs.shape[1])
+        for start in range(0, len(rows.inputs), per_batch):
+            part = slice(start, start + per_batch)
+            yield torch.from_numpy(rows.inputs[part]).to(device), torch.from_numpy(rows.targets[part]).to(device)
+
+    @torch.inference_mode()
     def _score(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> Score:
         device = model.embedding.weight.device
-        per_batch = max(1, self._batch_tokens // rows.inputs.shape[1])
         nats = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        for start in range(0, len(rows.inputs), per_batch):
-            inputs = torch.from_numpy(rows.inputs[start : start + per_batch]).to(device)
-            targets = torch.from_numpy(rows.targets[start : start + per_batch]).to(device)
+        for inputs, targets in self._micro_batches(rows, device):
             with autocast(device, precision):
                 logits = model(inputs).logits
             nats += cross_entropy(logits, targets).total.to(nats.device)
@@ -157,7 +194,7 @@ def _batches(windows: Iterable[_Window], size: int) -> Iterator[list[_Window]]:
         yield batch
 
 
-def _padded(rows: list[list[int]]) -> torch.Tensor:
+def _padded(rows: list[list[int]]) -> Tensor:
     """Fill rows up on the right; nothing looks ahead, so what stands there does not matter."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=IGNORED_TARGET
@@ -172,4 +209,13 @@ def format_scores(scores: dict[str, Score]) -> str:
         f"{name:<{width}}  {s.n_tokens:>9,}  {s.ce_loss:>8.4f}  {s.perplexity:>10.2f}  {s.bits_per_byte:>13.4f}"
         for name, s in scores.items()
     ]
+    return "\n".join(lines)
+
+
+def format_positions(scores: dict[str, list[PositionScore]]) -> str:
+    """Return loss by position as a table for people."""
+    names = list(scores)
+    lines = [f"{'position':>13}" + "".join(f"  {name:>10}" for name in names)]
+    for row in zip(*scores.values(), strict=True):
+        lines.append(f"{row[0].start:>5,} to {row[0].end - 1:>5,}" + "".join(f"  {s.ce_loss:>10.4f}" for s in row))
     return "\n".join(lines)

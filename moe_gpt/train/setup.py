@@ -169,12 +169,14 @@ def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[
     return saved, damaged
 
 
-def build_evaluator(config: RunConfig, data: PreparedData, max_tokens: int | None = None) -> Evaluator:
-    """Return the run's evaluation: its held-out text in sequences of its longest length."""
+def build_evaluator(
+    config: RunConfig, data: PreparedData, max_tokens: int | None = None, seq_len: int | None = None
+) -> Evaluator:
+    """Return the run's evaluation: its held-out text in sequences of its longest length, or of the one given."""
     return Evaluator(
         data.sources,
         data.tokenizer,
-        seq_len=max(stage.seq_len for stage in config.schedule.stages),
+        seq_len=seq_len or max(stage.seq_len for stage in config.schedule.stages),
         max_tokens=max_tokens or config.data.validation_tokens,
         batch_tokens=config.train.micro_batch_tokens,
     )

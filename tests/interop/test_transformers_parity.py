@@ -336,3 +336,14 @@ def test_generation_stops_at_end_of_text(tmp_path):
     end = ours.end_of_text_id
     assert theirs.generation_config.eos_token_id == theirs.generation_config.pad_token_id == end
     assert json.loads((tmp_path / "x" / "config.json").read_text())["bos_token_id"] == end
+
+
+def test_special_tokens_survive(tmp_path):
+    """Padding is padding, not end-of-text, where the tokenizer has it; the others are tokens as well."""
+    special = ("<|padding|>", "<|user|>")
+    ours = train_tokenizer(["the quick brown fox " * 20], 300, special_tokens=special)
+    hugging_face.save(tiny_model(vocab_size=ours.vocab_size), tmp_path / "x", ours)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "x")
+    assert (theirs.pad_token, theirs.eos_token) == ("<|padding|>", END_OF_TEXT)
+    assert theirs("<|user|>the").input_ids[0] == ours.special_id("<|user|>")
+    assert hugging_face.load_tokenizer(tmp_path / "x").special_tokens() == ours.special_tokens()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
 
 from moe_gpt.data.tokenizer import train_tokenizer
-from moe_gpt.train.evaluation import Score, score_documents
+from moe_gpt.train.evaluation import Evaluator, Score, format_positions, score_documents
 from moe_gpt.validation import InputError
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "a", "na\u00efve caf\u00e9", "", "x" * 31]
@@ -69,3 +71,20 @@ def test_perplexity_beyond_floats_is_infinite():
     """Rather than an error at the worst moment."""
     assert Score(1e6, 1.0, 1).perplexity == math.inf
     assert Score(2.0, 1.0, 1).perplexity == pytest.approx(7.389, abs=1e-3)
+
+
+@torch.no_grad()
+def test_loss_by_position_adds_up(model_and_tokenizer):
+    """The positions' means, weighted, are the whole mean; the buckets double from 64."""
+    _, tokenizer = model_and_tokenizer
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=200)
+    tokens = np.array(tokenizer.encode(TEXTS[0] * 40))
+    source = SimpleNamespace(config=SimpleNamespace(name="a"), validation=SimpleNamespace(tokens=tokens))
+    evaluator = Evaluator([source], tokenizer, seq_len=200, max_tokens=1000, batch_tokens=400)
+    positions, score = evaluator.by_position(model, "fp32")["a"], evaluator(model, "fp32")["a"]
+    assert [(p.start, p.end) for p in positions] == [(0, 64), (64, 128), (128, 200)]
+    mean = sum((p.end - p.start) * p.ce_loss for p in positions) / 200
+    assert mean == pytest.approx(score.ce_loss, abs=1e-5)
+    assert model.training
+    rows = format_positions({"a": positions}).splitlines()
+    assert rows[1].split() == ["0", "to", "63", f"{positions[0].ce_loss:.4f}"]

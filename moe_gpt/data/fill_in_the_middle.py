@@ -1,0 +1,54 @@
+"""Fill-in-the-middle: documents rearranged so that a model learns to insert (Bavarian et al., arXiv 2207.14255).
+
+A document is cut at two places, drawn uniformly from its characters, into prefix, middle and suffix, and its parts are
+written in another order with sentinels between them (section 3): prefix, suffix, middle (PSM), or suffix, prefix,
+middle (SPM, in the form that the paper trains jointly with PSM). Everything else about training stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.validation import InputError
+
+PREFIX, MIDDLE, SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
+
+
+class FillInTheMiddle:
+    """Rearranges a share of the documents. Which ones, where and how follows from their text alone.
+
+    Args:
+        tokenizer: has the three sentinels as special tokens.
+        rate: share of documents that are rearranged.
+        spm_rate: share of those that take the SPM form.
+
+    Raises:
+        InputError: naming the sentinels that the tokenizer lacks, and how to add them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rate: float, spm_rate: float) -> None:
+        ids = tokenizer.special_tokens()
+        missing = [token for token in (PREFIX, MIDDLE, SUFFIX) if token not in ids]
+        if missing:
+            raise InputError(
+                f"fim_rate needs the special tokens {', '.join(missing)}, which the tokenizer has not; add them to "
+                "data.tokenizer.special_tokens"
+            )
+        self._tokenizer, self._ids, self._rate, self._spm_rate = tokenizer, ids, rate, spm_rate
+
+    def __call__(self, text: str) -> list[int] | None:
+        """Return the ids of the rearranged document, or None for one that stays as it is.
+
+        PSM is <PRE> prefix <SUF> suffix <MID> middle; SPM is <PRE> <SUF> suffix <MID> prefix middle.
+        """
+        rng = random.Random(hashlib.sha256(b"fill in the middle" + text.encode("utf-8")).digest())
+        if rng.random() >= self._rate:
+            return None
+        first, second = sorted(rng.randint(0, len(text)) for _ in range(2))
+        prefix, middle, suffix = self._tokenizer.encode_batch([text[:first], text[first:second], text[second:]])
+        pre, mid, suf = (self._ids[token] for token in (PREFIX, MIDDLE, SUFFIX))
+        if rng.random() < self._spm_rate:
+            return [pre, suf, *suffix, mid, *prefix, *middle]
+        return [pre, *prefix, suf, *suffix, mid, *middle]
