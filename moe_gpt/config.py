@@ -256,6 +256,8 @@ class DataConfig(Section):
     """The mixture."""
     cache_dir: str | None = None
     """Where tokenised data is kept and found again; null is moe_gpt in the user's cache folder."""
+    document_masking: Flag = False
+    """Let tokens see their own document only, in training and evaluation; no target then crosses a document's end."""
     verify_tokens: Flag = True
     """Compare tokenised data with its digest at every start; otherwise only the sizes of its files."""
     validation_fraction: Share = 0.03

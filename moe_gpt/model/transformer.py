@@ -73,6 +73,14 @@ class Block(nn.Module):
         return x + y, stats
 
 
+def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Return how far each position is from the first of its document in the sequence."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(is_first, index, 0).cummax(dim=1).values
+
+
 class MoEGPT(nn.Module):
     """The decoder.
 
@@ -128,6 +136,7 @@ class MoEGPT(nn.Module):
         tokens: Int[Tensor, "B T"],
         valid_mask: Bool[Tensor, "B S"] | None = None,
         cache: KVCache | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
     ) -> ModelOutput:
         """Score the next token at every position.
 
@@ -136,17 +145,29 @@ class MoEGPT(nn.Module):
             valid_mask: False for padding, on either side; it covers the cached positions too. Padding is not
                 attended to, takes no position and is not counted by the routers.
             cache: keys and values of earlier positions; this call's are added to it.
+            document_ids: of sequences that hold several documents, one after another: a number for each position, the
+                same within a document. Positions then see their own document only and count from its start. The mask
+                takes B·T² bytes.
 
         Raises:
-            ValueError: where the sequence is longer than ``max_seq_len`` or than the cache.
+            ValueError: where the sequence is longer than ``max_seq_len`` or than the cache, or ``document_ids`` come
+                with padding or a cache.
         """
+        if document_ids is not None and (valid_mask is not None or cache is not None):
+            raise ValueError("document_ids are for whole sequences without padding and without a cache")
         T, past = tokens.shape[1], cache.length if cache else 0
         if past + T > self.config.max_seq_len:
             raise ValueError(
                 f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
             )
-        rotary = self._rotary(tokens, valid_mask, past)
-        mask = self._attention_mask(tokens, valid_mask, past)
+        if document_ids is None:
+            positions = self._positions(tokens, valid_mask, past)
+            mask = self._attention_mask(tokens, valid_mask, past)
+        else:
+            positions = positions_within(document_ids)
+            same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+            mask = causal_mask(T, T, tokens.device) & same
+        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         valid_now = None if valid_mask is None else valid_mask[:, past:]
         x = self.embedding(tokens)
         stats = []
@@ -158,12 +179,10 @@ class MoEGPT(nn.Module):
         logits = self.output(self.final_norm(x))
         return ModelOutput(logits, None if self.config.is_dense else stack_router_stats(stats))
 
-    def _rotary(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
+    def _positions(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor:
         if valid_mask is None:
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        else:
-            positions = (valid_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+            return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
+        return (valid_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
 
     def _attention_mask(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor | None:
         """Return (1 or B, 1, T, S), or None where plain causal attention is right."""

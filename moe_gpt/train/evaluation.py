@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_gpt.data.prepare import PreparedSource
-from moe_gpt.data.stream import ValidationRows, validation_rows
+from moe_gpt.data.stream import Batch, ValidationRows, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.device import Precision, autocast
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.train.step import MicroBatch, split_batch
 from moe_gpt.validation import InputError
 
 
@@ -54,6 +55,7 @@ class Evaluator:
         seq_len: length of the scored sequences, the run's longest.
         max_tokens: tokens per source.
         batch_tokens: tokens per forward pass.
+        keeps_documents_apart: as in training with ``data.document_masking``: what follows end-of-text is not scored.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Evaluator:
         seq_len: int,
         max_tokens: int,
         batch_tokens: int,
+        keeps_documents_apart: bool = False,
     ) -> None:
+        self._end = tokenizer.end_of_text_id if keeps_documents_apart else None
         self._rows = {s.config.name: validation_rows(s.validation.tokens, seq_len, max_tokens) for s in sources}
         self._token_bytes = tokenizer.token_bytes()
         self._batch_tokens = batch_tokens
@@ -87,35 +91,38 @@ class Evaluator:
         model.eval()
         for name, rows in self._rows.items():
             nats = np.zeros(rows.inputs.shape[1])
-            for inputs, targets in self._micro_batches(rows, model.embedding.weight.device):
-                with autocast(inputs.device, precision):
-                    logits = model(inputs).logits
-                losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+            counts = np.zeros(rows.inputs.shape[1])
+            for batch in self._micro_batches(rows, model.embedding.weight.device):
+                with autocast(batch.inputs.device, precision):
+                    logits = model(batch.inputs, document_ids=batch.document_ids).logits
+                losses = F.cross_entropy(
+                    logits.float().transpose(1, 2), batch.targets, reduction="none", ignore_index=IGNORED_TARGET
+                )
                 nats += losses.sum(dim=0).double().cpu().numpy()
+                counts += (batch.targets != IGNORED_TARGET).sum(dim=0).cpu().numpy()
             edges = [0, *(64 << i for i in range(40) if 64 << i < len(nats)), len(nats)]
             scores[name] = [
-                PositionScore(start, end, float(nats[start:end].mean()) / len(rows.inputs))
+                PositionScore(start, end, float(nats[start:end].sum() / max(1, counts[start:end].sum())))
                 for start, end in zip(edges, edges[1:], strict=False)
             ]
         model.train(was_training)
         return scores
 
-    def _micro_batches(self, rows: ValidationRows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        per_batch = max(1, self._batch_tokens // rows.inputs.shape[1])
-        for start in range(0, len(rows.inputs), per_batch):
-            part = slice(start, start + per_batch)
-            yield torch.from_numpy(rows.inputs[part]).to(device), torch.from_numpy(rows.targets[part]).to(device)
+    def _micro_batches(self, rows: ValidationRows, device: torch.device) -> list[MicroBatch]:
+        return split_batch(Batch(rows.inputs, rows.targets), self._batch_tokens, device, self._end)
 
     @torch.inference_mode()
     def _score(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> Score:
         device = model.embedding.weight.device
         nats = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        for inputs, targets in self._micro_batches(rows, device):
+        n_tokens, n_bytes = 0, 0
+        for batch in self._micro_batches(rows, device):
             with autocast(device, precision):
-                logits = model(inputs).logits
-            nats += cross_entropy(logits, targets).total.to(nats.device)
-        total, n_tokens = float(nats), rows.targets.size
-        n_bytes = int(self._token_bytes[rows.targets].sum())
+                logits = model(batch.inputs, document_ids=batch.document_ids).logits
+            nats += cross_entropy(logits, batch.targets).total.to(nats.device)
+            scored = batch.targets[batch.targets != IGNORED_TARGET].cpu().numpy()
+            n_tokens, n_bytes = n_tokens + len(scored), n_bytes + int(self._token_bytes[scored].sum())
+        total = float(nats)
         return Score(total / n_tokens, total / math.log(2) / max(1, n_bytes), int(np.int64(n_tokens)))
 
 

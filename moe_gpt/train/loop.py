@@ -153,7 +153,8 @@ class _Session:
         run, state = self.run, self.state
         plan = run.schedule.at(state.tokens_seen)
         batch = run.stream.batch(state.tokens_seen, plan.seq_len, plan.batch_tokens)
-        micro_batches = split_batch(batch, run.config.train.micro_batch_tokens, run.device)
+        end = run.data.tokenizer.end_of_text_id if run.config.data.document_masking else None
+        micro_batches = split_batch(batch, run.config.train.micro_batch_tokens, run.device, end)
         result = train_step(state, micro_batches, plan, run.config, run.precision)
         self.log.add(state.step, state.tokens_seen, plan, result.metrics)
         self.routing.add(result.tokens_per_expert)

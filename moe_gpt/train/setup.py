@@ -179,6 +179,7 @@ def build_evaluator(
         seq_len=seq_len or max(stage.seq_len for stage in config.schedule.stages),
         max_tokens=max_tokens or config.data.validation_tokens,
         batch_tokens=config.train.micro_batch_tokens,
+        keeps_documents_apart=config.data.document_masking,
     )
 
 

@@ -41,6 +41,8 @@ class MicroBatch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
+    document_ids: Tensor | None = None
+    """A number for each position, the same within a document; None where documents are not kept apart."""
 
 
 class StepMetrics(NamedTuple):
@@ -68,14 +70,33 @@ class StepResult(NamedTuple):
     """Assignments before any dropping (L, E); no layers for a dense model."""
 
 
-def split_batch(batch: Batch, micro_batch_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """Cut a batch into as few micro-batches as fit under ``micro_batch_tokens``, all full but the last."""
+def keep_documents_apart(inputs: Tensor, targets: Tensor, end_of_text_id: int) -> MicroBatch:
+    """Number the documents of each sequence, and take out the targets that lie beyond a document's end."""
+    is_end = inputs == end_of_text_id
+    document_ids = is_end.cumsum(dim=1) - is_end.long()  # end-of-text is the last of its own document
+    return MicroBatch(inputs, targets.masked_fill(is_end, IGNORED_TARGET), document_ids)
+
+
+def split_batch(
+    batch: Batch, micro_batch_tokens: int, device: torch.device, end_of_text_id: int | None = None
+) -> list[MicroBatch]:
+    """Cut a batch into as few micro-batches as fit under ``micro_batch_tokens``, all full but the last.
+
+    Args:
+        batch: of one optimizer step.
+        micro_batch_tokens: at most this many in one forward pass.
+        device: where they go.
+        end_of_text_id: given, documents are kept apart.
+    """
     per_micro = max(1, micro_batch_tokens // batch.inputs.shape[1])
     inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-    return [
+    micro_batches = [
         MicroBatch(i.to(device, non_blocking=True), t.to(device, non_blocking=True))
         for i, t in zip(inputs.split(per_micro), targets.split(per_micro), strict=True)
     ]
+    if end_of_text_id is None:
+        return micro_batches
+    return [keep_documents_apart(micro.inputs, micro.targets, end_of_text_id) for micro in micro_batches]
 
 
 def accumulate_gradients(
@@ -98,7 +119,7 @@ def accumulate_gradients(
     dropped_tokens = torch.zeros(n_layers, dtype=torch.int64, device=device)
     for batch in micro_batches:
         with autocast(device, precision):
-            logits, stats = model(batch.inputs)
+            logits, stats = model(batch.inputs, document_ids=batch.document_ids)
         ce = cross_entropy(logits, batch.targets)
         share = ce.n_valid / n_valid
         terms = combine_losses(

@@ -24,7 +24,7 @@ from moe_gpt.model.attention import Attention, KVCache, rotary_angles
 from moe_gpt.model.experts import FeedForward
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.router import Router, Routing
-from moe_gpt.model.transformer import Block, MoEGPT, RMSNorm
+from moe_gpt.model.transformer import Block, MoEGPT, RMSNorm, positions_within
 
 ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
 """Logits have size 10 and are float32 sums whose order depends on the shapes; a leak changes them by 0.1."""
@@ -359,3 +359,36 @@ def test_block_normalises_before_each_half():
     nn.init.zeros_(block.attention.out.weight)
     x = torch.randn(2, 5, 32)
     assert_close(block(10 * x, rotary)[0] - 10 * x, block(x, rotary)[0] - x, atol=1e-5, rtol=1e-4)  # float32 rounding
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_documents_kept_apart_are_as_if_alone(variant):
+    """Three documents packed into a row give the logits that each gives by itself, wherever it stands."""
+    model = tiny_model(**VARIANTS[variant]).eval()
+    lengths = [[5, 9, 6], [1, 18, 1], [20]]
+    tokens = random_tokens(3, 20)
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    packed = model(tokens, document_ids=ids).logits
+    for row, sizes in enumerate(lengths):
+        start = 0
+        for size in sizes:
+            alone = model(tokens[row : row + 1, start : start + size]).logits[0]
+            torch.testing.assert_close(packed[row, start : start + size], alone, rtol=0, atol=1e-4)
+            start += size
+
+
+@torch.no_grad()
+def test_documents_kept_apart_differ_from_documents_joined():
+    """The mask matters; and it takes neither padding nor a cache beside it."""
+    model = tiny_model().eval()
+    tokens, ids = random_tokens(2, 12), torch.tensor([[0] * 6 + [1] * 6] * 2)
+    assert (model(tokens, document_ids=ids).logits - model(tokens).logits)[:, 6:].abs().max() > 0.1
+    with pytest.raises(ValueError, match="without padding and without a cache"):
+        model(tokens, valid_mask=torch.ones(2, 12, dtype=torch.bool), document_ids=ids)
+
+
+def test_positions_within_documents_by_hand():
+    """They count from the first of each, whatever the numbers are."""
+    ids = torch.tensor([[0, 0, 1, 1, 1, 2], [7, 3, 3, 3, 9, 9]])
+    assert positions_within(ids).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 0, 1]]

@@ -12,11 +12,12 @@ import torch
 from small_runs import CPU, Silent, change, run_training
 
 from moe_gpt.config import RunConfig
+from moe_gpt.data.stream import validation_rows
 from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from moe_gpt.train.loop import stop_signals
 from moe_gpt.train.metrics import read_metrics
 from moe_gpt.train.run_folder import open_run_folder
-from moe_gpt.train.setup import set_up_run
+from moe_gpt.train.setup import build_evaluator, set_up_run
 from moe_gpt.validation import InputError
 
 
@@ -317,3 +318,19 @@ def test_interrupt_in_the_last_step_still_evaluates(small_config, tmp_path):
     assert outcome == "finished"
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["tokens_seen"] == 6144
     assert "val/prose/ce_loss" in read_metrics(tmp_path / "metrics.jsonl")[-1]
+
+
+def test_run_with_documents_kept_apart(small_config, tmp_path):
+    """It trains, scores fewer tokens, none of them behind an end-of-text, and resumes to the bit."""
+    config = change(small_config, "data", document_masking=True)
+    run, outcome = run_training(config, tmp_path / "whole")
+    assert outcome == "finished"
+    run_training(config, tmp_path / "pieces", max_steps=9)
+    run_training(config, tmp_path / "pieces", resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "pieces")
+    apart = build_evaluator(config, run.data)(run.state.model, "fp32")["prose"]
+    joined = build_evaluator(small_config, run.data)(run.state.model, "fp32")["prose"]
+    rows = validation_rows(run.data.sources[0].validation.tokens, 64, 512)
+    n_ends = int((rows.inputs == run.data.tokenizer.end_of_text_id).sum())
+    assert n_ends > 0
+    assert apart.n_tokens == joined.n_tokens - n_ends

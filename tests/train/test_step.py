@@ -18,6 +18,7 @@ from moe_gpt.train.step import (
     MicroBatch,
     TrainState,
     accumulate_gradients,
+    keep_documents_apart,
     max_violation,
     split_batch,
     train_step,
@@ -216,3 +217,12 @@ def test_max_violation_by_hand():
     """Largest load over the mean, minus 1, averaged over layers."""
     counts = torch.tensor([[8, 4, 2, 2], [4, 4, 4, 4]])
     assert float(max_violation(counts)) == pytest.approx((8 / 4 - 1 + 0) / 2)
+
+
+def test_documents_are_numbered_and_no_target_crosses_their_end():
+    """End-of-text belongs to the document that it ends; what follows it is another's."""
+    inputs = torch.tensor([[5, 0, 6, 7, 0, 0, 8]])
+    targets = torch.tensor([[0, 6, 7, 0, 0, 8, 9]])
+    micro = keep_documents_apart(inputs, targets, end_of_text_id=0)
+    assert micro.document_ids.tolist() == [[0, 0, 1, 1, 1, 2, 3]]
+    assert micro.targets.tolist() == [[0, -100, 7, 0, -100, -100, 9]]
