@@ -25,9 +25,13 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
         if name == "prune":
             command.add_argument("--keep-last", type=count_argument, help="newest to keep (default: the run's)")
-            command.add_argument("--keep-every-steps", type=count_argument, help="keep multiples (default: the run's)")
+            command.add_argument("--keep-every-steps", type=_steps, help="keep multiples, 0 none (default: the run's)")
             command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     return parser.parse_args()
+
+
+def _steps(text: str) -> int:
+    return 0 if text == "0" else count_argument(text)
 
 
 def main() -> int:
@@ -51,6 +55,7 @@ def main() -> int:
 def show(checkpoints: list[Path]) -> None:
     """Print a table; the files' contents are not checked."""
     from moe_gpt.train.checkpoint import read_state
+    from moe_gpt.train.checkpoint_store import list_set_aside
     from moe_gpt.validation import InputError
 
     print(f"{'checkpoint':<16}{'tokens seen':>16}{'size':>12}{'validation':>12}")
@@ -63,6 +68,8 @@ def show(checkpoints: list[Path]) -> None:
             print(f"{path.name:<16}{state['tokens_seen']:>16,}{size / 1e6:>9.1f} MB{score:>12}{note}")
         except InputError as error:
             print(f"{path.name:<16}{error}")
+    for path in list_set_aside(checkpoints[0].parent.parent):
+        print(f"{path.name} is set aside; delete it when nobody wants to look at it")
 
 
 def verify(checkpoints: list[Path]) -> int:
@@ -84,14 +91,14 @@ def verify(checkpoints: list[Path]) -> int:
 def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
     """Delete what is not to be kept, and say what went."""
     from moe_gpt.train.checkpoint import read_config
-    from moe_gpt.train.checkpoint_store import prune, to_prune
+    from moe_gpt.train.checkpoint_store import prune, what_to_prune
     from moe_gpt.train.run_folder import hold
 
     config = read_config(checkpoints[-1]).checkpoint
     given = {"keep_last": arguments.keep_last, "keep_every_steps": arguments.keep_every_steps}
     config = dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
     if arguments.dry_run:
-        gone, verb = to_prune(arguments.run, config), "would delete"
+        gone, verb = what_to_prune(arguments.run, config), "would delete"
     else:
         with hold(arguments.run):
             gone, verb = prune(arguments.run, config), "deleted"

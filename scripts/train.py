@@ -10,7 +10,7 @@ from moe_gpt.cli import ArgumentParser, command_line, count_argument, describe_s
 from moe_gpt.config_file import find_config, load_run_config
 from moe_gpt.validation import InputError
 
-EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="exit status: 0 done or stopped by a limit, 2 bad input, 3 training could not go on (the message says "
-        "why and what is saved), 130 or 143 saved and stopped by SIGINT or SIGTERM\n\n"
+        "why and what is saved), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM\n\n"
         "keys of a config, for the YAML file and for key.path=value:\n" + "\n".join(describe_settings()),
     )
     parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
@@ -34,7 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--allow-changes",
         metavar="KEY,KEY",
-        type=lambda text: [key for key in text.split(",") if key],
+        type=lambda text: [key.strip() for key in text.split(",") if key.strip()],
+        action="extend",
         default=[],
         help="with --resume: go on although these are not what they were (a setting or a section such as optimizer, "
         "data.<source>, code, torch, moe_gpt); the checkpoint records it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ _MAY_DIFFER = (
 )
 _FILES_THAT_COMPUTE, _FOLDERS_THAT_COMPUTE = ("config.py", "device.py"), ("data", "model", "train")
 _NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
+_SHAPE = ["vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts"]
+_SHAPE += ["balance", "attention_sharing", "tie_embeddings"]
+_FIXED = ("data.tokenizer.", *(f"model.{key}" for key in _SHAPE))
+"""What the saved weights and tokens are made for; no permission makes another fit."""
 
 
 class Change(NamedTuple):
@@ -130,13 +135,20 @@ def check_changes(
         return any(key == other or key.startswith(f"{other}.") for other in allowed)
 
     refused = [change for change in changes if change.needs_permission and not is_allowed(change.key)]
-    if refused:
-        lines = [f"{c.key} was {shown(c.old)} and is now {shown(c.new)}" for c in refused]
+    impossible = [change for change in changes if change.key.startswith(_FIXED)]
+    if impossible or refused:
+        lines = [
+            f"{c.key} was {shown(c.old)} and is now {shown(c.new)}" for c in dict.fromkeys([*impossible, *refused])
+        ]
+        # an entry of a list stands for the list: stages that come and go have no value of their own to allow
+        keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in refused)])
+        remedy = f"go on all the same with --allow-changes {','.join(keys)}"
+        if impossible:
+            remedy = f"{impossible[0].key} cannot change within a run"
         raise InputError(
             "--resume continues the same run, but some of it is not what it was:\n"
             + "\n".join(lines)
-            + f"\nrestore it; or go on all the same with --allow-changes {','.join(c.key for c in refused)}; "
-            "or start a new run with --init-from"
+            + f"\nrestore it; or {remedy}; or start a new run with --init-from"
         )
     for key in allowed:
         if not any(change.key == key or change.key.startswith(f"{key}.") for change in changes):

@@ -36,12 +36,14 @@ FILES = (_WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
 FILES_TO_USE_A_MODEL = (_WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 _LARGEST_MANIFEST = 1_000_000
-_ADDED_IN_VERSION_2: dict[str, Any] = {"initialised_from": None} | {
+_ADDED_IN_VERSION_2: dict[str, Any] = {
     "skipped_windows": [],
     "skips_in_a_row": 0,
     "rollbacks": 0,
     "changes": [],
     "score": None,
+    "is_scheduled": True,
+    "initialised_from": None,
 }
 
 
@@ -104,12 +106,15 @@ def model_tensors(model: MoEGPT) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def take_snapshot(state: TrainState, score: float | None = None, copy: bool = False) -> Snapshot:
+def take_snapshot(
+    state: TrainState, score: float | None = None, is_scheduled: bool = True, copy: bool = False
+) -> Snapshot:
     """Return a run's state.
 
     Args:
         state: what is being trained.
         score: mean validation loss at this step, where it was evaluated.
+        is_scheduled: whether ``checkpoint.every_steps`` asked for it, rather than an interruption or the end.
         copy: copy every tensor, so that training may go on while the snapshot is written.
     """
 
@@ -123,6 +128,7 @@ def take_snapshot(state: TrainState, score: float | None = None, copy: bool = Fa
         "skips_in_a_row": state.skips_in_a_row,
         "rollbacks": state.rollbacks,
         "score": score,
+        "is_scheduled": is_scheduled,
     }
     optimizer = _optimizer_tensors(state)
     return Snapshot(kept(model_tensors(state.model)), kept(optimizer), kept(_generator_states(state)), progress)
@@ -200,7 +206,9 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
             raise InputError(f"checkpoint {path}: {name} is not the file that was saved: its SHA-256 differs")
     step = read_state(path)["step"]
     if re.fullmatch(r"step_\d+", path.name) and int(path.name[5:]) != step:
-        raise InputError(f"checkpoint {path}: {_STATE} is of step {step}; the folder was renamed or its files replaced")
+        raise InputError(
+            f"checkpoint {path}: {_STATE} is of step {step}; if the folder was renamed, call it step_{step:08d}"
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, FileFacts]:
@@ -248,7 +256,11 @@ def read_config(path: Path) -> RunConfig:
         text = (path / _CONFIG).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"checkpoint {path}: {_CONFIG} is not UTF-8 text: {error}") from None
-    config = RunConfig.from_mapping(parse_yaml(text, str(path / _CONFIG)))
+    try:
+        config = RunConfig.from_mapping(parse_yaml(text, _CONFIG))
+    except InputError as error:
+        lines = str(error).splitlines()
+        raise InputError("\n".join(f"checkpoint {path}: {_CONFIG}: {line.strip()}" for line in lines)) from None
     if config.model.vocab_size is None:
         raise InputError(f"checkpoint {path}: {_CONFIG} has no model.vocab_size; it is not the config of a checkpoint")
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_gpt.config import CheckpointConfig
 from moe_gpt.durable import delete_folder, delete_leftovers
@@ -44,20 +44,24 @@ def find_good_checkpoint(run_dir: Path) -> tuple[Path | None, list[Damaged]]:
     return None, damaged
 
 
-def find_checkpoint_to_go_back_to(run_dir: Path, config: CheckpointConfig) -> Path | None:
+def find_checkpoint_to_go_back_to(run_dir: Path) -> Path | None:
     """Return the newest good checkpoint that was not saved within a series of non-finite steps.
 
-    Only those count that were saved because ``every_steps`` said so (if it says anything): an interruption leaves
-    others, and a run that was interrupted must go back to the same step as one that was not.
+    One that ``every_steps`` asked for, if there is any: an interruption leaves others, and a run that was interrupted
+    must go back to the same step as one that was not.
     """
+    candidates = []
     for path in reversed(list_checkpoints(run_dir)):
         try:
             verify_checkpoint(path)
-            if _is_way_back(read_state(path), config):
-                return path
+            state = read_state(path)
         except (InputError, OSError):
             continue
-    return None
+        if not state["skips_in_a_row"]:
+            if state["is_scheduled"]:
+                return path
+            candidates.append(path)
+    return candidates[0] if candidates else None
 
 
 def set_aside(path: Path) -> Path:
@@ -68,6 +72,11 @@ def set_aside(path: Path) -> Path:
     return path.rename(place)
 
 
+def list_set_aside(run_dir: Path) -> list[Path]:
+    """Return what was set aside, oldest first."""
+    return sorted(run_dir.glob("checkpoints/step_*.damaged-*"))
+
+
 def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints that the config does not keep, oldest first.
 
@@ -75,7 +84,8 @@ def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """
     checkpoints = list_checkpoints(run_dir)
     kept = set(checkpoints[-config.keep_last :])
-    scores, ways_back = {}, []
+    scores: dict[Path, float] = {}
+    ways_back: dict[bool, Path] = {}
     for path in checkpoints:
         try:
             state = read_state(path)
@@ -83,33 +93,36 @@ def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
             continue
         if state["score"] is not None:
             scores[path] = state["score"]
-        if _is_way_back(state, config):
-            ways_back.append(path)
+        if not state["skips_in_a_row"]:
+            ways_back[state["is_scheduled"]] = path
         if config.keep_every_steps and state["step"] % config.keep_every_steps == 0:
             kept.add(path)
-    kept.update(ways_back[-1:])
+    kept.update(ways_back.values())
     if config.keep_best and scores:
         kept.add(min(scores, key=lambda path: scores[path]))
     return [path for path in checkpoints if path not in kept]
 
 
-def _is_way_back(state: dict[str, Any], config: CheckpointConfig) -> bool:
-    is_scheduled = not config.every_steps or state["step"] % config.every_steps == 0
-    return is_scheduled and not state["skips_in_a_row"]
+def what_to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+    """Return what ``to_prune`` returns, provided that a checkpoint that is kept has all its files.
+
+    Raises:
+        InputError: where every checkpoint that would be kept is damaged.
+    """
+    doomed = to_prune(run_dir, config)
+    kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
+    if doomed and not any(_is_good(path) for path in reversed(kept)):
+        raise InputError(f"{run_dir}: nothing is pruned, because no checkpoint that would be kept is undamaged")
+    return doomed
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete what ``to_prune`` returns, provided that a checkpoint that is kept has all its files; return what went.
+    """Delete what ``what_to_prune`` returns, and return it.
 
     Raises:
         InputError: where every checkpoint that would be kept is damaged; then nothing is deleted.
     """
-    doomed = to_prune(run_dir, config)
-    if not doomed:
-        return []
-    kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
-    if not any(_is_good(path) for path in reversed(kept)):
-        raise InputError(f"{run_dir}: nothing is pruned, because no checkpoint that would be kept is undamaged")
+    doomed = what_to_prune(run_dir, config)
     for path in doomed:
         delete_folder(path)
     return doomed
@@ -139,32 +152,38 @@ class CheckpointSaver:
         self._run_dir, self._facts, self._config = run_dir, facts, config
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.has_saved = False
+        """Whether a checkpoint was written."""
 
     @property
     def has_failed(self) -> bool:
         """Whether a background save has ended with an error that ``wait`` will raise."""
         return self._error is not None
 
-    def save(self, state: TrainState, score: float | None = None, wait: bool = False) -> None:
+    def save(
+        self, state: TrainState, score: float | None = None, wait: bool = False, is_scheduled: bool = True
+    ) -> None:
         """Save ``run_dir/checkpoints/step_XXXXXXXX``, then prune.
 
         Args:
             state: what is being trained.
             score: mean validation loss at this step, where it was evaluated.
             wait: return when the checkpoint is on the disk; otherwise as the config says.
+            is_scheduled: whether ``every_steps`` asked for it.
 
         Raises:
             OSError: where this save, or the one before it, cannot be written; earlier checkpoints are intact.
         """
         self.wait()
         in_background = self._config.in_background and not wait
-        snapshot = take_snapshot(state, score, copy=in_background)
+        snapshot = take_snapshot(state, score, is_scheduled, copy=in_background)
         folder = self._run_dir / "checkpoints" / f"step_{state.step:08d}"
 
         def write() -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             delete_leftovers(folder.parent, "step_")
             write_checkpoint(folder, snapshot, self._facts)
+            self.has_saved = True
             for path in to_prune(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)
 

@@ -26,9 +26,9 @@ class TrainingStopped(RuntimeError):
 class TooManySkips(Exception):  # noqa: N818 (a turn of events inside the loop, not an error)
     """So many steps in a row were not finite that the run must go back."""
 
-    def __init__(self, tokens_seen: int, n_steps: int) -> None:
-        super().__init__(tokens_seen, n_steps)
-        self.tokens_seen, self.n_steps = tokens_seen, n_steps
+    def __init__(self, step: int, tokens_seen: int, n_steps: int) -> None:
+        super().__init__(step, tokens_seen, n_steps)
+        self.step, self.tokens_seen, self.n_steps = step, tokens_seen, n_steps
 
 
 class Finding(NamedTuple):

@@ -16,17 +16,18 @@ import torch
 
 from moe_gpt.durable import delete_folder
 from moe_gpt.train.checkpoint import list_checkpoints, load_training_state
-from moe_gpt.train.checkpoint_store import CheckpointSaver, find_checkpoint_to_go_back_to
+from moe_gpt.train.checkpoint_store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
 from moe_gpt.train.evaluation import Score
 from moe_gpt.train.faults import Finding, RoutingWatch, SpikeDetector, TooManySkips, TrainingStopped, past_skipped
-from moe_gpt.train.metrics import JsonLines, MetricsLog
+from moe_gpt.train.metrics import JsonLines, MetricsLog, read_metrics
 from moe_gpt.train.setup import Run
 from moe_gpt.train.step import split_batch, train_step
 
 _MOST_PLACES = 64
 """Sequences of a batch whose place in the data is written down when the batch is at fault."""
 
-Outcome = Literal["finished", "max_steps", "max_minutes", "SIGINT", "SIGTERM"]
+StopSignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
+Outcome = Literal["finished", "max_steps", "max_minutes", "SIGINT", "SIGTERM", "SIGHUP"]
 
 
 class Limits(NamedTuple):
@@ -52,21 +53,25 @@ class Display(Protocol):
 
 
 class _StopSignal:
-    name: Literal["SIGINT", "SIGTERM"] | None = None
+    name: StopSignalName | None = None
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[_StopSignal]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; a second SIGINT interrupts at once."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; a second SIGINT interrupts at once."""
     stop = _StopSignal()
 
     def request(number: int, frame: Any) -> None:
         if stop.name and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.name = "SIGINT" if number == signal.SIGINT else "SIGTERM"
-        os.write(2, b"\nfinishing this step and saving; interrupt again to stop at once\n")  # print may be interrupted
+        stop.name = names[number]
+        with contextlib.suppress(OSError):  # the terminal may be gone; print may be interrupted
+            os.write(2, b"\nfinishing this step and saving; interrupt again to stop at once\n")
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    names: dict[int, StopSignalName] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+    if hasattr(signal, "SIGHUP"):  # a terminal was closed
+        names[signal.SIGHUP] = "SIGHUP"
+    previous = {number: signal.signal(number, request) for number in names}
     try:
         yield stop
     finally:
@@ -96,9 +101,7 @@ def train(run: Run, limits: Limits, display: Display) -> Outcome:
             raise TrainingStopped(session.account_of_no_memory(error)) from error
 
 
-def _why_stop(
-    run: Run, limits: Limits, started_at: float, signal_name: Literal["SIGINT", "SIGTERM"] | None
-) -> Outcome | None:
+def _why_stop(run: Run, limits: Limits, started_at: float, signal_name: StopSignalName | None) -> Outcome | None:
     if run.is_finished:
         return "finished"
     if signal_name:
@@ -121,7 +124,7 @@ class _Session:
         self.spikes = SpikeDetector(run.config.faults)
         self.routing = RoutingWatch(run.config.faults, run.config.model)
         self.started_at, self.group_started_at = time.monotonic(), time.perf_counter()
-        self.cannot_log = False
+        self.cannot_log = self.has_recorded_save = False
 
     def close(self) -> None:
         """Close the files."""
@@ -131,7 +134,12 @@ class _Session:
     def train(self, stop: _StopSignal) -> Outcome:
         """Step until there is a reason to stop."""
         run = self.run
-        self.record("resume" if run.resumed_from else "start", changes=[c["key"] for c in run.changes])
+        self.record(
+            "resume" if run.resumed_from else "start",
+            changes=[change["key"] for change in run.changes],
+            damaged=[f"{path.name}: {problem}" for path, problem in run.damaged],
+        )
+        self.warn_of_missing_metrics()
         if not run.resumed_from:
             self.evaluate()
         outcome = _why_stop(run, self.limits._replace(max_minutes=None), self.started_at, None)
@@ -139,7 +147,7 @@ class _Session:
             try:
                 self.step()
                 outcome = _why_stop(run, self.limits, self.started_at, stop.name)
-                self.after_step(is_last=outcome is not None, is_urgent=outcome in ("SIGINT", "SIGTERM"))
+                self.after_step(is_last=outcome is not None, is_urgent=outcome in ("SIGINT", "SIGTERM", "SIGHUP"))
             except TooManySkips as skips:
                 self.go_back(skips)
                 outcome = _why_stop(run, self.limits, self.started_at, stop.name)
@@ -147,6 +155,15 @@ class _Session:
                     self.after_step(is_last=True, is_urgent=outcome != "finished")
         self.warn_of(self.saver.wait)
         return outcome
+
+    def warn_of_missing_metrics(self) -> None:
+        """Say where metrics.jsonl has not every step that was done: somebody removed or changed it."""
+        lines = read_metrics(self.run.run_dir / "metrics.jsonl")
+        found = {line["step"] for line in lines if "loss" in line}
+        missing = self.state.step - len(found & set(range(1, self.state.step + 1)))
+        if missing:
+            text = f"metrics.jsonl lacks {missing:,} of the {self.state.step:,} steps that were done; the run goes on"
+            self.warn(Finding("metrics_incomplete", self.state.step, text))
 
     def step(self) -> None:
         """Take one optimizer step."""
@@ -171,7 +188,7 @@ class _Session:
         if should_evaluate:
             score = self.evaluate()
         if should_save:
-            self.save(score, is_last)
+            self.save(score, is_last, is_scheduled=_is_due(step, config.checkpoint.every_steps))
 
     def fetch_metrics(self) -> None:
         """Read what the steps since the last time did.
@@ -180,7 +197,7 @@ class _Session:
             TooManySkips: where the run must go back.
             TrainingStopped: where the run folder is gone.
         """
-        lines = self.log.fetch(self.group_started_at)
+        lines, failure = self.log.fetch(self.group_started_at), None
         self.group_started_at = time.perf_counter()
         for line in lines:
             self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
@@ -188,15 +205,20 @@ class _Session:
                 self.record_skip(line)
             for finding in self.spikes.read(line):
                 self.warn(finding)
-            if self.state.skips_in_a_row >= self.config.faults.max_skips_in_a_row:
-                raise TooManySkips(line["tokens_seen"], self.state.skips_in_a_row)
+            if self.state.skips_in_a_row >= self.config.faults.max_skips_in_a_row and not failure:
+                failure = TooManySkips(line["step"], line["tokens_seen"], self.state.skips_in_a_row)
+        self.write_log()
+        if failure:
+            raise failure
         for finding in self.routing.read(self.state.step):
             self.warn(finding)
-        self.write_log()
         if lines:
             self.display.progress(self.state.tokens_seen, lines[-1])
         if self.saver.has_failed:
             self.warn_of(self.saver.wait)
+        if self.saver.has_saved and not self.has_recorded_save:
+            self.record("first_checkpoint")  # says later that there was one
+            self.has_recorded_save = True
 
     def write_log(self) -> None:
         """Write the metrics, or keep them where that is not possible now."""
@@ -239,12 +261,12 @@ class _Session:
         mean = statistics.fmean(score.ce_loss for score in scores.values())
         return mean if math.isfinite(mean) else None
 
-    def save(self, score: float | None, is_last: bool) -> None:
+    def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
         """Save a checkpoint; where that fails, warn and train on, unless it is the last."""
         self.warn_of(self.saver.wait)
         try:
             self.log.sync()
-            self.saver.save(self.state, score, wait=is_last)
+            self.saver.save(self.state, score, wait=is_last, is_scheduled=is_scheduled)
         except OSError as error:
             if is_last:
                 raise TrainingStopped(f"step {self.state.step} could not be saved: {error}; {self.saved()}") from error
@@ -259,17 +281,19 @@ class _Session:
         """
         state, limit = self.state, self.config.faults.max_rollbacks
         self.warn_of(self.saver.wait)
-        place = find_checkpoint_to_go_back_to(self.run.run_dir, self.config.checkpoint)
-        account = f"{skips.n_steps} steps in a row were not finite, up to step {state.step}"
+        place = find_checkpoint_to_go_back_to(self.run.run_dir)
+        account = f"{_count(skips.n_steps, 'step')} in a row not finite, up to step {skips.step}"
         advice = "events.jsonl has the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
+        abandoned = [path for path in list_checkpoints(self.run.run_dir) if place and path.name > place.name]
         if place is None or state.rollbacks >= limit:
-            why = "there is no good checkpoint to go back to" if place is None else f"the run went back {limit} times"
+            for path in abandoned:  # saved within the series: a resumed run must not start there
+                set_aside(path)
+            why = f"the run went back {_count(limit, 'time')}" if place else "there is no good checkpoint to go back to"
             self.record("stopped", reason=account)
             raise TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
         windows, rollbacks = list(state.skipped_windows), state.rollbacks
-        for path in list_checkpoints(self.run.run_dir):
-            if path.name > place.name:  # within the series that failed
-                delete_folder(path)
+        for path in abandoned:
+            delete_folder(path)
         load_training_state(state, place)
         window = (state.tokens_seen, skips.tokens_seen)
         state.skipped_windows = [w for w in windows if not window[0] <= w[0] < window[1]] + [window]
@@ -306,7 +330,7 @@ class _Session:
         with contextlib.suppress(OSError):
             self.saver.wait()
         try:
-            self.saver.save(self.state, wait=True)
+            self.saver.save(self.state, wait=True, is_scheduled=False)
         except OSError as error:
             return f"{account}, and step {self.state.step} could not be saved: {error}"
         return f"{account}; {self.saved()}"
@@ -336,7 +360,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    signs = ("can't allocate memory", "out of memory", "could not create a primitive", "could not create a memory")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -32,7 +32,12 @@ class JsonLines:
         self._open()
 
     def _open(self) -> None:
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._file = open(self._path, "a+b", buffering=0)  # noqa: SIM115 (closed by close)
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":  # a process died within a line
+                self._file.write(b"\n")
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line; nothing is written yet."""
@@ -41,13 +46,13 @@ class JsonLines:
         self._unwritten += json.dumps(plain).encode() + b"\n"
 
     def write(self) -> None:
-        """Write what was added.
+        """Write what was added. A file that was removed or replaced meanwhile is restored; another's is kept beside it.
 
         Raises:
-            OSError: where it cannot be written, or the file is not there any more; nothing added is lost.
+            OSError: where it cannot be written, or its folder is not there any more; nothing added is lost.
         """
         if not self._path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
-            raise FileNotFoundError(errno.ENOENT, "removed or replaced while in use", str(self._path))
+            self._restore()
         size = os.fstat(self._file.fileno()).st_size
         rest = memoryview(self._unwritten)
         try:
@@ -57,6 +62,18 @@ class JsonLines:
             os.truncate(self._file.fileno(), size)
             raise
         self._unwritten = b""
+
+    def _restore(self) -> None:
+        """Write the file anew from the one that is open, which has no name any more."""
+        self._file.seek(0)
+        content = self._file.read()
+        if self._path.exists():
+            self._path.rename(self._path.with_name(f"{self._path.name}.replaced-{time.time_ns()}"))
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path.parent))
+        replace_file(self._path, content.decode("utf-8", errors="replace"))
+        self._file.close()
+        self._open()
 
     def sync(self) -> None:
         """Write what was added and force it to the disk.

@@ -22,7 +22,7 @@ def refuse_existing_run(run_dir: Path) -> None:
     Raises:
         InputError: where the folder holds a run.
     """
-    if (run_dir / "config.yaml").exists() or list_checkpoints(run_dir):
+    if (run_dir / "metrics.jsonl").exists() or list_checkpoints(run_dir):
         raise InputError(
             f"{run_dir} already holds a run; continue it with --resume, or choose another --run-dir (or delete it)"
         )
@@ -69,6 +69,33 @@ def open_run_folder(
         replace_file(run_dir / "config.yaml", to_yaml(facts.config))
         replace_file(run_dir / "tokenizer.json", facts.tokenizer.to_json())
         yield
+
+
+def check_not_in_use(run_dir: Path) -> None:
+    """Check that no other process trains in the folder.
+
+    Raises:
+        InputError: where one does.
+    """
+    if (run_dir / ".lock").exists():
+        with hold(run_dir):
+            pass
+
+
+def check_checkpoints_are_there(run_dir: Path) -> None:
+    """Check that a run without checkpoints never had one: it would be started over, and its metrics lost.
+
+    Raises:
+        InputError: where events.jsonl says that it had.
+    """
+    events = run_dir / "events.jsonl"
+    if not list_checkpoints(run_dir) and events.is_file():
+        text = events.read_text(encoding="utf-8", errors="replace")
+        if '"kind": "first_checkpoint"' in text or '"kind": "resume"' in text:
+            raise InputError(
+                f"{run_dir} had checkpoints, and now {run_dir / 'checkpoints'} has none; put them back, or start anew "
+                "with another --run-dir"
+            )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from moe_gpt.train.checkpoint_store import Damaged, find_good_checkpoint
 from moe_gpt.train.evaluation import Evaluator
 from moe_gpt.train.initial_weights import InitialWeights, check_fits, open_initial_weights
 from moe_gpt.train.optimizer import build_optimizer
-from moe_gpt.train.run_folder import check_writable, refuse_existing_run
+from moe_gpt.train.run_folder import check_checkpoints_are_there, check_not_in_use, check_writable, refuse_existing_run
 from moe_gpt.train.schedule import Schedule
 from moe_gpt.train.step import TrainState
 from moe_gpt.validation import InputError
@@ -86,6 +86,8 @@ def set_up_run(
     if not resume:
         refuse_existing_run(run_dir)
     check_writable(run_dir)
+    check_not_in_use(run_dir)
+    check_checkpoints_are_there(run_dir)
     saved, damaged = _newest_good_checkpoint(run_dir, say)
     initial = open_initial_weights(init_from, config.model.max_seq_len) if init_from and not saved else None
     tokenizer, vocab_size = None, None

@@ -8,7 +8,7 @@ import json
 import pytest
 from small_runs import change, run_training
 
-from moe_gpt.config import RunConfig
+from moe_gpt.config import RunConfig, StageConfig
 from moe_gpt.train import changes
 from moe_gpt.train.changes import check_changes, find_changes
 from moe_gpt.train.checkpoint import RunFacts, read_state, resolve_checkpoint
@@ -62,8 +62,28 @@ def test_refusal_names_everything_and_the_flag():
         check_changes(find_changes(RunConfig(), state(), facts(wanted)), ["train"], print)
     lines = str(caught.value).splitlines()
     assert "optimizer.lr was 0.003 and is now 0.0001" in lines
-    assert "--allow-changes optimizer.lr;" in lines[-1]
+    assert "--allow-changes train,optimizer.lr;" in lines[-1]
     assert not any("seed" in line for line in lines)
+
+
+def test_shape_and_tokenizer_cannot_change_whatever_is_allowed():
+    """The weights would not fit; the error does not suggest a flag that cannot help."""
+    wanted = change(RunConfig(), "model", n_layers=3, d_ff=48)
+    with pytest.raises(InputError) as caught:
+        check_changes(find_changes(RunConfig(), state(), facts(wanted)), ["model"], print)
+    assert "model.n_layers was 4 and is now 3" in str(caught.value)
+    assert "cannot change within a run; or start a new run with --init-from" in str(caught.value)
+    assert "--allow-changes" not in str(caught.value)
+
+
+def test_entries_of_a_list_are_allowed_by_the_list():
+    """Stages that come and go have no values of their own to allow."""
+    stages = (StageConfig(until_tokens=512, seq_len=256, batch_tokens=512), StageConfig(seq_len=256, batch_tokens=512))
+    wanted = change(RunConfig(), "schedule", stages=stages)
+    found = find_changes(RunConfig(), state(), facts(wanted))
+    with pytest.raises(InputError, match="--allow-changes schedule.stages;"):
+        check_changes(found, [], print)
+    assert check_changes(found, ["schedule.stages"], lambda text: None)
 
 
 def test_what_is_allowed_in_vain_is_said():

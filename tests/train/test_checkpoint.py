@@ -166,7 +166,7 @@ def test_renamed_checkpoint_is_named(tmp_path):
     state, facts = make_run()
     path = save_checkpoint(tmp_path, state, facts)
     path = path.rename(path.with_name("step_00000099"))
-    with pytest.raises(InputError, match=r"state\.json is of step 1; the folder was renamed"):
+    with pytest.raises(InputError, match=r"state\.json is of step 1; if the folder was renamed, call it step_00000001"):
         checkpoint.verify_checkpoint(path)
 
 

@@ -29,28 +29,6 @@ class Listening(Silent):
         self.warnings.append(text)
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Make the loss infinite for every batch that has a token of the stream in one of the given ranges."""
-    bad: list[range] = []
-    real = loop.train_step
-
-    def train_step(state, micro_batches, plan, config, precision):
-        tokens = range(state.tokens_seen, state.tokens_seen + plan.batch_tokens)
-        if any(tokens.start < window.stop and window.start < tokens.stop for window in bad):
-            with torch.no_grad():
-                kept = state.model.final_norm.weight[0].clone()
-                state.model.final_norm.weight[0] = math.inf
-            result = real(state, micro_batches, plan, config, precision)
-            with torch.no_grad():
-                state.model.final_norm.weight[0] = kept
-            return result
-        return real(state, micro_batches, plan, config, precision)
-
-    monkeypatch.setattr(loop, "train_step", train_step)
-    return bad
-
-
 def events(run_dir) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 

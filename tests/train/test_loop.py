@@ -334,3 +334,19 @@ def test_run_with_documents_kept_apart(small_config, tmp_path):
     n_ends = int((rows.inputs == run.data.tokenizer.end_of_text_id).sum())
     assert n_ends > 0
     assert apart.n_tokens == joined.n_tokens - n_ends
+
+
+def test_resume_of_a_run_in_training_says_that_it_is_in_use(small_config, tmp_path):
+    """Before anything in the folder is read."""
+    run, _ = run_training(small_config, tmp_path, max_steps=2)
+    with (
+        open_run_folder(tmp_path, run.facts, list_checkpoints(tmp_path)[-1]),
+        pytest.raises(InputError, match="is in use by another training process"),
+    ):
+        set_up_run(small_config, tmp_path, CPU, resume=True)
+
+
+def test_start_that_failed_early_does_not_block_the_next(small_config, tmp_path):
+    """A folder with a config and nothing else holds no run."""
+    (tmp_path / "config.yaml").write_text("model: {}")
+    assert run_training(small_config, tmp_path, max_steps=1)[1] == "max_steps"

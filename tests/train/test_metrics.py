@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import pytest
@@ -109,18 +110,39 @@ def test_full_disk_cuts_no_line_and_loses_none(tmp_path, monkeypatch):
     log.close()
 
 
-def test_file_that_was_removed_is_an_error(tmp_path):
-    """Lines would go into a file that has no name any more."""
-    path = tmp_path / "x.jsonl"
+def test_file_that_was_removed_or_replaced_is_restored(tmp_path):
+    """From what is still open; what somebody else wrote is kept beside it. Without its folder it is an error."""
+    path = tmp_path / "folder" / "x.jsonl"
+    path.parent.mkdir()
     log = JsonLines(path)
-    path.unlink()
-    log.append({"step": 1})
-    with pytest.raises(FileNotFoundError, match="removed or replaced"):
+    for step in (1, 2, 3):
+        log.append({"step": step})
         log.write()
-    path.write_text("someone else's")
-    with pytest.raises(FileNotFoundError, match="removed or replaced"):
+        if step < 3:
+            path.unlink()
+        if step == 2:  # as an editor does
+            path.write_text("someone else's")
+    log.append({"step": 4})
+    log.write()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+    (other,) = path.parent.glob("x.jsonl.replaced-*")
+    assert other.read_text() == "someone else's"
+    shutil.rmtree(path.parent)
+    log.append({"step": 5})
+    with pytest.raises(FileNotFoundError):
         log.write()
     log.close()
+
+
+def test_line_that_was_cut_off_does_not_spoil_the_next(tmp_path):
+    """A process died within a line of an event."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    log = JsonLines(path)
+    log.append({"step": 2})
+    log.write()
+    log.close()
+    assert path.read_text().splitlines()[-1] == '{"step": 2}'
 
 
 def test_scores_of_a_step(tmp_path):

@@ -17,6 +17,7 @@ from moe_gpt.data import prepare
 from moe_gpt.train import checkpoint, loop, metrics
 from moe_gpt.train.checkpoint import list_checkpoints, load_model
 from moe_gpt.train.faults import TrainingStopped
+from moe_gpt.validation import InputError
 
 
 def weights(run_dir) -> bytes:
@@ -204,3 +205,70 @@ def test_events_have_a_time_a_kind_and_a_step(small_config, tmp_path):
     run_training(small_config, tmp_path, max_steps=2)
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert all({"time", "kind", "step"} <= line.keys() for line in lines)
+
+
+def test_metrics_that_somebody_removed_come_back(small_config, tmp_path):
+    """Deleted in mid-run, the file is written anew, whole; saving goes on."""
+    run_training(small_config, tmp_path / "plain")
+
+    class Removing(Listening):
+        def progress(self, tokens_seen, line):
+            if line["step"] == 9:
+                (tmp_path / "run" / "metrics.jsonl").unlink()
+
+    run, outcome = run_training(small_config, tmp_path / "run", Removing())
+    assert outcome == "finished"
+    assert [line["step"] for line in steps(tmp_path / "run")] == list(range(1, run.state.step + 1))
+    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
+
+
+def test_metrics_with_holes_are_said_at_resume(small_config, tmp_path):
+    """The run goes on; what is missing is counted."""
+    run_training(small_config, tmp_path, max_steps=6)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"step": 3,' not in line) + "\n")
+    display = Listening()
+    run_training(small_config, tmp_path, display, resume=True, max_steps=8)
+    assert display.warnings == ["metrics.jsonl lacks 1 of the 6 steps that were done; the run goes on"]
+
+
+def test_run_whose_checkpoints_vanished_is_not_started_over(small_config, tmp_path):
+    """events.jsonl knows that there were some; a run that never saved one does start over."""
+    config = change(small_config, "checkpoint", every_steps=2)
+    run_training(config, tmp_path / "run", max_steps=9)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="had checkpoints, and now .*checkpoints has none; put them back"):
+        run_training(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "events.jsonl").write_text('{"kind": "start"}\n')
+    assert run_training(config, tmp_path / "young", resume=True, max_steps=1)[1] == "max_steps"
+
+
+def test_way_back_survives_another_interval(small_config, tmp_path, poison):
+    """What was scheduled when it was saved stays a place to go back to."""
+    config = change(change(small_config, "checkpoint", every_steps=4), "faults", max_skips_in_a_row=2)
+    run_training(config, tmp_path, max_steps=8)
+    poison.append(range(2000, 2500))
+    run, outcome = run_training(change(config, "checkpoint", every_steps=100), tmp_path, resume=True)
+    assert outcome == "finished"
+    assert run.state.rollbacks > 0
+
+
+def test_stopped_run_leaves_metrics_and_the_good_checkpoint(small_config, tmp_path, poison):
+    """Every step that was done has its line and its event; what was saved within the series is set aside."""
+    config = change(change(small_config, "checkpoint", every_steps=1, keep_last=2), "train", log_every_steps=1)
+    config = change(config, "faults", max_skips_in_a_row=3, max_rollbacks=0)
+    poison.append(range(1000, 10**9))
+    with pytest.raises(
+        TrainingStopped, match="3 steps in a row not finite, up to step 10.*the newest checkpoint is .*07"
+    ):
+        run_training(config, tmp_path)
+    lines = steps(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert sum(event["kind"] == "non_finite_step" for event in events(tmp_path)) == 3
+    poison.clear()
+    run, outcome = run_training(config, tmp_path, resume=True)
+    assert outcome == "finished"
+    assert run.state.rollbacks == 0
