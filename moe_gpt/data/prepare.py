@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from moe_gpt.data.corpus import describe_origin, iterate_documents
 from moe_gpt.data.fill_in_the_middle import FillInTheMiddle
 from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
-from moe_gpt.durable import delete_leftovers, replace_file
+from moe_gpt.durable import delete_leftovers, read_facts, replace_file
 from moe_gpt.validation import InputError
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
@@ -88,12 +90,19 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
         _TOKENIZER_SAMPLE_BYTES,
     )
     path = cache / "tokenizers" / f"{key}.json"
-    if not path.is_file():
+    digest_path = path.with_suffix(".sha256")
+    if not (path.is_file() and digest_path.is_file()):
         say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
-        tokenizer = train_tokenizer(
-            _training_texts(config), wanted.vocab_size, wanted.end_of_text, wanted.special_tokens
-        )
+        with _interruptible():
+            tokenizer = train_tokenizer(
+                _training_texts(config), wanted.vocab_size, wanted.end_of_text, wanted.special_tokens
+            )
         replace_file(path, tokenizer.to_json())
+        replace_file(digest_path, read_facts(path).sha256)
+    if read_facts(path).sha256 != digest_path.read_text(encoding="utf-8"):
+        raise InputError(
+            f"{path} is not the tokenizer that was trained: its SHA-256 differs; delete it to train it again"
+        )
     tokenizer = Tokenizer.load(path, wanted.end_of_text)
     if tokenizer.vocab_size < wanted.vocab_size:
         say(
@@ -153,6 +162,19 @@ def _obtain_source(
 
 def _origin(source: SourceConfig) -> dict[str, Any]:
     return {**describe_origin(source), "python": platform.python_version() if source.builtin else None}
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT end the process at once: inside the library that trains tokenizers Python does not hear of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @contextlib.contextmanager

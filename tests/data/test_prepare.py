@@ -296,3 +296,15 @@ def test_damaged_tokens_are_not_used():
     path.write_bytes(content[:-2])
     with pytest.raises(InputError, match=r"train\.bin has [\d,]+ bytes, written were"):
         prepare_data(unchecked, say=lambda text: None)
+
+
+def test_changed_tokenizer_in_the_cache_is_not_used():
+    """A tokenizer that works but is not the one that was trained."""
+    write_texts("prose")
+    prepare_data(config_of("prose"), say=lambda text: None)
+    (path,) = Path("cache/tokenizers").glob("*.json")
+    path.write_text(path.read_text().replace('"<|endoftext|>"', '"<|endoftext|>" '))
+    with pytest.raises(InputError, match=f"{path} is not the tokenizer that was trained.*delete it"):
+        prepare_data(config_of("prose"), say=lambda text: None)
+    path.unlink()
+    prepare_data(config_of("prose"), say=lambda text: None)
