@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import yaml
