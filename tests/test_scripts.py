@@ -136,6 +136,8 @@ def test_export_then_generate_gives_the_same_text(run_dir, tmp_path):
     assert texts[0] == texts[1]
     card = (tmp_path / "a" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
+    assert "A mixture-of-experts (4 per layer, top-2) decoder of " in card
+    assert "decoder decoder" not in card
     scores = next(json.loads(s) for s in reversed((run_dir / "metrics.jsonl").read_text().splitlines()) if "val/" in s)
     assert f"| code | {scores['val/code/ce_loss']:.4f} |" in card
     assert str(run_dir.parent) not in card  # nobody's folders are published

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_gpt.device import Precision, autocast
 from moe_gpt.model.attention import KVCache
-from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.validation import AtMostOne, CountOrZero, InputError, NonNegative, Section
 
 
@@ -79,9 +79,7 @@ def generate(
     dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype
     cache = KVCache(model.config, 1, capacity, device, dtype)
     tokens = torch.tensor([list(prompt)], device=device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for _ in range(capacity - len(prompt)):
             with autocast(device, precision):
                 logits = model(tokens, cache=cache).logits[0, -1]
@@ -91,5 +89,3 @@ def generate(
                 return
             yield token
             tokens = torch.tensor([[token]], device=device)
-    finally:
-        model.train(was_training)

@@ -47,9 +47,7 @@ def _body(name: str, training: Training, dtype: str) -> Iterator[str]:
     config = training.config
     model = config.model
     counts = count_parameters(dataclasses.replace(model, attention_sharing=1))  # written once for each layer
-    kind = (
-        "dense decoder" if model.is_dense else f"decoder with {model.n_experts} experts per layer (top-{model.top_k})"
-    )
+    kind = "dense" if model.is_dense else f"mixture-of-experts ({model.n_experts} per layer, top-{model.top_k})"
     yield f"# {name}\n"
     yield (
         f"A {kind} decoder of {counts.total:,} parameters, {counts.active:,} of them used for a token, trained with "

@@ -7,8 +7,9 @@ compilation, checkpointing and parallelism are applied from outside.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,17 @@ class Block(nn.Module):
         else:
             y, stats = self.feed_forward(normed), None
         return x + y, stats
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while, and back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

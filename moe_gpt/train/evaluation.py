@@ -17,7 +17,7 @@ from moe_gpt.data.stream import Batch, ValidationRows, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.device import Precision, autocast
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
-from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.train.step import MicroBatch, split_batch
 from moe_gpt.validation import InputError
 
@@ -74,12 +74,8 @@ class Evaluator:
 
     def __call__(self, model: MoEGPT, precision: Precision) -> dict[str, Score]:
         """Return each source's score. The model's mode and all random generators are left as they were."""
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             return {name: self._score(model, rows, precision) for name, rows in self._rows.items()}
-        finally:
-            model.train(was_training)
 
     @torch.inference_mode()
     def by_position(self, model: MoEGPT, precision: Precision) -> dict[str, list[PositionScore]]:
@@ -87,26 +83,24 @@ class Evaluator:
 
         In a model that uses its context, later positions are predicted better.
         """
-        was_training, scores = model.training, {}
-        model.eval()
-        for name, rows in self._rows.items():
-            nats = np.zeros(rows.inputs.shape[1])
-            counts = np.zeros(rows.inputs.shape[1])
-            for batch in self._micro_batches(rows, model.embedding.weight.device):
-                with autocast(batch.inputs.device, precision):
-                    logits = model(batch.inputs, document_ids=batch.document_ids).logits
-                losses = F.cross_entropy(
-                    logits.float().transpose(1, 2), batch.targets, reduction="none", ignore_index=IGNORED_TARGET
-                )
-                nats += losses.sum(dim=0).double().cpu().numpy()
-                counts += (batch.targets != IGNORED_TARGET).sum(dim=0).cpu().numpy()
-            edges = [0, *(64 << i for i in range(40) if 64 << i < len(nats)), len(nats)]
-            scores[name] = [
-                PositionScore(start, end, float(nats[start:end].sum() / max(1, counts[start:end].sum())))
-                for start, end in zip(edges, edges[1:], strict=False)
-            ]
-        model.train(was_training)
-        return scores
+        with evaluating(model):
+            return {name: self._score_positions(model, rows, precision) for name, rows in self._rows.items()}
+
+    def _score_positions(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> list[PositionScore]:
+        nats, counts = np.zeros(rows.inputs.shape[1]), np.zeros(rows.inputs.shape[1])
+        for batch in self._micro_batches(rows, model.embedding.weight.device):
+            with autocast(batch.inputs.device, precision):
+                logits = model(batch.inputs, document_ids=batch.document_ids).logits
+            losses = F.cross_entropy(
+                logits.float().transpose(1, 2), batch.targets, reduction="none", ignore_index=IGNORED_TARGET
+            )
+            nats += losses.sum(dim=0).double().cpu().numpy()
+            counts += (batch.targets != IGNORED_TARGET).sum(dim=0).cpu().numpy()
+        edges = [0, *(64 << i for i in range(40) if 64 << i < len(nats)), len(nats)]
+        return [
+            PositionScore(start, end, float(nats[start:end].sum() / max(1, counts[start:end].sum())))
+            for start, end in zip(edges, edges[1:], strict=False)
+        ]
 
     def _micro_batches(self, rows: ValidationRows, device: torch.device) -> list[MicroBatch]:
         return split_batch(Batch(rows.inputs, rows.targets), self._batch_tokens, device, self._end)
@@ -123,7 +117,7 @@ class Evaluator:
             scored = batch.targets[batch.targets != IGNORED_TARGET].cpu().numpy()
             n_tokens, n_bytes = n_tokens + len(scored), n_bytes + int(self._token_bytes[scored].sum())
         total = float(nats)
-        return Score(total / n_tokens, total / math.log(2) / max(1, n_bytes), int(np.int64(n_tokens)))
+        return Score(total / n_tokens, total / math.log(2) / max(1, n_bytes), n_tokens)
 
 
 @torch.inference_mode()
@@ -156,9 +150,7 @@ def score_documents(
     if not 1 <= stride <= length:
         raise InputError(f"the stride must be from 1 to the model's context of {length} tokens, got {stride}")
     nats, n_tokens, n_bytes = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in _batches(_windows(tokenizer, documents, length, stride), max(1, batch_tokens // length)):
             inputs, targets = (_padded([getattr(window, name) for window in batch]) for name in ("inputs", "targets"))
             with autocast(device, precision):
@@ -166,8 +158,6 @@ def score_documents(
             ce = cross_entropy(logits, targets.to(device))
             nats, n_tokens = nats + float(ce.total), n_tokens + int(ce.n_valid)
             n_bytes += sum(window.n_bytes for window in batch)
-    finally:
-        model.train(was_training)
     if not n_tokens:
         raise InputError("there is no text to score")
     return Score(nats / n_tokens, nats / math.log(2) / n_bytes, n_tokens)
