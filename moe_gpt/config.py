@@ -119,9 +119,13 @@ class TokenizerConfig(Section):
     """The byte-level BPE tokenizer: trained on the sources, or given as a file."""
 
     vocab_size: Count = 4096
-    """Tokens to train, end-of-text and the 256 bytes included; ignored where a file is given."""
+    """Tokens to train, end-of-text and the 256 bytes included; ignored where file or hub is given."""
     file: str | None = None
     """Path of a tokenizer.json to use instead of training one."""
+    hub: str | None = None
+    """Repository on the Hugging Face hub whose tokenizer.json to use instead, such as openai-community/gpt2."""
+    revision: str | None = None
+    """That repository's git revision."""
     end_of_text: str = "<|endoftext|>"
     """The token that ends every document; its id is 0 in a tokenizer that is trained here."""
     special_tokens: tuple[str, ...] = ()
@@ -141,9 +145,14 @@ class TokenizerConfig(Section):
         if len(set(tokens)) < len(tokens) or not all(tokens):
             text = f"special_tokens must differ from each other and from end_of_text, got {list(self.special_tokens)}"
             yield Problem(("special_tokens", "end_of_text"), text)
-        if self.special_tokens and self.file:
-            text = f"special_tokens is for a tokenizer that is trained, got {list(self.special_tokens)} with file"
-            yield Problem(("special_tokens", "file"), text)
+        given = [key for key in ("file", "hub") if getattr(self, key)]
+        if len(given) > 1:
+            yield Problem(("file", "hub"), f"file or hub: give one, got file={self.file!r}, hub={self.hub!r}")
+        if self.special_tokens and given:
+            text = f"special_tokens is for a tokenizer that is trained, got {list(self.special_tokens)} with {given[0]}"
+            yield Problem(("special_tokens", given[0]), text)
+        if self.revision and not self.hub:
+            yield Problem(("revision", "hub"), f"revision is for hub only, got {self.revision!r}; leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,6 +181,8 @@ class SourceConfig(Section):
     """Text made of several columns instead, such as "{question}\\n{answer}"; {{ and }} are braces."""
     min_chars: Count = 1
     """Shorter documents are passed over."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes of files that are not UTF-8: an error, or U+FFFD in their place."""
     deduplicate: Flag = False
     """Read a document only where its exact text has not come before in this source."""
     max_documents: Count | None = None
@@ -214,6 +225,7 @@ class SourceConfig(Section):
         for keys, is_wrong, what in (
             (("subset", "split", "revision", "streaming"), not self.dataset, "for a dataset: source only"),
             (("text_field", "template"), bool(self.builtin), "not for a builtin source"),
+            (("errors",), not self.files, "for a files: source only"),
         ):
             for key in keys if is_wrong else ():
                 if getattr(self, key) != defaults[key]:
@@ -254,12 +266,14 @@ class DataConfig(Section):
         SourceConfig(name="code", builtin="code", epochs=2, prompt="def "),
     )
     """The mixture."""
+    processes: Count | None = None
+    """Processes that tokenise a large source; null is one for each core, at most 16."""
     cache_dir: str | None = None
     """Where tokenised data is kept and found again; null is moe_gpt in the user's cache folder."""
     document_masking: Flag = False
     """Let tokens see their own document only, in training and evaluation; no target then crosses a document's end."""
     verify_tokens: Flag = True
-    """Compare tokenised data with its digest at every start; otherwise only the sizes of its files."""
+    """Compare tokenised data with its digests when it is first read; otherwise only the sizes of its files."""
     validation_fraction: Share = 0.03
     """Share of each source's documents held out, chosen by a hash of the document."""
     validation_tokens: Count = 65_536

@@ -17,8 +17,8 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
+from moe_gpt.data.document import Document
 from moe_gpt.validation import InputError
 
 _LEFT_OUT_FOLDERS = {
@@ -26,13 +26,6 @@ _LEFT_OUT_FOLDERS = {
     "_bundled", "__phello__", "lib-dynload",
 }  # fmt: skip
 _LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
-
-
-class Document(NamedTuple):
-    """One document and the text whose hash decides its side of the train/validation split."""
-
-    text: str
-    split_key: str
 
 
 def source_files() -> list[Path]:

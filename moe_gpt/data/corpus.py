@@ -14,32 +14,50 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe_gpt.config import SourceConfig
-from moe_gpt.data.builtin_corpus import Document, iterate_builtin, source_files
+from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
+from moe_gpt.data.document import Document
 from moe_gpt.validation import InputError, shown
 
 
-def iterate_documents(source: SourceConfig) -> Iterator[Document]:
+@dataclasses.dataclass
+class ReadingProgress:
+    """About how much of a source has been read, from 0 to 1; None where that cannot be told."""
+
+    fraction: float | None = None
+
+
+def iterate_documents(source: SourceConfig, progress: ReadingProgress | None = None) -> Iterator[Document]:
     """Yield a source's documents that are not shorter than ``min_chars``, at most ``max_documents``.
 
     With ``deduplicate`` each text comes once; that keeps 16 bytes of digest for every document.
+
+    Args:
+        source: what to read.
+        progress: kept up to date while reading.
 
     Raises:
         InputError: naming the source and what is wrong with it: no files, no such field, bytes that are not UTF-8,
             a hub that cannot be reached.
     """
+    progress = progress or ReadingProgress()
     if source.builtin:
         documents = iterate_builtin(source.builtin)
     else:
-        documents = (Document(text, text) for text in _iterate_texts(source))
+        documents = (Document(text, text) for text in _iterate_texts(source, progress))
     documents = (document for document in documents if len(document.text) >= source.min_chars)
     if source.deduplicate:
         documents = _without_repeats(documents)
-    yield from itertools.islice(documents, source.max_documents)
+    for index, document in enumerate(itertools.islice(documents, source.max_documents)):
+        if source.max_documents:
+            progress.fraction = max(progress.fraction or 0.0, index / source.max_documents)
+        yield document
 
 
 def _without_repeats(documents: Iterator[Document]) -> Iterator[Document]:
@@ -53,7 +71,7 @@ def _without_repeats(documents: Iterator[Document]) -> Iterator[Document]:
 
 def describe_origin(source: SourceConfig) -> dict[str, Any]:
     """Return what identifies a source's text without reading all of it: for files, their sizes and times too."""
-    keys = ["builtin", "files", "dataset", "subset", "split", "revision", "text_field", "template"]
+    keys = ["builtin", "files", "dataset", "subset", "split", "revision", "text_field", "template", "errors"]
     keys += ["min_chars", "deduplicate", "max_documents", "max_tokens"]
     origin: dict[str, Any] = {key: getattr(source, key) for key in keys}
     origin["stat"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _local_files(source)]
@@ -93,21 +111,63 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
-def _iterate_texts(source: SourceConfig) -> Iterator[str]:
+def _iterate_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:
     if source.dataset:
-        yield from _read_texts(source, _open_hub(source), f"dataset {source.dataset}")
+        yield from _dataset_texts(source, progress)
         return
-    for path in expand_files(source):
-        if "::" in str(path):
-            raise InputError(f"source {source.name}: a path must not contain '::', got {path}; rename the file")
-        if path.stat().st_size == 0:
-            continue
-        builder = _builder_for(source, path)
-        if builder == "text":
-            source_of_text = dataclasses.replace(source, text_field="text", template=None)
-            yield from _read_texts(source_of_text, _file_rows(builder, path, ("text",)), str(path))
-        else:
-            yield from _read_texts(source, _file_rows(builder, path, _columns(source)), str(path))
+    paths = expand_files(source)
+    sizes = [path.stat().st_size for path in paths]
+    n_chars, bytes_per_char = 0, 1 / 3 if paths[0].suffix.lower() in _COMPRESSED else 1.0
+    for index, path in enumerate(paths):
+        n_finished, n_chars_before = sum(sizes[:index]), n_chars
+        for text in _file_texts(source, path) if sizes[index] else ():
+            yield text
+            n_chars += len(text)
+            read = min(sizes[index], (n_chars - n_chars_before) * bytes_per_char)
+            progress.fraction = (n_finished + read) / sum(sizes)
+        bytes_per_char = sum(sizes[: index + 1]) / n_chars if n_chars else bytes_per_char
+
+
+def _dataset_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:
+    dataset = _open_hub(source)
+    try:
+        n_rows = len(dataset)
+    except TypeError:  # a streamed one; the hub may know
+        n_rows = getattr((dataset.info.splits or {}).get(source.split), "num_examples", None) or 0
+
+    def rows() -> Iterator[Any]:
+        for index, row in enumerate(dataset):
+            progress.fraction = min(1.0, index / n_rows) if n_rows else None
+            yield row
+
+    yield from _read_texts(source, rows(), f"dataset {source.dataset}")
+
+
+def _file_texts(source: SourceConfig, path: Path) -> Iterator[str]:
+    if "::" in str(path):
+        raise InputError(f"source {source.name}: a path must not contain '::', got {path}; rename the file")
+    builder = _builder_for(source, path)
+    if builder == "text":
+        source = dataclasses.replace(source, text_field="text", template=None)
+    with contextlib.ExitStack() as stack:
+        readable = path
+        if source.errors == "replace" and builder != "parquet":
+            readable = stack.enter_context(_with_bytes_replaced(path))
+        yield from _read_texts(source, _file_rows(builder, readable, _columns(source)), str(path))
+
+
+@contextlib.contextmanager
+def _with_bytes_replaced(path: Path) -> Iterator[Path]:
+    """Make a temporary copy that is UTF-8, uncompressed: not every reader of datasets can replace bytes itself."""
+    import fsspec
+
+    name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / name
+        opened = fsspec.open(str(path), "rt", compression="infer", encoding="utf-8", errors="replace", newline="")
+        with opened as original, open(copy, "w", encoding="utf-8", newline="") as written:
+            shutil.copyfileobj(original, written)
+        yield copy
 
 
 def _builder_for(source: SourceConfig, path: Path) -> str:
@@ -189,7 +249,9 @@ def _reading_failure(error: BaseException, row_number: int, where: str) -> str:
             found = _undecodable(Path(where)) or [(cause.start, cause.object[cause.start])]
             (position, byte), more = found[0], len(found) - 1
             others = f", and {more:,} more such bytes" if more else ""
-            return f"not UTF-8 text: byte {byte:#04x} at position {position}{others}; convert the file"
+            return (
+                f"not UTF-8 text: byte {byte:#04x} at position {position}{others}; convert it, or set errors: replace"
+            )
         cause = cause.__cause__ or cause.__context__
     return f"could not be read after row {row_number}: {_one_line(error)}"
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import random
 
+import numpy as np
+
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.validation import InputError
 
@@ -38,7 +40,7 @@ class FillInTheMiddle:
             )
         self._tokenizer, self._ids, self._rate, self._spm_rate = tokenizer, ids, rate, spm_rate
 
-    def __call__(self, text: str) -> list[int] | None:
+    def __call__(self, text: str) -> np.ndarray | None:
         """Return the ids of the rearranged document, or None for one that stays as it is.
 
         PSM is <PRE> prefix <SUF> suffix <MID> middle; SPM is <PRE> <SUF> suffix <MID> prefix middle.
@@ -47,8 +49,8 @@ class FillInTheMiddle:
         if rng.random() >= self._rate:
             return None
         first, second = sorted(rng.randint(0, len(text)) for _ in range(2))
-        prefix, middle, suffix = self._tokenizer.encode_batch([text[:first], text[first:second], text[second:]])
+        prefix, middle, suffix = self._tokenizer.encode_arrays([text[:first], text[first:second], text[second:]])
         pre, mid, suf = (self._ids[token] for token in (PREFIX, MIDDLE, SUFFIX))
         if rng.random() < self._spm_rate:
-            return [pre, suf, *suffix, mid, *prefix, *middle]
-        return [pre, *prefix, suf, *suffix, mid, *middle]
+            return np.concatenate([[pre, suf], suffix, [mid], prefix, middle]).astype(np.uint32)
+        return np.concatenate([[pre], prefix, [suf], suffix, [mid], middle]).astype(np.uint32)

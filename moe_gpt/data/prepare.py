@@ -8,19 +8,19 @@ import json
 import os
 import platform
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-from tqdm import tqdm
 
 from moe_gpt.config import DataConfig, SourceConfig
-from moe_gpt.data.corpus import describe_origin, iterate_documents
-from moe_gpt.data.fill_in_the_middle import FillInTheMiddle
-from moe_gpt.data.token_store import FORMAT_VERSION, TokenStore, build_store, is_held_out, verify_store
+from moe_gpt.data.corpus import ReadingProgress, describe_origin, iterate_documents
+from moe_gpt.data.document import is_held_out
+from moe_gpt.data.encode import Encoder, encode_documents
+from moe_gpt.data.progress import show_progress
+from moe_gpt.data.token_store import FORMAT_VERSION, SPLITS, TokenStore, build_store, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
 from moe_gpt.durable import delete_leftovers, read_facts, replace_file
 from moe_gpt.validation import InputError
@@ -81,6 +81,8 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     wanted = config.tokenizer
     if wanted.file:
         return Tokenizer.load(wanted.file, wanted.end_of_text)
+    if wanted.hub:
+        return Tokenizer.from_hub(wanted.hub, wanted.revision, wanted.end_of_text)
     key = _fingerprint(
         [_origin(source) for source in config.sources],
         wanted.vocab_size,
@@ -144,20 +146,24 @@ def _obtain_source(
         with _only_process(cache / "locks" / f"{folder.name}.lock", f"tokenising {source.name}", say):
             if not folder.is_dir():  # another process may have finished it meanwhile
                 delete_leftovers(folder.parent, folder.name)
-                say(f"tokenising {source.name}")
-                with _progress(source.name) as report:
-                    build_store(
-                        source.name,
-                        iterate_documents(source),
-                        tokenizer,
-                        folder,
-                        config.validation_fraction,
-                        source.max_tokens,
-                        report,
-                        FillInTheMiddle(tokenizer, source.fim_rate, source.fim_spm_rate) if source.fim_rate else None,
-                    )
-    verify_store(folder, read_all=config.verify_tokens)
-    return PreparedSource(source, TokenStore(folder, "train"), TokenStore(folder, "validation"))
+                _tokenise(source, config, tokenizer, folder, say)
+    verify_store(folder)
+    train, validation = (TokenStore(folder, split, check=config.verify_tokens) for split in SPLITS)
+    return PreparedSource(source, train, validation)
+
+
+def _tokenise(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]
+) -> None:
+    say(f"tokenising {source.name}")
+    encoder = Encoder(tokenizer, config.validation_fraction, source.fim_rate, source.fim_spm_rate)
+    reading = ReadingProgress()
+    documents = iterate_documents(source, reading)
+    with (
+        contextlib.closing(encode_documents(documents, encoder, config.processes, say)) as encoded,
+        show_progress(source, reading, say) as report,
+    ):
+        build_store(source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report)
 
 
 def _origin(source: SourceConfig) -> dict[str, Any]:
@@ -191,18 +197,6 @@ def _only_process(lock_file: Path, what: str, say: Callable[[str], None]) -> Ite
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show documents and tokens while a terminal is watching."""
-    with tqdm(desc=name, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
-
-        def report(n_documents: int, n_tokens: int) -> None:
-            bar.update(n_tokens - bar.n)
-            bar.set_postfix(documents=n_documents)
-
-        yield report
 
 
 def _fingerprint(*parts: Any) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,11 +28,19 @@ _ONE = 1 << 32
 _FEISTEL_ROUNDS = 6
 
 
+class Tokens(Protocol):
+    """Token ids that can be read by slice or by an array of positions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: Any) -> np.ndarray: ...
+
+
 class Text(Protocol):
     """What the stream needs of a token store."""
 
     @property
-    def tokens(self) -> np.ndarray:
+    def tokens(self) -> Tokens:
         """All token ids, in order."""
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -104,10 +112,22 @@ class TrainingStream:
         remaining = [sum(shares[i:]) for i in range(len(shares))]
         self._numerators = [round(_ONE * share / rest) for share, rest in zip(shares, remaining, strict=True)]
 
-    def batch(self, tokens_seen: int, seq_len: int, batch_tokens: int) -> Batch:
-        """Return the next ``batch_tokens`` tokens of the stream as sequences of ``seq_len``, with their targets."""
+    def batch(self, tokens_seen: int, seq_len: int, batch_tokens: int, rank: int = 0, n_ranks: int = 1) -> Batch:
+        """Return the next ``batch_tokens`` tokens of the stream as sequences of ``seq_len``, with their targets.
+
+        Of several data-parallel ranks, each gets its own contiguous part of the sequences; in the order of the ranks
+        the parts are what one alone would get. They differ by at most one sequence.
+
+        Raises:
+            ValueError: where ``batch_tokens`` are not whole sequences, or ``rank`` is not below ``n_ranks``.
+        """
         if batch_tokens % seq_len:
             raise ValueError(f"batch_tokens must be a multiple of seq_len={seq_len}, got {batch_tokens}")
+        if not 0 <= rank < n_ranks:
+            raise ValueError(f"rank must be below n_ranks={n_ranks}, got {rank}")
+        n_sequences = batch_tokens // seq_len
+        first, last = (n_sequences * r // n_ranks for r in (rank, rank + 1))
+        tokens_seen, batch_tokens = tokens_seen + first * seq_len, (last - first) * seq_len
         source, position = self._source_positions(tokens_seen, batch_tokens)
         inputs, targets = np.empty(batch_tokens, np.int64), np.empty(batch_tokens, np.int64)
         for index, text in enumerate(self._texts):
@@ -176,7 +196,7 @@ class ValidationRows(NamedTuple):
     targets: np.ndarray
 
 
-def validation_rows(tokens: np.ndarray, seq_len: int, max_tokens: int) -> ValidationRows:
+def validation_rows(tokens: Tokens, seq_len: int, max_tokens: int) -> ValidationRows:
     """Cut the start of held-out tokens into sequences: at most ``max_tokens``, the same at every evaluation.
 
     Text shorter than one sequence gives one shorter sequence.

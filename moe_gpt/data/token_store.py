@@ -1,8 +1,9 @@
-"""Tokenise once into flat memory-mapped files.
+"""Tokens in flat memory-mapped files, written once.
 
 A source's store is one folder: ``train.bin`` and ``validation.bin`` (token ids, uint16 or uint32, every document
-followed by end-of-text), where the documents end, and ``meta.json``. The folder appears complete or not at all
-(``moe_gpt.durable``), and is compared with its digest before it is used.
+followed by end-of-text), where the documents end, the SHA-256 of each MiB of tokens, and ``meta.json``. The folder
+appears complete or not at all (``moe_gpt.durable``). Each MiB is compared with its digest when something of it is first
+read: so opening a store takes no time, however large it is, and no damaged token is ever used.
 """
 
 from __future__ import annotations
@@ -12,28 +13,86 @@ import io
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from moe_gpt.data.builtin_corpus import Document
+from moe_gpt.data.encode import EncodedDocument
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.durable import complete_folder, write_file
+from moe_gpt.durable import complete_folder, read_facts, write_file
 from moe_gpt.validation import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
-_DOCUMENTS_AT_ONCE = 128
+
+
+_BLOCK_BYTES = 1 << 20
+_ADVICE = "delete that folder to tokenise the source again"
+
+
+class CheckedTokens:
+    """Token ids in a memory-mapped file, read by slice or by an array of positions.
+
+    Args:
+        path: of the file.
+        dtype: of its ids.
+        digests: SHA-256 of each ``_BLOCK_BYTES`` of it, compared when something of the block is first read; None
+            compares nothing.
+    """
+
+    def __init__(self, path: Path, dtype: str, digests: bytes | None = None) -> None:
+        self._path, self._digests = path, digests or b""
+        self._ids = np.memmap(path, dtype=dtype, mode="r")
+        self._block_tokens = _BLOCK_BYTES // self._ids.itemsize
+        self._unchecked = np.ones(len(self._digests) // 32, dtype=bool)
+        self._n_unchecked = len(self._unchecked)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        """Return the ids at the places.
+
+        Raises:
+            InputError: where a block is not what was written.
+        """
+        if self._n_unchecked:
+            self._check(places)
+        return self._ids[places]
+
+    def _check(self, places: slice | np.ndarray) -> None:
+        if isinstance(places, slice):
+            first, last, _ = places.indices(len(self))
+            blocks = np.arange(first // self._block_tokens, -(-last // self._block_tokens) if last > first else 0)
+        else:
+            blocks = np.unique(places // self._block_tokens)
+        for block in blocks[self._unchecked[blocks]].tolist():
+            ids = self._ids[block * self._block_tokens : (block + 1) * self._block_tokens]
+            if hashlib.sha256(ids.data).digest() != self._digests[32 * block : 32 * block + 32]:
+                raise InputError(
+                    f"{self._path}: the tokens from {block * self._block_tokens:,} to "
+                    f"{block * self._block_tokens + len(ids):,} are not those that were written: their SHA-256 "
+                    f"differs; {_ADVICE}"
+                )
+            self._unchecked[block] = False
+            self._n_unchecked -= 1
 
 
 class TokenStore:
-    """The tokens of one split of one source, memory-mapped."""
+    """The tokens of one split of one source, memory-mapped.
 
-    def __init__(self, folder: Path, split: str) -> None:
+    Args:
+        folder: of the store.
+        split: train or validation.
+        check: compare tokens with their digests when they are first read.
+    """
+
+    def __init__(self, folder: Path, split: str, check: bool = True) -> None:
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.tokens = np.memmap(folder / f"{split}.bin", dtype=self.meta["dtype"], mode="r")
+        digests = (folder / f"{split}.sha256").read_bytes() if check else None
+        self.tokens = CheckedTokens(folder / f"{split}.bin", self.meta["dtype"], digests)
         self.document_ends = np.load(folder / f"{split}_ends.npy", mmap_mode="r")
         self.n_bytes: int = self.meta["n_bytes"][split]
 
@@ -52,12 +111,6 @@ class TokenStore:
         return document, position - (int(self.document_ends[document - 1]) if document else 0)
 
 
-def is_held_out(document: Document, validation_fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a hash of its key decides, so it never changes sides."""
-    digest = hashlib.sha256(document.split_key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < validation_fraction * 2**64
-
-
 class _SplitWriter:
     """Appends documents to one split's file."""
 
@@ -71,34 +124,32 @@ class _SplitWriter:
     def n_tokens(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def write(self, ids: list[int], n_bytes: int) -> None:
-        np.array([*ids, self.end_of_text_id], dtype=self.dtype).tofile(self.file)
+    def write(self, ids: np.ndarray, n_bytes: int) -> None:
+        np.append(ids, self.end_of_text_id).astype(self.dtype).tofile(self.file)
         self.ends.append(self.n_tokens + len(ids) + 1)
         self.n_bytes += n_bytes
 
 
 def build_store(
     name: str,
-    documents: Iterable[Document],
+    encoded: Iterable[list[EncodedDocument]],
     tokenizer: Tokenizer,
     folder: Path,
     validation_fraction: float,
     max_tokens: int | None = None,
     report: Callable[[int, int], None] = lambda n_documents, n_tokens: None,
-    rearrange: Callable[[str], list[int] | None] | None = None,
 ) -> None:
-    """Tokenise a source's documents into ``folder``, which must not exist yet.
+    """Write a source's tokens into ``folder``, which must not exist yet.
 
     Args:
         name: the source's name, for errors.
-        documents: in the order in which they are stored.
-        tokenizer: gives the ids and the end of each document.
+        encoded: groups of documents, in the order in which they are stored.
+        tokenizer: of these ids; gives the end of each document.
         folder: appears complete or not at all.
-        validation_fraction: share of documents held out by hash. Where that leaves a split without documents (a
-            single book, say), the last such share of the tokens is held out instead.
+        validation_fraction: where holding out documents left a split without any (a single book, say), the last
+            such share of the tokens is held out instead.
         max_tokens: stop after this many tokens, both splits together.
         report: called with the number of documents and tokens so far.
-        rearrange: returns other ids for a document, or None; training documents only.
 
     Raises:
         InputError: where there are no documents, or too few tokens for two splits.
@@ -107,7 +158,7 @@ def build_store(
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         writers = {split: _SplitWriter(temporary, split, dtype, tokenizer.end_of_text_id) for split in SPLITS}
         try:
-            _write_documents(documents, tokenizer, writers, validation_fraction, max_tokens, report, rearrange)
+            _write_documents(encoded, tokenizer.token_bytes(), writers, max_tokens, report)
             _ensure_both_splits(name, writers, validation_fraction)
             _write_meta(temporary, writers, dtype)
         finally:
@@ -116,38 +167,21 @@ def build_store(
 
 
 def _write_documents(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
+    encoded: Iterable[list[EncodedDocument]],
+    token_bytes: np.ndarray,
     writers: dict[str, _SplitWriter],
-    validation_fraction: float,
     max_tokens: int | None,
     report: Callable[[int, int], None],
-    rearrange: Callable[[str], list[int] | None] | None,
 ) -> None:
-    token_bytes = tokenizer.token_bytes()
-    for group in _in_groups(documents, _DOCUMENTS_AT_ONCE):
-        for document, ids in zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True):
-            split = "validation" if is_held_out(document, validation_fraction) else "train"
-            if rearrange and split == "train":
-                ids = rearrange(document.text) or ids
+    for group in encoded:
+        for ids, is_held_out in group:
             n_tokens = sum(writer.n_tokens for writer in writers.values())
             if max_tokens is not None:
                 if max_tokens - n_tokens < 2:  # a document has a token and its end
                     return
                 ids = ids[: max_tokens - n_tokens - 1]
-            writers[split].write(ids, int(token_bytes[ids].sum()))
+            writers["validation" if is_held_out else "train"].write(ids, int(token_bytes[ids].sum()))
         report(sum(len(w.ends) for w in writers.values()), sum(w.n_tokens for w in writers.values()))
-
-
-def _in_groups(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    group: list[Document] = []
-    for document in documents:
-        group.append(document)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_fraction: float) -> None:
@@ -192,50 +226,49 @@ def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype)
         "n_tokens": {split: writer.n_tokens for split, writer in writers.items()},
         "n_documents": {split: len(writer.ends) for split, writer in writers.items()},
         "n_bytes": {split: writer.n_bytes for split, writer in writers.items()},
-        "digest": _digest(folder),
+        **_digests(folder),
     }
     write_file(folder / "meta.json", [json.dumps(meta, indent=2).encode()])
 
 
-def _digest(folder: Path) -> str:
-    """Return the SHA-256 of both splits' tokens."""
-    digest = hashlib.sha256()
+def _digests(folder: Path) -> dict[str, Any]:
+    """Write the SHA-256 of each block; return that of both splits' tokens, and those of the files with the others."""
+    whole, of_blocks = hashlib.sha256(), {}
     for split in SPLITS:
+        blocks = bytearray()
         with open(folder / f"{split}.bin", "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        digest.update(split.encode())
-    return digest.hexdigest()
+            while block := file.read(_BLOCK_BYTES):
+                whole.update(block)
+                blocks += hashlib.sha256(block).digest()
+        whole.update(split.encode())
+        of_blocks[split] = write_file(folder / f"{split}.sha256", [bytes(blocks)]).sha256
+    return {"digest": whole.hexdigest(), "digest_of_blocks": of_blocks}
 
 
-def verify_store(folder: Path, read_all: bool) -> None:
-    """Check that a store is what was written.
-
-    Args:
-        folder: of the store.
-        read_all: compare the tokens with their digest; otherwise only the files' sizes.
+def verify_store(folder: Path) -> None:
+    """Check that a store's files are complete; its tokens are checked when they are read.
 
     Raises:
         InputError: naming the file that is damaged, and what to do.
     """
-    advice = "delete that folder to tokenise the source again"
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         sizes = {f"{split}.bin": meta["n_tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
         n_ends = {f"{split}_ends.npy": meta["n_documents"][split] for split in SPLITS}
-        wanted = meta["digest"]
+        wanted = {f"{split}.sha256": meta["digest_of_blocks"][split] for split in SPLITS}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{folder}: meta.json cannot be used ({error!r}); {advice}") from None
+        raise InputError(f"{folder}: meta.json cannot be used ({error!r}); {_ADVICE}") from None
     for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if found != size:
-            raise InputError(f"{folder}: {name} has {found:,} bytes, written were {size:,}; {advice}")
+            raise InputError(f"{folder}: {name} has {found:,} bytes, written were {size:,}; {_ADVICE}")
     for name, count in n_ends.items():
         try:
             ends = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{folder}: {name} cannot be used ({error}); {advice}") from None
+            raise InputError(f"{folder}: {name} cannot be used ({error}); {_ADVICE}") from None
         if len(ends) != count:
-            raise InputError(f"{folder}: {name} has {len(ends)} documents, written were {count}; {advice}")
-    if read_all and _digest(folder) != wanted:
-        raise InputError(f"{folder}: the tokens are not those that were written: their SHA-256 differs; {advice}")
+            raise InputError(f"{folder}: {name} has {len(ends)} documents, written were {count}; {_ADVICE}")
+    for name, digest in wanted.items():
+        if not (folder / name).is_file() or read_facts(folder / name).sha256 != digest:
+            raise InputError(f"{folder}: {name} is missing or not what was written; {_ADVICE}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
@@ -19,6 +20,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from moe_gpt.validation import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+_PIECE_CHARS = 1 << 16
+_CHARS_AT_ONCE = 1 << 19
 
 
 class Tokenizer:
@@ -31,8 +34,20 @@ class Tokenizer:
         self._backend.no_truncation()
         end_of_text_id = backend.token_to_id(end_of_text)
         if end_of_text_id is None:
-            raise InputError(f"data.tokenizer.end_of_text must be a token of the tokenizer, got {end_of_text!r}")
+            special = ", ".join(self.special_tokens()) or "none"
+            raise InputError(
+                f"data.tokenizer.end_of_text must be a token of the tokenizer, got {end_of_text!r}; its special "
+                f"tokens: {special}"
+            )
         self.end_of_text, self.end_of_text_id = end_of_text, end_of_text_id
+        self._piece_chars = _PIECE_CHARS if self._may_be_cut_before_spaces() else None
+
+    def __reduce__(self) -> tuple:  # the library's own pickle forgets encode_special_tokens
+        return Tokenizer._from_json, (self.to_json(), self.end_of_text)
+
+    @classmethod
+    def _from_json(cls, text: str, end_of_text: str) -> Tokenizer:
+        return cls(tokenizers.Tokenizer.from_str(text), end_of_text)
 
     @classmethod
     def load(cls, path: str | Path, end_of_text: str = END_OF_TEXT) -> Tokenizer:
@@ -51,6 +66,24 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{path} is not a tokenizer.json: {error}") from None
 
+    @classmethod
+    def from_hub(cls, name: str, revision: str | None = None, end_of_text: str = END_OF_TEXT) -> Tokenizer:
+        """Fetch the ``tokenizer.json`` of a repository on the Hugging Face hub; later calls find it in hub's cache.
+
+        Raises:
+            InputError: where it cannot be had, or has no ``end_of_text`` token.
+        """
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(name, "tokenizer.json", revision=revision)
+        except Exception as error:  # hub has a type for each way of failing, and httpx and others add theirs
+            raise InputError(
+                f"data.tokenizer.hub={name!r} could not be fetched: {' '.join(str(error).split())[:300]}; a "
+                "tokenizer.json on disk works without a network, as data.tokenizer.file"
+            ) from error
+        return cls.load(path, end_of_text)
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids, special tokens included; every id is below it."""
@@ -66,10 +99,43 @@ class Tokenizer:
         Raises:
             InputError: where a text holds half of a surrogate pair, which no UTF-8 can spell.
         """
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode several texts in parallel, as arrays of uint32.
+
+        A long text is encoded piece by piece where that gives the same ids, which bounds the memory: the library
+        keeps some 400 bytes for a token of what it encodes at once.
+
+        Raises:
+            InputError: where a text holds half of a surrogate pair, which no UTF-8 can spell.
+        """
+        pieces: list[str] = []
+        n_pieces = []
         for text in texts:
             if not _is_unicode(text):
                 raise InputError(f"text must be valid Unicode, got a lone surrogate in {ascii(text[:40])}")
-        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            before = len(pieces)
+            pieces.extend(_cut_before_spaces(text, self._piece_chars))
+            n_pieces.append(len(pieces) - before)
+        ids: list[np.ndarray] = []
+        for group in in_groups(pieces, len, _CHARS_AT_ONCE):
+            encoded = self._backend.encode_batch_fast(group, add_special_tokens=False)
+            ids.extend(np.array(item.ids, dtype=np.uint32) for item in encoded)
+        remaining = iter(ids)
+        return [np.concatenate([next(remaining) for _ in range(count)]) for count in n_pieces]
+
+    def _may_be_cut_before_spaces(self) -> bool:
+        """Whether a text may be encoded in pieces that begin with a space: true of GPT-2's byte level.
+
+        Its pre-tokenizer never puts something else and the space after it into one token (its pattern begins words
+        with a space and ends runs of anything before one), and no merge crosses what it has set apart.
+        """
+        spec = json.loads(self._backend.to_str())
+        splits = spec["pre_tokenizer"] or {}
+        is_byte_level = splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
+        whole = [token for token in spec["added_tokens"] if not token["special"]]  # found in text before it is split
+        return bool(is_byte_level and not splits["add_prefix_space"] and spec["normalizer"] is None and not whole)
 
     def template(self) -> tuple[list[int], list[int]]:
         """Return the ids that the tokenizer's own template puts before and after a text, such as Llama's <s>.
@@ -137,6 +203,34 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return the contents of a ``tokenizer.json``."""
         return self._backend.to_str(pretty=True)
+
+
+_Item = TypeVar("_Item")
+
+
+def in_groups(items: Iterable[_Item], size: Callable[[_Item], int], limit: int) -> Iterator[list[_Item]]:
+    """Yield the items in lists that end with the item whose size brings their sum to ``limit``."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= limit:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+_SPACE = re.compile(r"(?<=\S)[ \n]")
+
+
+def _cut_before_spaces(text: str, piece_chars: int | None) -> Iterator[str]:
+    """Yield pieces of at least ``piece_chars`` that all but the first begin with a single space; None: do not cut."""
+    start = 0
+    while piece_chars and (space := _SPACE.search(text, start + piece_chars)):
+        yield text[start : space.start()]
+        start = space.start()
+    yield text[start:]
 
 
 def _is_unicode(text: str) -> bool:

@@ -18,7 +18,7 @@ import zstandard
 
 from moe_gpt.config import SourceConfig
 from moe_gpt.data import corpus
-from moe_gpt.data.corpus import describe_origin, expand_files, iterate_documents
+from moe_gpt.data.corpus import ReadingProgress, describe_origin, expand_files, iterate_documents
 from moe_gpt.validation import InputError
 
 
@@ -208,6 +208,50 @@ def test_bytes_that_are_not_utf8_name_file_and_position(name, before):
     message = failure(files=path)
     assert path in message
     assert f"not UTF-8 text: byte 0xe9 at position {len(before)};" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"caf\xe9 au lait"),
+        ("a.jsonl", b'{"text": "caf\xe9 au lait"}\n'),
+        ("a.csv", b"text,n\ncaf\xe9 au lait,1\n"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9 au lait")),
+    ],
+)
+def test_bytes_that_are_not_utf8_can_be_replaced(name, content):
+    """Where that is asked for, U+FFFD stands in their place; otherwise the error says how to ask."""
+    path = write(name, content)
+    assert "set errors: replace" in failure(files=path)
+    assert texts(files=path, errors="replace") == ["caf\ufffd au lait"]
+
+
+def fractions(**source) -> list[float | None]:
+    """Return how far reading says it is at each document."""
+    progress = ReadingProgress()
+    return [progress.fraction for _ in iterate_documents(SourceConfig(name="mine", **source), progress)]
+
+
+def test_progress_follows_the_files_read():
+    """In share of bytes, also within a file; it never falls and never says more than all."""
+    for i in range(3):
+        write(f"{i}.jsonl", jsonl(*[{"text": "word " * 20}] * 10))
+    write("3.jsonl.gz", gzip.compress(jsonl(*[{"text": "word " * 20}] * 10).encode()))
+    seen = fractions(files="*.jsonl*")
+    assert seen[0] is None
+    assert sorted(seen[1:]) == seen[1:]
+    assert seen[10] == pytest.approx(0.3, abs=0.05)
+    assert seen[-1] <= 1
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_progress_of_a_dataset(streaming):
+    """Follows the rows where their number is known, which it is not of a streamed folder; and max_documents."""
+    write("folder/train.jsonl", jsonl(*[{"text": "word"}] * 10))
+    folder = str(Path.cwd() / "folder")
+    expected = [None] * 10 if streaming else [i / 10 for i in range(10)]
+    assert fractions(dataset=folder, streaming=streaming) == expected
+    assert fractions(dataset=folder, streaming=streaming, max_documents=5)[1:] == [0.2, 0.4, 0.6, 0.8]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import pytest
 
 from moe_gpt.config import DataConfig, SourceConfig, TokenizerConfig
 from moe_gpt.data import prepare
-from moe_gpt.data.builtin_corpus import Document
+from moe_gpt.data.document import Document, is_held_out
 from moe_gpt.data.prepare import default_cache_dir, prepare_data
-from moe_gpt.data.token_store import is_held_out
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.validation import InputError
 
@@ -92,7 +91,7 @@ def test_stores_hold_the_sources_texts():
     write_texts("prose")
     data = prepare_data(config_of("prose"), say=lambda _: None)
     (source,) = data.sources
-    ids = [*source.train.tokens.tolist(), *source.validation.tokens.tolist()]
+    ids = [*source.train.tokens[:].tolist(), *source.validation.tokens[:].tolist()]
     found = data.tokenizer.decode(ids).split("<|endoftext|>")[:-1]
     assert sorted(found) == sorted(path.read_text(encoding="utf-8") for path in Path("prose").iterdir())
 
@@ -281,16 +280,17 @@ def test_two_processes_do_not_tokenise_the_same_source_twice(monkeypatch):
 
 
 def test_damaged_tokens_are_not_used():
-    """A flipped bit in the cache is found at the next start; without the check, a cut is."""
+    """A flipped bit in the cache is found when it is read; without the check, a cut is."""
     write_texts("prose")
     config = config_of("prose")
-    data = prepare_data(config, say=lambda text: None)
-    path = Path(data.sources[0].train.tokens.filename)
+    prepare_data(config, say=lambda text: None)
+    (path,) = Path("cache/tokens").glob("prose-*/train.bin")
     content = bytearray(path.read_bytes())
     content[10] ^= 1
     path.write_bytes(content)
+    damaged = prepare_data(config, say=lambda text: None)
     with pytest.raises(InputError, match="their SHA-256 differs"):
-        prepare_data(config, say=lambda text: None)
+        damaged.sources[0].train.tokens[:100]
     unchecked = dataclasses.replace(config, verify_tokens=False)
     prepare_data(unchecked, say=lambda text: None)
     path.write_bytes(content[:-2])

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
 from moe_gpt.data.stream import TrainingStream, permute, validation_rows
+from moe_gpt.train.schedule import Schedule
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -113,6 +115,54 @@ def test_stream_does_not_depend_on_how_it_is_cut(data, start):
     whole_inputs, whole_targets = read(stream, start, tokens_seen - start)
     np.testing.assert_array_equal(np.concatenate(inputs), whole_inputs)
     np.testing.assert_array_equal(np.concatenate(targets), whole_targets)
+
+
+@law
+@given(st.data(), st.integers(0, 10**9), st.integers(1, 8), st.integers(1, 20), st.integers(1, 9))
+def test_ranks_together_read_what_one_reads(data, start, seq_len, n_sequences, n_ranks):
+    """Put together in their order, the ranks' parts are the batch of one process; no two differ by two sequences."""
+    sizes = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
+    stream = TrainingStream(numbered(*sizes), [1.0 + i for i in range(len(sizes))], data.draw(st.integers(0, 99)), 8)
+    whole = stream.batch(start, seq_len, seq_len * n_sequences)
+    parts = [stream.batch(start, seq_len, seq_len * n_sequences, rank, n_ranks) for rank in range(n_ranks)]
+    np.testing.assert_array_equal(np.concatenate([part.inputs for part in parts]), whole.inputs)
+    np.testing.assert_array_equal(np.concatenate([part.targets for part in parts]), whole.targets)
+    lengths = [len(part.inputs) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@law
+@given(st.data(), st.integers(0, 2**32), st.integers(5, 400), st.floats(0.1, 10))
+def test_whole_run_reads_each_epoch_once_whatever_its_stages_and_ranks(data, seed, n_tokens, weight):
+    """Stages with other lengths, batches, ramps and numbers of ranks leave every pass over every source whole."""
+    stages, end = [], 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        seq_len = data.draw(st.sampled_from([2, 4, 8]))
+        end += 8 * data.draw(st.integers(1, 60))
+        sizes = tuple(seq_len * n for n in data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9))))
+        stages.append(StageConfig(until_tokens=end, seq_len=seq_len, batch_tokens=sizes))
+    schedule = Schedule(ScheduleConfig(stages=tuple(stages)), OptimizerConfig(), 0)
+    stream = TrainingStream(numbered(n_tokens, 40), [weight, 1.0], seed, chunk_tokens=8)
+    tokens_seen, inputs = 0, []
+    while tokens_seen < schedule.total_tokens:
+        plan, n_ranks = schedule.at(tokens_seen), data.draw(st.integers(1, 4))
+        for rank in range(n_ranks):
+            inputs.append(stream.batch(tokens_seen, plan.seq_len, plan.batch_tokens, rank, n_ranks).inputs.ravel())
+        tokens_seen += plan.batch_tokens
+    seen = np.concatenate(inputs)
+    assert len(seen) == end
+    for index, size in enumerate((n_tokens, 40)):
+        mine = seen[seen // 100_000 == index] - 100_000 * index
+        for first in range(0, len(mine), size):
+            one_pass = mine[first : first + size]
+            assert len(set(one_pass.tolist())) == len(one_pass)
+
+
+@pytest.mark.parametrize(("rank", "n_ranks"), [(2, 2), (-1, 2), (0, 0)])
+def test_rank_outside_the_group_is_refused(rank, n_ranks):
+    """Ranks count from 0; the error has both numbers."""
+    with pytest.raises(ValueError, match=f"rank must be below n_ranks={n_ranks}, got {rank}"):
+        TrainingStream(numbered(10), [1.0], 0, 4).batch(0, 2, 4, rank, n_ranks)
 
 
 @law

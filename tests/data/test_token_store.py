@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_gpt.data.builtin_corpus import Document
-from moe_gpt.data.token_store import TokenStore, build_store, is_held_out, verify_store
+from moe_gpt.data.document import Document, is_held_out
+from moe_gpt.data.encode import Encoder, encode_documents
+from moe_gpt.data.token_store import SPLITS, CheckedTokens, TokenStore, build_store, verify_store
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.validation import InputError
 
@@ -39,7 +41,9 @@ def tokens_of(group: list[Document]) -> list[int]:
 
 def build(folder: Path, group, fraction: float = FRACTION, **options) -> tuple[TokenStore, TokenStore]:
     """Build a store and open both of its splits."""
-    build_store("mine", group, options.pop("tokenizer", TOKENIZER), folder, fraction, **options)
+    tokenizer = options.pop("tokenizer", TOKENIZER)
+    encoded = encode_documents(group, Encoder(tokenizer, fraction))
+    build_store("mine", encoded, tokenizer, folder, fraction, **options)
     return TokenStore(folder, "train"), TokenStore(folder, "validation")
 
 
@@ -49,9 +53,9 @@ class WideTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.end_of_text_id = vocab_size, 0
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """Return the numbers that each text spells."""
-        return [[int(word) for word in text.split()] for text in texts]
+        return [np.array([int(word) for word in text.split()], dtype=np.uint32) for text in texts]
 
     def token_bytes(self) -> np.ndarray:
         """Return a length for every id."""
@@ -63,15 +67,15 @@ def test_tokens_are_the_documents_each_followed_by_end_of_text(tmp_path):
     train, validation = build(tmp_path / "store", DOCUMENTS)
     assert len(TRAIN) > 20
     assert len(HELD_OUT) > 5
-    assert train.tokens.tolist() == tokens_of(TRAIN)
-    assert validation.tokens.tolist() == tokens_of(HELD_OUT)
+    assert train.tokens[:].tolist() == tokens_of(TRAIN)
+    assert validation.tokens[:].tolist() == tokens_of(HELD_OUT)
 
 
 def test_many_documents_keep_their_order(tmp_path):
     """More documents than are tokenised at once come out in the order they went in, from any iterable."""
     group = documents(*(f"{i}" for i in range(700)))
     train, _ = build(tmp_path / "store", iter(group))
-    assert train.tokens.tolist() == tokens_of([d for d in group if not is_held_out(d, FRACTION)])
+    assert train.tokens[:].tolist() == tokens_of([d for d in group if not is_held_out(d, FRACTION)])
 
 
 def test_document_ends_and_locate_agree_with_the_documents(tmp_path):
@@ -79,7 +83,7 @@ def test_document_ends_and_locate_agree_with_the_documents(tmp_path):
     train, _ = build(tmp_path / "store", DOCUMENTS)
     expected = [(i, j) for i, d in enumerate(TRAIN) for j in range(len(TOKENIZER.encode(d.text)) + 1)]
     assert [train.locate(position) for position in range(len(train))] == expected
-    assert train.document_ends.tolist() == [i + 1 for i, token in enumerate(train.tokens) if token == END]
+    assert train.document_ends.tolist() == [i + 1 for i, token in enumerate(train.tokens[:]) if token == END]
 
 
 def test_bytes_are_counted_for_each_split(tmp_path):
@@ -114,7 +118,7 @@ def test_max_tokens_stops_with_exactly_so_many(tmp_path, max_tokens):
     for store, group in ((train, TRAIN), (validation, HELD_OUT)):
         whole = len(store) - 1
         assert store.tokens[:whole].tolist() == tokens_of(group)[:whole]
-        assert store.tokens[-1] == END
+        assert store.tokens[-1:] == END
 
 
 def test_max_tokens_above_the_text_changes_nothing(tmp_path):
@@ -133,7 +137,7 @@ def test_bytes_of_a_cut_document_are_those_that_were_kept(tmp_path):
     """Where max_tokens cuts a document, n_bytes counts the text of the tokens that were kept."""
     train, validation = build(tmp_path / "store", DOCUMENTS, max_tokens=100)
     n_bytes = TOKENIZER.token_bytes()
-    assert (train.n_bytes, validation.n_bytes) == (n_bytes[train.tokens].sum(), n_bytes[validation.tokens].sum())
+    assert (train.n_bytes, validation.n_bytes) == (n_bytes[train.tokens[:]].sum(), n_bytes[validation.tokens[:]].sum())
 
 
 @pytest.mark.parametrize("fraction", [0.03, 0.3])
@@ -143,7 +147,7 @@ def test_documents_all_on_one_side_are_split_by_position(tmp_path, texts, fracti
     group = documents(*texts)
     assert len({is_held_out(document, fraction) for document in group}) == 1
     train, validation = build(tmp_path / "store", group, fraction)
-    assert train.tokens.tolist() + validation.tokens.tolist() == tokens_of(group)
+    assert train.tokens[:].tolist() + validation.tokens[:].tolist() == tokens_of(group)
     assert len(validation) == int(len(tokens_of(group)) * fraction)
     assert train.document_ends[-1] == len(train)
     assert validation.document_ends[-1] == len(validation)
@@ -167,7 +171,7 @@ def test_held_out_book_is_split_by_position_too(tmp_path):
     book = next(d for d in (Document("word " * 99, str(i)) for i in range(99)) if is_held_out(d, 0.1))
     train, validation = build(tmp_path / "store", [book], 0.1)
     assert (len(train), len(validation)) == (447, 49)
-    assert train.tokens.tolist() + validation.tokens.tolist() == tokens_of([book])
+    assert train.tokens[:].tolist() + validation.tokens[:].tolist() == tokens_of([book])
 
 
 @pytest.mark.parametrize("group", [[], iter(())])
@@ -232,13 +236,16 @@ def test_store_that_is_there_is_not_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["store"]
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train_ends.npy", "validation_ends.npy", "meta.json"])
+FILES = ["meta.json", *(f"{split}{end}" for split in SPLITS for end in (".bin", ".sha256", "_ends.npy"))]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
 def test_damaged_store_is_named(tmp_path, name, damage):
-    """Each file in each way, with what to do; a flipped bit of the tokens needs the digest."""
+    """Each file in each way, with what to do; a flipped bit of the tokens is found when they are read."""
     folder = tmp_path / "store"
     build(folder, DOCUMENTS)
-    verify_store(folder, read_all=True)
+    verify_store(folder)
     content = bytearray((folder / name).read_bytes())
     if damage == "delete":
         (folder / name).unlink()
@@ -247,11 +254,58 @@ def test_damaged_store_is_named(tmp_path, name, damage):
     elif name.endswith(".bin"):
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
-        verify_store(folder, read_all=False)
+        verify_store(folder)
     else:
         (folder / name).write_bytes(b"x" + content[1:])
-    with pytest.raises(InputError, match=rf"{folder}: .*; delete that folder to tokenise the source again"):
-        verify_store(folder, read_all=True)
+    with pytest.raises(InputError, match=rf"{folder}.*: .*; delete that folder to tokenise the source again"):
+        read_all(folder)
+
+
+def read_all(folder: Path) -> None:
+    """Open a store as a run does and read all of it."""
+    verify_store(folder)
+    for split in SPLITS:
+        TokenStore(folder, split).tokens[:]
+
+
+BLOCK = 2**20 // 2
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory) -> tuple[Path, np.ndarray, bytes]:
+    """A file of three blocks and a half, its ids, and the digests of its blocks."""
+    ids = np.random.default_rng(0).integers(0, 2**16, int(3.5 * BLOCK), dtype=np.uint16)
+    path = tmp_path_factory.mktemp("blocks") / "train.bin"
+    ids.tofile(path)
+    pieces = [ids[start : start + BLOCK].tobytes() for start in range(0, len(ids), BLOCK)]
+    return path, ids, b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+
+
+PLACES = [
+    slice(5), slice(BLOCK - 1, BLOCK + 1), slice(BLOCK, 2 * BLOCK), slice(-3, None), slice(7, 7), slice(None),
+    np.array([3]), np.array([BLOCK, 5, 3 * BLOCK]), np.array([2 * BLOCK - 1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("places", PLACES, ids=str)
+@pytest.mark.parametrize("damaged", [0, 1, 3])
+def test_damage_is_found_exactly_where_it_is_read(blocks, tmp_path, places, damaged):
+    """Whatever touches a damaged block is refused, each time; everything else reads what was written."""
+    path, ids, digests = blocks
+    touches_damage = damaged in np.arange(len(ids))[places] // BLOCK
+    copy = tmp_path / "train.bin"
+    wrong = ids.copy()
+    wrong[damaged * BLOCK + 17] ^= 1
+    wrong.tofile(copy)
+    assert (CheckedTokens(path, "uint16", digests)[places] == ids[places]).all()
+    tokens = CheckedTokens(copy, "uint16", digests)
+    for _ in range(2):
+        if touches_damage:
+            with pytest.raises(InputError, match=rf"train\.bin: the tokens from {damaged * BLOCK:,} to .* differs"):
+                tokens[places]
+        else:
+            assert (tokens[places] == ids[places]).all()
+    assert (CheckedTokens(copy, "uint16")[places] == wrong[places]).all()  # check switched off
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(257, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
@@ -259,9 +313,9 @@ def test_ids_are_stored_in_the_smallest_type_that_holds_them(tmp_path, vocab_siz
     """Up to 65,536 ids take two bytes each, more take four; the largest id survives."""
     group = documents(*(f"{vocab_size - 1} {i}" for i in range(1, 30)))
     train, _ = build(tmp_path / "store", group, tokenizer=WideTokenizer(vocab_size))
-    assert train.tokens.dtype == np.dtype(dtype)
-    assert train.tokens[0] == train.tokens.max() == vocab_size - 1
-    assert (tmp_path / "store" / "train.bin").stat().st_size == len(train) * train.tokens.itemsize
+    assert train.tokens[:].dtype == np.dtype(dtype)
+    assert train.tokens[:1] == train.tokens[:].max() == vocab_size - 1
+    assert (tmp_path / "store" / "train.bin").stat().st_size == len(train) * np.dtype(dtype).itemsize
 
 
 def test_progress_is_reported_up_to_the_end(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
+from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, _cut_before_spaces, train_tokenizer
 from moe_gpt.validation import InputError
 
 law = settings(max_examples=150, deadline=None, derandomize=True)
@@ -39,6 +40,73 @@ def test_token_bytes_add_up_to_the_text(text):
 def test_encoding_a_batch_is_encoding_each_text(texts):
     """A batch gives what encode gives, text by text."""
     assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+
+
+@law
+@given(st.text(alphabet=st.sampled_from(" \n\tab'1.\u00e9\u3000\u00a0\x1c\u4e2d"), max_size=60), st.integers(1, 9))
+def test_encoding_in_pieces_is_encoding_at_once(text, piece_chars):
+    """Where a long text is cut does not change its ids."""
+    whole = TOKENIZER.encode(text)
+    cut = copy.copy(TOKENIZER)
+    cut._piece_chars = piece_chars
+    assert cut.encode(text) == whole
+
+
+def test_long_text_takes_little_memory():
+    """It is encoded in pieces, of which few are under way at once."""
+    assert len(list(_cut_before_spaces("some words " * 10_000, 1000))) > 80
+    assert TOKENIZER._piece_chars
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": None},
+        {"added_tokens": [{"id": 1, "content": "on the", "single_word": False, "lstrip": False, "rstrip": False,
+                           "normalized": False, "special": False}]},
+    ],
+    ids=["normalizer", "prefix", "no regex", "none", "added"],
+)  # fmt: skip
+def test_other_tokenizers_encode_a_text_at_once(change, tmp_path):
+    """Where a cut might change the ids, none is made."""
+    spec = json.loads(TOKENIZER.to_json())
+    if "added_tokens" in change:
+        change["added_tokens"] += spec["added_tokens"]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec | change), encoding="utf-8")
+    assert Tokenizer.load(path)._piece_chars is None
+
+
+def test_tokenizer_of_the_hub(tmp_path, monkeypatch):
+    """Its tokenizer.json is fetched by name and revision; end_of_text must be one of its tokens."""
+    import huggingface_hub
+
+    path = tmp_path / "tokenizer.json"
+    path.write_text(TOKENIZER.to_json(), encoding="utf-8")
+    asked = []
+
+    def fetch(name, filename, *, revision):
+        asked.append((name, filename, revision))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert Tokenizer.from_hub("someone/model", "v2").encode(WORDS) == TOKENIZER.encode(WORDS)
+    assert asked == [("someone/model", "tokenizer.json", "v2")]
+    with pytest.raises(InputError, match=r"got '</s>'; its special tokens: <\|endoftext\|>"):
+        Tokenizer.from_hub("someone/model", end_of_text="</s>")
+
+
+def test_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    """With the name, and what works without a network; as the library itself fails when it is offline."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"hub='someone/nothing' could not be .*tokenizer\.file") as caught:
+        Tokenizer.from_hub("someone/nothing")
+    assert "\n" not in str(caught.value)
 
 
 def test_merges_are_learned():

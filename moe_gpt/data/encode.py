@@ -1,0 +1,142 @@
+"""Documents to token ids, in their order, by as many processes as help."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_gpt.data.document import Document, is_held_out
+from moe_gpt.data.fill_in_the_middle import FillInTheMiddle
+from moe_gpt.data.tokenizer import Tokenizer, in_groups
+
+_GROUP_CHARS = 1 << 19
+_GROUPS_BEFORE_PROCESSES = 32
+_GROUPS_AHEAD = 2
+_MOST_PROCESSES = 16
+
+
+class EncodedDocument(NamedTuple):
+    """A document's ids, uint32, and whether it belongs to the validation split."""
+
+    ids: np.ndarray
+    is_held_out: bool
+
+
+class Encoder:
+    """Encodes groups of documents. It can be sent to other processes.
+
+    Args:
+        tokenizer: gives the ids.
+        validation_fraction: share of documents held out by hash.
+        fim_rate: share of the training documents rearranged for fill-in-the-middle.
+        fim_spm_rate: share of those that take the SPM form.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, validation_fraction: float, fim_rate: float = 0.0, fim_spm_rate: float = 0.5
+    ) -> None:
+        self.tokenizer, self._validation_fraction = tokenizer, validation_fraction
+        self._rearrange = FillInTheMiddle(tokenizer, fim_rate, fim_spm_rate) if fim_rate else None
+
+    def __call__(self, documents: list[Document]) -> list[EncodedDocument]:
+        """Return the ids of each document, without end-of-text."""
+        held_out = [is_held_out(document, self._validation_fraction) for document in documents]
+        encoded = self.tokenizer.encode_arrays([document.text for document in documents])
+        if self._rearrange is not None:
+            for index, document in enumerate(documents):
+                rearranged = None if held_out[index] else self._rearrange(document.text)
+                encoded[index] = encoded[index] if rearranged is None else rearranged
+        return list(map(EncodedDocument, encoded, held_out))
+
+
+def encode_documents(
+    documents: Iterable[Document], encoder: Encoder, processes: int | None = None, say: Callable[[str], None] = print
+) -> Generator[list[EncodedDocument], None, None]:
+    """Yield the documents' ids in groups, in the documents' order, whatever the number of processes.
+
+    The first 16 MB of text are encoded here, by the library's threads; what is more than that is worth starting
+    processes for, which also take the conversion of ids off this one's hands. At most two groups of about 1 MB
+    are under way for each.
+
+    Args:
+        documents: read as far as they are asked for.
+        encoder: what to do with each group.
+        processes: None is one for each core that this process may use, at most 16.
+        say: told where no processes could be started.
+    """
+    groups = in_groups(documents, lambda document: len(document.text), _GROUP_CHARS)
+    for group in itertools.islice(groups, _GROUPS_BEFORE_PROCESSES):
+        yield encoder(group)
+    processes = processes or min(_MOST_PROCESSES, _n_cores())
+    first = next(groups, None) if processes > 1 else None
+    if first is None:
+        yield from map(encoder, groups)
+        return
+    groups = itertools.chain([first], groups)
+    pool = _start_pool(encoder, processes)
+    if pool is None:
+        say("this process encodes alone, others died; does your script lack `if __name__ == '__main__':`?")
+        yield from map(encoder, groups)
+        return
+    try:
+        under_way: deque[Future[list[EncodedDocument]]] = deque()
+        for group in groups:
+            under_way.append(pool.submit(_encode_group, group))
+            if len(under_way) > _GROUPS_AHEAD * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_pool(encoder: Encoder, processes: int) -> ProcessPoolExecutor | None:
+    """Return a pool that has answered once, or None where its processes die."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing's own check does
+        raise RuntimeError("a script that prepares data must do so under `if __name__ == '__main__':`")
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(encoder,))
+    try:
+        pool.submit(_encode_group, []).result()
+    except BrokenProcessPool:
+        pool.shutdown()
+        return None
+    return pool
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_group(documents: list[Document]) -> list[EncodedDocument]:
+    assert _worker_encoder is not None
+    return _worker_encoder(documents)
