@@ -59,18 +59,14 @@ def describe_sources(data: PreparedData, shares: list[float], total_tokens: int)
 
 def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -> None:
     """Print the first sequence of every stage, and of the middle of the run, with the place it comes from."""
-    import math
-
-    from moe_gpt.data.stream import TrainingStream
     from moe_gpt.train.schedule import Schedule
+    from moe_gpt.train.setup import build_stream
 
     schedule = Schedule(config.schedule, config.optimizer, 0)
-    texts = [source.train for source in data.sources]
-    chunk_tokens = math.lcm(*(stage.config.seq_len for stage in schedule.stages))
-    stream = TrainingStream(texts, shares, config.train.seed, chunk_tokens)
+    stream = build_stream(config, data, shares)
     for stage in schedule.stages:
         seq_len = stage.config.seq_len
-        for start in (stage.start, stage.start + (stage.end - stage.start) // 2 // chunk_tokens * chunk_tokens):
+        for start in (stage.start, stage.start + (stage.end - stage.start) // 2 // seq_len * seq_len):
             place = stream.locate(start)
             name = data.sources[place.source].config.name
             print(

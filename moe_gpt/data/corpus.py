@@ -249,9 +249,8 @@ def _reading_failure(error: BaseException, row_number: int, where: str) -> str:
             found = _undecodable(Path(where)) or [(cause.start, cause.object[cause.start])]
             (position, byte), more = found[0], len(found) - 1
             others = f", and {more:,} more such bytes" if more else ""
-            return (
-                f"not UTF-8 text: byte {byte:#04x} at position {position}{others}; convert it, or set errors: replace"
-            )
+            remedy = "convert the file, or set errors: replace"
+            return f"not UTF-8 text: byte {byte:#04x} at position {position}{others}; {remedy}"
         cause = cause.__cause__ or cause.__context__
     return f"could not be read after row {row_number}: {_one_line(error)}"
 

@@ -78,7 +78,7 @@ def encode_documents(
     groups = in_groups(documents, lambda document: len(document.text), _GROUP_CHARS)
     for group in itertools.islice(groups, _GROUPS_BEFORE_PROCESSES):
         yield encoder(group)
-    processes = processes or min(_MOST_PROCESSES, _n_cores())
+    processes = processes or min(_MOST_PROCESSES, available_cores())
     first = next(groups, None) if processes > 1 else None
     if first is None:
         yield from map(encoder, groups)
@@ -101,7 +101,8 @@ def encode_documents(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _n_cores() -> int:
+def available_cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from moe_gpt.config import ModelConfig
+from moe_gpt.model.documents import DocumentMask, DocumentSpans, attend_in_blocks, attend_one_by_one
 
 _LONGEST_BY_PRODUCTS = 256
 
@@ -77,13 +79,17 @@ def attend(
     queries: Float[Tensor, "B H T Dh"],
     keys: Float[Tensor, "B G S Dh"],
     values: Float[Tensor, "B G S Dh"],
-    mask: Bool[Tensor, "#B 1 T S"] | None,
+    mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None,
 ) -> Float[Tensor, "B H T Dh"]:
     """Return softmax(q k^T / sqrt(Dh)) v; a mask of None is causal.
 
     PyTorch's scaled_dot_product_attention, except for short contexts on a CPU: its CPU kernel repeats the shared
     head and takes up to seven times as long there as plain matrix products do (docs/benchmarks.md).
     """
+    if isinstance(mask, BlockMask):
+        return attend_in_blocks(queries, keys, values, mask)
+    if isinstance(mask, DocumentSpans):
+        return attend_one_by_one(queries, keys, values, mask)
     if queries.device.type == "cpu" and keys.shape[2] <= _LONGEST_BY_PRODUCTS:
         return attend_by_products(queries, keys, values, mask)
     is_grouped = keys.shape[1] < queries.shape[1]
@@ -127,7 +133,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotary: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "B T D"]:

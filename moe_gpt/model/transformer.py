@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.attention import Attention, KVCache, causal_mask, rotary_angles
+from moe_gpt.model.documents import DocumentMask, document_mask, positions_within
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.moe import MoE, RouterStats, stack_router_stats
 from moe_gpt.model.router import Router
@@ -59,7 +60,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotary: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#B 1 T S"] | None = None,
+        mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None = None,
         valid_mask: Bool[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
@@ -83,14 +84,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Return how far each position is from the first of its document in the sequence."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    is_first = torch.ones_like(document_ids, dtype=torch.bool)
-    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - torch.where(is_first, index, 0).cummax(dim=1).values
 
 
 class MoEGPT(nn.Module):
@@ -158,8 +151,7 @@ class MoEGPT(nn.Module):
                 attended to, takes no position and is not counted by the routers.
             cache: keys and values of earlier positions; this call's are added to it.
             document_ids: of sequences that hold several documents, one after another: a number for each position, the
-                same within a document. Positions then see their own document only and count from its start. The mask
-                takes B·T² bytes.
+                same within a document. Positions then see their own document only and count from its start.
 
         Raises:
             ValueError: where the sequence is longer than ``max_seq_len`` or than the cache, or ``document_ids`` come
@@ -174,11 +166,10 @@ class MoEGPT(nn.Module):
             )
         if document_ids is None:
             positions = self._positions(tokens, valid_mask, past)
-            mask = self._attention_mask(tokens, valid_mask, past)
+            mask: Tensor | DocumentMask | None = self._attention_mask(tokens, valid_mask, past)
         else:
             positions = positions_within(document_ids)
-            same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-            mask = causal_mask(T, T, tokens.device) & same
+            mask = document_mask(document_ids)
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         valid_now = None if valid_mask is None else valid_mask[:, past:]
         x = self.embedding(tokens)

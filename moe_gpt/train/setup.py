@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,6 @@ def set_up_run(
     elif initial:
         initial.copy_into(state.model)
     apply_execution(state.model, config.train)
-    seq_lens = [stage.config.seq_len for stage in schedule.stages]
-    texts = [source.train for source in data.sources]
     return Run(
         config=config,
         run_dir=run_dir,
@@ -128,7 +126,7 @@ def set_up_run(
         precision=precision,
         data=data,
         schedule=schedule,
-        stream=TrainingStream(texts, shares, config.train.seed, chunk_tokens=math.lcm(*seq_lens)),
+        stream=build_stream(config, data, shares),
         evaluator=build_evaluator(config, data),
         state=state,
         facts=facts,
@@ -183,6 +181,12 @@ def build_evaluator(
         batch_tokens=config.train.micro_batch_tokens,
         keeps_documents_apart=config.data.document_masking,
     )
+
+
+def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float]) -> TrainingStream:
+    """Return the run's stream; its chunks hold whole sequences of every stage."""
+    chunk_tokens = math.lcm(*(stage.seq_len for stage in config.schedule.stages))
+    return TrainingStream([source.train for source in data.sources], shares, config.train.seed, chunk_tokens)
 
 
 def build_state(config: RunConfig, device: torch.device) -> TrainState:

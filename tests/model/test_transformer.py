@@ -24,7 +24,7 @@ from moe_gpt.model.attention import Attention, KVCache, rotary_angles
 from moe_gpt.model.experts import FeedForward
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.router import Router, Routing
-from moe_gpt.model.transformer import Block, MoEGPT, RMSNorm, positions_within
+from moe_gpt.model.transformer import Block, MoEGPT, RMSNorm
 
 ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
 """Logits have size 10 and are float32 sums whose order depends on the shapes; a leak changes them by 0.1."""
@@ -386,9 +386,3 @@ def test_documents_kept_apart_differ_from_documents_joined():
     assert (model(tokens, document_ids=ids).logits - model(tokens).logits)[:, 6:].abs().max() > 0.1
     with pytest.raises(ValueError, match="without padding and without a cache"):
         model(tokens, valid_mask=torch.ones(2, 12, dtype=torch.bool), document_ids=ids)
-
-
-def test_positions_within_documents_by_hand():
-    """They count from the first of each, whatever the numbers are."""
-    ids = torch.tensor([[0, 0, 1, 1, 1, 2], [7, 3, 3, 3, 9, 9]])
-    assert positions_within(ids).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 0, 1]]

@@ -1,0 +1,110 @@
+"""Time and memory of work in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_gpt.data.encode import available_cores
+from moe_gpt.validation import InputError
+
+
+class Measured(NamedTuple):
+    """What a piece of work took."""
+
+    seconds: float
+    peak_memory_bytes: int | None
+    """Of the process and all it started, sampled; memory that they share counts once. None but on Linux."""
+    value: Any
+    """What it returned."""
+
+
+def measure(work: Callable[..., Any], *arguments: Any) -> Measured:
+    """Run ``work(*arguments)`` in a new process, and its time and the most memory it held.
+
+    Raises:
+        InputError: with the error's last line where the work fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            peak = max(peak, memory_of_tree(process.pid or 0))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        error, seconds, value = receiver.recv()
+    except EOFError:
+        error, seconds, value = "its process died", 0.0, None
+    done.set()
+    watcher.join()
+    process.join()
+    if error:
+        raise InputError(f"{work.__name__} failed: {error}")
+    return Measured(seconds, peak or None, value)
+
+
+def _work(sender: Connection, work: Callable[..., Any], arguments: tuple) -> None:
+    started = time.perf_counter()
+    try:
+        value = work(*arguments)
+        sender.send(("", time.perf_counter() - started, value))
+    except Exception as error:
+        traceback.print_exc()
+        sender.send((f"{type(error).__name__}: {error}".splitlines()[0], 0.0, None))
+
+
+def memory_of_tree(pid: int) -> int:
+    """Return the proportional set size of a process and all below it in bytes; 0 where /proc does not tell."""
+    total = 0
+    for process in (pid, *_descendants(pid)):
+        try:
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
+        except OSError:  # it has ended, or this is not Linux
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
+    return total
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = path.read_text().split()
+        except OSError:
+            continue
+        for child in map(int, children):
+            yield child
+            yield from _descendants(child)
+
+
+def describe_machine() -> str:
+    """Return processor, cores, system and versions, for a figure's caption."""
+    names = [
+        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
+    ]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{available_cores()} cores of {processor}, {platform.system()}, {versions}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
