@@ -78,9 +78,10 @@ class Tokenizer:
         try:
             path = hf_hub_download(name, "tokenizer.json", revision=revision)
         except Exception as error:  # hub has a type for each way of failing, and httpx and others add theirs
+            reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(
-                f"data.tokenizer.hub={name!r} could not be fetched: {' '.join(str(error).split())[:300].rstrip('.')}; a "
-                "tokenizer.json on disk works without a network, as data.tokenizer.file"
+                f"data.tokenizer.hub={name!r} could not be fetched: {reason}; a tokenizer.json on disk works "
+                "without a network, as data.tokenizer.file"
             ) from error
         return cls.load(path, end_of_text)
 

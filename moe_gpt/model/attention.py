@@ -7,17 +7,21 @@ serves all three. Rotary positions (arXiv 2104.09864) use the half-split layout 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.documents import DocumentMask, DocumentSpans, attend_in_blocks, attend_one_by_one
+from moe_gpt.model.paths import attends_by_products, takes_gradients_by_hand
 
-_LONGEST_BY_PRODUCTS = 256
+_QUERY_BLOCK = 64
 
 
 def rotary_angles(
@@ -31,8 +35,34 @@ def rotary_angles(
 
 def rotate(x: Float[Tensor, "B T heads Dh"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads Dh"]:
     """Rotate each pair (x[i], x[i + Dh/2]) by its position's angle, in float32; the result has x's type."""
+    if takes_gradients_by_hand(x):
+        return _Rotate.apply(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation with both halves written into one buffer. Its gradient is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    result = x.new_empty(x.shape, dtype=torch.float32)
+    new_first, new_second = result.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    return result.to(x.dtype)
 
 
 class KVCache:
@@ -83,14 +113,15 @@ def attend(
 ) -> Float[Tensor, "B H T Dh"]:
     """Return softmax(q k^T / sqrt(Dh)) v; a mask of None is causal.
 
-    PyTorch's scaled_dot_product_attention, except for short contexts on a CPU: its CPU kernel repeats the shared
-    head and takes up to seven times as long there as plain matrix products do (docs/benchmarks.md).
+    ``paths.attends_by_products`` decides between PyTorch's scaled_dot_product_attention and plain products.
     """
     if isinstance(mask, BlockMask):
         return attend_in_blocks(queries, keys, values, mask)
     if isinstance(mask, DocumentSpans):
         return attend_one_by_one(queries, keys, values, mask)
-    if queries.device.type == "cpu" and keys.shape[2] <= _LONGEST_BY_PRODUCTS:
+    if attends_by_products(queries, keys.shape[2]):
+        if mask is None and queries.shape[2] == keys.shape[2] and not torch.compiler.is_compiling():
+            return attend_in_query_blocks(queries, keys, values)
         return attend_by_products(queries, keys, values, mask)
     is_grouped = keys.shape[1] < queries.shape[1]
     return F.scaled_dot_product_attention(
@@ -113,6 +144,71 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tens
     scores = torch.baddbmm(bias, folded, keys.reshape(B * G, S, Dh).transpose(1, 2), alpha=Dh**-0.5)
     probs = scores.float().softmax(dim=-1).to(values.dtype)
     return torch.bmm(probs, values.reshape(B * G, S, Dh)).view(B, H, T, Dh)
+
+
+def attend_in_query_blocks(
+    queries: Float[Tensor, "B H T Dh"], keys: Float[Tensor, "B G T Dh"], values: Float[Tensor, "B G T Dh"]
+) -> Float[Tensor, "B H T Dh"]:
+    """Compute causal attention by such products, for ``_QUERY_BLOCK`` queries at a time and the keys up to them.
+
+    That skips nearly half of the work, and half of the memory for the probabilities.
+    """
+    return _QueryBlocks.apply(queries, keys, values)
+
+
+class _QueryBlocks(torch.autograd.Function):
+    """Autograd by itself would add up a full-size gradient of the keys for every block."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        (B, H, T, Dh), G = queries.shape, keys.shape[1]
+        keys, values = (x.reshape(B * G, T, Dh) for x in (keys, values))
+        # position-major in memory, as the caller's next projection reads it
+        mixed = queries.new_empty(B, T, H, Dh).transpose(1, 2)
+        future = queries.new_full((_QUERY_BLOCK, _QUERY_BLOCK), -torch.inf).triu_(1)
+        softmax_type = torch.promote_types(queries.dtype, torch.float32)
+        probs = []
+        for start, end in _blocks(T):
+            n = end - start
+            block = _fold(queries[:, :, start:end] * Dh**-0.5, G)
+            scores = torch.bmm(block, keys[:, :end].transpose(1, 2))
+            scores.view(B, H, n, end)[..., start:] += future[:n, :n]
+            probs.append(scores.softmax(-1, dtype=softmax_type).to(values.dtype))
+            mixed[:, :, start:end] = torch.bmm(probs[-1], values[:, :end]).view(B, H, n, Dh)
+        ctx.save_for_backward(queries, keys, values, *probs)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values, *probs = ctx.saved_tensors
+        B, H, T, Dh = queries.shape
+        G = len(keys) // B
+        grad_queries = queries.new_empty(B, T, H, Dh).transpose(1, 2)
+        grad_keys, grad_values = (
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (keys, values)
+        )
+        for (start, end), p in zip(_blocks(T), probs, strict=True):
+            upstream = _fold(grad[:, :, start:end], G)
+            grad_values[:, :end] += torch.bmm(p.transpose(1, 2), upstream)
+            grad_probs = torch.bmm(upstream, values[:, :end].transpose(1, 2))
+            # softmax's gradient, p · (g - Σ p g)
+            grad_scores = torch._softmax_backward_data(grad_probs, p, -1, p.dtype)
+            grad_block = torch.bmm(grad_scores, keys[:, :end]).view(B, H, end - start, Dh)
+            torch.mul(grad_block, Dh**-0.5, out=grad_queries[:, :, start:end])
+            grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), _fold(queries[:, :, start:end], G))
+        grad_keys *= Dh**-0.5
+        return grad_queries, *(x.to(keys.dtype).view(B, G, T, Dh) for x in (grad_keys, grad_values))
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK)]
+
+
+def _fold(x: Tensor, n_kv_heads: int) -> Tensor:
+    """Return (B, H, n, Dh) as (B·G, H/G·n, Dh): the heads that share a key-value head are rows of one matrix."""
+    B, _, _, Dh = x.shape
+    return x.reshape(B * n_kv_heads, -1, Dh)
 
 
 class Attention(nn.Module):
@@ -148,8 +244,8 @@ class Attention(nn.Module):
             layer: the layer's place in the cache.
         """
         heads = rearrange(self.qkv(x), "B T (heads Dh) -> B T heads Dh", Dh=self.head_dim)
-        queries, keys, values = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
-        queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
+        rotating, values = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
+        queries, keys = rotate(rotating, *rotary).split([self.n_heads, self.n_kv_heads], dim=2)
         queries, keys, values = (rearrange(h, "B T heads Dh -> B heads T Dh") for h in (queries, keys, values))
         if cache is not None:
             keys, values = cache.write(layer, keys, values)

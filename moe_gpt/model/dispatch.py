@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SEGMENT_ALIGNMENT = 64
 
@@ -70,24 +71,37 @@ class _ScatterTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (row_of_assignment,) = ctx.saved_tensors
-        return grad[row_of_assignment].sum(dim=1, dtype=torch.float32).to(grad.dtype), None, None
+        first, *others = ctx.saved_tensors[0].unbind(1)
+        total = grad[first].float()
+        for row in others:
+            total += grad[row]
+        return total.to(grad.dtype), None, None
 
 
-class _GatherRows(torch.autograd.Function):
-    """Read the row of every assignment. Each row is read at most once, so the gradient is a plain write."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, row_of_assignment: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_assignment)
-        ctx.n_rows = rows.shape[0]
-        return rows[row_of_assignment]
+class _CombineRows(torch.autograd.Function):
+    """Sum each token's K rows by their weights. The gradients gather, too: nothing is accumulated by index."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (row_of_assignment,) = ctx.saved_tensors
-        rows = grad.new_zeros(ctx.n_rows, grad.shape[-1])
-        return rows.index_copy(0, row_of_assignment.flatten(), grad.flatten(0, 1)), None
+    def forward(
+        ctx: Any, rows: Tensor, expert_weights: Tensor, token_of_row: Tensor, row_of_assignment: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, expert_weights, token_of_row, row_of_assignment)
+        row_of_choice, weight_of_choice = row_of_assignment.unbind(1), expert_weights.unsqueeze(-1).unbind(1)
+        combined = rows[row_of_choice[0]] * weight_of_choice[0]
+        for row, weight in zip(row_of_choice[1:], weight_of_choice[1:], strict=True):
+            combined.addcmul_(rows[row].to(combined.dtype), weight)
+        return combined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, expert_weights, token_of_row, row_of_assignment = ctx.saved_tensors
+        flat = row_of_assignment.flatten()
+        weight_of_row = expert_weights.new_zeros(len(rows)).scatter(0, flat, expert_weights.flatten())
+        grad_rows = grad[token_of_row]
+        grad_weights = (grad_rows * rows).sum(-1)[row_of_assignment]
+        # rows that nobody reads have weight 0
+        return grad_rows.mul_(weight_of_row[:, None]).to(rows.dtype), grad_weights, None, None
 
 
 def dispatch_tokens(x: Float[Tensor, "N D"], dispatch: Dispatch) -> Float[Tensor, "R D"]:
@@ -99,8 +113,7 @@ def combine_rows(
     rows: Float[Tensor, "R D"], expert_weights: Float[Tensor, "N K"], dispatch: Dispatch
 ) -> Float[Tensor, "N D"]:
     """Return each token's weighted sum over its experts' outputs, in the weights' type, float32."""
-    chosen = _GatherRows.apply(rows, dispatch.row_of_assignment)  # (N, K, D)
-    return (chosen * expert_weights.unsqueeze(-1)).sum(dim=1)
+    return _CombineRows.apply(rows, expert_weights, dispatch.token_of_row, dispatch.row_of_assignment)
 
 
 def within_capacity(dispatch: Dispatch, expert_capacity: int | Tensor) -> Bool[Tensor, "N K"]:

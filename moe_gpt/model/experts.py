@@ -11,12 +11,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_gpt.config import ModelConfig
+from moe_gpt.model.paths import fits_grouped_mm, takes_gradients_by_hand
+
+
+def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batch gate_and_up//2"]:
+    """Return silu(gate) * up, where the last dimension holds the gate's F values and then the up projection's."""
+    if takes_gradients_by_hand(gate_up):
+        return _SwiGLU.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up with both gradients written into one buffer: autograd would build halves and join them."""
+    """The same with both gradients written into one buffer: autograd would build halves and join them."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -25,19 +35,21 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        grad_up.copy_(grad * F.silu(gate))
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grad_gate_up
+        return _swiglu_backward(grad, *ctx.saved_tensors)[0]
 
 
-def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batch gate_and_up//2"]:
-    """Return silu(gate) * up, where the last dimension holds the gate's F values and then the up projection's."""
-    return _SwiGLU.apply(gate_up)
+def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of gate and up, and what the forward pass returned."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    activated = F.silu(gate)
+    torch.mul(grad, activated, out=grad_up)
+    torch.mul(grad, up, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+    return grad_gate_up, activated.mul_(up)
 
 
 class FeedForward(nn.Module):
@@ -80,8 +92,52 @@ class Experts(nn.Module):
         Rows beyond the last segment come back undefined. The products run in the type of ``rows``.
         """
         gate_up, down = self.gate_up.to(rows.dtype), self.down.to(rows.dtype)
-        grouped = grouped_mm if grouped_mm_fits(rows, self.gate_up.shape[1], self.down.shape[2]) else segment_mm
+        if takes_gradients_by_hand(rows):
+            return _Experts.apply(rows, gate_up, down, segment_ends)
+        grouped = grouped_mm if fits_grouped_mm(rows, self.gate_up.shape[1], self.down.shape[2]) else segment_mm
         return grouped(swiglu(grouped(rows, gate_up, segment_ends)), down, segment_ends)
+
+
+class _Experts(torch.autograd.Function):
+    """The same one segment at a time, every product written to its place, and without keeping silu(gate) * up.
+
+    For CPUs, where knowing the segments' ends costs nothing. A CPU's grouped_mm takes as long, but makes every
+    expert's products apart and joins them, which leaves the heap full of holes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, segment_ends: Tensor) -> Tensor:
+        ctx.segments = _segments(segment_ends)
+        hidden = rows.new_empty(len(rows), gate_up.shape[1])
+        for segment, weight in zip(ctx.segments, gate_up, strict=True):
+            torch.mm(rows[segment], weight.t(), out=hidden[segment])
+        ctx.save_for_backward(rows, gate_up, down, hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        activated = F.silu(gate).mul_(up)
+        y = rows.new_empty(len(rows), down.shape[1])
+        for segment, weight in zip(ctx.segments, down, strict=True):
+            torch.mm(activated[segment], weight.t(), out=y[segment])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        rows, gate_up, down, hidden = ctx.saved_tensors
+        grad_activated = rows.new_empty(len(rows), down.shape[2])
+        for segment, weight in zip(ctx.segments, down, strict=True):
+            torch.mm(grad[segment], weight, out=grad_activated[segment])
+        grad_hidden, activated = _swiglu_backward(grad_activated, hidden)
+        grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
+        for index, segment in enumerate(ctx.segments):
+            torch.mm(grad[segment].t(), activated[segment], out=grad_down[index])
+            torch.mm(grad_hidden[segment].t(), rows[segment], out=grad_gate_up[index])
+            torch.mm(grad_hidden[segment], gate_up[index], out=grad_rows[segment])
+        return grad_rows, grad_gate_up, grad_down, None
+
+
+def _segments(segment_ends: Tensor) -> list[slice]:
+    ends = segment_ends.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def grouped_mm(
@@ -100,18 +156,3 @@ def segment_mm(
     *segments, rest = rows.split(sizes)
     products = [F.linear(segment, weight) for segment, weight in zip(segments, weights.unbind(), strict=True)]
     return torch.cat([*products, rest.new_zeros(rest.shape[0], weights.shape[1])])
-
-
-def grouped_mm_fits(rows: Tensor, *widths: int) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` takes these rows.
-
-    It wants rows whose length is a multiple of 16 bytes; bf16 on CUDA devices of compute capability 8.0 and newer;
-    bf16 or float32 on CPUs, but only bf16 when compiled (it has no float32 meta kernel).
-    """
-    if any(width * rows.element_size() % 16 for width in (rows.shape[1], *widths)):
-        return False
-    if rows.device.type == "cuda":
-        return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    if rows.device.type == "cpu":
-        return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not torch.compiler.is_compiling())
-    return False

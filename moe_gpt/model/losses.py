@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_gpt.config import LossConfig, ModelConfig
+from moe_gpt.model.paths import tokens_per_chunk_of_logits
 
 IGNORED_TARGET = -100
 
@@ -30,6 +32,54 @@ def cross_entropy(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
     )
     return CrossEntropy(total, (targets != IGNORED_TARGET).sum())
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
+) -> CrossEntropy:
+    """Return ``cross_entropy(hidden @ weight.T, targets)`` without ever holding the logits of all tokens.
+
+    Logits are made for some tokens at a time (``paths.tokens_per_chunk_of_logits``) and turned into their gradient at
+    once, in the forward pass, as in Liger Kernel (arXiv 2410.10989, section 3.2): memory does not grow with N·V, and
+    the logits never leave a CPU's caches. Products run in the type that autocast says, the rest in float32.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    total = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return CrossEntropy(total, (targets != IGNORED_TARGET).sum())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wants_gradients = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if wants_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=grad_weight.dtype)
+        chunk = tokens_per_chunk_of_logits(hidden.device, len(weight))
+        for start in range(0, len(hidden), chunk):
+            part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
+            is_valid = wanted != IGNORED_TARGET
+            wanted = wanted.masked_fill(~is_valid, 0)
+            log_probs = torch.mm(part, weight.t()).log_softmax(-1, dtype=grad_weight.dtype)
+            total -= (log_probs.gather(1, wanted) * is_valid).sum()
+            if grad_hidden is not None:  # softmax minus one at the target, nothing where there is none
+                grad_logits = log_probs.exp_()
+                grad_logits.scatter_add_(1, wanted, grad_logits.new_tensor(-1.0).expand_as(wanted))
+                grad_logits = grad_logits.mul_(is_valid).to(hidden.dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
+                grad_weight += torch.mm(grad_logits.t(), part)
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None
 
 
 def load_balancing_loss(

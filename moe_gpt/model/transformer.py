@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -21,7 +20,9 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.model.attention import Attention, KVCache, causal_mask, rotary_angles
 from moe_gpt.model.documents import DocumentMask, document_mask, positions_within
 from moe_gpt.model.experts import Experts, FeedForward
+from moe_gpt.model.losses import CrossEntropy, linear_cross_entropy
 from moe_gpt.model.moe import MoE, RouterStats, stack_router_stats
+from moe_gpt.model.norm import RMSNorm
 from moe_gpt.model.router import Router
 
 
@@ -32,18 +33,6 @@ class ModelOutput(NamedTuple):
     """Scores of the next token at every position."""
     router_stats: RouterStats | None
     """Losses and counts stacked over layers; None for a dense model."""
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight (arXiv 1910.07467), computed in float32 and returned in x's type."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Normalise the last dimension."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -157,6 +146,24 @@ class MoEGPT(nn.Module):
             ValueError: where the sequence is longer than ``max_seq_len`` or than the cache, or ``document_ids`` come
                 with padding or a cache.
         """
+        hidden, stats = self._hidden(tokens, valid_mask, cache, document_ids)
+        return ModelOutput(self.output(hidden), stats)
+
+    def cross_entropy(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None
+    ) -> tuple[CrossEntropy, RouterStats | None]:
+        """Return the summed loss at the targets and the routers' statistics, without the logits of all tokens.
+
+        It is ``losses.cross_entropy`` of the logits that calling the model gives; training uses this, because its
+        memory does not grow with tokens times vocabulary.
+        """
+        hidden, stats = self._hidden(tokens, None, None, document_ids)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten()), stats
+
+    def _hidden(
+        self, tokens: Tensor, valid_mask: Tensor | None, cache: KVCache | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return what the output matrix reads, (B, T, D), and the statistics stacked over layers."""
         if document_ids is not None and (valid_mask is not None or cache is not None):
             raise ValueError("document_ids are for whole sequences without padding and without a cache")
         T, past = tokens.shape[1], cache.length if cache else 0
@@ -179,8 +186,7 @@ class MoEGPT(nn.Module):
             stats.append(layer_stats)
         if cache is not None:
             cache.length += T
-        logits = self.output(self.final_norm(x))
-        return ModelOutput(logits, None if self.config.is_dense else stack_router_stats(stats))
+        return self.final_norm(x), None if self.config.is_dense else stack_router_stats(stats)
 
     def _positions(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor:
         if valid_mask is None:

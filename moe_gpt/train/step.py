@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.stream import Batch
 from moe_gpt.device import Precision, autocast
-from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses, cross_entropy
+from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.schedule import StepPlan
@@ -119,8 +119,7 @@ def accumulate_gradients(
     dropped_tokens = torch.zeros(n_layers, dtype=torch.int64, device=device)
     for batch in micro_batches:
         with autocast(device, precision):
-            logits, stats = model(batch.inputs, document_ids=batch.document_ids)
-        ce = cross_entropy(logits, batch.targets)
+            ce, stats = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
         share = ce.n_valid / n_valid
         terms = combine_losses(
             ce.total / ce.n_valid.clamp(min=1),
@@ -152,15 +151,8 @@ def train_step(
     model, optimizer = state.model, state.optimizer
     model.train()
     terms, tokens_per_expert, dropped_tokens = accumulate_gradients(model, micro_batches, config.loss, precision)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-    skipped = 1 - (torch.isfinite(grad_norm) & torch.isfinite(terms.loss)).float()
-    for group in optimizer.param_groups:
-        group["lr"] = plan.lr
     state.is_updating = True
-    optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]  # as GradScaler does
-    if grad_norm.device.type != "mps" or not bool(skipped):  # MPS's fused kernel does not look at found_inf
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    grad_norm, skipped = update_weights(model, optimizer, plan.lr, config.optimizer.max_grad_norm, terms.loss)
     if config.model.balance == "bias" and not config.model.is_dense:
         update_expert_bias(model, tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
     state.step += 1
@@ -175,6 +167,32 @@ def train_step(
         skipped=skipped,
     )
     return StepResult(metrics, tokens_per_expert)
+
+
+def update_weights(
+    model: MoEGPT, optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float, loss: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Step the optimizer with the gradients clipped to ``max_grad_norm``, and clear them.
+
+    Clipping is left to the optimizer's own kernel, which divides by ``grad_scale`` on the way: no pass of its own.
+
+    Returns:
+        the global norm before clipping, and 1 where norm or loss were not finite, so that nothing moved.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    skipped = 1 - (torch.isfinite(grad_norm) & torch.isfinite(loss)).float()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scale = (grad_norm / max_grad_norm).clamp(min=1.0)
+    if grad_norm.device.type != "mps":
+        optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]  # as GradScaler does
+        optimizer.step()
+    elif not bool(skipped):  # MPS's fused kernel looks at neither
+        torch._foreach_div_(gradients, scale)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm, skipped
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.inference.generate import SamplingConfig, generate, next_token_probs
-from moe_gpt.model import attention
+from moe_gpt.model import paths
 from moe_gpt.model.attention import KVCache
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.validation import ConfigError, InputError
@@ -46,7 +46,7 @@ def greedy_without_cache(model: MoEGPT, prompt: list[int], n_tokens: int) -> lis
 @pytest.fixture(params=["by_products", "by_sdpa"])
 def way_to_attend(request, monkeypatch) -> str:
     """Run the test with both ways to attend, whatever the context's length."""
-    monkeypatch.setattr(attention, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
+    monkeypatch.setattr(paths, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
     return request.param
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import tiny_config
 from torch.testing import assert_close
 
-from moe_gpt.model import attention
+from moe_gpt.model import attention, paths
 from moe_gpt.model.attention import (
     Attention,
     KVCache,
@@ -61,7 +61,7 @@ def random_attention(**changes: object) -> Attention:
 @pytest.fixture(params=["by_products", "by_sdpa"])
 def way_to_attend(request, monkeypatch) -> str:
     """Run the test with both ways to attend, whatever the context's length."""
-    monkeypatch.setattr(attention, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
+    monkeypatch.setattr(paths, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
     return request.param
 
 

@@ -8,7 +8,8 @@ from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
 from moe_gpt.model.dispatch import combine_rows, dispatch_tokens, plan_dispatch
-from moe_gpt.model.experts import Experts, FeedForward, grouped_mm, grouped_mm_fits, segment_mm
+from moe_gpt.model.experts import Experts, FeedForward, grouped_mm, segment_mm
+from moe_gpt.model.paths import fits_grouped_mm
 
 PATHS = {"grouped_mm": {"d_model": 32, "d_ff": 16}, "segment_mm": {"d_model": 30, "d_ff": 13}}
 """Sizes that take each of the two ways to multiply, in float32 on a CPU."""
@@ -18,7 +19,7 @@ PATHS = {"grouped_mm": {"d_model": 32, "d_ff": 16}, "segment_mm": {"d_model": 30
 def test_grouped_mm_fits_rows_of_whole_sixteen_bytes(path, fits):
     """The two sizes of these tests really take the two paths."""
     sizes = PATHS[path]
-    assert grouped_mm_fits(torch.zeros(4, sizes["d_model"]), 2 * sizes["d_ff"], sizes["d_ff"]) is fits
+    assert fits_grouped_mm(torch.zeros(4, sizes["d_model"]), 2 * sizes["d_ff"], sizes["d_ff"]) is fits
 
 
 @pytest.mark.parametrize("path", PATHS)

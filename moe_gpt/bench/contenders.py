@@ -1,0 +1,240 @@
+"""Whole training steps of moe_gpt and of what users would otherwise take, built from one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
+from moe_gpt.device import Precision, autocast, tune_process
+from moe_gpt.validation import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What every contender does: the same model shape, batch and precision."""
+
+    model: ModelConfig
+    n_sequences: int
+    seq_len: int
+    device: str
+    precision: Precision
+    micro_batch_tokens: int
+    compile: bool = False
+    activation_checkpointing: bool = False
+    tune_peers: bool = False
+    """Give the peers our process settings, too, such as the allocator's; otherwise they run as they ship."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.n_sequences * self.seq_len
+
+
+_COMMON = ModelConfig(n_heads=8, n_kv_heads=1, n_experts=16, top_k=2)
+SHAPES = {
+    name: (dataclasses.replace(_COMMON, max_seq_len=seq_len, **sizes), n_sequences, seq_len)  # type: ignore[arg-type]
+    for name, n_sequences, seq_len, sizes in (
+        ("S", 16, 256, {"vocab_size": 4096, "d_model": 256, "n_layers": 6, "head_dim": 32, "d_ff": 512}),
+        ("M", 8, 512, {"vocab_size": 8192, "d_model": 512, "n_layers": 8, "head_dim": 64, "d_ff": 1024}),
+        ("L", 32, 2048, {"vocab_size": 32_768, "d_model": 1024, "n_layers": 16, "head_dim": 128, "d_ff": 2816}),
+    )
+}
+
+
+def dense_twin(model: ModelConfig) -> ModelConfig:
+    """Return the dense model of the same active parameters but the router's: one expert as wide as ``top_k``."""
+    return dataclasses.replace(model, n_experts=1, top_k=1, d_ff=model.d_ff * model.top_k)
+
+
+class StepTimes(NamedTuple):
+    """Seconds of one training step."""
+
+    total: float
+    optimizer: float
+
+
+class Contender:
+    """Something that trains: built once, then stepped on fresh random batches."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload, self.device = workload, torch.device(workload.device)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def step(self) -> StepTimes:
+        """Take one optimizer step."""
+        work = self.workload
+        tokens = torch.randint(
+            work.model.vocab_size or 1, (work.n_sequences, work.seq_len + 1), generator=self._generator
+        ).to(self.device)
+        self._synchronize()
+        started = time.perf_counter()
+        self.compute_gradients(tokens)
+        self._synchronize()
+        computed = time.perf_counter()
+        self.update()
+        self._synchronize()
+        ended = time.perf_counter()
+        return StepTimes(ended - started, ended - computed)
+
+    def compute_gradients(self, tokens: Tensor) -> None:
+        """Go forward and backward through tokens (B, T + 1)."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """Clip gradients and step the optimizer."""
+        raise NotImplementedError
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Ours(Contender):
+    """moe_gpt, by the functions that training calls; the dense twin where the model is dense."""
+
+    def __init__(self, workload: Workload, is_dense: bool = False) -> None:
+        from moe_gpt.train.setup import apply_execution, build_state
+
+        super().__init__(workload)
+        tune_process(self.device)
+        model = dense_twin(workload.model) if is_dense else workload.model
+        train = TrainConfig(
+            precision=workload.precision,
+            micro_batch_tokens=workload.micro_batch_tokens,
+            compile=workload.compile,
+            activation_checkpointing=workload.activation_checkpointing,
+        )
+        stage = StageConfig(
+            seq_len=workload.seq_len, batch_tokens=workload.batch_tokens, until_tokens=workload.batch_tokens * 10**6
+        )
+        self._config = RunConfig(model=model, schedule=ScheduleConfig(stages=(stage,), warmup_tokens=0), train=train)
+        self._state = build_state(self._config, self.device)
+        apply_execution(self._state.model, train)
+        self._state.model.train()
+
+    def compute_gradients(self, tokens: Tensor) -> None:
+        """Go forward and backward as ``train_step`` does."""
+        from moe_gpt.data.stream import Batch
+        from moe_gpt.train.step import accumulate_gradients, split_batch
+
+        batch = Batch(tokens[:, :-1].numpy(force=True), tokens[:, 1:].numpy(force=True))
+        micro_batches = split_batch(batch, self.workload.micro_batch_tokens, self.device)
+        model, loss = self._state.model, self._config.loss
+        self._loss = accumulate_gradients(model, micro_batches, loss, self.workload.precision)[0].loss
+
+    def update(self) -> None:
+        """Clip and step as ``train_step`` does."""
+        from moe_gpt.train.step import update_weights
+
+        settings = self._config.optimizer
+        update_weights(self._state.model, self._state.optimizer, settings.lr, settings.max_grad_norm, self._loss)
+
+
+class Transformers(Contender):
+    """Mixtral with one of its expert implementations, or Mistral with the same active parameters."""
+
+    def __init__(self, workload: Workload, experts: str | None) -> None:
+        import transformers
+
+        super().__init__(workload)
+        transformers.utils.logging.set_verbosity_error()
+        torch.manual_seed(0)
+        if workload.tune_peers:
+            tune_process(self.device)
+        shape = workload.model
+        common: dict[str, Any] = {
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.d_model,
+            "num_hidden_layers": shape.n_layers,
+            "num_attention_heads": shape.n_heads,
+            "num_key_value_heads": shape.n_kv_heads,
+            "head_dim": shape.head_dim,
+            "max_position_embeddings": shape.max_seq_len,
+            "sliding_window": None,
+            "use_cache": False,
+            "tie_word_embeddings": shape.tie_embeddings,
+        }
+        if experts is None:
+            config: Any = transformers.MistralConfig(intermediate_size=shape.d_ff * shape.top_k, **common)
+            model: Any = transformers.MistralForCausalLM(config)
+        else:
+            config = transformers.MixtralConfig(
+                intermediate_size=shape.d_ff,
+                num_local_experts=shape.n_experts,
+                num_experts_per_tok=shape.top_k,
+                output_router_logits=True,
+                router_aux_loss_coef=LossConfig().load_balancing_loss_weight,
+                **common,
+            )
+            model = transformers.MixtralForCausalLM._from_config(config, experts_implementation=experts)
+        if workload.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        self._model = model.to(self.device).train()
+        self._run = torch.compile(self._model) if workload.compile else self._model
+        settings = OptimizerConfig()
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+
+    def compute_gradients(self, tokens: Tensor) -> None:
+        """Go forward and backward in micro-batches of the same size as ours."""
+        work = self.workload
+        parts = tokens.split(max(1, work.micro_batch_tokens // work.seq_len))
+        for part in parts:
+            with autocast(self.device, work.precision):
+                output = self._run(input_ids=part[:, :-1])
+                loss = F.cross_entropy(output.logits.float().flatten(0, 1), part[:, 1:].flatten())
+            if getattr(output, "aux_loss", None) is not None:
+                loss = loss + self._model.config.router_aux_loss_coef * output.aux_loss
+            (loss * len(part) / len(tokens)).backward()
+
+    def update(self) -> None:
+        """Clip and step, with the fused optimizer that ours has."""
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+class Gemm(Contender):
+    """The fastest square matrix product, as the device's peak: a step is one product."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        tune_process(self.device)
+        size = 8192 if self.device.type == "cuda" else 2048
+        dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
+        self._factors = [torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2)]
+        self.flops = 2 * size**3
+
+    def compute_gradients(self, tokens: Tensor) -> None:
+        """Multiply."""
+        torch.mm(*self._factors)
+
+    def update(self) -> None:
+        """Do nothing."""
+
+
+def build(name: str, workload: Workload) -> Contender:
+    """Return the contender of that name.
+
+    Raises:
+        InputError: where there is none, or a package that it needs is missing.
+    """
+    family, _, variant = name.partition("/")
+    match family:
+        case "moe_gpt" | "dense":
+            return Ours(workload, is_dense=family == "dense")
+        case "gemm":
+            return Gemm(workload)
+        case "transformers" if variant:
+            try:
+                return Transformers(workload, None if variant == "mistral" else variant)
+            except ImportError as error:
+                raise InputError(f"{name} needs a package: {error}; run: pip install transformers") from None
+    raise InputError(f"there is no contender {name!r}")

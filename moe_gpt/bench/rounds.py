@@ -1,0 +1,148 @@
+"""Contenders in processes of their own that take turns, so that a noisy machine is noisy for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import resource
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_gpt.validation import InputError
+
+
+class Turns(NamedTuple):
+    """What one contender's turns gave."""
+
+    values: list[Any]
+    """What each call of the contender's ``turn`` returned, warm-up left out."""
+    peak_memory_bytes: int
+    """The most it held beyond what its process held before it was built; on a GPU, the most allocated there."""
+    failure: str | None = None
+    """Why there are no values."""
+
+
+def take_turns(
+    names: Sequence[str],
+    build: Callable[[str], Callable[[], Any]],
+    rounds: int,
+    turns: int,
+    warmup: int,
+    at_once: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Turns]:
+    """Let each contender do ``rounds`` times ``turns`` calls after ``warmup`` calls, round-robin.
+
+    Args:
+        names: of the contenders.
+        build: makes a contender from its name in its own process: a function to call again and again. Must be
+            importable there (a function of a module, or a ``functools.partial`` of one).
+        rounds: passes over the contenders.
+        turns: calls in a row.
+        warmup: calls before the first round.
+        at_once: all processes exist at the same time and take turns; otherwise one after another, as a GPU's memory
+            demands.
+        say: told who fails, and why.
+    """
+    groups = [list(names)] if at_once else [[name] for name in names]
+    results: dict[str, Turns] = {}
+    for group in groups:
+        with contextlib.ExitStack() as stack:
+            workers = {name: stack.enter_context(_Worker(name, build)) for name in group}
+            for worker in workers.values():
+                worker.call(warmup)
+            for _ in range(rounds):
+                for worker in workers.values():
+                    worker.values += worker.call(turns)
+            for name, worker in workers.items():
+                results[name] = Turns(worker.values, worker.peak_memory(), worker.failure)
+                if worker.failure:
+                    say(f"{name} does not run here: {worker.failure}")
+    return results
+
+
+class _Worker:
+    def __init__(self, name: str, build: Callable[[str], Callable[[], Any]]) -> None:
+        self.values: list[Any] = []
+        self.failure: str | None = None
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, name, build), daemon=True)
+        self._process.start()
+        other.close()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._process.join()
+
+    def call(self, times: int) -> list[Any]:
+        """Return what ``times`` calls gave; nothing once it has failed."""
+        return self._ask(times) or []
+
+    def peak_memory(self) -> int:
+        """Return the most memory it held."""
+        return self._ask(0) or 0
+
+    def _ask(self, request: int) -> Any:
+        if self.failure:
+            return None
+        try:
+            self._connection.send(request)
+            failure, answer = self._connection.recv()
+        except (EOFError, OSError):
+            failure, answer = f"its process ended, with status {self._exit_status()}", None
+        self.failure = failure or None
+        return answer
+
+    def _exit_status(self) -> int | None:
+        self._process.join(timeout=10)
+        return self._process.exitcode
+
+
+def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[], Any]]) -> None:
+    if name.startswith("transformers"):  # its own size is no part of what training takes
+        with contextlib.suppress(ImportError):
+            importlib.import_module("transformers")
+    before = _resident_bytes()
+    contender = None
+    for request in _requests(connection):
+        try:
+            contender = contender or build(name)
+            answer = _peak_bytes() - before if request == 0 else [contender() for _ in range(request)]
+            if request == 0 and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+                answer = torch.cuda.max_memory_allocated()
+            connection.send(("", answer))
+        except InputError as error:
+            connection.send((str(error), None))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], None))
+
+
+def _requests(connection: Connection) -> Iterator[int]:
+    with contextlib.suppress(EOFError):
+        while (request := connection.recv()) is not None:
+            yield request
+
+
+def _resident_bytes() -> int:
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

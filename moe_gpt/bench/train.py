@@ -1,0 +1,110 @@
+"""Whole training steps against peers: ``scripts/bench.py train``."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from moe_gpt.analysis.accounting import count_flops
+from moe_gpt.bench.contenders import StepTimes, Workload, build, dense_twin
+from moe_gpt.bench.rounds import Turns, take_turns
+
+PEERS = {
+    "dense": ["dense"],
+    "transformers": ["transformers/eager", "transformers/grouped_mm", "transformers/mistral"],
+}
+NOT_COMPARED = {"transformers/batched_mm": "copies the weights of its experts for every token"}
+_GEMM = "gemm"
+
+
+def bench_train(
+    workload: Workload, against: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Measure moe_gpt and its peers; return a result for each, as ``scripts/bench.py --json`` writes them.
+
+    Args:
+        workload: shape, batch, device and precision.
+        against: keys of ``PEERS``, or names of single contenders.
+        rounds: turns of each contender.
+        steps: optimizer steps in a turn, after five to warm up.
+        say: told the table, line by line.
+    """
+    names = ["moe_gpt", *(name for group in against for name in PEERS.get(group, [group]))]
+    at_once = torch.device(workload.device).type == "cpu"
+    make = functools.partial(_make_step, workload)
+    turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=5, at_once=at_once, say=say)
+    peak = _gemm_peak(turns.pop(_GEMM))
+    say(describe(workload))
+    say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
+    results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
+    for line in format_results(results):
+        say(line)
+    if "transformers" in against:
+        for name, reason in NOT_COMPARED.items():
+            say(f"{name} is left out: it {reason}")
+    return results
+
+
+def _make_step(workload: Workload, name: str) -> Callable[[], StepTimes]:
+    contender = build(name, workload)
+    if name == _GEMM:
+        return lambda: StepTimes(contender.flops / min(contender.step().total for _ in range(3)), 0.0)  # type: ignore[attr-defined]
+    return contender.step
+
+
+def _gemm_peak(turns: Turns) -> float:
+    """Return FLOP/s of the median turn."""
+    return statistics.median(turn.total for turn in turns.values) if turns.values else float("nan")
+
+
+def describe(workload: Workload) -> str:
+    """Return shape, batch and precision in a line."""
+    m = workload.model
+    return (
+        f"vocabulary {m.vocab_size}, d_model {m.d_model}, {m.n_layers} layers, {m.n_heads} x {m.head_dim} heads on "
+        f"{m.n_kv_heads}, {m.n_experts} experts top-{m.top_k}, d_ff {m.d_ff}; {workload.n_sequences} x "
+        f"{workload.seq_len} tokens a step; {workload.device}, {workload.precision}"
+        + (", compiled" if workload.compile else "")
+    )
+
+
+def _result(name: str, turns: Turns, workload: Workload, peak: float) -> dict[str, Any]:
+    is_dense = name == "dense" or name.endswith("/mistral")
+    model = dense_twin(workload.model) if is_dense else workload.model
+    totals = [step.total for step in turns.values]
+    low, _, high = statistics.quantiles(totals, n=4) if len(totals) > 1 else (totals[0],) * 3
+    seconds = statistics.median(totals)
+    flops = count_flops(model, workload.seq_len).training
+    tokens_per_second = workload.batch_tokens / seconds
+    return {
+        "name": name,
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_quartiles": [workload.batch_tokens / high, workload.batch_tokens / low],
+        "seconds_per_step": seconds,
+        "optimizer_seconds": statistics.median(step.optimizer for step in turns.values),
+        "peak_memory_bytes": turns.peak_memory_bytes,
+        "flops_per_token": flops,
+        "fraction_of_gemm_peak": tokens_per_second * flops / peak,
+    }
+
+
+def format_results(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the table: moe_gpt first, each line with moe_gpt's speed as a multiple of that line's."""
+    first = results[0]
+    lines = [
+        f"{'':<26}{'tokens/s':>10}{'quartiles':>19}{'ms/step':>9}{'optimizer':>11}{'memory':>9}{'MFLOP/token':>13}"
+        f"{'of peak':>9}{'moe_gpt is':>12}"
+    ]
+    for r in results:
+        low, high = r["tokens_per_second_quartiles"]
+        lines.append(
+            f"{r['name']:<26}{r['tokens_per_second']:>10,.0f}{f'{low:,.0f} to {high:,.0f}':>19}"
+            f"{1000 * r['seconds_per_step']:>9.1f}{1000 * r['optimizer_seconds']:>8.1f} ms"
+            f"{r['peak_memory_bytes'] / 1e9:>6.2f} GB{r['flops_per_token'] / 1e6:>13.1f}"
+            f"{r['fraction_of_gemm_peak']:>9.1%}{first['tokens_per_second'] / r['tokens_per_second']:>10.2f} x"
+        )
+    return lines
