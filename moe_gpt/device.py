@@ -57,8 +57,7 @@ def _cpu_is_fast_in_bf16() -> bool:
         return False
     capabilities = get_capabilities()
     has_amx = bool(capabilities.get("amx_bf16"))
-    is_intel = "intel" in str(capabilities.get("cpu_name", "")).lower()
-    return has_amx or (bool(capabilities.get("avx512_bf16")) and not is_intel)
+    return has_amx or (bool(capabilities.get("avx512_bf16")) and not _is_intel(capabilities))
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
@@ -88,15 +87,20 @@ def tune_process(device: torch.device, deterministic: bool = False) -> None:
 def _use_fast_float32() -> None:
     """Let float32 products take their fastest kernel that is still float32.
 
-    On a CPU without AMX "medium" selects oneDNN's AVX-512 kernel, which is as exact as the default one (relative
-    error 6e-7); with AMX it would round to bf16, so there the default stays.
+    "medium" selects oneDNN's AVX-512 kernel, which is as exact as the default, MKL's (relative error 6e-7). On CPUs
+    that are not Intel's it takes half the time; on Intel's MKL is the faster, 2.5 times so for single tokens
+    (docs/benchmarks.md), and with AMX "medium" would round to bf16: there the default stays.
     """
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is None:
         return
     capabilities = get_capabilities()
-    if capabilities.get("avx512_f") and not capabilities.get("amx_tile"):
+    if capabilities.get("avx512_f") and not capabilities.get("amx_tile") and not _is_intel(capabilities):
         torch.set_float32_matmul_precision("medium")
+
+
+def _is_intel(capabilities: dict) -> bool:
+    return "intel" in str(capabilities.get("cpu_name", "")).lower()
 
 
 def _keep_freed_memory() -> None:

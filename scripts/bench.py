@@ -7,9 +7,13 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_gpt.cli import ArgumentParser, count_argument, positive_argument, run_script
 from moe_gpt.config_file import load_run_config
+
+if TYPE_CHECKING:
+    from moe_gpt.bench.contenders import Workload
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,25 +24,34 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--config", default="tiny.yaml", help="whose tokenizer and training step (default: tiny.yaml)")
     data.add_argument("--gigabytes", type=positive_argument, default=0.1, help="of text to prepare (default: 0.1)")
     data.add_argument("--folder", type=Path, help="where some five times as much fits (default: a temporary folder)")
-    train = _command(commands, "train", "whole optimizer steps against peers, in turns")
-    shape = train.add_mutually_exclusive_group()
-    shape.add_argument("--shape", choices=["S", "M", "L"], default="S", help="of docs/benchmarks.md (default: S)")
-    shape.add_argument("--config", help="or the model and the last stage of a config")
+    train = _shaped(commands, "train", "whole optimizer steps against peers, in turns")
     train.add_argument("--against", default="transformers,dense", help="comma-separated (default: transformers,dense)")
-    train.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
-    train.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default: auto)")
-    train.add_argument("--rounds", type=count_argument, default=5, help="turns of each contender (default: 5)")
-    train.add_argument("--steps", type=count_argument, default=3, help="optimizer steps in a turn (default: 3)")
     train.add_argument("--compile", action="store_true", help="torch.compile, ours by block, the peers' as a whole")
     train.add_argument("--micro-batch-tokens", type=count_argument, help="(default: the whole batch)")
     train.add_argument("--activation-checkpointing", action="store_true", help="ours and the peers'")
     train.add_argument("--tune-peers", action="store_true", help="give them our allocator settings, too")
+    _shaped(commands, "layer", "one mixture-of-experts layer against a dense one, by routing")
+    generate = _shaped(commands, "generate", "decoding against transformers on the exported model")
+    generate.add_argument("--batch-sizes", default="1,8,64", help="comma-separated (default: 1,8,64)")
+    generate.add_argument("--new-tokens", type=count_argument, default=64, help="(default: 64)")
     return parser.parse_args()
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there, too")
+    return command
+
+
+def _shaped(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    command = _command(commands, name, text)
+    shape = command.add_mutually_exclusive_group()
+    shape.add_argument("--shape", choices=["S", "M", "L"], default="S", help="of docs/benchmarks.md (default: S)")
+    shape.add_argument("--config", help="or the model and the last stage of a config")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    command.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default: auto)")
+    command.add_argument("--rounds", type=count_argument, default=5, help="turns of each contender (default: 5)")
+    command.add_argument("--steps", type=count_argument, default=3, help="measurements in a turn (default: 3)")
     return command
 
 
@@ -50,7 +63,8 @@ def main() -> None:
 
     machine = describe_machine()
     print(machine, flush=True)
-    results = {"data": run_data, "train": run_train}[arguments.command](arguments)
+    run = {"data": run_data, "train": run_train, "layer": run_layer, "generate": run_generate}[arguments.command]
+    results = run(arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
@@ -61,13 +75,43 @@ def run_data(arguments: argparse.Namespace) -> list[dict]:
 
     config = load_run_config(arguments.config)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        return bench_data(config, arguments.gigabytes, Path(folder), lambda text: print(text, flush=True))
+        return bench_data(config, arguments.gigabytes, Path(folder), _say)
 
 
 def run_train(arguments: argparse.Namespace) -> list[dict]:
     """Train every contender for some steps."""
-    from moe_gpt.bench.contenders import SHAPES, Workload
     from moe_gpt.bench.train import bench_train
+
+    workload = dataclasses.replace(
+        read_workload(arguments),
+        compile=arguments.compile,
+        activation_checkpointing=arguments.activation_checkpointing,
+        tune_peers=arguments.tune_peers,
+    )
+    if arguments.micro_batch_tokens:
+        workload = dataclasses.replace(workload, micro_batch_tokens=arguments.micro_batch_tokens)
+    against = [name for name in arguments.against.split(",") if name]
+    return bench_train(workload, against, arguments.rounds, arguments.steps, _say)
+
+
+def run_layer(arguments: argparse.Namespace) -> list[dict]:
+    """Go forward and backward through one layer."""
+    from moe_gpt.bench.layer import bench_layer
+
+    return bench_layer(read_workload(arguments), arguments.rounds, arguments.steps, _say)
+
+
+def run_generate(arguments: argparse.Namespace) -> list[dict]:
+    """Decode at several batch sizes."""
+    from moe_gpt.bench.generate import bench_generate
+
+    batch_sizes = [count_argument(size) for size in arguments.batch_sizes.split(",")]
+    return bench_generate(read_workload(arguments), batch_sizes, arguments.new_tokens, arguments.rounds, _say)
+
+
+def read_workload(arguments: argparse.Namespace) -> Workload:
+    """Return shape, device and precision from the command line."""
+    from moe_gpt.bench.contenders import SHAPES, Workload
     from moe_gpt.device import pick_device, pick_precision
 
     if arguments.config:
@@ -75,24 +119,16 @@ def run_train(arguments: argparse.Namespace) -> list[dict]:
         stage = config.schedule.stages[-1]
         vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
         model = dataclasses.replace(config.model, vocab_size=vocab_size)
-        shape = model, stage.batch_range[1] // stage.seq_len, stage.seq_len
+        n_sequences, seq_len = stage.batch_range[1] // stage.seq_len, stage.seq_len
     else:
-        shape = SHAPES[arguments.shape]
-    model, n_sequences, seq_len = shape
+        model, n_sequences, seq_len = SHAPES[arguments.shape]
     device = pick_device(arguments.device)
-    workload = Workload(
-        model,
-        n_sequences,
-        seq_len,
-        str(device),
-        pick_precision(arguments.precision, device),
-        arguments.micro_batch_tokens or n_sequences * seq_len,
-        compile=arguments.compile,
-        activation_checkpointing=arguments.activation_checkpointing,
-        tune_peers=arguments.tune_peers,
-    )
-    against = [name for name in arguments.against.split(",") if name]
-    return bench_train(workload, against, arguments.rounds, arguments.steps, lambda text: print(text, flush=True))
+    precision = pick_precision(arguments.precision, device)
+    return Workload(model, n_sequences, seq_len, str(device), precision, n_sequences * seq_len)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def generate(
     with evaluating(model):
         for _ in range(capacity - len(prompt)):
             with autocast(device, precision):
-                logits = model(tokens, cache=cache).logits[0, -1]
+                logits = model.next_token_logits(tokens, cache)[0]
             probs = next_token_probs(logits, sampling).cpu()
             token = int(probs.multinomial(1, generator=generator))
             if token == end_of_text_id:

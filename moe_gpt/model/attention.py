@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.documents import DocumentMask, DocumentSpans, attend_in_blocks, attend_one_by_one
-from moe_gpt.model.paths import attends_by_products, takes_gradients_by_hand
+from moe_gpt.model.paths import attends_by_products, by_hand, takes_gradients_by_hand
 
 _QUERY_BLOCK = 64
 
@@ -36,7 +36,7 @@ def rotary_angles(
 def rotate(x: Float[Tensor, "B T heads Dh"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads Dh"]:
     """Rotate each pair (x[i], x[i + Dh/2]) by its position's angle, in float32; the result has x's type."""
     if takes_gradients_by_hand(x):
-        return _Rotate.apply(x, cos, sin)
+        return by_hand(_Rotate, x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -111,7 +111,7 @@ def attend(
     values: Float[Tensor, "B G S Dh"],
     mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None,
 ) -> Float[Tensor, "B H T Dh"]:
-    """Return softmax(q k^T / sqrt(Dh)) v; a mask of None is causal.
+    """Return softmax(q k^T / sqrt(Dh)) v; a mask of None is causal, where the queries are the last positions.
 
     ``paths.attends_by_products`` decides between PyTorch's scaled_dot_product_attention and plain products.
     """
@@ -125,7 +125,7 @@ def attend(
         return attend_by_products(queries, keys, values, mask)
     is_grouped = keys.shape[1] < queries.shape[1]
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
+        queries, keys, values, attn_mask=mask, is_causal=mask is None and queries.shape[2] > 1, enable_gqa=is_grouped
     )
 
 
@@ -133,6 +133,10 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tens
     """Compute the same with the query heads of each key-value head folded into the rows of one matrix product."""
     B, H, T, Dh = queries.shape
     G, S = keys.shape[1:3]
+    if mask is None and T == 1:
+        scores = torch.bmm(queries.reshape(B * G, H // G, Dh) * Dh**-0.5, keys.reshape(B * G, S, Dh).transpose(1, 2))
+        probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        return torch.bmm(probs, values.reshape(B * G, S, Dh)).view(B, H, T, Dh)
     visible = causal_mask(T, S, queries.device)[None, None] if mask is None else mask
     bias = queries.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
     bias = bias.unsqueeze(2).expand(-1, G, H // G, T, S)
@@ -153,7 +157,7 @@ def attend_in_query_blocks(
 
     That skips nearly half of the work, and half of the memory for the probabilities.
     """
-    return _QueryBlocks.apply(queries, keys, values)
+    return by_hand(_QueryBlocks, queries, keys, values)
 
 
 class _QueryBlocks(torch.autograd.Function):

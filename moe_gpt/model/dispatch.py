@@ -2,7 +2,7 @@
 
 Assignments (token, choice) are sorted by expert, stably, so that every expert's rows form one contiguous segment
 (MegaBlocks, arXiv 2211.15841, has the idea; here the segments feed plain grouped matrix products). Segments start
-at multiples of ``SEGMENT_ALIGNMENT`` rows, so that the matrix shapes recur from step to step; the buffer has a
+at multiples of ``paths.segment_alignment`` rows, so that the matrix shapes recur from step to step; the buffer has a
 fixed number of rows, so nothing depends on values that only the device knows. The rows in between are copies of
 the first token whose results nobody reads: they change no output and no gradient.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SEGMENT_ALIGNMENT = 64
+from moe_gpt.model.paths import by_hand, segment_alignment
 
 
 class Dispatch(NamedTuple):
@@ -32,9 +32,16 @@ class Dispatch(NamedTuple):
     """How many earlier assignments (by token, then by choice) chose the same expert."""
 
 
-def plan_dispatch(expert_indices: Int[Tensor, "N K"], n_experts: int, alignment: int = SEGMENT_ALIGNMENT) -> Dispatch:
-    """Sort assignments by expert and lay them out in aligned segments. Token order is preserved within an expert."""
+def plan_dispatch(expert_indices: Int[Tensor, "N K"], n_experts: int, alignment: int | None = None) -> Dispatch:
+    """Sort assignments by expert and lay them out in aligned segments. Token order is preserved within an expert.
+
+    Args:
+        expert_indices: the choices of each token.
+        n_experts: how many there are.
+        alignment: segments start at its multiples; None is ``paths.segment_alignment``.
+    """
     N, K = expert_indices.shape
+    alignment = alignment or segment_alignment(N * K, n_experts, expert_indices.device)
     flat = expert_indices.flatten()
     order = flat.argsort(stable=True)  # (N·K,) assignment at each sorted place
     expert_of_sorted = flat[order]
@@ -106,14 +113,14 @@ class _CombineRows(torch.autograd.Function):
 
 def dispatch_tokens(x: Float[Tensor, "N D"], dispatch: Dispatch) -> Float[Tensor, "R D"]:
     """Copy each token to the rows of the experts it was sent to."""
-    return _ScatterTokens.apply(x, dispatch.token_of_row, dispatch.row_of_assignment)
+    return by_hand(_ScatterTokens, x, dispatch.token_of_row, dispatch.row_of_assignment)
 
 
 def combine_rows(
     rows: Float[Tensor, "R D"], expert_weights: Float[Tensor, "N K"], dispatch: Dispatch
 ) -> Float[Tensor, "N D"]:
     """Return each token's weighted sum over its experts' outputs, in the weights' type, float32."""
-    return _CombineRows.apply(rows, expert_weights, dispatch.token_of_row, dispatch.row_of_assignment)
+    return by_hand(_CombineRows, rows, expert_weights, dispatch.token_of_row, dispatch.row_of_assignment)
 
 
 def within_capacity(dispatch: Dispatch, expert_capacity: int | Tensor) -> Bool[Tensor, "N K"]:

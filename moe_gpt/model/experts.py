@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.model.paths import fits_grouped_mm, takes_gradients_by_hand
+from moe_gpt.model.paths import by_hand, fits_grouped_mm, takes_gradients_by_hand
 
 
 def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batch gate_and_up//2"]:
     """Return silu(gate) * up, where the last dimension holds the gate's F values and then the up projection's."""
     if takes_gradients_by_hand(gate_up):
-        return _SwiGLU.apply(gate_up)
+        return by_hand(_SwiGLU, gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -86,6 +86,11 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up, std=std)
         nn.init.normal_(self.down, std=residual_std)
 
+    def one(self, x: Float[Tensor, "n D"], index: int) -> Float[Tensor, "n D"]:
+        """Apply one expert."""
+        gate_up, down = self.gate_up[index].to(x.dtype), self.down[index].to(x.dtype)
+        return F.linear(swiglu(F.linear(x, gate_up)), down)
+
     def forward(self, rows: Float[Tensor, "R D"], segment_ends: Int[Tensor, "E"]) -> Float[Tensor, "R D"]:
         """Apply expert e to the rows of segment e.
 
@@ -93,7 +98,7 @@ class Experts(nn.Module):
         """
         gate_up, down = self.gate_up.to(rows.dtype), self.down.to(rows.dtype)
         if takes_gradients_by_hand(rows):
-            return _Experts.apply(rows, gate_up, down, segment_ends)
+            return by_hand(_Experts, rows, gate_up, down, segment_ends)
         grouped = grouped_mm if fits_grouped_mm(rows, self.gate_up.shape[1], self.down.shape[2]) else segment_mm
         return grouped(swiglu(grouped(rows, gate_up, segment_ends)), down, segment_ends)
 

@@ -21,7 +21,8 @@ from moe_gpt.model.dispatch import (
 )
 from moe_gpt.model.experts import Experts
 from moe_gpt.model.losses import load_balancing_loss, router_z_loss
-from moe_gpt.model.router import Router
+from moe_gpt.model.paths import visits_experts_one_by_one
+from moe_gpt.model.router import Router, Routing
 
 
 class RouterStats(NamedTuple):
@@ -60,17 +61,20 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], valid_mask: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], RouterStats]:
+        self, x: Float[Tensor, "B T D"], valid_mask: Bool[Tensor, "B T"] | None = None, with_stats: bool = True
+    ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
         """Route, compute and combine.
 
         Args:
             x: normalised residual stream. Under autocast the experts run in its type; the router never does.
             valid_mask: False for padding, which is computed but not counted in losses, statistics or capacity.
+            with_stats: return statistics; decoding does without.
         """
         tokens = x.flatten(0, 1)
         valid = None if valid_mask is None else valid_mask.flatten()
         routing = self.router(tokens)
+        if not with_stats and visits_experts_one_by_one(routing.expert_indices.numel(), x.device):
+            return self._visit(tokens.to(_compute_dtype(x)), routing).to(x.dtype).view_as(x), None
         dispatch = plan_dispatch(routing.expert_indices, self.n_experts)
         tokens_per_expert = count_assignments(routing.expert_indices, self.n_experts, valid)
 
@@ -83,6 +87,8 @@ class MoE(nn.Module):
         rows = dispatch_tokens(tokens.to(_compute_dtype(x)), dispatch)
         rows = self.experts(rows, dispatch.segment_ends)
         y = combine_rows(rows, expert_weights, dispatch).to(x.dtype).view_as(x)
+        if not with_stats:
+            return y, None
         stats = RouterStats(
             load_balancing_loss(routing.router_probs, tokens_per_expert, valid),
             router_z_loss(routing.router_logits, valid),
@@ -90,6 +96,18 @@ class MoE(nn.Module):
             dropped_tokens.detach(),
         )
         return y, stats
+
+    def _visit(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """Return each token's weighted sum (N, D) in float32, expert by expert: for few tokens, and never dropping."""
+        visitors: dict[int, list[tuple[int, int]]] = {}
+        for token, experts in enumerate(routing.expert_indices.tolist()):
+            for choice, expert in enumerate(experts):
+                visitors.setdefault(expert, []).append((token, choice))
+        y = routing.expert_weights.new_zeros(tokens.shape)
+        for expert, places in visitors.items():
+            at, choices = (list(part) for part in zip(*places, strict=True))
+            y[at] += self.experts.one(tokens[at], expert) * routing.expert_weights[at, choices, None]
+        return y
 
     def _kept(self, indices: Tensor, dispatch: Dispatch, valid: Tensor | None) -> Tensor:
         """Return which assignments (N, K) find room at their expert; padding takes none."""

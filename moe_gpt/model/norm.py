@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moe_gpt.model.paths import takes_gradients_by_hand
+from moe_gpt.model.paths import by_hand, takes_gradients_by_hand
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last dimension."""
         if takes_gradients_by_hand(x):
-            return _RMSNorm.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
+            return by_hand(_RMSNorm, x.float(), self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 

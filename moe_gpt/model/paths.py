@@ -5,10 +5,13 @@ Every fast path equals the readable one, forward and backward (tests/model/test_
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 _LONGEST_BY_PRODUCTS = 1024
+_FEW_ASSIGNMENTS = 64
 _LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
@@ -19,6 +22,30 @@ def takes_gradients_by_hand(x: Tensor) -> bool:
     gets fused.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def by_hand(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply a function whose gradient is written by hand; without gradients, as when decoding, just compute it."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_NothingToSave(), *arguments)
+
+
+class _NothingToSave:
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Forget them."""
+
+
+def visits_experts_one_by_one(n_assignments: int, device: torch.device) -> bool:
+    """Whether a few tokens are sent to their experts without sorting, which would take longer than the experts.
+
+    On a CPU, where knowing who goes where costs nothing, and without gradients.
+    """
+    return (
+        device.type == "cpu"
+        and n_assignments <= _FEW_ASSIGNMENTS
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    )
 
 
 def attends_by_products(x: Tensor, n_keys: int) -> bool:
@@ -43,6 +70,19 @@ def fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
     if rows.device.type == "cpu":
         return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not torch.compiler.is_compiling())
     return False
+
+
+def segment_alignment(n_assignments: int, n_experts: int, device: torch.device) -> int:
+    """Return the number of rows at whose multiples every expert's segment starts: a power of two.
+
+    64 where experts have many rows: oneDNN makes and keeps a kernel for every matrix shape, so shapes should recur; a
+    GPU's kernels work on tiles. With fewer rows padding would cost more than that gains, so it is kept to about a
+    sixteenth of them: down to 1 on a CPU, and to 8 elsewhere, which grouped_mm needs.
+    """
+    alignment, smallest = 64, 1 if device.type == "cpu" else 8
+    while alignment > smallest and alignment > n_assignments // (8 * n_experts):
+        alignment //= 2
+    return alignment
 
 
 def tokens_per_chunk_of_logits(device: torch.device, vocab_size: int) -> int:

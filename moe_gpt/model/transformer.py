@@ -53,12 +53,13 @@ class Block(nn.Module):
         valid_mask: Bool[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        with_stats: bool = True,
     ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
-        """Return the new residual stream and the router's statistics, None from a dense block."""
+        """Return the new residual stream and the router's statistics, None from a dense block or if unwanted."""
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
-            y, stats = self.feed_forward(normed, valid_mask)
+            y, stats = self.feed_forward(normed, valid_mask, with_stats)
         else:
             y, stats = self.feed_forward(normed), None
         return x + y, stats
@@ -149,6 +150,11 @@ class MoEGPT(nn.Module):
         hidden, stats = self._hidden(tokens, valid_mask, cache, document_ids)
         return ModelOutput(self.output(hidden), stats)
 
+    def next_token_logits(self, tokens: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B V"]:
+        """Return what calling the model gives at the last position; nothing of the others, and no statistics."""
+        hidden, _ = self._hidden(tokens, None, cache, None, with_stats=False)
+        return self.output(hidden[:, -1])
+
     def cross_entropy(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None
     ) -> tuple[CrossEntropy, RouterStats | None]:
@@ -161,7 +167,12 @@ class MoEGPT(nn.Module):
         return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten()), stats
 
     def _hidden(
-        self, tokens: Tensor, valid_mask: Tensor | None, cache: KVCache | None, document_ids: Tensor | None
+        self,
+        tokens: Tensor,
+        valid_mask: Tensor | None,
+        cache: KVCache | None,
+        document_ids: Tensor | None,
+        with_stats: bool = True,
     ) -> tuple[Tensor, RouterStats | None]:
         """Return what the output matrix reads, (B, T, D), and the statistics stacked over layers."""
         if document_ids is not None and (valid_mask is not None or cache is not None):
@@ -182,11 +193,12 @@ class MoEGPT(nn.Module):
         x = self.embedding(tokens)
         stats = []
         for layer, block in enumerate(self.blocks):
-            x, layer_stats = block(x, rotary, mask, valid_now, cache, layer)
+            x, layer_stats = block(x, rotary, mask, valid_now, cache, layer, with_stats)
             stats.append(layer_stats)
         if cache is not None:
             cache.length += T
-        return self.final_norm(x), None if self.config.is_dense else stack_router_stats(stats)
+        has_stats = with_stats and not self.config.is_dense
+        return self.final_norm(x), stack_router_stats(stats) if has_stats else None
 
     def _positions(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor:
         if valid_mask is None:
@@ -196,7 +208,7 @@ class MoEGPT(nn.Module):
     def _attention_mask(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor | None:
         """Return (1 or B, 1, T, S), or None where plain causal attention is right."""
         T = tokens.shape[1]
-        if valid_mask is None and past == 0:
+        if valid_mask is None and (past == 0 or T == 1):
             return None
         mask = causal_mask(T, past + T, tokens.device)[None, None]
         if valid_mask is not None:  # padding sees itself, so that no row is empty

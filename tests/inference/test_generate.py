@@ -149,7 +149,7 @@ def test_generate_restores_the_mode_of_the_model(was_training, ending):
 def test_generate_builds_no_graph():
     """Generation needs no gradients and leaves none behind."""
     model, needs_gradient = tiny_model(), []
-    model.register_forward_hook(lambda _module, _inputs, output: needs_gradient.append(output.logits.requires_grad))
+    model.output.register_forward_hook(lambda _module, _inputs, logits: needs_gradient.append(logits.requires_grad))
     list(generate(model, PROMPT, 3))
     model(torch.tensor([PROMPT])).logits.sum().backward()  # and training goes on afterwards
     assert needs_gradient == [False, False, False, True]

@@ -14,6 +14,7 @@ from moe_gpt.model.attention import (
     KVCache,
     attend,
     attend_by_products,
+    attend_in_query_blocks,
     causal_mask,
     rotary_angles,
     rotate,
@@ -107,17 +108,61 @@ def test_attend_by_products_equals_scaled_dot_product_attention(n_kv_heads, mask
 
 
 def test_attend_takes_products_on_a_cpu_up_to_the_stated_length(monkeypatch):
-    """Contexts of up to 256 positions are attended by matrix products, longer ones by PyTorch's kernel."""
+    """Contexts of up to 1,024 positions are attended by matrix products, longer ones by PyTorch's kernel."""
     lengths = []
 
-    def by_products(queries, keys, values, mask):
+    def in_blocks(queries, keys, values):
         lengths.append(keys.shape[2])
-        return attend_by_products(queries, keys, values, mask)
+        return attend_in_query_blocks(queries, keys, values)
 
-    monkeypatch.setattr(attention, "attend_by_products", by_products)
-    for length in (8, 256, 257):
+    monkeypatch.setattr(attention, "attend_in_query_blocks", in_blocks)
+    for length in (8, 1024, 1025):
         attend(*(torch.zeros(1, 1, length, 2) for _ in range(3)), mask=None)
-    assert lengths == [8, 256]
+    assert lengths == [8, 1024]
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_attend_in_query_blocks_equals_scaled_dot_product_attention(n_kv_heads, length, dtype):
+    """Output and gradients, for lengths around a block's, for views as the model passes them."""
+    generator = torch.Generator().manual_seed(length)
+    heads = torch.randn(3, length, 4 + 2 * n_kv_heads, 8, generator=generator, dtype=dtype, requires_grad=True)
+    qkv = [part.transpose(1, 2) for part in heads.split([4, n_kv_heads, n_kv_heads], dim=2)]
+    upstream = torch.randn(3, 4, length, 8, generator=generator, dtype=dtype)
+    exact = [part.double() for part in qkv]
+    results = []
+    for y in (
+        attend_in_query_blocks(*qkv),
+        F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True),
+    ):
+        (gradient,) = torch.autograd.grad(y, heads, upstream.to(y.dtype), retain_graph=True)
+        results.append((y.double(), gradient.double()))
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 6e-2}[dtype]  # softmax in float32 or more
+    assert_close(results[0], results[1], atol=tolerance, rtol=tolerance)
+
+
+def test_gradient_of_query_blocks_by_differences():
+    """In float64 the gradient written by hand is that of finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = [
+        torch.randn(1, heads, 70, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (2, 1, 1)
+    ]
+    assert torch.autograd.gradcheck(attend_in_query_blocks, qkv, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_by_hand_equals_the_expression(dtype, monkeypatch):
+    """Output and gradient; of the first heads of a larger tensor, as in the model."""
+    x = torch.randn(2, 5, 4, 8, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(2, 5, 3, 8, dtype=dtype)
+    results = []
+    for by_hand in (True, False):
+        monkeypatch.setattr(attention, "takes_gradients_by_hand", lambda _, choice=by_hand: choice)
+        y = rotate(x[:, :, :3], *rotary_of(5))
+        results.append((y, *torch.autograd.grad(y, x, upstream)))
+    assert_close(results[0], results[1], atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("way_to_attend")

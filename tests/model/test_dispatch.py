@@ -5,13 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from moe_gpt.model.dispatch import (
-    SEGMENT_ALIGNMENT,
     combine_rows,
     count_assignments,
     dispatch_tokens,
     plan_dispatch,
     within_capacity,
 )
+from moe_gpt.model.paths import segment_alignment
 
 SIZES = [(1, 1, 2, 4), (7, 2, 5, 8), (33, 3, 4, 1), (200, 2, 8, 64)]
 """Tokens, choices, experts, alignment."""
@@ -96,10 +96,13 @@ def test_plan_dispatch_has_the_same_number_of_rows_for_every_routing(n_tokens, n
     assert all(plan.segment_ends[-1] <= len(plan.token_of_row) for plan in plans)
 
 
-def test_plan_dispatch_aligns_to_the_constant_by_default():
-    """Without an argument segments end at multiples of SEGMENT_ALIGNMENT."""
-    plan = plan_dispatch(torch.tensor([[0], [1]]), n_experts=2)
-    assert plan.segment_ends.tolist() == [SEGMENT_ALIGNMENT, 2 * SEGMENT_ALIGNMENT]
+def test_plan_dispatch_aligns_by_what_experts_get():
+    """Without an argument segments end at multiples of 64 rows, unless few rows would make most of them padding."""
+    few, many = torch.tensor([[0], [1]]), torch.tensor([[0], [1]] * 512)
+    assert plan_dispatch(few, n_experts=2).segment_ends.tolist() == [1, 2]
+    assert plan_dispatch(many, n_experts=2).segment_ends.tolist() == [512, 1024]
+    assert [segment_alignment(n, 2, torch.device("cpu")) for n in (1023, 512, 32, 16, 8)] == [32, 32, 2, 1, 1]
+    assert segment_alignment(2, 2, torch.device("cuda")) == 8
 
 
 def test_count_assignments_counts_valid_tokens_only():

@@ -7,6 +7,7 @@ from expert_loop import moe_by_loop, parameters_for_loop
 from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
+from moe_gpt.model import experts as experts_module
 from moe_gpt.model.dispatch import combine_rows, dispatch_tokens, plan_dispatch
 from moe_gpt.model.experts import Experts, FeedForward, grouped_mm, segment_mm
 from moe_gpt.model.paths import fits_grouped_mm
@@ -96,6 +97,26 @@ def test_segment_mm_by_hand():
     product = segment_mm(rows, torch.tensor([[[2.0]], [[3.0]], [[5.0]]]), torch.tensor([1, 1, 3], dtype=torch.int32))
     assert product[:3].flatten().tolist() == [2, 10, 15]
     assert product.shape == (4, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[8, 16, 24], [0, 40, 8], [5, 0, 0], [3, 17, 1]], ids=str)
+def test_experts_by_hand_equal_grouped_products(sizes, dtype, monkeypatch):
+    """The CPU's own way gives what grouped products and autograd give, in output and all gradients."""
+    torch.manual_seed(0)
+    layer = Experts(tiny_config(n_experts=3, d_model=16, d_ff=8)).to(dtype)
+    layer.init_weights(0.3, 0.3)
+    rows, n_used = torch.randn(56, 16).to(dtype).requires_grad_(), sum(sizes)
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    upstream = torch.randn(n_used, 16).to(dtype)
+    results = []
+    for by_hand in (True, False):
+        monkeypatch.setattr(experts_module, "takes_gradients_by_hand", lambda _, choice=by_hand: choice)
+        y = layer(rows, ends)[:n_used]
+        gradients = torch.autograd.grad(y, [rows, layer.gate_up, layer.down], upstream)
+        results.append((y, gradients[0][:n_used], *gradients[1:]))
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    assert_close(results[0], results[1], **close)
 
 
 @pytest.mark.parametrize("path", PATHS)

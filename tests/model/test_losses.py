@@ -4,11 +4,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_models import VARIANTS, gradients_of, random_tokens, routers_of, tiny_config, tiny_model, training_loss
 from torch.testing import assert_close
 
 from moe_gpt.config import LossConfig
-from moe_gpt.model.losses import IGNORED_TARGET, combine_losses, cross_entropy, load_balancing_loss, router_z_loss
+from moe_gpt.model import losses
+from moe_gpt.model.losses import (
+    IGNORED_TARGET,
+    combine_losses,
+    cross_entropy,
+    linear_cross_entropy,
+    load_balancing_loss,
+    router_z_loss,
+)
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
 
@@ -151,6 +160,46 @@ def test_cross_entropy_is_float32_for_bf16_logits():
     total = cross_entropy(logits, targets).total
     assert total.dtype == torch.float32
     assert torch.equal(total, cross_entropy(logits.float(), targets).total)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_cross_entropy_is_cross_entropy_of_the_logits(chunk, dtype, monkeypatch):
+    """Sum, count and both gradients, however many tokens are taken at a time; ignored targets count nowhere."""
+    monkeypatch.setattr(losses, "tokens_per_chunk_of_logits", lambda *_: chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 6, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(7, 6, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(7, (10,), generator=generator)
+    targets[[2, 7]] = IGNORED_TARGET
+    ours = linear_cross_entropy(hidden, weight, targets)
+    total = F.cross_entropy((hidden @ weight.T).double(), targets, ignore_index=IGNORED_TARGET, reduction="sum")
+    assert ours.n_valid == 8
+    gradients = [torch.autograd.grad(loss * 0.5, [hidden, weight]) for loss in (ours.total, total)]
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 0.05}[dtype]
+    assert_close(ours.total.double(), total, atol=tolerance, rtol=tolerance)
+    assert_close(gradients[0], gradients[1], atol=tolerance, rtol=tolerance)
+    assert (gradients[0][0][[2, 7]] == 0).all()
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets).total == ours.total
+
+
+def test_linear_cross_entropy_under_autocast_sums_in_float32():
+    """Products in bf16, the loss in float32, gradients in the weights' own type."""
+    hidden = torch.randn(10, 6, requires_grad=True)
+    weight = torch.randn(7, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = linear_cross_entropy(hidden, weight, torch.arange(10) % 7).total
+    total.backward()
+    assert total.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert_close(total, F.cross_entropy(hidden @ weight.T, torch.arange(10) % 7, reduction="sum"), atol=0.2, rtol=0.02)
+
+
+def test_linear_cross_entropy_is_not_finite_where_the_logits_are_not():
+    """A NaN in the weights reaches the loss, so that the step is skipped."""
+    weight = torch.ones(7, 6)
+    weight[3, 2] = torch.nan
+    assert not linear_cross_entropy(torch.ones(4, 6), weight, torch.zeros(4, dtype=torch.int64)).total.isfinite()
 
 
 @pytest.mark.parametrize(("balance", "loss"), [("loss", 4.5), ("bias", 3.5), ("none", 3.5)])

@@ -5,6 +5,7 @@ import torch
 from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
+from moe_gpt.model import moe, paths
 from moe_gpt.model.moe import MoE
 
 
@@ -160,3 +161,28 @@ def test_moe_is_equivariant_to_the_order_of_tokens():
     y_permuted, stats_permuted = layer(x[:, order])
     assert_close(y_permuted, y[:, order], atol=1e-5, rtol=0)  # float32 sums in another order
     assert torch.equal(stats_permuted.tokens_per_expert, stats.tokens_per_expert)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 1, "normalize_topk": False}, {"top_k": 4}, {"capacity_factor": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_few_tokens_get_the_same_without_sorting(changes, dtype, monkeypatch):
+    """Decoding's short cut gives what sorting gives, and no statistics; it never drops, being no training."""
+    layer, x = random_layer(**changes).eval(), torch.randn(3, 2, 32).to(dtype)
+    layer.experts.to(dtype)
+    short, stats = layer(x, with_stats=False)
+    monkeypatch.setattr(moe, "visits_experts_one_by_one", lambda *_: False)
+    whole, no_stats = layer(x, with_stats=False)
+    assert stats is no_stats is None
+    assert_close(short, whole, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-4)
+    assert_close(whole, layer(x)[0], atol=0, rtol=0)
+
+
+def test_short_cut_is_taken_for_few_tokens_without_gradients_only():
+    """It has a loop over tokens, and what it does is cut out of no graph."""
+    cpu = torch.device("cpu")
+    with torch.no_grad():
+        assert paths.visits_experts_one_by_one(64, cpu)
+        assert not paths.visits_experts_one_by_one(65, cpu)
+        assert not paths.visits_experts_one_by_one(2, torch.device("cuda"))
+    assert not paths.visits_experts_one_by_one(2, cpu)

@@ -1,0 +1,134 @@
+"""Decoding with a key-value cache, against transformers on the exported model: ``scripts/bench.py generate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_gpt.bench.contenders import Workload
+from moe_gpt.bench.rounds import take_turns
+from moe_gpt.device import autocast, tune_process
+from moe_gpt.model.attention import KVCache
+from moe_gpt.model.transformer import MoEGPT
+
+PROMPT_TOKENS = 32
+NAMES = ["moe_gpt", "moe_gpt/full heads", "transformers/eager", "transformers/grouped_mm"]
+
+
+class Decoded(NamedTuple):
+    """Seconds until the first new token, and from there to the last."""
+
+    first: float
+    others: float
+
+
+def bench_generate(
+    workload: Workload, batch_sizes: Sequence[int], n_new: int, rounds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Measure greedy decoding of ``n_new`` tokens after a prompt of 32, at several batch sizes.
+
+    *Full heads* is the same model with a key-value head for every query head. Transformers gets our model as it is
+    exported, and its own ``generate``.
+    """
+    results = []
+    say(f"{n_new} new tokens after {PROMPT_TOKENS}; {workload.device}, {workload.precision}")
+    say(f"{'batch':>5}  {'':<24}{'tokens/s':>10}{'first token':>13}{'cache':>11}{'moe_gpt is':>12}")
+    for batch_size in batch_sizes:
+        make = functools.partial(_make_decoder, workload, batch_size, n_new)
+        turns = take_turns(NAMES, make, rounds, turns=1, warmup=1, at_once=True, say=say)
+        speeds = {
+            name: batch_size * (n_new - 1) / statistics.median(turn.others for turn in turns[name].values)
+            for name in NAMES
+            if turns[name].values
+        }
+        for name, speed in speeds.items():
+            first = statistics.median(turn.first for turn in turns[name].values)
+            n_bytes = _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new)
+            say(
+                f"{batch_size:>5}  {name:<24}{speed:>10,.0f}{1000 * first:>10.1f} ms{n_bytes / 1e6:>8.2f} MB"
+                f"{speeds['moe_gpt'] / speed:>10.2f} x"
+            )
+            results.append(
+                {
+                    "name": f"generate/{name}",
+                    "batch_size": batch_size,
+                    "tokens_per_second": speed,
+                    "seconds_to_first_token": first,
+                    "cache_bytes": n_bytes,
+                    "peak_memory_bytes": turns[name].peak_memory_bytes,
+                }
+            )
+    return results
+
+
+def _cache_bytes(workload: Workload, name: str) -> int:
+    """Return the bytes of keys and values of one position."""
+    m, itemsize = workload.model, 2 if workload.precision == "bf16" else 4
+    n_kv_heads = m.n_heads if name.endswith("full heads") else m.n_kv_heads
+    return 2 * m.n_layers * n_kv_heads * m.head_dim * itemsize
+
+
+def _make_decoder(workload: Workload, batch_size: int, n_new: int, name: str) -> Callable[[], Decoded]:
+    device = torch.device(workload.device)
+    torch.manual_seed(0)
+    shape = dataclasses.replace(workload.model, max_seq_len=max(workload.model.max_seq_len, PROMPT_TOKENS + n_new))
+    if name.endswith("full heads"):
+        shape = dataclasses.replace(shape, n_kv_heads=shape.n_heads)
+    model = MoEGPT(shape)
+    prompt = torch.randint(shape.vocab_size or 1, (batch_size, PROMPT_TOKENS), device=device)
+    if name.startswith("moe_gpt"):
+        tune_process(device)
+        model = model.to(device).eval()
+        return lambda: _decode(model, prompt, n_new, workload)
+    theirs = _in_transformers(model, name.partition("/")[2]).to(device).eval()
+    return lambda: _decode_in_transformers(theirs, prompt, n_new, workload)
+
+
+@torch.inference_mode()
+def _decode(model: MoEGPT, prompt: Tensor, n_new: int, workload: Workload) -> Decoded:
+    dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
+    started = time.perf_counter()
+    cache = KVCache(model.config, len(prompt), prompt.shape[1] + n_new, prompt.device, dtype)
+    with autocast(prompt.device, workload.precision):
+        tokens = model.next_token_logits(prompt, cache).argmax(-1, keepdim=True)
+        tokens.tolist()
+        first = time.perf_counter()
+        for _ in range(n_new - 1):
+            tokens = model.next_token_logits(tokens, cache).argmax(-1, keepdim=True)
+        tokens.tolist()
+    return Decoded(first - started, time.perf_counter() - first)
+
+
+def _in_transformers(model: MoEGPT, experts: str) -> Any:
+    import transformers
+
+    from moe_gpt.interop import hugging_face
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        hugging_face.save(model, Path(folder) / "exported")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "exported", experts_implementation=experts, dtype=torch.float32
+        )
+
+
+@torch.inference_mode()
+def _decode_in_transformers(model: Any, prompt: Tensor, n_new: int, workload: Workload) -> Decoded:
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
+    with autocast(prompt.device, workload.precision):
+        started = time.perf_counter()
+        model.generate(prompt, max_new_tokens=1, **settings).tolist()
+        first = time.perf_counter()
+        model.generate(prompt, max_new_tokens=n_new, **settings).tolist()
+        ended = time.perf_counter()
+    return Decoded(first - started, (ended - first) - (first - started))
