@@ -99,14 +99,14 @@ class MoE(nn.Module):
 
     def _visit(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Return each token's weighted sum (N, D) in float32, expert by expert: for few tokens, and never dropping."""
-        visitors: dict[int, list[tuple[int, int]]] = {}
-        for token, experts in enumerate(routing.expert_indices.tolist()):
-            for choice, expert in enumerate(experts):
-                visitors.setdefault(expert, []).append((token, choice))
-        y = routing.expert_weights.new_zeros(tokens.shape)
-        for expert, places in visitors.items():
-            at, choices = (list(part) for part in zip(*places, strict=True))
-            y[at] += self.experts.one(tokens[at], expert) * routing.expert_weights[at, choices, None]
+        assignments_of: dict[int, list[int]] = {}
+        for assignment, expert in enumerate(routing.expert_indices.flatten().tolist()):
+            assignments_of.setdefault(expert, []).append(assignment)
+        y, weights = routing.expert_weights.new_zeros(tokens.shape), routing.expert_weights.view(-1, 1)
+        for expert, assignments in assignments_of.items():
+            at = torch.tensor(assignments)
+            token = at // self.top_k
+            y.index_add_(0, token, self.experts.one(tokens[token], expert) * weights[at])
         return y
 
     def _kept(self, indices: Tensor, dispatch: Dispatch, valid: Tensor | None) -> Tensor:
