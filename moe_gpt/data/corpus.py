@@ -13,6 +13,7 @@ import glob
 import hashlib
 import importlib.util
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -106,9 +107,9 @@ def expand_files(source: SourceConfig) -> list[Path]:
     return sorted(files)
 
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_BUILDERS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def _iterate_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:
@@ -149,11 +150,7 @@ def _file_texts(source: SourceConfig, path: Path) -> Iterator[str]:
     builder = _builder_for(source, path)
     if builder == "text":
         source = dataclasses.replace(source, text_field="text", template=None)
-    with contextlib.ExitStack() as stack:
-        readable = path
-        if source.errors == "replace" and builder != "parquet":
-            readable = stack.enter_context(_with_bytes_replaced(path))
-        yield from _read_texts(source, _file_rows(builder, readable, _columns(source)), str(path))
+    yield from _read_texts(source, _file_rows(builder, path, source), str(path))
 
 
 @contextlib.contextmanager
@@ -173,7 +170,7 @@ def _with_bytes_replaced(path: Path) -> Iterator[Path]:
 def _builder_for(source: SourceConfig, path: Path) -> str:
     """Return which reader of ``datasets`` a file is for, looking through one layer of compression."""
     suffix = path.suffix.lower()
-    if suffix in _ARCHIVES:
+    if path.name.lower().endswith(_ARCHIVES):
         raise InputError(f"source {source.name}: {path} is an archive; unpack it (single files may be .gz or .zst)")
     if suffix == ".zst" and not importlib.util.find_spec("zstandard"):
         raise InputError(f"source {source.name}: {path} needs a package to be read; run: pip install zstandard")
@@ -184,23 +181,69 @@ def _columns(source: SourceConfig) -> tuple[str, ...]:
     return (source.text_field,) if source.template is None else source.template_fields
 
 
-def _file_rows(builder: str, path: Path, columns: tuple[str, ...]) -> Iterator[Any]:
+def _file_rows(builder: str, path: Path, source: SourceConfig) -> Iterator[dict[str, Any]]:
+    if path.suffix.lower() == ".zst":
+        _check_zstandard(path)
+    with contextlib.ExitStack() as stack:
+        if source.errors == "replace" and builder != "parquet":
+            path = stack.enter_context(_with_bytes_replaced(path))
+        if builder == "parquet" and path.suffix.lower() == ".parquet" and _is_empty_parquet(path):
+            return
+        rows = _open_rows(builder, path, _columns(source))
+        yield from (_parse_line(row["text"]) for row in rows if row["text"].strip()) if builder == "lines" else rows
+
+
+def _open_rows(builder: str, path: Path, columns: tuple[str, ...]) -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise each file is reported over the network
     options: dict[str, Any] = {}
     if builder == "text":
         options = {"sample_by": "document"}
+    if builder == "lines":  # the JSON reader takes dates for times, and falls over columns that come and go
+        builder, options = "text", {"sample_by": "line"}
     if builder == "csv":  # a cell is text, whatever it looks like
         options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
-    yield from datasets.load_dataset(
-        builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options
-    )
+    return datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+
+
+def _parse_line(line: str) -> dict[str, Any]:
+    row = json.loads(line.removeprefix("\ufeff"))
+    if not isinstance(row, dict):
+        raise ValueError(f"a line must be a JSON object, got {shown(row)}")
+    return row
+
+
+def _is_empty_parquet(path: Path) -> bool:
+    """Whether the file has no rows, which its reader takes for an error."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path).metadata.num_rows == 0
+
+
+def _check_zstandard(path: Path) -> None:
+    """Raise EOFError where the file ends in the middle of a frame: its reader would take that for the end."""
+    import zstandard
+
+    with open(path, "rb") as file:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        is_inside = False
+        while block := file.read(1 << 20):
+            while block:
+                frame.decompress(block)
+                is_inside, block = not frame.eof, frame.unused_data
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+        if is_inside:
+            raise EOFError("compressed file ended before the end of its last frame")
 
 
 def _open_hub(source: SourceConfig) -> Any:
     import datasets
 
+    is_local = os.path.exists(source.dataset or "")
+    if os.path.isfile(source.dataset or ""):
+        raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")
     try:
         return datasets.load_dataset(
             source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
@@ -208,7 +251,8 @@ def _open_hub(source: SourceConfig) -> Any:
     except Exception as error:  # datasets has RuntimeError and others of its own besides
         raise InputError(
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
-            f"be opened: {_one_line(error)}; local files: and builtin: work without a network"
+            f"be opened: {_one_line(error)}"
+            + ("" if is_local else "; local files: and builtin: work without a network")
         ) from error
 
 
@@ -231,9 +275,8 @@ def _read_texts(source: SourceConfig, rows: Any, where: str) -> Iterator[str]:
 def _check_cell(source: SourceConfig, row: dict[str, Any], column: str, where: str, row_number: int) -> None:
     key = "text_field" if source.template is None else "template"
     if column not in row:
-        raise InputError(
-            f"source {source.name}: {key}={column!r} is not a column of {where}; there are {', '.join(row)}"
-        )
+        at, there = f" in row {row_number}" if row_number else "", ", ".join(row) or "none"
+        raise InputError(f"source {source.name}: {key}={column!r} is not a column of {where}{at}; there are {there}")
     is_number = isinstance(row[column], int | float) and source.template is not None
     if not isinstance(row[column], str) and not is_number:
         raise InputError(

@@ -108,8 +108,7 @@ def available_cores() -> int:
 
 def _start_pool(encoder: Encoder, processes: int) -> ProcessPoolExecutor | None:
     """Return a pool that has answered once, or None where its processes die."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing's own check does
-        raise RuntimeError("a script that prepares data must do so under `if __name__ == '__main__':`")
+    refuse_in_starting_process()
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
     pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(encoder,))
     try:
@@ -118,6 +117,15 @@ def _start_pool(encoder: Encoder, processes: int) -> ProcessPoolExecutor | None:
         pool.shutdown()
         return None
     return pool
+
+
+def refuse_in_starting_process() -> None:
+    """End a process that encodes for another and is still starting: it is running that one's unguarded script again.
+
+    The other sees it die, and encodes by itself.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing's own check does
+        raise SystemExit(1)
 
 
 _worker_encoder: Encoder | None = None

@@ -18,7 +18,7 @@ import filelock
 from moe_gpt.config import DataConfig, SourceConfig
 from moe_gpt.data.corpus import ReadingProgress, describe_origin, iterate_documents
 from moe_gpt.data.document import is_held_out
-from moe_gpt.data.encode import Encoder, encode_documents
+from moe_gpt.data.encode import Encoder, encode_documents, refuse_in_starting_process
 from moe_gpt.data.progress import show_progress
 from moe_gpt.data.token_store import FORMAT_VERSION, SPLITS, TokenStore, build_store, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
@@ -68,12 +68,13 @@ def prepare_data(
         InputError: naming the source or setting that cannot be used.
         OSError: where the cache cannot be written.
     """
+    refuse_in_starting_process()
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     try:
         tokenizer = tokenizer or _obtain_tokenizer(config, cache, say)
         sources = tuple(_obtain_source(source, config, tokenizer, cache, say) for source in config.sources)
-    except PermissionError as error:
-        raise InputError(f"data.cache_dir={cache} or a file of a source is not accessible: {error}") from error
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"data.cache_dir={cache} or a file of a source cannot be used: {error}") from error
     return PreparedData(tokenizer, sources)
 
 

@@ -121,8 +121,10 @@ class TrainingStream:
         Raises:
             ValueError: where ``batch_tokens`` are not whole sequences, or ``rank`` is not below ``n_ranks``.
         """
-        if batch_tokens % seq_len:
+        if seq_len < 1 or batch_tokens % seq_len:
             raise ValueError(f"batch_tokens must be a multiple of seq_len={seq_len}, got {batch_tokens}")
+        if tokens_seen < 0 or batch_tokens < 1:
+            raise ValueError(f"the stream starts at token 0, got {batch_tokens} tokens from {tokens_seen}")
         if not 0 <= rank < n_ranks:
             raise ValueError(f"rank must be below n_ranks={n_ranks}, got {rank}")
         n_sequences = batch_tokens // seq_len
@@ -139,7 +141,13 @@ class TrainingStream:
         return Batch(inputs.reshape(-1, seq_len), targets.reshape(-1, seq_len))
 
     def locate(self, token_index: int) -> Location:
-        """Return source, epoch, document and offset of one token of the stream."""
+        """Return source, epoch, document and offset of one token of the stream.
+
+        Raises:
+            ValueError: where ``token_index`` is negative.
+        """
+        if token_index < 0:
+            raise ValueError(f"the stream starts at token 0, got {token_index}")
         source, position = self._source_positions(token_index, 1)
         epoch, place = self._text_positions(int(source[0]), position)
         return Location(int(source[0]), int(epoch[0]), *self._texts[source[0]].locate(int(place[0])))

@@ -91,6 +91,7 @@ class TokenStore:
 
     def __init__(self, folder: Path, split: str, check: bool = True) -> None:
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self._folder, self._split, self._ends_checked = folder, split, not check
         digests = (folder / f"{split}.sha256").read_bytes() if check else None
         self.tokens = CheckedTokens(folder / f"{split}.bin", self.meta["dtype"], digests)
         self.document_ends = np.load(folder / f"{split}_ends.npy", mmap_mode="r")
@@ -106,7 +107,16 @@ class TokenStore:
         return self.meta["digest"]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the document that holds the token at ``position``, and the token's offset in it."""
+        """Return the document that holds the token at ``position``, and the token's offset in it.
+
+        Raises:
+            InputError: where the documents' ends are not what was written.
+        """
+        if not self._ends_checked:
+            path = self._folder / f"{self._split}_ends.npy"
+            if read_facts(path).sha256 != self.meta["digest_of_ends"][self._split]:
+                raise InputError(f"{path} is not what was written: its SHA-256 differs; {_ADVICE}")
+            self._ends_checked = True
         document = int(np.searchsorted(self.document_ends, position, side="right"))
         return document, position - (int(self.document_ends[document - 1]) if document else 0)
 
@@ -214,10 +224,11 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
 
 
 def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype) -> None:
+    digest_of_ends = {}
     for split, writer in writers.items():
         ends = io.BytesIO()
         np.save(ends, np.array(writer.ends, dtype=np.int64))
-        write_file(folder / f"{split}_ends.npy", [ends.getbuffer()])
+        digest_of_ends[split] = write_file(folder / f"{split}_ends.npy", [ends.getbuffer()]).sha256
         writer.file.flush()
         os.fsync(writer.file.fileno())
     meta = {
@@ -227,6 +238,7 @@ def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype)
         "n_documents": {split: len(writer.ends) for split, writer in writers.items()},
         "n_bytes": {split: writer.n_bytes for split, writer in writers.items()},
         **_digests(folder),
+        "digest_of_ends": digest_of_ends,
     }
     write_file(folder / "meta.json", [json.dumps(meta, indent=2).encode()])
 

@@ -262,8 +262,9 @@ def train_tokenizer(
     )
     backend.train_from_iterator(texts, trainer)
     tokenizer = Tokenizer(backend, end_of_text)
-    if tokenizer.end_of_text_id in tokenizer.encode(end_of_text):
-        raise InputError(
-            f"data.tokenizer.end_of_text must not be a word of the text, got {end_of_text!r}; use {END_OF_TEXT}"
-        )
+    for key, token in [("end_of_text", end_of_text), *(("special_tokens", token) for token in special_tokens)]:
+        if backend.token_to_id(token) in tokenizer.encode(token):
+            raise InputError(
+                f"data.tokenizer.{key} must not be a word of the text, got {token!r}; write <|{token}|>, say"
+            )
     return tokenizer

@@ -429,3 +429,76 @@ def test_short_documents_and_repeats_are_passed_over():
     assert texts(files=path, min_chars=2) == ["aaaa", "aaaa", "cccc", "aaaa", "dddd"]
     assert texts(files=path, deduplicate=True) == ["aaaa", "b", "cccc", "dddd"]
     assert texts(files=path, deduplicate=True, min_chars=4, max_documents=2) == ["aaaa", "cccc"]
+
+
+def test_json_text_stays_text():
+    """A date is the text that the file has, and columns that nobody uses may come, go and change their type."""
+    rows = [{"date": "2020-01-05", "text": f"row {i}", "d": "2020-01-01"} for i in range(3)]
+    rows += [{"date": "unknown", "text": "late", "d": 7, "new": [1]}]
+    path = write("a.jsonl", jsonl(*rows) + "\n  \n")
+    assert texts(files=path, template="{date}: {text}") == [
+        "2020-01-05: row 0", "2020-01-05: row 1", "2020-01-05: row 2", "unknown: late",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[1]", "a line must be a JSON object, got [1]"),
+        ("7", "a line must be a JSON object, got 7"),
+        ('{"text": ', "JSONDecodeError"),
+        ("{}", "text_field='text' is not a column of"),
+        ('{"text": null}', "must be text, got None in row 1"),
+    ],
+)
+def test_wrong_line_is_named(line, message):
+    """By its place in the file."""
+    path = write("a.jsonl", jsonl({"text": "one"}) + line + "\n")
+    found = failure(files=path)
+    assert message in found
+    assert "row 1" in found or "after row 0" in found
+
+
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.jsonl.zst"])
+def test_cut_off_zstandard_file_is_an_error(name):
+    """Its own reader would take what is there for all there is."""
+    content = jsonl(*[{"text": str(i) * 50} for i in range(9999)]).encode()
+    whole = zstandard.compress(content)
+    path = write(name, whole[: len(whole) // 2])
+    assert "ended before the end of its last frame" in failure(files=path)
+    assert path in failure(files=path)
+    write(name, zstandard.compress(content[:1000]) + zstandard.compress(content[1000:]))
+    assert len("".join(texts(files=path, text_field="text"))) > 400_000
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.xz", "a.csv.bz2"])
+def test_damaged_compressed_file_is_named_when_bytes_are_replaced(name):
+    """Replacing bytes repairs text, not archives."""
+    path = write(name, b"\xcd\x07 no such format" * 9)
+    assert path in failure(files=path, errors="replace")
+
+
+def test_archive_with_two_suffixes_is_an_archive():
+    """As one with one is."""
+    assert "is an archive; unpack it" in failure(files=write("a.tar.gz", gzip.compress(b"x")))
+
+
+def test_parquet_without_rows_is_passed_over():
+    """As an empty file of any other kind is."""
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "a.parquet")
+    write("b.txt", "text")
+    assert texts(files=("a.parquet", "b.txt")) == ["text"]
+
+
+def test_dataset_that_is_a_file_is_told_so():
+    """Before anybody asks the hub for it."""
+    path = write("a.jsonl", jsonl({"text": "one"}))
+    assert f"is a file; write files: {path}" in failure(dataset=path)
+
+
+def test_failure_of_a_local_folder_does_not_speak_of_the_network():
+    """It has nothing to do with it."""
+    write("folder/train.jsonl", jsonl({"text": "one"}))
+    assert "network" not in failure(dataset=str(Path.cwd() / "folder"), split="nowhere")

@@ -106,6 +106,27 @@ def test_script_without_a_guard_is_encoded_by_one_process_and_told_why(tmp_path)
     assert done.stdout.endswith("300\n")
 
 
+def test_script_without_a_guard_prepares_data_all_the_same(tmp_path):
+    """The process that runs it again does not wait for the lock that the first one holds."""
+    for i in range(9):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 300)
+    path = tmp_path / "script.py"
+    body = """
+from moe_gpt.config import DataConfig, SourceConfig, TokenizerConfig
+from moe_gpt.data.prepare import prepare_data
+config = DataConfig(
+    tokenizer=TokenizerConfig(vocab_size=300), cache_dir="cache", processes=2,
+    sources=(SourceConfig(name="mine", files="*.txt"),), validation_fraction=0.3,
+)
+print(len(prepare_data(config).sources[0].train))
+"""
+    path.write_text(SCRIPT.format(tests=os.path.dirname(os.path.dirname(__file__))) + body)
+    command = [sys.executable, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+    assert "does your script lack `if __name__ == '__main__':`?" in done.stdout
+    assert int(done.stdout.split()[-1]) > 1000
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
 def test_killed_process_takes_its_workers_along(tmp_path):
     """SIGKILL leaves no orphans that wait for ever."""

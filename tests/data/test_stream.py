@@ -158,6 +158,16 @@ def test_whole_run_reads_each_epoch_once_whatever_its_stages_and_ranks(data, see
             assert len(set(one_pass.tolist())) == len(one_pass)
 
 
+def test_places_before_the_start_are_refused():
+    """And batches of nothing."""
+    stream = TrainingStream(numbered(10), [1.0], 0, 4)
+    for arguments in ((-8, 2, 4), (0, 2, 0), (0, 0, 0)):
+        with pytest.raises(ValueError, match=r"starts at token 0|multiple of seq_len=0"):
+            stream.batch(*arguments)
+    with pytest.raises(ValueError, match="starts at token 0, got -1"):
+        stream.locate(-1)
+
+
 @pytest.mark.parametrize(("rank", "n_ranks"), [(2, 2), (-1, 2), (0, 0)])
 def test_rank_outside_the_group_is_refused(rank, n_ranks):
     """Ranks count from 0; the error has both numbers."""

@@ -268,6 +268,18 @@ def read_all(folder: Path) -> None:
         TokenStore(folder, split).tokens[:]
 
 
+def test_damaged_document_ends_are_found_when_a_document_is_looked_up(tmp_path):
+    """Nothing else needs them."""
+    train, _ = build(tmp_path / "store", DOCUMENTS)
+    path = tmp_path / "store" / "train_ends.npy"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+    assert TokenStore(tmp_path / "store", "train", check=False).locate(0) == (0, 0)
+    with pytest.raises(InputError, match=r"train_ends.npy is not what was written"):
+        TokenStore(tmp_path / "store", "train").locate(0)
+
+
 BLOCK = 2**20 // 2
 
 
