@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from moe_gpt.config import TrainConfig
+from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.setup import apply_execution
 
@@ -51,6 +52,24 @@ def test_activation_checkpointing_changes_no_loss_no_count_and_no_gradient(chang
     apply_execution(checkpointed, TrainConfig(activation_checkpointing=True))
     expected = train_once(plain)
     assert_close(train_once(checkpointed), expected, atol=1e-6, rtol=1e-5)  # the same operations
+
+
+def test_activation_checkpointing_keeps_the_routers_choices(monkeypatch):
+    """Were logits to round otherwise the second time, every token would still go to the experts of the first."""
+    plain = tiny_model()
+    checkpointed = copy.deepcopy(plain)
+    apply_execution(checkpointed, TrainConfig(activation_checkpointing=True))
+    expected = train_once(plain)
+    calls: dict[int, int] = {}
+
+    def scores_that_change(self, x, router_probs):
+        """Prefer all other experts the second time."""
+        calls[id(self)] = calls.get(id(self), 0) + 1
+        return router_probs * (1.0 if calls[id(self)] == 1 else -1.0)
+
+    monkeypatch.setattr(Router, "scores", scores_that_change)
+    assert_close(train_once(checkpointed), expected, atol=1e-6, rtol=1e-5)
+    assert set(calls.values()) == {2}
 
 
 def test_activation_checkpointing_recomputes_each_block_once():
