@@ -34,6 +34,12 @@ def parse_arguments() -> argparse.Namespace:
     generate = _shaped(commands, "generate", "decoding against transformers on the exported model")
     generate.add_argument("--batch-sizes", default="1,8,64", help="comma-separated (default: 1,8,64)")
     generate.add_argument("--new-tokens", type=count_argument, default=64, help="(default: 64)")
+    scaling = _command(commands, "scaling", "how time and memory grow with experts, width, sequences and their length")
+    _measured(scaling)
+    scaling.add_argument(
+        "--axes", help="comma-separated, of experts, d_ff, sequences, seq_len, checkpointed (default: all)"
+    )
+    scaling.add_argument("--plot", type=Path, metavar="FILE", help="draw them, .svg or .png (needs matplotlib)")
     return parser.parse_args()
 
 
@@ -48,11 +54,15 @@ def _shaped(commands: argparse._SubParsersAction, name: str, text: str) -> argpa
     shape = command.add_mutually_exclusive_group()
     shape.add_argument("--shape", choices=["S", "M", "L"], default="S", help="of docs/benchmarks.md (default: S)")
     shape.add_argument("--config", help="or the model and the last stage of a config")
+    _measured(command)
+    return command
+
+
+def _measured(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     command.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default: auto)")
     command.add_argument("--rounds", type=count_argument, default=5, help="turns of each contender (default: 5)")
     command.add_argument("--steps", type=count_argument, default=3, help="measurements in a turn (default: 3)")
-    return command
 
 
 def main() -> None:
@@ -63,8 +73,7 @@ def main() -> None:
 
     machine = describe_machine()
     print(machine, flush=True)
-    run = {"data": run_data, "train": run_train, "layer": run_layer, "generate": run_generate}[arguments.command]
-    results = run(arguments)
+    results = RUN[arguments.command](arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
@@ -109,6 +118,25 @@ def run_generate(arguments: argparse.Namespace) -> list[dict]:
     return bench_generate(read_workload(arguments), batch_sizes, arguments.new_tokens, arguments.rounds, _say)
 
 
+def run_scaling(arguments: argparse.Namespace) -> list[dict]:
+    """Vary one size after another."""
+    import importlib.util
+
+    from moe_gpt.bench.scaling import bench_scaling, plot
+    from moe_gpt.device import pick_device, pick_precision
+    from moe_gpt.validation import InputError
+
+    if arguments.plot and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--plot needs a package; run: pip install matplotlib")
+    device = pick_device(arguments.device)
+    precision = pick_precision(arguments.precision, device)
+    axes = arguments.axes.split(",") if arguments.axes else None
+    results = bench_scaling(str(device), precision, arguments.rounds, arguments.steps, _say, axes)
+    if arguments.plot:
+        plot(results, arguments.plot)
+    return results
+
+
 def read_workload(arguments: argparse.Namespace) -> Workload:
     """Return shape, device and precision from the command line."""
     from moe_gpt.bench.contenders import SHAPES, Workload
@@ -125,6 +153,15 @@ def read_workload(arguments: argparse.Namespace) -> Workload:
     device = pick_device(arguments.device)
     precision = pick_precision(arguments.precision, device)
     return Workload(model, n_sequences, seq_len, str(device), precision, n_sequences * seq_len)
+
+
+RUN = {
+    "train": run_train,
+    "layer": run_layer,
+    "generate": run_generate,
+    "scaling": run_scaling,
+    "data": run_data,
+}
 
 
 def _say(text: str) -> None:

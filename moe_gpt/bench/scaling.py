@@ -1,0 +1,133 @@
+"""How a training step's time and memory grow: ``scripts/bench.py scaling``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_gpt.bench.contenders import StepTimes, Workload, build
+from moe_gpt.bench.rounds import take_turns
+from moe_gpt.config import ModelConfig
+from moe_gpt.device import Precision
+from moe_gpt.validation import InputError
+
+_BASE = ModelConfig(vocab_size=1024, d_model=128, n_layers=2, n_heads=4, head_dim=32, d_ff=256, max_seq_len=4096)
+_SEQUENCES, _SEQ_LEN = 32, 256
+
+
+class Point(NamedTuple):
+    """One measurement: the axis it is on, its value there, and what is run."""
+
+    axis: str
+    value: int
+    workload: Workload
+
+
+def points(device: str, precision: Precision) -> list[Point]:
+    """Return the measurements: each axis varies one size of a small model, 8,192 tokens a step.
+
+    *checkpointed* is the axis of sequence lengths with activation checkpointing.
+    """
+
+    def at(axis: str, value: int, n_sequences: int = _SEQUENCES, seq_len: int = _SEQ_LEN, **changes: Any) -> Point:
+        model = dataclasses.replace(_BASE, **{key: value for key, value in changes.items() if key != "checkpointed"})
+        is_checkpointed = changes.get("checkpointed", False)
+        tokens = n_sequences * seq_len
+        work = Workload(
+            model, n_sequences, seq_len, device, precision, tokens, activation_checkpointing=is_checkpointed
+        )
+        return Point(axis, value, work)
+
+    total = _SEQUENCES * _SEQ_LEN
+    lengths = (128, 256, 512, 1024, 2048, 4096)
+    return [
+        *(at("experts", n, n_experts=n) for n in (4, 8, 16, 32, 64, 128, 256)),
+        *(at("d_ff", n, d_ff=n) for n in (64, 128, 256, 512, 1024)),
+        *(at("sequences", n, n_sequences=n) for n in (4, 8, 16, 32, 64)),
+        *(at("seq_len", n, n_sequences=total // n, seq_len=n) for n in lengths),
+        *(at("checkpointed", n, n_sequences=total // n, seq_len=n, checkpointed=True) for n in lengths),
+    ]
+
+
+def bench_scaling(
+    device: str,
+    precision: Precision,
+    rounds: int,
+    steps: int,
+    say: Callable[[str], None],
+    axes: list[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure every point, each in a process of its own, those of an axis in turns.
+
+    Args:
+        device: where.
+        precision: of the matrix products.
+        rounds: turns of each point.
+        steps: optimizer steps in a turn.
+        say: told the table, line by line.
+        axes: only these; None is all.
+    """
+    results = []
+    everything = points(device, precision)
+    there = list(dict.fromkeys(point.axis for point in everything))
+    if unknown := [axis for axis in axes or [] if axis not in there]:
+        raise InputError(f"axes must be of {', '.join(there)}, got {', '.join(unknown)}")
+    for axis in axes or there:
+        mine = {str(point.value): point.workload for point in everything if point.axis == axis}
+        make = functools.partial(_make_step, mine)
+        turns = take_turns(list(mine), make, rounds, steps, warmup=2, at_once=device == "cpu", say=say)
+        say(f"{axis:<22}{'rows/expert':>12}{'us/token':>10}{'optimizer':>12}{'memory':>10}")
+        for value, workload in mine.items():
+            if not turns[value].values:
+                continue
+            gradients = statistics.median(step.total - step.optimizer for step in turns[value].values)
+            result = {
+                "name": f"scaling/{axis}",
+                "value": int(value),
+                "seconds_per_token": gradients / workload.batch_tokens,
+                "optimizer_seconds": statistics.median(step.optimizer for step in turns[value].values),
+                "rows_per_expert": workload.batch_tokens * workload.model.top_k / workload.model.n_experts,
+                "peak_memory_bytes": turns[value].peak_memory_bytes,
+            }
+            say(
+                f"{int(value):<22,}{result['rows_per_expert']:>12,.0f}{1e6 * result['seconds_per_token']:>10.1f}"
+                f"{1000 * result['optimizer_seconds']:>9.1f} ms{result['peak_memory_bytes'] / 1e9:>7.2f} GB"
+            )
+            results.append(result)
+    return results
+
+
+def _make_step(workloads: dict[str, Workload], name: str) -> Callable[[], StepTimes]:
+    return build("moe_gpt", workloads[name]).step
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw time for each token and memory over every axis, as the file's suffix says (.svg, .png, .pdf)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axes = list(dict.fromkeys(result["name"].partition("/")[2] for result in results))
+    figure, rows = pyplot.subplots(2, len(axes), figsize=(3.2 * len(axes), 5.5), squeeze=False, sharex="col")
+    for column, axis in enumerate(axes):
+        mine = [result for result in results if result["name"] == f"scaling/{axis}"]
+        values = [result["value"] for result in mine]
+        for row, (key, scale, label) in enumerate(
+            (("seconds_per_token", 1e6, "us/token, forward and backward"), ("peak_memory_bytes", 1e-9, "GB"))
+        ):
+            place = rows[row][column]
+            place.plot(values, [scale * result[key] for result in mine], marker="o")
+            place.set_xscale("log", base=2)
+            place.set_ylim(bottom=0)
+            place.grid(alpha=0.3)
+            if column == 0:
+                place.set_ylabel(label)
+        rows[1][column].set_xlabel(axis)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

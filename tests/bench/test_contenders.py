@@ -1,0 +1,157 @@
+"""Contenders do the same work, take turns, and fail by name."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import pytest
+import torch
+from tiny_models import tiny_config
+
+from moe_gpt.analysis.accounting import count_flops, count_parameters
+from moe_gpt.bench import contenders, generate, layer, rounds, scaling, train
+from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin
+from moe_gpt.validation import InputError
+
+MODEL = tiny_config(vocab_size=64, n_experts=4, top_k=2, n_layers=2)
+WORK = Workload(MODEL, 2, 16, "cpu", "fp32", 32)
+NAMES = ["moe_gpt", "dense", "transformers/eager", "transformers/grouped_mm", "transformers/mistral"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contenders_have_the_same_shape_and_learn(name, monkeypatch):
+    """As many parameters as ours or its twin, and steps that bring down the loss on one batch."""
+    contender = build(name, WORK)
+    model = contender._state.model if hasattr(contender, "_state") else contender._model
+    is_dense = name in ("dense", "transformers/mistral")
+    assert (
+        sum(p.numel() for p in model.parameters()) == count_parameters(dense_twin(MODEL) if is_dense else MODEL).total
+    )
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(6):
+        contender.compute_gradients(tokens)
+        contender.update()
+        with torch.no_grad():
+            losses.append(
+                torch.nn.functional.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+            )
+    assert losses[-1] < losses[0]
+    assert all(0 < step.optimizer < step.total for step in [contender.step()])
+
+
+def test_unknown_contender_is_refused():
+    """By its name."""
+    with pytest.raises(InputError, match="no contender 'nanoGPT'"):
+        build("nanoGPT", WORK)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_twin_has_the_active_parameters(shape):
+    """But for the router."""
+    model = SHAPES[shape][0]
+    ours, twin = count_parameters(model), count_parameters(dense_twin(model))
+    assert ours.active - ours.router == twin.total == twin.active
+
+
+def test_flops_by_hand():
+    """Of shape S: two for each matrix parameter that a token meets, and attention over half the sequence."""
+    model, _, seq_len = SHAPES["S"]
+    flops = count_flops(model, seq_len)
+    projections = 256 * (8 + 2) * 32 + 8 * 32 * 256
+    assert flops.attention_projections == 2 * 6 * projections
+    assert flops.attention_scores == 6 * 2 * 2 * 8 * 32 * 257 // 2
+    assert flops.feed_forward == 2 * 6 * 2 * 3 * 256 * 512
+    assert flops.router == 2 * 6 * 16 * 256
+    assert flops.output == 2 * 4096 * 256
+    assert flops.training == 3 * sum(flops)
+
+
+def count_up(name: str):
+    """Make a contender that counts its calls and says where it runs."""
+    if name == "broken":
+        raise ValueError("cannot be built\nat all")
+    if name == "dying":
+        return lambda: os._exit(3)
+    calls = iter(range(100))
+    return lambda: (next(calls), os.getpid())
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_turns_leave_warm_up_out_and_failures_behind(at_once):
+    """Each in a process of its own; who fails is named, and the others go on."""
+    said: list[str] = []
+    result = rounds.take_turns(["a", "broken", "b", "dying"], count_up, 2, 3, 4, at_once, said.append)
+    assert [call for call, _ in result["a"].values] == [4, 5, 6, 7, 8, 9]
+    assert len({pid for name in "ab" for _, pid in result[name].values} | {os.getpid()}) == 3
+    assert result["a"].peak_memory_bytes >= 0
+    assert said == [
+        "broken does not run here: ValueError: cannot be built",
+        "dying does not run here: its process ended, with status 3",
+    ]
+
+
+def test_table_of_training(monkeypatch):
+    """Every contender has a line with its figures, and the ratio is ours over its."""
+    said: list[str] = []
+    results = train.bench_train(WORK, ["dense"], rounds=1, steps=2, say=said.append)
+    assert [result["name"] for result in results] == ["moe_gpt", "dense"]
+    for result in results:
+        assert result["tokens_per_second"] == pytest.approx(32 / result["seconds_per_step"])
+        assert result["peak_memory_bytes"] > 0
+    ratio = results[0]["tokens_per_second"] / results[1]["tokens_per_second"]
+    assert said[-1].endswith(f"{ratio:.2f} x")
+    assert results[0]["fraction_of_gemm_peak"] > 0
+
+
+@pytest.mark.parametrize("routing", layer.ROUTINGS)
+def test_routing_of_the_layer_is_what_it_says(routing):
+    """Balanced is even, skewed sends four of five tokens to the same experts; each goes to top_k different ones."""
+    moe = layer.make_layer(MODEL, routing)
+    _, stats = moe(torch.randn(1, 100, MODEL.d_model))
+    counts = stats.tokens_per_expert.tolist()
+    assert sum(counts) == 200
+    if routing == "balanced":
+        assert counts == [50] * 4
+    if routing == "skewed":
+        assert min(counts[:2]) >= 80
+
+
+def test_decoding_gives_what_transformers_gives(monkeypatch):
+    """The same tokens, so that the same work is timed."""
+    made: list[list[int]] = []
+    real = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: made.append(real(self)) or made[-1])
+    ours = generate._make_decoder(WORK, 2, 4, "moe_gpt")()
+    last = made[-1]
+    made.clear()
+    theirs = generate._make_decoder(WORK, 2, 4, "transformers/eager")()
+    assert [[row[-1]] for row in made[-1]] == last
+    assert min(*ours, theirs.first) > 0
+
+
+def test_points_of_the_scaling_table_vary_one_size():
+    """Every axis has its values once, and each point runs."""
+    there = scaling.points("cpu", "fp32")
+    for axis in ("experts", "d_ff", "sequences", "seq_len", "checkpointed"):
+        values = [point.value for point in there if point.axis == axis]
+        assert sorted(set(values)) == values
+    assert {point.workload.model.n_experts for point in there if point.axis == "experts"} >= {4, 256}
+    assert {p.workload.batch_tokens for p in there if p.axis != "sequences"} == {8192}
+    assert all(p.workload.activation_checkpointing == (p.axis == "checkpointed") for p in there)
+
+
+def test_scaling_refuses_an_unknown_axis():
+    """With those there are."""
+    with pytest.raises(InputError, match="axes must be of experts, .*got width"):
+        scaling.bench_scaling("cpu", "fp32", 1, 1, print, ["width"])
+
+
+def test_peak_of_products_is_theirs():
+    """A product of known size and time."""
+    turns = rounds.Turns([contenders.StepTimes(3e9, 0.0), contenders.StepTimes(5e9, 0.0)], 0)
+    assert train._gemm_peak(turns) == 4e9
+    assert math.isnan(train._gemm_peak(rounds.Turns([], 0)))
+    assert functools.partial(train._make_step, WORK)(train._GEMM)().total > 1e8
