@@ -306,7 +306,8 @@ class _Session:
         self.warn(Finding("went_back", state.step, text))
 
     def saved(self) -> str:
-        """Say where the run can go on from."""
+        """Say where the run can go on from, once a save in the background is on the disk."""
+        self.warn_of(self.saver.wait)
         checkpoints = list_checkpoints(self.run.run_dir)
         return f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"
 
