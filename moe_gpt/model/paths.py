@@ -51,8 +51,8 @@ def visits_experts_one_by_one(n_assignments: int, device: torch.device) -> bool:
 def attends_by_products(x: Tensor, n_keys: int) -> bool:
     """Whether attention is a few matrix products rather than PyTorch's scaled_dot_product_attention.
 
-    On a CPU up to 1,024 positions: its CPU kernel repeats the shared head, and takes up to eight times as long for 64
-    positions and 1.2 times for 1,024 (docs/benchmarks.md); beyond that the products' memory counts.
+    On a CPU up to 1,024 positions: its CPU kernel repeats the shared head and makes small products, which takes 0.9 to
+    1.5 times as long with MKL and up to ten times with oneDNN (docs/benchmarks.md); beyond that the memory counts.
     """
     return x.device.type == "cpu" and n_keys <= _LONGEST_BY_PRODUCTS
 
