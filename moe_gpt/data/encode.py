@@ -66,8 +66,8 @@ def encode_documents(
     """Yield the documents' ids in groups, in the documents' order, whatever the number of processes.
 
     The first 16 MB of text are encoded here, by the library's threads; what is more than that is worth starting
-    processes for, which also take the conversion of ids off this one's hands. At most two groups of about 1 MB
-    are under way for each.
+    processes for, which also take the conversion of ids off this one's hands. At most two groups of about half a
+    MB are under way for each.
 
     Args:
         documents: read as far as they are asked for.

@@ -73,7 +73,8 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)
         valid = None if valid_mask is None else valid_mask.flatten()
         routing = self.router(tokens)
-        if not with_stats and visits_experts_one_by_one(routing.expert_indices.numel(), x.device):
+        is_decoding = not with_stats and not self.training
+        if is_decoding and visits_experts_one_by_one(routing.expert_indices.numel(), x.device):
             return self._visit(tokens.to(_compute_dtype(x)), routing).to(x.dtype).view_as(x), None
         dispatch = plan_dispatch(routing.expert_indices, self.n_experts)
         tokens_per_expert = count_assignments(routing.expert_indices, self.n_experts, valid)
@@ -98,11 +99,11 @@ class MoE(nn.Module):
         return y, stats
 
     def _visit(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """Return each token's weighted sum (N, D) in float32, expert by expert: for few tokens, and never dropping."""
+        """Return each token's weighted sum (N, D) in float32, expert by expert: for few tokens."""
         assignments_of: dict[int, list[int]] = {}
         for assignment, expert in enumerate(routing.expert_indices.flatten().tolist()):
             assignments_of.setdefault(expert, []).append(assignment)
-        y, weights = routing.expert_weights.new_zeros(tokens.shape), routing.expert_weights.view(-1, 1)
+        y, weights = routing.expert_weights.new_zeros(tokens.shape), routing.expert_weights.reshape(-1, 1)
         for expert, assignments in assignments_of.items():
             at = torch.tensor(assignments)
             token = at // self.top_k

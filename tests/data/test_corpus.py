@@ -216,8 +216,9 @@ def test_bytes_that_are_not_utf8_name_file_and_position(name, before):
         ("a.txt", b"caf\xe9 au lait"),
         ("a.jsonl", b'{"text": "caf\xe9 au lait"}\n'),
         ("a.csv", b"text,n\ncaf\xe9 au lait,1\n"),
-        ("a.txt.gz", gzip.compress(b"caf\xe9 au lait")),
+        ("a.txt.gz", gzip.compress(b"caf\xe9 au lait", mtime=0)),
     ],
+    ids=["text", "jsonl", "csv", "compressed"],
 )
 def test_bytes_that_are_not_utf8_can_be_replaced(name, content):
     """Where that is asked for, U+FFFD stands in their place; otherwise the error says how to ask."""
