@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     train.add_argument("--tune-peers", action="store_true", help="give them our allocator settings, too")
     _shaped(commands, "layer", "one mixture-of-experts layer against a dense one, by routing")
     generate = _shaped(commands, "generate", "decoding against transformers on the exported model")
-    generate.add_argument("--batch-sizes", default="1,8,64", help="comma-separated (default: 1,8,64)")
+    generate.add_argument("--batch-sizes", type=_counts, default="1,8,64", help="comma-separated (default: 1,8,64)")
     generate.add_argument("--new-tokens", type=count_argument, default=64, help="(default: 64)")
     scaling = _command(commands, "scaling", "how time and memory grow with experts, width, sequences and their length")
     _measured(scaling)
@@ -47,6 +47,10 @@ def _command(commands: argparse._SubParsersAction, name: str, text: str) -> argp
     command = commands.add_parser(name, help=text, description=text)
     command.add_argument("--json", type=Path, metavar="FILE", help="write machine and results there, too")
     return command
+
+
+def _counts(text: str) -> list[int]:
+    return [count_argument(part) for part in text.split(",")]
 
 
 def _shaped(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
@@ -71,6 +75,8 @@ def main() -> None:
 
     from moe_gpt.bench.processes import describe_machine
 
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     machine = describe_machine()
     print(machine, flush=True)
     results = RUN[arguments.command](arguments)
@@ -114,8 +120,7 @@ def run_generate(arguments: argparse.Namespace) -> list[dict]:
     """Decode at several batch sizes."""
     from moe_gpt.bench.generate import bench_generate
 
-    batch_sizes = [count_argument(size) for size in arguments.batch_sizes.split(",")]
-    return bench_generate(read_workload(arguments), batch_sizes, arguments.new_tokens, arguments.rounds, _say)
+    return bench_generate(read_workload(arguments), arguments.batch_sizes, arguments.new_tokens, arguments.rounds, _say)
 
 
 def run_scaling(arguments: argparse.Namespace) -> list[dict]:

@@ -196,7 +196,7 @@ class Transformers(Contender):
 
     def update(self) -> None:
         """Clip and step, with the fused optimizer that ours has."""
-        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self._model.parameters(), OptimizerConfig().max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

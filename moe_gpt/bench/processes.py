@@ -32,7 +32,7 @@ def measure(work: Callable[..., Any], *arguments: Any) -> Measured:
     """Run ``work(*arguments)`` in a new process, and its time and the most memory it held.
 
     Raises:
-        InputError: with the error's last line where the work fails.
+        InputError: with the error's first line where the work fails.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -118,15 +118,17 @@ def _iterate_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[
         return
     paths = expand_files(source)
     sizes = [path.stat().st_size for path in paths]
-    n_chars, bytes_per_char = 0, 1 / 3 if paths[0].suffix.lower() in _COMPRESSED else 1.0
-    for index, path in enumerate(paths):
-        n_finished, n_chars_before = sum(sizes[:index]), n_chars
-        for text in _file_texts(source, path) if sizes[index] else ():
+    n_bytes, n_finished, n_chars = sum(sizes), 0, 0
+    bytes_per_char = 1 / 3 if paths[0].suffix.lower() in _COMPRESSED else 1.0
+    for path, size in zip(paths, sizes, strict=True):
+        n_chars_before = n_chars
+        for text in _file_texts(source, path) if size else ():
             yield text
             n_chars += len(text)
-            read = min(sizes[index], (n_chars - n_chars_before) * bytes_per_char)
-            progress.fraction = (n_finished + read) / sum(sizes)
-        bytes_per_char = sum(sizes[: index + 1]) / n_chars if n_chars else bytes_per_char
+            read = min(size, (n_chars - n_chars_before) * bytes_per_char)
+            progress.fraction = (n_finished + read) / n_bytes
+        n_finished += size
+        bytes_per_char = n_finished / n_chars if n_chars else bytes_per_char
 
 
 def _dataset_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:

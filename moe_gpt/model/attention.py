@@ -120,7 +120,7 @@ def attend(
     if isinstance(mask, DocumentSpans):
         return attend_one_by_one(queries, keys, values, mask)
     if attends_by_products(queries, keys.shape[2]):
-        if mask is None and queries.shape[2] == keys.shape[2] and not torch.compiler.is_compiling():
+        if mask is None and queries.shape[2] == keys.shape[2] and takes_gradients_by_hand(queries):
             return attend_in_query_blocks(queries, keys, values)
         return attend_by_products(queries, keys, values, mask)
     is_grouped = keys.shape[1] < queries.shape[1]

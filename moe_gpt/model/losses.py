@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_gpt.config import LossConfig, ModelConfig
-from moe_gpt.model.paths import tokens_per_chunk_of_logits
+from moe_gpt.model.paths import compute_dtype, tokens_per_chunk_of_logits
 
 IGNORED_TARGET = -100
 
@@ -43,11 +43,8 @@ def linear_cross_entropy(
     once, in the forward pass, as in Liger Kernel (arXiv 2410.10989, section 3.2): memory does not grow with N·V, and
     the logits never leave a CPU's caches. Products run in the type that autocast says, the rest in float32.
     """
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    total = _LinearCrossEntropy.apply(hidden, weight, targets)
+    dtype = compute_dtype(hidden)
+    total = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets)
     return CrossEntropy(total, (targets != IGNORED_TARGET).sum())
 
 
@@ -67,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= (log_probs.gather(1, wanted) * is_valid).sum()
             if grad_hidden is not None:  # softmax minus one at the target, nothing where there is none
                 grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(1, wanted, grad_logits.new_tensor(-1.0).expand_as(wanted))
+                grad_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad_logits.dtype))
                 grad_logits = grad_logits.mul_(is_valid).to(hidden.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
                 grad_weight += torch.mm(grad_logits.t(), part)

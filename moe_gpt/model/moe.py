@@ -21,7 +21,7 @@ from moe_gpt.model.dispatch import (
 )
 from moe_gpt.model.experts import Experts
 from moe_gpt.model.losses import load_balancing_loss, router_z_loss
-from moe_gpt.model.paths import visits_experts_one_by_one
+from moe_gpt.model.paths import compute_dtype, visits_experts_one_by_one
 from moe_gpt.model.router import Router, Routing
 
 
@@ -75,7 +75,7 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         is_decoding = not with_stats and not self.training
         if is_decoding and visits_experts_one_by_one(routing.expert_indices.numel(), x.device):
-            return self._visit(tokens.to(_compute_dtype(x)), routing).to(x.dtype).view_as(x), None
+            return self._visit(tokens.to(compute_dtype(x)), routing).to(x.dtype).view_as(x), None
         dispatch = plan_dispatch(routing.expert_indices, self.n_experts)
         tokens_per_expert = count_assignments(routing.expert_indices, self.n_experts, valid)
 
@@ -85,7 +85,7 @@ class MoE(nn.Module):
             expert_weights = expert_weights * kept
             dropped_tokens = (~kept).sum() if valid is None else (~kept & valid[:, None]).sum()
 
-        rows = dispatch_tokens(tokens.to(_compute_dtype(x)), dispatch)
+        rows = dispatch_tokens(tokens.to(compute_dtype(x)), dispatch)
         rows = self.experts(rows, dispatch.segment_ends)
         y = combine_rows(rows, expert_weights, dispatch).to(x.dtype).view_as(x)
         if not with_stats:
@@ -118,10 +118,3 @@ class MoE(nn.Module):
             n_assigned = valid.sum() * self.top_k
         factor, per = self.capacity_ratio  # exact: 1.1 of 10 is 11, in floats a little more
         return within_capacity(dispatch, -(-n_assigned * factor // (per * self.n_experts)))
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the type that autocast would give a matrix product of x."""
-    device_type = x.device.type
-    has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if has_autocast else x.dtype

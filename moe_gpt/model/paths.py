@@ -1,6 +1,6 @@
 """Which implementation computes what, by device: one function for every such choice in the model.
 
-Every fast path equals the readable one, forward and backward (tests/model/test_paths.py and the tests of each).
+Every fast path equals the readable one, forward and backward: the tests of each module compare them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def visits_experts_one_by_one(n_assignments: int, device: torch.device) -> bool:
         and n_assignments <= _FEW_ASSIGNMENTS
         and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that autocast would give a matrix product of x."""
+    device_type = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if has_autocast else x.dtype
 
 
 def attends_by_products(x: Tensor, n_keys: int) -> bool:
