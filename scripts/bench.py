@@ -13,7 +13,10 @@ from moe_gpt.cli import ArgumentParser, count_argument, positive_argument, run_s
 from moe_gpt.config_file import load_run_config
 
 if TYPE_CHECKING:
+    import torch
+
     from moe_gpt.bench.contenders import Workload
+    from moe_gpt.device import Precision
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -128,13 +131,11 @@ def run_scaling(arguments: argparse.Namespace) -> list[dict]:
     import importlib.util
 
     from moe_gpt.bench.scaling import bench_scaling, plot
-    from moe_gpt.device import pick_device, pick_precision
     from moe_gpt.validation import InputError
 
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         raise InputError("--plot needs a package; run: pip install matplotlib")
-    device = pick_device(arguments.device)
-    precision = pick_precision(arguments.precision, device)
+    device, precision = pick_place(arguments)
     axes = arguments.axes.split(",") if arguments.axes else None
     results = bench_scaling(str(device), precision, arguments.rounds, arguments.steps, _say, axes)
     if arguments.plot:
@@ -144,20 +145,21 @@ def run_scaling(arguments: argparse.Namespace) -> list[dict]:
 
 def read_workload(arguments: argparse.Namespace) -> Workload:
     """Return shape, device and precision from the command line."""
-    from moe_gpt.bench.contenders import SHAPES, Workload
+    from moe_gpt.bench.contenders import SHAPES, Workload, workload_of
+
+    device, precision = pick_place(arguments)
+    if arguments.config:
+        return workload_of(load_run_config(arguments.config), device, precision)
+    model, n_sequences, seq_len = SHAPES[arguments.shape]
+    return Workload(model, n_sequences, seq_len, str(device), precision, n_sequences * seq_len)
+
+
+def pick_place(arguments: argparse.Namespace) -> tuple[torch.device, Precision]:
+    """Return device and precision from the command line."""
     from moe_gpt.device import pick_device, pick_precision
 
-    if arguments.config:
-        config = load_run_config(arguments.config)
-        stage = config.schedule.stages[-1]
-        vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
-        model = dataclasses.replace(config.model, vocab_size=vocab_size)
-        n_sequences, seq_len = stage.batch_range[1] // stage.seq_len, stage.seq_len
-    else:
-        model, n_sequences, seq_len = SHAPES[arguments.shape]
     device = pick_device(arguments.device)
-    precision = pick_precision(arguments.precision, device)
-    return Workload(model, n_sequences, seq_len, str(device), precision, n_sequences * seq_len)
+    return device, pick_precision(arguments.precision, device)
 
 
 RUN = {

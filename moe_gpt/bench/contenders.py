@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import time
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
-from moe_gpt.device import Precision, autocast, tune_process
+from moe_gpt.device import Precision, autocast, synchronize, tune_process
 from moe_gpt.validation import InputError
 
 
@@ -47,6 +48,18 @@ SHAPES = {
 }
 
 
+CONTENDERS = ("moe_gpt", "dense", "transformers/eager", "transformers/grouped_mm", "transformers/mistral")
+
+
+def workload_of(config: RunConfig, device: torch.device, precision: Precision) -> Workload:
+    """Return the model, the largest batch and the precision of a config's last stage, in one micro-batch."""
+    stage = config.schedule.stages[-1]
+    vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    n_sequences = stage.batch_range[1] // stage.seq_len
+    return Workload(model, n_sequences, stage.seq_len, str(device), precision, n_sequences * stage.seq_len)
+
+
 def dense_twin(model: ModelConfig) -> ModelConfig:
     """Return the dense model of the same active parameters but the router's: one expert as wide as ``top_k``."""
     return dataclasses.replace(model, n_experts=1, top_k=1, d_ff=model.d_ff * model.top_k)
@@ -59,7 +72,7 @@ class StepTimes(NamedTuple):
     optimizer: float
 
 
-class Contender:
+class Contender(abc.ABC):
     """Something that trains: built once, then stepped on fresh random batches."""
 
     def __init__(self, workload: Workload) -> None:
@@ -72,27 +85,23 @@ class Contender:
         tokens = torch.randint(
             work.model.vocab_size or 1, (work.n_sequences, work.seq_len + 1), generator=self._generator
         ).to(self.device)
-        self._synchronize()
+        synchronize(self.device)
         started = time.perf_counter()
         self.compute_gradients(tokens)
-        self._synchronize()
+        synchronize(self.device)
         computed = time.perf_counter()
         self.update()
-        self._synchronize()
+        synchronize(self.device)
         ended = time.perf_counter()
         return StepTimes(ended - started, ended - computed)
 
+    @abc.abstractmethod
     def compute_gradients(self, tokens: Tensor) -> None:
         """Go forward and backward through tokens (B, T + 1)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self) -> None:
         """Clip gradients and step the optimizer."""
-        raise NotImplementedError
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class Ours(Contender):
@@ -201,25 +210,6 @@ class Transformers(Contender):
         self._optimizer.zero_grad(set_to_none=True)
 
 
-class Gemm(Contender):
-    """The fastest square matrix product, as the device's peak: a step is one product."""
-
-    def __init__(self, workload: Workload) -> None:
-        super().__init__(workload)
-        tune_process(self.device)
-        size = 8192 if self.device.type == "cuda" else 2048
-        dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
-        self._factors = [torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2)]
-        self.flops = 2 * size**3
-
-    def compute_gradients(self, tokens: Tensor) -> None:
-        """Multiply."""
-        torch.mm(*self._factors)
-
-    def update(self) -> None:
-        """Do nothing."""
-
-
 def build(name: str, workload: Workload) -> Contender:
     """Return the contender of that name.
 
@@ -230,11 +220,9 @@ def build(name: str, workload: Workload) -> Contender:
     match family:
         case "moe_gpt" | "dense":
             return Ours(workload, is_dense=family == "dense")
-        case "gemm":
-            return Gemm(workload)
         case "transformers" if variant:
             try:
                 return Transformers(workload, None if variant == "mistral" else variant)
             except ImportError as error:
                 raise InputError(f"{name} needs a package: {error}; run: pip install transformers") from None
-    raise InputError(f"there is no contender {name!r}")
+    raise InputError(f"there is no contender {name!r}; choose of {', '.join(CONTENDERS)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,16 @@ from typing import Any
 
 import torch
 
+from moe_gpt.bench.contenders import Ours, workload_of
 from moe_gpt.bench.processes import measure
 from moe_gpt.config import DataConfig, RunConfig, SourceConfig, TokenizerConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin
 from moe_gpt.data.encode import available_cores
-from moe_gpt.data.prepare import PreparedData, prepare_data
+from moe_gpt.data.prepare import prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.device import pick_precision, tune_process
-from moe_gpt.train.setup import build_state, build_stream, fill_in
-from moe_gpt.train.step import split_batch, train_step
+from moe_gpt.device import pick_precision
+from moe_gpt.train.setup import build_stream, fill_in
 
 _STREAM_BATCHES = 200
 _TRAIN_STEPS = 8
@@ -123,7 +124,7 @@ def _bench_stream(config: RunConfig, say: Callable[[str], None]) -> list[dict[st
     start = time.perf_counter() - started
     seq_len, batch_tokens = stages[-1].seq_len, stages[-1].batch_range[1]
     read = _stream_speed(stream, seq_len, batch_tokens, len(data.sources[0].train))
-    trained = _training_speed(config, data, stream)
+    trained = _training_speed(config)
     say(f"stream    first batch {start:.3f} s after opening {len(data.sources[0].train):,} tokens")
     say(f"          {read:,.0f} tokens/s read, {trained:,.0f} tokens/s trained on: ratio {read / trained:.0f}")
     return [
@@ -141,17 +142,9 @@ def _stream_speed(stream: TrainingStream, seq_len: int, batch_tokens: int, n_tok
     return len(starts) * batch_tokens / (time.perf_counter() - started)
 
 
-def _training_speed(config: RunConfig, data: PreparedData, stream: TrainingStream) -> float:
+def _training_speed(config: RunConfig) -> float:
+    """Return tokens per second of training steps in the config's last stage."""
     device = torch.device("cpu")
-    tune_process(device)
-    state, precision = build_state(config, device), pick_precision(config.train.precision, device)
-    _, schedule, _ = fill_in(config, data, None)
-    last = schedule.stages[-1]
-    plan = schedule.at(last.end - last.config.batch_range[1])
-    times = []
-    for _ in range(_TRAIN_STEPS):
-        started = time.perf_counter()
-        batch = stream.batch(state.tokens_seen, plan.seq_len, plan.batch_tokens)
-        train_step(state, split_batch(batch, config.train.micro_batch_tokens, device), plan, config, precision)
-        times.append(time.perf_counter() - started)
-    return plan.batch_tokens / sorted(times)[len(times) // 2]
+    workload = workload_of(config, device, pick_precision(config.train.precision, device))
+    contender = Ours(dataclasses.replace(workload, micro_batch_tokens=config.train.micro_batch_tokens))
+    return workload.batch_tokens / statistics.median(contender.step().total for _ in range(_TRAIN_STEPS))

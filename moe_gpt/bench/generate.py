@@ -19,6 +19,7 @@ from moe_gpt.bench.rounds import take_turns
 from moe_gpt.device import autocast, tune_process
 from moe_gpt.model.attention import KVCache
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.validation import InputError
 
 PROMPT_TOKENS = 32
 NAMES = ["moe_gpt", "moe_gpt/full heads", "transformers/eager", "transformers/grouped_mm"]
@@ -45,6 +46,8 @@ def bench_generate(
     for batch_size in batch_sizes:
         make = functools.partial(_make_decoder, workload, batch_size, n_new)
         turns = take_turns(NAMES, make, rounds, turns=1, warmup=1, at_once=True, say=say)
+        if not turns["moe_gpt"].values:
+            raise InputError(f"moe_gpt does not run here, so there is nothing to compare: {turns['moe_gpt'].failure}")
         speeds = {
             name: batch_size * (n_new - 1) / statistics.median(turn.others for turn in turns[name].values)
             for name in NAMES

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from moe_gpt.bench.contenders import Workload, dense_twin
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.config import ModelConfig
-from moe_gpt.device import autocast, tune_process
+from moe_gpt.device import autocast, synchronize, tune_process
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.router import Router
+from moe_gpt.validation import InputError
 
 ROUTINGS = ("balanced", "natural", "skewed")
 _SKEWED_SHARE = 0.8
@@ -37,6 +38,8 @@ def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str]
         f"one layer: d_model {m.d_model}, {m.n_experts} experts top-{m.top_k}, d_ff {m.d_ff}; {workload.batch_tokens} "
         f"tokens, forward and backward; {workload.device}, {workload.precision}"
     )
+    if not turns["dense"].values:
+        raise InputError(f"the dense layer does not run here, so there is nothing to compare: {turns['dense'].failure}")
     medians = {name: statistics.median(turns[name].values) for name in names if turns[name].values}
     results = []
     for name, seconds in medians.items():
@@ -56,14 +59,12 @@ def _make_pass(workload: Workload, name: str) -> Callable[[], float]:
     leaves = [x, *layer.parameters()]
 
     def measure() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         with autocast(device, workload.precision):
             y = layer(x)
         torch.autograd.grad(y[0] if isinstance(y, tuple) else y, leaves, upstream, allow_unused=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
 
     return measure

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from moe_gpt.analysis.accounting import count_flops
-from moe_gpt.bench.contenders import StepTimes, Workload, build, dense_twin
+from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
 from moe_gpt.bench.rounds import Turns, take_turns
+from moe_gpt.device import Precision, synchronize, tune_process
+from moe_gpt.validation import InputError
 
 PEERS = {
     "dense": ["dense"],
@@ -35,9 +38,13 @@ def bench_train(
     """
     names = ["moe_gpt", *(name for group in against for name in PEERS.get(group, [group]))]
     at_once = torch.device(workload.device).type == "cpu"
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise InputError(f"--against must be of {', '.join([*PEERS, *CONTENDERS])}, got {', '.join(unknown)}")
     make = functools.partial(_make_step, workload)
     turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=5, at_once=at_once, say=say)
-    peak = _gemm_peak(turns.pop(_GEMM))
+    if not turns["moe_gpt"].values:
+        raise InputError(f"moe_gpt does not run here, so there is nothing to compare: {turns['moe_gpt'].failure}")
+    peak = statistics.median(turns.pop(_GEMM).values)
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
     results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
@@ -49,16 +56,26 @@ def bench_train(
     return results
 
 
-def _make_step(workload: Workload, name: str) -> Callable[[], StepTimes]:
-    contender = build(name, workload)
+def _make_step(workload: Workload, name: str) -> Callable[[], StepTimes] | Callable[[], float]:
     if name == _GEMM:
-        return lambda: StepTimes(contender.flops / min(contender.step().total for _ in range(3)), 0.0)  # type: ignore[attr-defined]
-    return contender.step
+        return functools.partial(gemm_speed, torch.device(workload.device), workload.precision)
+    return build(name, workload).step
 
 
-def _gemm_peak(turns: Turns) -> float:
-    """Return FLOP/s of the median turn."""
-    return statistics.median(turn.total for turn in turns.values) if turns.values else float("nan")
+def gemm_speed(device: torch.device, precision: Precision, size: int | None = None) -> float:
+    """Return the FLOP/s of the fastest of three square matrix products, as the device's peak."""
+    tune_process(device)
+    size = size or (8192 if device.type == "cuda" else 2048)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(3):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
 
 
 def describe(workload: Workload) -> str:

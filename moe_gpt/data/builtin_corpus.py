@@ -12,6 +12,7 @@ import ast
 import codecs
 import importlib
 import inspect
+import os
 import re
 import sysconfig
 import warnings
@@ -35,17 +36,20 @@ def source_files() -> list[Path]:
         InputError: where this Python has no sources on disk.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(root.rglob("*.py")) if not _is_left_out(path.relative_to(root))]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _is_left_out(name)]  # not walked: site-packages is large
+        files += [Path(folder, name) for name in names if name.endswith(".py") and not _is_left_out(name)]
     if len(files) < 100:
         raise InputError(
             f"builtin needs the standard library's sources, got {len(files)} .py files under {root}; "
             "use a Python with its sources on disk, or give the source files: or dataset:"
         )
-    return files
+    return sorted(files)
 
 
-def _is_left_out(path: Path) -> bool:
-    return any(part in _LEFT_OUT_FOLDERS or part.startswith(_LEFT_OUT_PREFIXES) for part in path.parts)
+def _is_left_out(name: str) -> bool:
+    return name in _LEFT_OUT_FOLDERS or name.startswith(_LEFT_OUT_PREFIXES)
 
 
 def iterate_builtin(kind: str) -> Iterator[Document]:

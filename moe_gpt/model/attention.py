@@ -15,10 +15,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.model.documents import DocumentMask, DocumentSpans, attend_in_blocks, attend_one_by_one
+from moe_gpt.model.documents import DocumentBlocks, DocumentMask, DocumentSpans, attend_in_blocks, attend_one_by_one
 from moe_gpt.model.paths import attends_by_products, by_hand, takes_gradients_by_hand
 
 _QUERY_BLOCK = 64
@@ -115,7 +114,7 @@ def attend(
 
     ``paths.attends_by_products`` decides between PyTorch's scaled_dot_product_attention and plain products.
     """
-    if isinstance(mask, BlockMask):
+    if isinstance(mask, DocumentBlocks):
         return attend_in_blocks(queries, keys, values, mask)
     if isinstance(mask, DocumentSpans):
         return attend_one_by_one(queries, keys, values, mask)

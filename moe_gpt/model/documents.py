@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-_LONGEST_BY_MATRIX = 1024
+from moe_gpt.model.paths import compiles_flex_attention, keeps_documents_apart_by
 
 
 def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -24,36 +24,42 @@ def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 
 
 class DocumentSpans(NamedTuple):
-    """How long each document of each sequence is, on the host."""
+    """Which document each position is in, to be taken one by one.
 
-    lengths: list[list[int]]
+    It holds the ids and not the lengths: torch.compile compiles again for every new list, and not for a tensor.
+    """
+
+    document_ids: Int[Tensor, "B T"]
+
+    def lengths(self) -> list[list[int]]:
+        """Return how long each document of each sequence is."""
+        return [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in self.document_ids]
 
 
-DocumentMask = Bool[Tensor, "B 1 T T"] | BlockMask | DocumentSpans
+class DocumentBlocks(NamedTuple):
+    """Which blocks of queries see which blocks of keys: FlexAttention's ``BlockMask``."""
+
+    mask: Any
+
+
+DocumentMask = Bool[Tensor, "B 1 T T"] | DocumentBlocks | DocumentSpans
 
 
 def document_mask(document_ids: Int[Tensor, "B T"]) -> DocumentMask:
     """Return which positions see which: those of their own document up to themselves.
 
-    On CUDA it is a mask for FlexAttention, on a CPU with long sequences the documents' lengths: neither grows with the
-    square of the length. Otherwise it is a matrix, B·T² bytes: document by document, short sequences take up to four
-    times as long on a CPU, and long ones two thirds of the time (docs/benchmarks.md).
+    ``paths.keeps_documents_apart_by`` decides in which form.
     """
     T, device = document_ids.shape[1], document_ids.device
-    if device.type == "cuda":
-        return block_mask(document_ids)
-    if device.type == "cpu" and T > _LONGEST_BY_MATRIX:
-        return document_spans(document_ids)
+    match keeps_documents_apart_by(T, device):
+        case "blocks":
+            return document_blocks(document_ids)
+        case "spans":
+            return DocumentSpans(document_ids)
     is_past = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     return is_past & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
 
 
-def document_spans(document_ids: Int[Tensor, "B T"]) -> DocumentSpans:
-    """Return the documents' lengths."""
-    return DocumentSpans([torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_ids])
-
-
-@torch.compiler.disable  # other documents at every step would compile it again
 def attend_one_by_one(
     queries: Float[Tensor, "B H T Dh"],
     keys: Float[Tensor, "B G T Dh"],
@@ -61,9 +67,11 @@ def attend_one_by_one(
     spans: DocumentSpans,
 ) -> Float[Tensor, "B H T Dh"]:
     """Return softmax(q k^T / sqrt(Dh)) v, causal, of each document by itself."""
+    if torch.compiler.is_compiling():  # other documents at every step would compile it again
+        return torch.compiler.disable(attend_one_by_one)(queries, keys, values, spans)
     is_grouped = keys.shape[1] < queries.shape[1]
     rows = []
-    for row, lengths in enumerate(spans.lengths):
+    for row, lengths in enumerate(spans.lengths()):
         parts = (x[row : row + 1].split(lengths, dim=2) for x in (queries, keys, values))
         documents = [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
@@ -73,34 +81,30 @@ def attend_one_by_one(
     return torch.cat(rows)
 
 
-def block_mask(document_ids: Int[Tensor, "B T"]) -> BlockMask:
+def document_blocks(document_ids: Int[Tensor, "B T"]) -> DocumentBlocks:
     """Return the same as a mask for FlexAttention."""
     B, T = document_ids.shape
-
-    make = _compiled_on_gpu(create_block_mask, document_ids.device)
-    return make(
+    mask = _flex_attention("create_block_mask", document_ids.device)(
         lambda b, head, query, key: (query >= key) & (document_ids[b, query] == document_ids[b, key]),
         B, None, T, T, device=document_ids.device,
     )  # fmt: skip
+    return DocumentBlocks(mask)
 
 
 def attend_in_blocks(
     queries: Float[Tensor, "B H T Dh"],
     keys: Float[Tensor, "B G T Dh"],
     values: Float[Tensor, "B G T Dh"],
-    mask: BlockMask,
+    blocks: DocumentBlocks,
 ) -> Float[Tensor, "B H T Dh"]:
     """Return softmax(q k^T / sqrt(Dh)) v over what each position sees, by FlexAttention (arXiv 2412.05496)."""
     is_grouped = keys.shape[1] < queries.shape[1]
-    attend = _compiled_on_gpu(flex_attention, queries.device)
-    return attend(queries, keys, values, block_mask=mask, enable_gqa=is_grouped)
-
-
-def _compiled_on_gpu(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    return _compiled(function) if device.type == "cuda" else function
+    attend = _flex_attention("flex_attention", queries.device)
+    return attend(queries, keys, values, block_mask=blocks.mask, enable_gqa=is_grouped)
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of FlexAttention: uncompiled they work out the matrix of all pairs."""
-    return torch.compile(function)
+def _flex_attention(name: str, device: torch.device) -> Callable[..., Any]:
+    """Return a function of FlexAttention; importing it takes a second, so only who uses it pays."""
+    function = getattr(importlib.import_module("torch.nn.attention.flex_attention"), name)
+    return torch.compile(function) if compiles_flex_attention(device) else function

@@ -100,6 +100,9 @@ class MoE(nn.Module):
 
     def _visit(self, tokens: Tensor, routing: Routing) -> Tensor:
         """Return each token's weighted sum (N, D) in float32, expert by expert: for few tokens."""
+        if len(tokens) == 1:  # every operation counts: none of those below that sort tokens by expert
+            answers = [self.experts.one(tokens, expert) for expert in routing.expert_indices[0].tolist()]
+            return routing.expert_weights @ torch.cat(answers).float()
         assignments_of: dict[int, list[int]] = {}
         for assignment, expert in enumerate(routing.expert_indices.flatten().tolist()):
             assignments_of.setdefault(expert, []).append(assignment)

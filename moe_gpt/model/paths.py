@@ -5,12 +5,13 @@ Every fast path equals the readable one, forward and backward: the tests of each
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 _LONGEST_BY_PRODUCTS = 1024
+_LONGEST_BY_MATRIX = 1024
 _FEW_ASSIGNMENTS = 64
 _LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 
@@ -64,6 +65,23 @@ def attends_by_products(x: Tensor, n_keys: int) -> bool:
     return x.device.type == "cpu" and n_keys <= _LONGEST_BY_PRODUCTS
 
 
+def keeps_documents_apart_by(seq_len: int, device: torch.device) -> Literal["blocks", "spans", "matrix"]:
+    """Return the form of the mask that keeps documents apart.
+
+    On CUDA *blocks* for FlexAttention, on a CPU with long sequences the *spans* of the documents: neither grows with
+    the square of the length. Otherwise a *matrix*, B·T² bytes: document by document, short sequences take up to four
+    times as long on a CPU, and long ones two thirds of the time (docs/benchmarks.md).
+    """
+    if device.type == "cuda":
+        return "blocks"
+    return "spans" if device.type == "cpu" and seq_len > _LONGEST_BY_MATRIX else "matrix"
+
+
+def compiles_flex_attention(device: torch.device) -> bool:
+    """Whether FlexAttention is compiled: uncompiled it works out the matrix of all pairs, which only tests want."""
+    return device.type == "cuda"
+
+
 def fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
     """Whether ``torch.nn.functional.grouped_mm`` takes these rows.
 
@@ -84,8 +102,11 @@ def segment_alignment(n_assignments: int, n_experts: int, device: torch.device) 
 
     64 where experts have many rows: oneDNN makes and keeps a kernel for every matrix shape, so shapes should recur; a
     GPU's kernels work on tiles. With fewer rows padding would cost more than that gains, so it is kept to about a
-    sixteenth of them: down to 1 on a CPU, and to 8 elsewhere, which grouped_mm needs.
+    sixteenth of them: down to 1 on a CPU, and to 8 elsewhere, which grouped_mm needs. A compiler gets a constant: it
+    would compile again for every number of rows that gives another result.
     """
+    if torch.compiler.is_compiling():
+        return 16
     alignment, smallest = 64, 1 if device.type == "cpu" else 8
     while alignment > smallest and alignment > n_assignments // (8 * n_experts):
         alignment //= 2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
 import os
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tiny_models import tiny_config
 
 from moe_gpt.analysis.accounting import count_flops, count_parameters
-from moe_gpt.bench import contenders, generate, layer, rounds, scaling, train
+from moe_gpt.bench import generate, layer, rounds, scaling, train
 from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin
 from moe_gpt.validation import InputError
 
@@ -150,8 +149,25 @@ def test_scaling_refuses_an_unknown_axis():
 
 
 def test_peak_of_products_is_theirs():
-    """A product of known size and time."""
-    turns = rounds.Turns([contenders.StepTimes(3e9, 0.0), contenders.StepTimes(5e9, 0.0)], 0)
-    assert train._gemm_peak(turns) == 4e9
-    assert math.isnan(train._gemm_peak(rounds.Turns([], 0)))
-    assert functools.partial(train._make_step, WORK)(train._GEMM)().total > 1e8
+    """A product of known size takes some time."""
+    assert 1e8 < train.gemm_speed(torch.device("cpu"), "fp32", 256) < 1e15
+
+
+def test_unknown_peer_is_refused_before_anything_is_measured():
+    """With those there are."""
+    with pytest.raises(InputError, match="--against must be of dense, transformers, .*got nanoGPT"):
+        train.bench_train(WORK, ["nanoGPT"], 1, 1, print)
+
+
+@pytest.mark.parametrize(
+    "bench",
+    [
+        lambda work: train.bench_train(work, ["dense"], 1, 1, print),
+        lambda work: generate.bench_generate(work, [1], 1, 1, print),
+        lambda work: layer.bench_layer(work, 1, 1, print),
+    ],
+)
+def test_nothing_to_compare_is_an_error(bench):
+    """Where our own contender cannot be built, its own error is said."""
+    with pytest.raises(InputError, match="does not run here, so there is nothing to compare: .*CUDA"):
+        bench(dataclasses.replace(WORK, device="cuda:99"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from moe_gpt.model.attention import attend, attend_by_products, causal_mask
-from moe_gpt.model.documents import DocumentSpans, block_mask, document_mask, document_spans, positions_within
+from moe_gpt.model.documents import DocumentSpans, document_blocks, document_mask, positions_within
 
 
 def packed(B: int, T: int, mean_length: int, device: str = "cpu") -> torch.Tensor:
@@ -37,7 +38,7 @@ SHAPES = [(4, 1, 200, 30), (4, 2, 130, 1000), (4, 4, 300, 3), (2, 1, 1, 1)]
 
 
 @pytest.mark.parametrize(("H", "G", "T", "mean_length"), SHAPES)
-@pytest.mark.parametrize("make_mask", [document_mask, document_spans, block_mask])
+@pytest.mark.parametrize("make_mask", [document_mask, DocumentSpans, document_blocks])
 def test_documents_attend_to_themselves_only(make_mask, H, G, T, mean_length):
     """Each form of the mask gives what each document gives by itself (FlexAttention uncompiled, on a CPU)."""
     ids, qkv = packed(3, T, mean_length), heads(3, H, G, T)
@@ -49,7 +50,7 @@ def test_long_sequences_take_no_matrix():
     ids = packed(2, 1025, 300)
     mask = document_mask(ids)
     assert isinstance(mask, DocumentSpans)
-    assert [sum(lengths) for lengths in mask.lengths] == [1025, 1025]
+    assert [sum(lengths) for lengths in mask.lengths()] == [1025, 1025]
     queries, keys, values = heads(2, 2, 1, 1025)
     keys.requires_grad_()
     attend(queries, keys, values, mask)[0, :, ids[0] == 1].square().sum().backward()
@@ -85,3 +86,18 @@ def test_positions_within_documents_by_hand():
     """They count from the first of each, whatever the numbers are."""
     ids = torch.tensor([[0, 0, 1, 1, 1, 2], [7, 3, 3, 3, 9, 9]])
     assert positions_within(ids).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 0, 1]]
+
+
+@pytest.mark.compile
+def test_other_documents_do_not_compile_again():
+    """What is compiled knows the shape of the batch and not where its documents end."""
+    counter = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, k, v, mask: attend(q * 2, k, v, mask) + 1, backend=counter)
+    n_frames = []
+    for mean_length in (5, 30, 300, 11):
+        ids, (q, k, v) = packed(2, 1100, mean_length), heads(2, 4, 1, 1100)
+        result = compiled(q, k, v, document_mask(ids))
+        torch.testing.assert_close(result, attend(q * 2, k, v, document_mask(ids)) + 1)
+        n_frames.append(counter.frame_count)
+    assert n_frames[-1] == n_frames[0]

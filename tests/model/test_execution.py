@@ -123,6 +123,24 @@ def test_compiled_blocks_share_one_graph(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_curriculum_compiles_a_few_times_in_all(monkeypatch, activation_checkpointing):
+    """Batches that grow at every step, through three sequence lengths: never a graph for a step or a batch size."""
+    use_backend(monkeypatch, "eager")
+    model = tiny_model()
+    apply_execution(model, TrainConfig(compile=True, activation_checkpointing=activation_checkpointing))
+    n_graphs = []
+    for seq_len in (8, 16, 32):
+        for n_sequences in range(2, 9):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = model(random_tokens(n_sequences, seq_len))
+            output.logits.float().square().mean().backward()
+        n_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert n_graphs[0] <= 2  # one for the first size, one for every size
+    assert n_graphs[-1] <= 4
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_model_runs_under_bf16_autocast(variant):
     """Under bf16 autocast logits are bf16 and near those of float32; losses and gradients are float32 and finite."""
