@@ -425,6 +425,14 @@ class TrainConfig(Section):
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     log_every_steps: Count = 10
     """Steps whose metrics are fetched from the device and written together."""
+    record_every_steps: CountOrZero = 50
+    """Optimizer steps between recordings of what the routers did and how large weights and updates are; 0 is never."""
+    record_tokens: CountOrZero = 2048
+    """Held-out tokens of each source whose experts are kept at every evaluation, for reports; 0 is none."""
+    sample_tokens: CountOrZero = 48
+    """Tokens generated after each source's prompt at every evaluation; 0 is none."""
+    report: Flag = True
+    """Write report.html at the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -456,7 +464,7 @@ class FaultConfig(Section):
     spike_deviations: Positive = 8.0
     """Standard deviations above that mean at which the loss is called a spike, with a warning."""
     routing_window: Count = 200
-    """Steps over which experts are counted before their loads are judged."""
+    """Steps whose recordings are judged together: loads over the last so many, growth over three times as many."""
     dead_expert_load: Share = 0.01
     """Share of an even load below which an expert is called dead, with a warning."""
     collapsed_share: Share = 0.9
@@ -483,6 +491,8 @@ class RunConfig(Section):
     """Saving."""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
     """Numerical faults."""
+    tracking: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics are sent besides the run's own files; tensorboard needs moe_gpt[track], wandb the package wandb."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield what two sections disagree about."""

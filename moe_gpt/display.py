@@ -1,20 +1,16 @@
-"""What a person sees of a run: a summary, a progress bar (or plain lines), evaluations, samples."""
+"""What a person sees of a run: a summary, a progress bar (or plain lines), evaluations."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from moe_gpt.analysis.accounting import count_parameters
 from moe_gpt.device import describe_device
-from moe_gpt.inference.generate import SamplingConfig, generate
 from moe_gpt.train.evaluation import Score, format_scores
 from moe_gpt.train.setup import Run
 
@@ -125,19 +121,3 @@ class TerminalDisplay:
     def summary(self) -> str:
         """Return the last evaluation as a table, nothing where there was none."""
         return "\n" + format_scores(self._scores) + "\n" if self._scores else ""
-
-
-def samples(run: Run, n_tokens: int = 120) -> Iterator[str]:
-    """Yield a generated text for each source's prompt."""
-    tokenizer, limit = run.data.tokenizer, run.config.model.max_seq_len
-    for index, source in enumerate(run.data.sources):
-        prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
-        sampling = SamplingConfig(temperature=0.6, top_p=0.95)
-        with _without_compiling(run):
-            new = list(generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id))
-        yield f"--- {source.config.name} ---\n{tokenizer.decode([*prompt, *new])}"
-
-
-def _without_compiling(run: Run) -> contextlib.AbstractContextManager:
-    """Run compiled blocks eagerly: single tokens would recompile what was compiled for batches."""
-    return torch.compiler.set_stance("force_eager") if run.config.train.compile else contextlib.nullcontext()

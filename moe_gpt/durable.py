@@ -59,12 +59,12 @@ def read_facts(path: Path) -> FileFacts:
         return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write a file, or all of it anew: a reader sees the old contents or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mktemp(prefix=path.name + TEMPORARY, dir=path.parent))
     try:
-        write_file(temporary, [text.encode("utf-8")])
+        write_file(temporary, [content.encode("utf-8") if isinstance(content, str) else content])
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:

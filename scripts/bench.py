@@ -27,6 +27,9 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--config", default="tiny.yaml", help="whose tokenizer and training step (default: tiny.yaml)")
     data.add_argument("--gigabytes", type=positive_argument, default=0.1, help="of text to prepare (default: 0.1)")
     data.add_argument("--folder", type=Path, help="where some five times as much fits (default: a temporary folder)")
+    loop = _command(commands, "loop", "the time to the first step, and of what a run does besides its steps")
+    loop.add_argument("--config", default="tiny.yaml", help="what to train (default: tiny.yaml)")
+    loop.add_argument("--steps", type=count_argument, default=400, help="optimizer steps (default: 400)")
     train = _shaped(commands, "train", "whole optimizer steps against peers, in turns")
     train.add_argument("--against", default="transformers,dense", help="comma-separated (default: transformers,dense)")
     train.add_argument("--compile", action="store_true", help="torch.compile, ours by block, the peers' as a whole")
@@ -42,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     scaling.add_argument(
         "--axes", help="comma-separated, of experts, d_ff, sequences, seq_len, checkpointed (default: all)"
     )
-    scaling.add_argument("--plot", type=Path, metavar="FILE", help="draw them, .svg or .png (needs matplotlib)")
+    scaling.add_argument("--plot", type=Path, metavar="FILE", help="draw them, .svg or .png")
     return parser.parse_args()
 
 
@@ -96,6 +99,14 @@ def run_data(arguments: argparse.Namespace) -> list[dict]:
         return bench_data(config, arguments.gigabytes, Path(folder), _say)
 
 
+def run_loop(arguments: argparse.Namespace) -> list[dict]:
+    """Train under the profiler."""
+    from moe_gpt.bench.loop import bench_loop
+
+    with tempfile.TemporaryDirectory() as folder:
+        return bench_loop(load_run_config(arguments.config), arguments.steps, Path(folder) / "run", _say)
+
+
 def run_train(arguments: argparse.Namespace) -> list[dict]:
     """Train every contender for some steps."""
     from moe_gpt.bench.train import bench_train
@@ -128,13 +139,8 @@ def run_generate(arguments: argparse.Namespace) -> list[dict]:
 
 def run_scaling(arguments: argparse.Namespace) -> list[dict]:
     """Vary one size after another."""
-    import importlib.util
-
     from moe_gpt.bench.scaling import bench_scaling, plot
-    from moe_gpt.validation import InputError
 
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        raise InputError("--plot needs a package; run: pip install matplotlib")
     device, precision = pick_place(arguments)
     axes = arguments.axes.split(",") if arguments.axes else None
     results = bench_scaling(str(device), precision, arguments.rounds, arguments.steps, _say, axes)
@@ -168,6 +174,7 @@ RUN = {
     "generate": run_generate,
     "scaling": run_scaling,
     "data": run_data,
+    "loop": run_loop,
 }
 
 

@@ -72,8 +72,8 @@ def test_train_resumes_and_says_when_it_is_finished(run_dir):
     """--resume goes on to the end; on a finished run it says so and exits 0."""
     arguments = ["--config", run_dir.parent / "small.yaml", "--run-dir", run_dir, "--resume"]
     assert script("train.py", *arguments).returncode == 0
-    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 27))
     again = script("train.py", *arguments)
     assert (again.returncode, again.stderr) == (0, "")
     assert "this run is finished" in again.stdout

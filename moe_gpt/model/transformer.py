@@ -23,7 +23,7 @@ from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.losses import CrossEntropy, linear_cross_entropy
 from moe_gpt.model.moe import MoE, RouterStats, stack_router_stats
 from moe_gpt.model.norm import RMSNorm
-from moe_gpt.model.router import Router
+from moe_gpt.model.router import Router, Routing
 
 
 class ModelOutput(NamedTuple):
@@ -56,7 +56,24 @@ class Block(nn.Module):
         with_stats: bool = True,
     ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
         """Return the new residual stream and the router's statistics, None from a dense block or if unwanted."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
+        x = self.attend(x, rotary, mask, cache, layer)
+        return self.transform(x, valid_mask, with_stats)
+
+    def attend(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotary: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the residual stream after attention: the first half."""
+        return x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
+
+    def transform(
+        self, x: Float[Tensor, "B T D"], valid_mask: Bool[Tensor, "B T"] | None = None, with_stats: bool = True
+    ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
+        """Return the residual stream after the feed-forward network, and its statistics: the second half."""
         normed = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, MoE):
             y, stats = self.feed_forward(normed, valid_mask, with_stats)
@@ -166,6 +183,18 @@ class MoEGPT(nn.Module):
         hidden, stats = self._hidden(tokens, None, None, document_ids)
         return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten()), stats
 
+    def routings(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None) -> list[Routing]:
+        """Return every layer's decision for every token, in the order of ``tokens.flatten()``; none if dense."""
+        rotary, mask = self._places(tokens, None, 0, document_ids)
+        x, routings = self.embedding(tokens), []
+        for block in self.blocks:
+            assert isinstance(block, Block), "blocks hold Blocks"
+            x = block.attend(x, rotary, mask)
+            if isinstance(block.feed_forward, MoE):
+                routings.append(block.feed_forward.router(block.feed_forward_norm(x).flatten(0, 1)))
+            x, _ = block.transform(x, with_stats=False)
+        return routings
+
     def _hidden(
         self,
         tokens: Tensor,
@@ -182,13 +211,7 @@ class MoEGPT(nn.Module):
             raise ValueError(
                 f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
             )
-        if document_ids is None:
-            positions = self._positions(tokens, valid_mask, past)
-            mask: Tensor | DocumentMask | None = self._attention_mask(tokens, valid_mask, past)
-        else:
-            positions = positions_within(document_ids)
-            mask = document_mask(document_ids)
-        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rotary, mask = self._places(tokens, valid_mask, past, document_ids)
         valid_now = None if valid_mask is None else valid_mask[:, past:]
         x = self.embedding(tokens)
         stats = []
@@ -199,6 +222,17 @@ class MoEGPT(nn.Module):
             cache.length += T
         has_stats = with_stats and not self.config.is_dense
         return self.final_norm(x), stack_router_stats(stats) if has_stats else None
+
+    def _places(
+        self, tokens: Tensor, valid_mask: Tensor | None, past: int, document_ids: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | DocumentMask | None]:
+        """Return the rotary angles and who sees whom, the same for every layer."""
+        if document_ids is None:
+            positions = self._positions(tokens, valid_mask, past)
+            mask: Tensor | DocumentMask | None = self._attention_mask(tokens, valid_mask, past)
+        else:
+            positions, mask = positions_within(document_ids), document_mask(document_ids)
+        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta), mask
 
     def _positions(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor:
         if valid_mask is None:

@@ -46,6 +46,34 @@ class PositionScore(NamedTuple):
     """Mean cross entropy in nats per token."""
 
 
+class Examined(NamedTuple):
+    """One source's held-out tokens, position by position of the sequences they were cut into."""
+
+    nats: np.ndarray
+    """Summed cross entropy at each position (T,)."""
+    counts: np.ndarray
+    """Scored tokens at each position (T,)."""
+    n_bytes: int
+    """Bytes of the scored text; end-of-text has none."""
+    tokens_per_expert: np.ndarray | None
+    """Assignments (L, E); None for a dense model."""
+
+    @property
+    def score(self) -> Score:
+        """The result on the whole source."""
+        n_tokens, total = int(self.counts.sum()), float(self.nats.sum())
+        return Score(total / n_tokens, total / math.log(2) / max(1, self.n_bytes), n_tokens)
+
+    def by_position(self) -> list[PositionScore]:
+        """Return the mean of positions 0 to 63, 64 to 127, 128 to 255 and so on."""
+        length = len(self.nats)
+        edges = [0, *(64 << i for i in range(40) if 64 << i < length), length]
+        return [
+            PositionScore(start, end, float(self.nats[start:end].sum() / max(1, self.counts[start:end].sum())))
+            for start, end in zip(edges, edges[1:], strict=False)
+        ]
+
+
 class Evaluator:
     """Scores a model on the same held-out tokens every time.
 
@@ -74,50 +102,45 @@ class Evaluator:
 
     def __call__(self, model: MoEGPT, precision: Precision) -> dict[str, Score]:
         """Return each source's score. The model's mode and all random generators are left as they were."""
-        with evaluating(model):
-            return {name: self._score(model, rows, precision) for name, rows in self._rows.items()}
+        return {name: examined.score for name, examined in self.examine(model, precision).items()}
 
-    @torch.inference_mode()
     def by_position(self, model: MoEGPT, precision: Precision) -> dict[str, list[PositionScore]]:
         """Return each source's mean cross entropy for positions 0 to 63, 64 to 127, 128 to 255 and so on.
 
         In a model that uses its context, later positions are predicted better.
         """
-        with evaluating(model):
-            return {name: self._score_positions(model, rows, precision) for name, rows in self._rows.items()}
+        return {name: examined.by_position() for name, examined in self.examine(model, precision).items()}
 
-    def _score_positions(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> list[PositionScore]:
-        nats, counts = np.zeros(rows.inputs.shape[1]), np.zeros(rows.inputs.shape[1])
-        for batch in self._micro_batches(rows, model.embedding.weight.device):
-            with autocast(batch.inputs.device, precision):
-                logits = model(batch.inputs, document_ids=batch.document_ids).logits
+    @torch.inference_mode()
+    def examine(self, model: MoEGPT, precision: Precision) -> dict[str, Examined]:
+        """Return everything that one pass over each source's held-out tokens tells; the mode is left as it was."""
+        with evaluating(model):
+            return {name: self._examine(model, rows, precision) for name, rows in self._rows.items()}
+
+    def _examine(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> Examined:
+        device, length = model.embedding.weight.device, rows.inputs.shape[1]
+        nats, counts, tokens_per_expert, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), None, 0
+        for batch in self._micro_batches(rows, device):
+            with autocast(device, precision):
+                logits, stats = model(batch.inputs, document_ids=batch.document_ids)
             losses = F.cross_entropy(
-                logits.float().transpose(1, 2), batch.targets, reduction="none", ignore_index=IGNORED_TARGET
+                logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none", ignore_index=IGNORED_TARGET
             )
-            nats += losses.sum(dim=0).double().cpu().numpy()
-            counts += (batch.targets != IGNORED_TARGET).sum(dim=0).cpu().numpy()
-        edges = [0, *(64 << i for i in range(40) if 64 << i < len(nats)), len(nats)]
-        return [
-            PositionScore(start, end, float(nats[start:end].sum() / max(1, counts[start:end].sum())))
-            for start, end in zip(edges, edges[1:], strict=False)
-        ]
+            nats += losses.view_as(batch.targets).cpu().double().sum(dim=0).numpy()
+            is_scored = (batch.targets != IGNORED_TARGET).cpu().numpy()
+            counts += is_scored.sum(axis=0)
+            n_bytes += int(self._token_bytes[batch.targets.cpu().numpy()[is_scored]].sum())
+            if stats:
+                new = stats.tokens_per_expert.cpu().numpy()
+                tokens_per_expert = new if tokens_per_expert is None else tokens_per_expert + new
+        return Examined(nats, counts, n_bytes, tokens_per_expert)
+
+    def slices(self, max_tokens: int) -> dict[str, np.ndarray]:
+        """Return the first whole sequences (B, T) of each source's held-out tokens, about ``max_tokens`` of them."""
+        return {name: rows.inputs[: max(1, max_tokens // rows.inputs.shape[1])] for name, rows in self._rows.items()}
 
     def _micro_batches(self, rows: ValidationRows, device: torch.device) -> list[MicroBatch]:
         return split_batch(Batch(rows.inputs, rows.targets), self._batch_tokens, device, self._end)
-
-    @torch.inference_mode()
-    def _score(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> Score:
-        device = model.embedding.weight.device
-        nats = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        n_tokens, n_bytes = 0, 0
-        for batch in self._micro_batches(rows, device):
-            with autocast(device, precision):
-                logits = model(batch.inputs, document_ids=batch.document_ids).logits
-            nats += cross_entropy(logits, batch.targets).total.to(nats.device)
-            scored = batch.targets[batch.targets != IGNORED_TARGET].cpu().numpy()
-            n_tokens, n_bytes = n_tokens + len(scored), n_bytes + int(self._token_bytes[scored].sum())
-        total = float(nats)
-        return Score(total / n_tokens, total / math.log(2) / max(1, n_bytes), n_tokens)
 
 
 @torch.inference_mode()

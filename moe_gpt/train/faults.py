@@ -1,4 +1,4 @@
-"""Watching for numerical faults: steps that are not finite, loss spikes, experts that nobody uses.
+"""Watching for numerical faults: steps that are not finite, loss spikes, routers that are not healthy.
 
 A step whose loss or gradient is not finite moves nothing (``train_step``). After a series of them the run goes back to
 its last good checkpoint and past all tokens since: the skipped steps moved nothing, so going back to any later point
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from moe_gpt.config import FaultConfig, ModelConfig
+from moe_gpt.analysis.health import Gradients, find_problems
+from moe_gpt.config import FaultConfig, RunConfig
 
 
 class TrainingStopped(RuntimeError):
@@ -77,47 +75,34 @@ class SpikeDetector:
         window.append(loss)
 
 
-class RoutingWatch:
-    """Counts assignments on the device and judges them a window of steps at a time."""
+class HealthWatch:
+    """Tells of a router's problems when they begin, from the newest records."""
 
-    def __init__(self, config: FaultConfig, model: ModelConfig) -> None:
-        self._config, self._model = config, model
-        self._counts: Tensor | None = None
-        self._steps = 0
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._window = config, 3 * config.faults.routing_window // max(1, config.train.record_every_steps)
+        self._records: deque[dict[str, Any]] = deque(maxlen=max(3, self._window))
+        self._gradients: Gradients | None = None
         self._told: set[tuple[str, int]] = set()
 
-    def add(self, tokens_per_expert: Tensor) -> None:
-        """Add a step's assignments (L, E); nothing is fetched from the device."""
-        if len(tokens_per_expert):
-            self._counts = tokens_per_expert if self._counts is None else self._counts + tokens_per_expert
-            self._steps += 1
+    def read(self, records: Iterable[dict[str, Any]]) -> Iterator[Finding]:
+        """Add recorded steps; yield a warning for each problem that was not there before."""
+        for record in records:
+            if "routing" in record:
+                self._records.append(record["routing"])
+                yield from self._judge(record["step"])
 
-    def read(self, step: int) -> Iterator[Finding]:
-        """Yield a warning for each layer that has dead experts or has collapsed, when it begins to be so."""
-        if self._counts is None or self._steps < self._config.routing_window:
-            return
-        shares = self._counts.double().cpu()
-        shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1)
-        self._counts, steps, self._steps = None, self._steps, 0
-        found = set()
-        for layer, loads in enumerate(shares):
-            dead = torch.nonzero(loads * len(loads) < self._config.dead_expert_load).flatten().tolist()
-            busiest = loads.topk(self._model.top_k).values.sum().item()
-            if dead:
-                found.add(("dead_experts", layer))
-                text = f"layer {layer}: experts {', '.join(map(str, dead))} of {len(loads)} are nearly unused"
-                yield from self._tell("dead_experts", layer, step, steps, text)
-            if busiest > self._config.collapsed_share and self._model.n_experts > self._model.top_k:
-                found.add(("routing_collapsed", layer))
-                text = f"layer {layer}: {self._model.top_k} experts get {busiest:.0%} of all assignments"
-                yield from self._tell("routing_collapsed", layer, step, steps, text)
-        self._told = found
+    def read_evaluation(self, gradients: Gradients | None, step: int) -> Iterator[Finding]:
+        """Add an evaluation's gradients, unless it was before the first step; yield what begins with it."""
+        if step and gradients is not None:
+            self._gradients = gradients
+            yield from self._judge(step)
 
-    def _tell(self, kind: str, layer: int, step: int, steps: int, text: str) -> Iterator[Finding]:
-        if (kind, layer) not in self._told:
-            advice = {
-                "loss": "raise loss.load_balancing_loss_weight, or lower optimizer.lr",
-                "bias": "raise model.bias_update_rate, or lower optimizer.lr",
-                "none": "use model.balance=loss or model.balance=bias",
-            }[self._model.balance]
-            yield Finding(kind, step, f"{text} in the last {steps} steps, at step {step}; {advice}")
+    def _judge(self, step: int) -> Iterator[Finding]:
+        config = self._config
+        every = config.train.record_every_steps
+        problems = find_problems(list(self._records), self._gradients, config.model, config.faults, every)
+        for problem in problems:
+            if (problem.kind, problem.layer) not in self._told:
+                text = f"layer {problem.layer}: {problem.text}, at step {step}; {problem.advice}"
+                yield Finding(problem.kind, step, text)
+        self._told = {(problem.kind, problem.layer) for problem in problems}

@@ -14,14 +14,23 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
+from moe_gpt.config_file import to_plain
 from moe_gpt.durable import delete_folder
 from moe_gpt.train.checkpoint import list_checkpoints, load_training_state
 from moe_gpt.train.checkpoint_store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
-from moe_gpt.train.evaluation import Score
-from moe_gpt.train.faults import Finding, RoutingWatch, SpikeDetector, TooManySkips, TrainingStopped, past_skipped
+from moe_gpt.train.evaluation import Examined, Score
+from moe_gpt.train.faults import Finding, HealthWatch, SpikeDetector, TooManySkips, TrainingStopped, past_skipped
 from moe_gpt.train.metrics import JsonLines, MetricsLog, read_metrics
+from moe_gpt.train.recording import (
+    generate_samples,
+    observe_routing,
+    remove_later_evaluations,
+    score_line,
+    write_evaluation,
+)
 from moe_gpt.train.setup import Run
 from moe_gpt.train.step import split_batch, train_step
+from moe_gpt.train.tracking import Tracker, open_tracker, tracked_values
 
 _MOST_PLACES = 64
 """Sequences of a batch whose place in the data is written down when the batch is at fault."""
@@ -122,7 +131,8 @@ class _Session:
         self.events = JsonLines(run.run_dir / "events.jsonl")
         self.saver = CheckpointSaver(run.run_dir, run.facts, run.config.checkpoint)
         self.spikes = SpikeDetector(run.config.faults)
-        self.routing = RoutingWatch(run.config.faults, run.config.model)
+        self.health = self.watch_from(run.state.step)
+        self.tracker = self.track_from(run.state.step if run.resumed_from else None)
         self.started_at, self.group_started_at = time.monotonic(), time.perf_counter()
         self.cannot_log = self.has_recorded_save = False
 
@@ -130,6 +140,7 @@ class _Session:
         """Close the files."""
         self.log.close()
         self.events.close()
+        self.tracker.close()
 
     def train(self, stop: _StopSignal) -> Outcome:
         """Step until there is a reason to stop."""
@@ -156,6 +167,18 @@ class _Session:
         self.warn_of(self.saver.wait)
         return outcome
 
+    def watch_from(self, step: int) -> HealthWatch:
+        """Return a watch that has seen what the run recorded up to this step; what is later is done again."""
+        remove_later_evaluations(self.run.run_dir, step)
+        health = HealthWatch(self.config)
+        list(health.read(read_metrics(self.run.run_dir / "metrics.jsonl")))  # told when they began
+        return health
+
+    def track_from(self, resumed_at: int | None) -> Tracker:
+        """Open what metrics are sent to; the steps after ``resumed_at`` are done again."""
+        settings = to_plain(self.config)
+        return open_tracker(self.config.tracking, self.run.run_dir, settings, self.display.warn, resumed_at)
+
     def warn_of_missing_metrics(self) -> None:
         """Say where metrics.jsonl has not every step that was done: somebody removed or changed it."""
         lines = read_metrics(self.run.run_dir / "metrics.jsonl")
@@ -172,9 +195,10 @@ class _Session:
         batch = run.stream.batch(state.tokens_seen, plan.seq_len, plan.batch_tokens)
         end = run.data.tokenizer.end_of_text_id if run.config.data.document_masking else None
         micro_batches = split_batch(batch, run.config.train.micro_batch_tokens, run.device, end)
-        result = train_step(state, micro_batches, plan, run.config, run.precision)
-        self.log.add(state.step, state.tokens_seen, plan, result.metrics)
-        self.routing.add(result.tokens_per_expert)
+        should_record = _is_due(state.step + 1, run.config.train.record_every_steps)
+        sample = observe_routing(state.model, micro_batches[0], run.precision) if should_record else None
+        result = train_step(state, micro_batches, plan, run.config, run.precision, should_record)
+        self.log.add(state.step, state.tokens_seen, plan, result, sample)
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
 
     def after_step(self, is_last: bool, is_urgent: bool) -> None:
@@ -197,7 +221,7 @@ class _Session:
             TooManySkips: where the run must go back.
             TrainingStopped: where the run folder is gone.
         """
-        lines, failure = self.log.fetch(self.group_started_at), None
+        (lines, records), failure = self.log.fetch(self.group_started_at), None
         self.group_started_at = time.perf_counter()
         for line in lines:
             self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
@@ -210,15 +234,21 @@ class _Session:
         self.write_log()
         if failure:
             raise failure
-        for finding in self.routing.read(self.state.step):
-            self.warn(finding)
-        if lines:
-            self.display.progress(self.state.tokens_seen, lines[-1])
+        self.tell(lines, records)
         if self.saver.has_failed:
             self.warn_of(self.saver.wait)
         if self.saver.has_saved and not self.has_recorded_save:
             self.record("first_checkpoint")  # says later that there was one
             self.has_recorded_save = True
+
+    def tell(self, lines: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
+        """Show, track and judge new metrics."""
+        for finding in self.health.read(records):
+            self.warn(finding)
+        for line in (*lines, *records):
+            self.tracker.log(line["step"], tracked_values(line))
+        if lines:
+            self.display.progress(self.state.tokens_seen, lines[-1])
 
     def write_log(self) -> None:
         """Write the metrics, or keep them where that is not possible now."""
@@ -252,14 +282,38 @@ class _Session:
 
     def evaluate(self) -> float | None:
         """Score the model; return the mean validation loss of the sources, if it is finite."""
-        state = self.state
-        scores = self.run.evaluator(state.model, self.run.precision)
-        self.log.append_scores(state.step, state.tokens_seen, scores)
+        run, state = self.run, self.state
+        examined = run.evaluator.examine(state.model, run.precision)
+        scores = {name: found.score for name, found in examined.items()}
+        texts = self.sample()
+        line = {"step": state.step, "tokens_seen": state.tokens_seen, **score_line(examined, texts)}
+        self.log.append(line)
         self.write_log()
+        self.keep_arrays(examined)
         self.display.scores(state.step, scores)
+        self.tracker.log(state.step, tracked_values(line))
+        for name, text in texts.items():
+            self.tracker.text(state.step, f"samples/{name}", text)
         self.group_started_at = time.perf_counter()
         mean = statistics.fmean(score.ce_loss for score in scores.values())
         return mean if math.isfinite(mean) else None
+
+    def sample(self) -> dict[str, str]:
+        """Return a generated text for each source's prompt, unless none is wanted."""
+        n_tokens = self.config.train.sample_tokens
+        return dict(generate_samples(self.run, n_tokens)) if n_tokens else {}
+
+    def keep_arrays(self, examined: dict[str, Examined]) -> None:
+        """Write what only reports read; where that fails, warn and train on."""
+        run, step, n_tokens = self.run, self.state.step, self.config.train.record_tokens
+        slices = run.evaluator.slices(n_tokens) if n_tokens else {}
+        try:
+            gradients = write_evaluation(run.run_dir, step, run.state.model, examined, slices, run.precision)
+        except OSError as error:
+            self.warn(Finding("cannot_record", step, f"evaluation {step} is not kept for reports: {error}"))
+            return
+        for finding in self.health.read_evaluation(gradients, step):
+            self.warn(finding)
 
     def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
         """Save a checkpoint; where that fails, warn and train on, unless it is the last."""
@@ -301,7 +355,9 @@ class _Session:
         state.rollbacks, state.skips_in_a_row = rollbacks + 1, 0
         self.log.rewind(state.step)
         self.spikes = SpikeDetector(self.config.faults)
-        self.routing = RoutingWatch(self.config.faults, self.config.model)
+        self.health = self.watch_from(state.step)
+        self.tracker.close()
+        self.tracker = self.track_from(state.step)
         text = f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}"
         self.warn(Finding("went_back", state.step, text))
 

@@ -1,4 +1,4 @@
-"""The run's diary: ``metrics.jsonl`` has a JSON object per optimizer step and per evaluation.
+"""The run's diary: ``metrics.jsonl`` has a JSON object per optimizer step, per recording and per evaluation.
 
 ``events.jsonl`` has what happened besides: starts, resumes, warnings, faults. It is only ever appended to.
 """
@@ -11,14 +11,14 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from moe_gpt.durable import replace_file
-from moe_gpt.train.evaluation import Score
+from moe_gpt.train.recording import RoutingSample, describe_norms, describe_routing
 from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import StepMetrics
+from moe_gpt.train.step import StepMetrics, StepResult
 
 
 class JsonLines:
@@ -41,9 +41,7 @@ class JsonLines:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line; nothing is written yet."""
-        # JSON has no NaN: a value that is not finite becomes null
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._unwritten += json.dumps(plain).encode() + b"\n"
+        self._unwritten += json.dumps(_finite(line)).encode() + b"\n"
 
     def write(self) -> None:
         """Write what was added. A file that was removed or replaced meanwhile is restored; another's is kept beside it.
@@ -89,6 +87,24 @@ class JsonLines:
         self._file.close()
 
 
+def _finite(value: Any) -> Any:
+    """Return the value with null for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Fetched(NamedTuple):
+    """The lines that were appended."""
+
+    steps: list[dict[str, Any]]
+    """One of each step."""
+    records: list[dict[str, Any]]
+    """What the routers did and how large weights and updates are, of the steps that were recorded."""
+
+
 class MetricsLog(JsonLines):
     """Collects the metrics of several steps on the device and fetches them together.
 
@@ -101,13 +117,18 @@ class MetricsLog(JsonLines):
         _keep_until(path, step)
         super().__init__(path)
         self._pending: list[tuple[dict[str, Any], StepMetrics]] = []
+        self._recorded: list[tuple[dict[str, Any], StepResult, RoutingSample | None]] = []
 
-    def add(self, step: int, tokens_seen: int, plan: StepPlan, metrics: StepMetrics) -> None:
-        """Remember a step; nothing is fetched from the device yet."""
-        line = {"step": step, "tokens_seen": tokens_seen, **plan._asdict()}
-        self._pending.append((line, metrics))
+    def add(
+        self, step: int, tokens_seen: int, plan: StepPlan, result: StepResult, sample: RoutingSample | None = None
+    ) -> None:
+        """Remember a step; nothing is fetched from the device yet. Where it has norms, it is recorded in full."""
+        place = {"step": step, "tokens_seen": tokens_seen}
+        self._pending.append(({**place, **plan._asdict()}, result.metrics))
+        if result.norms is not None:
+            self._recorded.append((place, result, sample))
 
-    def fetch(self, started_at: float) -> list[dict[str, Any]]:
+    def fetch(self, started_at: float) -> Fetched:
         """Fetch the metrics of the steps since the last call, append their lines, and return them.
 
         Args:
@@ -117,7 +138,7 @@ class MetricsLog(JsonLines):
         Every line has the mean ``tokens_per_second`` of the group: single steps are not timed on the device.
         """
         if not self._pending:
-            return []
+            return Fetched([], [])
         values = torch.stack([torch.stack(metrics).float() for _, metrics in self._pending]).tolist()
         seconds = time.perf_counter() - started_at
         n_tokens = sum(line["batch_tokens"] for line, _ in self._pending)
@@ -126,24 +147,26 @@ class MetricsLog(JsonLines):
             line.update(zip(StepMetrics._fields, row, strict=True), tokens_per_second=n_tokens / max(seconds, 1e-9))
             line["skipped"] = bool(line["skipped"])
             self.append(line)
-        self._pending = []
-        return lines
-
-    def append_scores(self, step: int, tokens_seen: int, scores: dict[str, Score]) -> None:
-        """Append an evaluation."""
-        line: dict[str, Any] = {"step": step, "tokens_seen": tokens_seen}
-        for name, score in scores.items():
-            line[f"val/{name}/ce_loss"] = score.ce_loss
-            line[f"val/{name}/bits_per_byte"] = score.bits_per_byte
-        self.append(line)
+        records = [_record(*recorded) for recorded in self._recorded]
+        for record in records:
+            self.append(record)
+        self._pending, self._recorded = [], []
+        return Fetched(lines, records)
 
     def rewind(self, step: int) -> None:
         """Remove the lines of later steps, written or not."""
-        self._pending = []
+        self._pending, self._recorded = [], []
         self.write()
         self._file.close()
         _keep_until(self._path, step)
         self._open()
+
+
+def _record(place: dict[str, Any], result: StepResult, sample: RoutingSample | None) -> dict[str, Any]:
+    record = {**place, "groups": describe_norms(result.norms or {})}
+    if result.router_stats and sample:
+        record["routing"] = describe_routing(result.router_stats, sample)
+    return record
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -165,7 +188,7 @@ def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
     scores: dict[str, dict[str, float]] = {}
     for line in read_metrics(path) if path.is_file() else []:
         for key, value in line.items() if line["step"] == step else ():
-            if key.startswith("val/") and value is not None:
+            if key.startswith("val/") and key.count("/") == 2 and value is not None:
                 _, source, name = key.split("/")
                 scores.setdefault(source, {})[name] = value
     return scores

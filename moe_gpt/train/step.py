@@ -13,8 +13,9 @@ from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.stream import Batch
 from moe_gpt.device import Precision, autocast
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses
-from moe_gpt.model.moe import MoE
+from moe_gpt.model.moe import MoE, RouterStats
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.train.norms import gradient_norms, parameter_norms, update_norms
 from moe_gpt.train.schedule import StepPlan
 
 
@@ -66,8 +67,10 @@ class StepResult(NamedTuple):
     """What one step returns; everything is still on the device."""
 
     metrics: StepMetrics
-    tokens_per_expert: Tensor
-    """Assignments before any dropping (L, E); no layers for a dense model."""
+    router_stats: RouterStats | None
+    """Of the whole batch, by layer; None for a dense model."""
+    norms: dict[str, Tensor] | None
+    """By group of parameters, where they were asked for: see ``norms``."""
 
 
 def keep_documents_apart(inputs: Tensor, targets: Tensor, end_of_text_id: int) -> MicroBatch:
@@ -101,22 +104,18 @@ def split_batch(
 
 def accumulate_gradients(
     model: MoEGPT, micro_batches: Sequence[MicroBatch], loss_config: LossConfig, precision: Precision
-) -> tuple[LossTerms, Tensor, Tensor]:
+) -> tuple[LossTerms, RouterStats | None]:
     """Add the gradients of a whole batch to ``.grad``.
 
     Cross entropy is summed and divided by the valid tokens of the whole batch, so that it does not matter how the
     batch is cut. The auxiliary terms are those of each micro-batch, weighted by its share of the valid tokens.
 
     Returns:
-        the loss terms of the whole batch, assignments per expert (L, E) and dropped ones (L,); the last two
-        have no layers for a dense model.
+        the loss terms of the whole batch, and what its routers did by layer; None for a dense model.
     """
     device = micro_batches[0].inputs.device
     n_valid = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]).sum().clamp(min=1)
-    n_layers = 0 if model.config.is_dense else model.config.n_layers
-    terms_sum = torch.zeros(4, device=device)
-    tokens_per_expert = torch.zeros(n_layers, model.config.n_experts, dtype=torch.int64, device=device)
-    dropped_tokens = torch.zeros(n_layers, dtype=torch.int64, device=device)
+    terms_sum, whole = torch.zeros(4, device=device), None
     for batch in micro_batches:
         with autocast(device, precision):
             ce, stats = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
@@ -131,9 +130,12 @@ def accumulate_gradients(
         (terms.loss * share).backward()
         terms_sum += torch.stack(terms).detach() * share
         if stats:
-            tokens_per_expert += stats.tokens_per_expert
-            dropped_tokens += stats.dropped_tokens
-    return LossTerms(*terms_sum.unbind()), tokens_per_expert, dropped_tokens
+            weighted = stats._replace(
+                load_balancing_loss=stats.load_balancing_loss.detach() * share,
+                router_z_loss=stats.router_z_loss.detach() * share,
+            )
+            whole = RouterStats(*map(torch.add, whole, weighted)) if whole else weighted
+    return LossTerms(*terms_sum.unbind()), whole
 
 
 def train_step(
@@ -142,31 +144,43 @@ def train_step(
     plan: StepPlan,
     config: RunConfig,
     precision: Precision,
+    with_norms: bool = False,
 ) -> StepResult:
     """Take one optimizer step and advance ``state``; never waits for the device.
 
     A loss or gradient that is not finite leaves weights, moments and balancing bias as they are; its tokens count as
     seen.
+
+    Args:
+        state: what changes.
+        micro_batches: the whole batch.
+        plan: of this step.
+        config: of the run.
+        precision: compute type.
+        with_norms: return the norms of gradients, parameters and updates, too.
     """
     model, optimizer = state.model, state.optimizer
     model.train()
-    terms, tokens_per_expert, dropped_tokens = accumulate_gradients(model, micro_batches, config.loss, precision)
+    terms, stats = accumulate_gradients(model, micro_batches, config.loss, precision)
     state.is_updating = True
+    found_norms = gradient_norms(model) if with_norms else None
     grad_norm, skipped = update_weights(model, optimizer, plan.lr, config.optimizer.max_grad_norm, terms.loss)
-    if config.model.balance == "bias" and not config.model.is_dense:
-        update_expert_bias(model, tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
+    if found_norms is not None:
+        found_norms |= parameter_norms(model) | update_norms(model, optimizer, skipped)
+    if config.model.balance == "bias" and stats:
+        update_expert_bias(model, stats.tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
     state.step += 1
     state.tokens_seen += plan.batch_tokens
     state.is_updating = False
-    n_assigned = tokens_per_expert.sum().clamp(min=1)
+    zero = torch.zeros_like(skipped)
     metrics = StepMetrics(
         *terms,
         grad_norm=grad_norm,
-        max_violation=max_violation(tokens_per_expert),
-        dropped_fraction=dropped_tokens.sum() / n_assigned,
+        max_violation=max_violation(stats.tokens_per_expert) if stats else zero,
+        dropped_fraction=stats.dropped_tokens.sum() / stats.tokens_per_expert.sum().clamp(min=1) if stats else zero,
         skipped=skipped,
     )
-    return StepResult(metrics, tokens_per_expert)
+    return StepResult(metrics, stats, found_norms)
 
 
 def update_weights(
@@ -211,8 +225,6 @@ def update_expert_bias(model: MoEGPT, tokens_per_expert: Tensor, rate: float | T
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """Return the largest load over the mean load, minus 1, averaged over layers; 0 for a dense model."""
-    if not len(tokens_per_expert):
-        return torch.zeros((), device=tokens_per_expert.device)
+    """Return the largest load over the mean load, minus 1, averaged over layers."""
     loads = tokens_per_expert.float()
     return (loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1e-9) - 1).mean()

@@ -16,17 +16,17 @@ def poison(monkeypatch):
     bad: list[range] = []
     real = loop.train_step
 
-    def train_step(state, micro_batches, plan, config, precision):
+    def train_step(state, micro_batches, plan, config, precision, with_norms=False):
         tokens = range(state.tokens_seen, state.tokens_seen + plan.batch_tokens)
         if any(tokens.start < window.stop and window.start < tokens.stop for window in bad):
             with torch.no_grad():
                 kept = state.model.final_norm.weight[0].clone()
                 state.model.final_norm.weight[0] = math.inf
-            result = real(state, micro_batches, plan, config, precision)
+            result = real(state, micro_batches, plan, config, precision, with_norms)
             with torch.no_grad():
                 state.model.final_norm.weight[0] = kept
             return result
-        return real(state, micro_batches, plan, config, precision)
+        return real(state, micro_batches, plan, config, precision, with_norms)
 
     monkeypatch.setattr(loop, "train_step", train_step)
     return bad

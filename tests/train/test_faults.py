@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import Silent, change, run_training
 
-from moe_gpt.config import FaultConfig, ModelConfig
+from moe_gpt.config import FaultConfig
 from moe_gpt.train import loop
 from moe_gpt.train.checkpoint import list_checkpoints, load_model, read_state
-from moe_gpt.train.faults import RoutingWatch, SpikeDetector, TrainingStopped, past_skipped
+from moe_gpt.train.faults import HealthWatch, SpikeDetector, TrainingStopped, past_skipped
 from moe_gpt.train.metrics import read_metrics
 
 
@@ -176,34 +176,39 @@ def test_spike_is_warned_of_in_a_run(small_config, tmp_path, monkeypatch):
     assert "loss_spike" in [event["kind"] for event in events(tmp_path)]
 
 
-def test_routing_by_hand():
-    """A dead expert, a collapsed layer, a healthy one; told once until it has been better."""
-    watch = RoutingWatch(FaultConfig(routing_window=2), ModelConfig(n_experts=4, top_k=2, balance="none"))
-    sick = torch.tensor([[50, 50, 50, 50], [70, 70, 60, 0], [99, 99, 1, 1]])
-    healthy = torch.full((3, 4), 50)
+def routing(loads: list[list[float]]) -> dict:
+    """Return a recorded step with these loads and everything else as in a healthy router."""
+    values = {"max_violation": 0.1, "router_z_loss": 7.0, "mean_probability_entropy": 1.0, "token_entropy": 0.9}
+    return {"load": loads, **{name: [value] * len(loads) for name, value in values.items()}}
 
-    def after_two_steps(counts) -> list[str]:
-        watch.add(counts)
-        assert not list(watch.read(1))  # half a window
-        watch.add(counts)
-        return [finding.text for finding in watch.read(2)]
 
-    first = after_two_steps(sick)
-    assert [text.partition(" in the last")[0] for text in first] == [
+def test_problems_are_told_when_they_begin(small_config):
+    """A dead expert, a collapsed layer, a healthy one: told once, and again when it comes back after it was well."""
+    config = change(change(small_config, "model", balance="none"), "faults", routing_window=20)
+    watch = HealthWatch(change(config, "train", record_every_steps=10))
+    sick = routing([[1.0, 1, 1, 1], [1.4, 1.4, 1.2, 0.0], [1.9, 1.9, 0.1, 0.1]])
+    healthy = routing([[1.0] * 4] * 3)
+
+    def tell(*records) -> list[str]:
+        return [finding.text for record in records for finding in watch.read([{"step": 7, "routing": record}])]
+
+    assert tell(sick) == []  # half a window
+    first = tell(sick)
+    assert [text.partition(", at step")[0] for text in first] == [
         "layer 1: experts 3 of 4 are nearly unused",
-        "layer 2: 2 experts get 99% of all assignments",
+        "layer 2: 2 of 4 experts get 95% of all assignments",
     ]
     assert all(text.endswith("use model.balance=loss or model.balance=bias") for text in first)
-    assert after_two_steps(sick) == []
-    assert after_two_steps(healthy) == []
-    assert after_two_steps(sick) == first
+    assert tell(sick) == []
+    assert tell(healthy, healthy) == []
+    assert tell(sick, sick) == first
 
 
 def test_dead_experts_are_warned_of_in_a_run(small_config, tmp_path):
     """Judged strictly, an untrained router uses some experts too little: the warning names the layer."""
     display = Listening()
     config = change(small_config, "model", balance="none", init_std=0.2, n_experts=8)
-    config = change(config, "faults", routing_window=6, dead_expert_load=0.9)
+    config = change(change(config, "train", record_every_steps=2), "faults", routing_window=6, dead_expert_load=0.9)
     run_training(config, tmp_path, display, max_steps=6)
     assert any("are nearly unused" in text and text.startswith("layer ") for text in display.warnings)
     assert "dead_experts" in [event["kind"] for event in events(tmp_path)]

@@ -11,27 +11,29 @@ import torch
 
 from moe_gpt.train.metrics import JsonLines, MetricsLog, read_metrics, scores_at
 from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import StepMetrics
+from moe_gpt.train.step import StepMetrics, StepResult
 
 PLAN = StepPlan(seq_len=16, batch_tokens=64, lr=1e-3)
 
 
-def metrics(loss: float, skipped: float = 0.0) -> StepMetrics:
+def result(loss: float, skipped: float = 0.0, **recorded) -> StepResult:
     values = dict.fromkeys(StepMetrics._fields, torch.tensor(0.5))
-    return StepMetrics(**{**values, "loss": torch.tensor(loss), "skipped": torch.tensor(skipped)})
+    metrics = StepMetrics(**{**values, "loss": torch.tensor(loss), "skipped": torch.tensor(skipped)})
+    return StepResult(metrics, recorded.get("router_stats"), recorded.get("norms"))
 
 
 def test_log_writes_steps_in_groups(tmp_path):
     """Nothing is written before write; every step has its own values and the group's speed."""
     log = MetricsLog(tmp_path / "metrics.jsonl", -1)
-    log.add(1, 64, PLAN, metrics(3.0))
-    log.add(2, 128, PLAN, metrics(2.0))
+    log.add(1, 64, PLAN, result(3.0))
+    log.add(2, 128, PLAN, result(2.0))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     fetched = log.fetch(time.perf_counter() - 2.0)
     log.write()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["tokens_seen"], line["loss"]) for line in lines] == [(1, 64, 3.0), (2, 128, 2.0)]
-    assert fetched == lines
+    assert fetched.steps == lines
+    assert fetched.records == []
     assert lines[0]["tokens_per_second"] == pytest.approx(64, rel=0.05)
     log.close()
 
@@ -39,7 +41,7 @@ def test_log_writes_steps_in_groups(tmp_path):
 def test_log_writes_null_for_what_is_not_finite(tmp_path):
     """Every line is JSON that any reader takes; a skipped step says so."""
     log = MetricsLog(tmp_path / "metrics.jsonl", -1)
-    log.add(1, 64, PLAN, metrics(float("nan"), skipped=1.0))
+    log.add(1, 64, PLAN, result(float("nan"), skipped=1.0))
     log.fetch(time.perf_counter())
     log.write()
     log.close()
@@ -66,12 +68,12 @@ def test_log_goes_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, -1)
     for step in (1, 2, 3):
-        log.add(step, 64 * step, PLAN, metrics(3.0))
+        log.add(step, 64 * step, PLAN, result(3.0))
     log.fetch(time.perf_counter())
     log.write()
-    log.add(4, 256, PLAN, metrics(3.0))
+    log.add(4, 256, PLAN, result(3.0))
     log.rewind(2)
-    log.add(3, 192, PLAN, metrics(2.0))
+    log.add(3, 192, PLAN, result(2.0))
     log.fetch(time.perf_counter())
     log.write()
     log.close()

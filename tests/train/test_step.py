@@ -47,7 +47,8 @@ def cut(batch: MicroBatch, *sizes: int) -> list[MicroBatch]:
 
 def gradients(state: TrainState, micro_batches: list[MicroBatch], loss: LossConfig) -> tuple:
     state.model.zero_grad()
-    terms, counts, _ = accumulate_gradients(state.model.train(), micro_batches, loss, "fp32")
+    terms, stats = accumulate_gradients(state.model.train(), micro_batches, loss, "fp32")
+    counts = stats.tokens_per_expert if stats else None
     return terms, counts, [parameter.grad.clone() for parameter in state.model.parameters()]
 
 

@@ -1,0 +1,132 @@
+"""Is the router healthy? What the recorded values say, in words, and what to try.
+
+Thresholds were set between healthy tiny runs and runs broken on purpose (tests/analysis/test_health.py repeats both);
+docs/healthy-router.md lists them beside the values of published models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_gpt.config import FaultConfig, ModelConfig
+
+_GROWTH_OF_IMBALANCE = 1.5
+_SEVERE_IMBALANCE = 0.4
+"""Share of the largest possible violation, E / K - 1."""
+_GROWTH_OF_Z, _LARGE_Z = 1.5, 25.0
+_LEAST_INFORMATION = 0.005
+_LEAST_GRADIENT_RATIO = 1e-3
+
+_ADVICE_ON_BALANCE = {
+    "loss": "raise loss.load_balancing_loss_weight, or lower optimizer.lr",
+    "bias": "raise model.bias_update_rate, or lower optimizer.lr",
+    "none": "use model.balance=loss or model.balance=bias",
+}
+
+
+class Problem(NamedTuple):
+    """Something that is wrong with a layer's router."""
+
+    kind: str
+    layer: int
+    text: str
+    advice: str
+
+
+class Gradients(NamedTuple):
+    """Norms by layer (L,) of the gradients of cross entropy alone, from one evaluation."""
+
+    routers: np.ndarray
+    experts: np.ndarray
+
+
+def find_problems(
+    records: Sequence[Mapping[str, Any]],
+    gradients: Gradients | None,
+    model: ModelConfig,
+    faults: FaultConfig,
+    record_every_steps: int,
+) -> list[Problem]:
+    """Return what is wrong at the last of the records; nothing for a healthy router, a dense model or no records.
+
+    Args:
+        records: the ``routing`` of recorded steps of ``metrics.jsonl``, oldest first; only the newest are looked at.
+        gradients: of the newest evaluation after the first step, if there is one.
+        model: the shape, and how it is balanced.
+        faults: the thresholds that users may set.
+        record_every_steps: optimizer steps between two records.
+    """
+    if model.is_dense:
+        return []
+    window = max(1, faults.routing_window // max(1, record_every_steps))
+    problems: list[Problem] = []
+    if len(records) >= window:
+        problems += _problems_of_load(records[-window:], model, faults)
+    if len(records) >= 3 * window:
+        problems += _problems_of_growth(records[-3 * window :], window, model)
+        problems += _problems_of_information(records[-window:], model)
+    if gradients is not None:
+        problems += _problems_of_learning(gradients, model)
+    return problems
+
+
+def _mean(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """Return the mean over records of a value by layer (L, ...); nan where a step was not finite."""
+    return np.mean([np.array(record[key], dtype=float) for record in records], axis=0)
+
+
+def _problems_of_load(
+    records: Sequence[Mapping[str, Any]], model: ModelConfig, faults: FaultConfig
+) -> Iterator[Problem]:
+    advice = _ADVICE_ON_BALANCE[model.balance]
+    for layer, loads in enumerate(_mean(records, "load")):
+        dead = np.flatnonzero(loads < faults.dead_expert_load).tolist()
+        share = np.sort(loads)[-model.top_k :].sum() / len(loads)
+        if dead:
+            text = f"experts {', '.join(map(str, dead))} of {len(loads)} are nearly unused"
+            yield Problem("dead_experts", layer, text, advice)
+        if share > faults.collapsed_share and model.n_experts > model.top_k:
+            text = f"{model.top_k} of {len(loads)} experts get {share:.0%} of all assignments"
+            yield Problem("routing_collapsed", layer, text, advice)
+
+
+def _problems_of_growth(records: Sequence[Mapping[str, Any]], window: int, model: ModelConfig) -> Iterator[Problem]:
+    parts = [records[start : start + window] for start in range(0, 3 * window, window)]
+    severe = _SEVERE_IMBALANCE * (model.n_experts / model.top_k - 1)
+    imbalance, z = ([_mean(part, key) for part in parts] for key in ("max_violation", "router_z_loss"))
+    for layer in range(len(imbalance[0])):
+        first, middle, last = (float(values[layer]) for values in imbalance)
+        if first < middle < last and last > _GROWTH_OF_IMBALANCE * first and last > severe:
+            text = f"imbalance grows: the busiest expert had {1 + first:.1f} times the mean load, now {1 + last:.1f}"
+            yield Problem("imbalance_growing", layer, text, _ADVICE_ON_BALANCE[model.balance])
+        first, middle, last = (float(values[layer]) for values in z)
+        if first < middle < last and last > _GROWTH_OF_Z * first and last > _LARGE_Z:
+            text = f"router logits grow: z loss {first:.0f} before, {last:.0f} now"
+            yield Problem("z_growing", layer, text, "raise loss.router_z_loss_weight, or lower optimizer.lr")
+
+
+def _problems_of_information(records: Sequence[Mapping[str, Any]], model: ModelConfig) -> Iterator[Problem]:
+    information = _mean(records, "mean_probability_entropy") - _mean(records, "token_entropy")
+    for layer, value in enumerate(information):
+        if value < _LEAST_INFORMATION:
+            text = (
+                f"routing hardly depends on the input: a token's probabilities tell {value:.2%} of what they could "
+                "about which token it is"
+            )
+            advice = "lower loss.load_balancing_loss_weight or loss.router_z_loss_weight, or raise optimizer.lr"
+            yield Problem("routing_ignores_input", layer, text, advice)
+
+
+def _problems_of_learning(gradients: Gradients, model: ModelConfig) -> Iterator[Problem]:
+    for layer, (router, expert) in enumerate(zip(gradients.routers, gradients.experts, strict=True)):
+        if router < _LEAST_GRADIENT_RATIO * expert:
+            text = (
+                f"the router does not learn from cross entropy: its gradient is {router:.1e}, the experts' {expert:.1e}"
+            )
+            advice = "see that nothing detaches the weights of the chosen experts"
+            if model.top_k == 1:
+                advice += ", and that one expert's weight is not rescaled to 1 (model.normalize_topk=false)"
+            yield Problem("router_not_learning", layer, text, advice)

@@ -1,0 +1,364 @@
+"""What a router does, as numbers: balance, change over training, pairs of experts, domains, positions and tokens.
+
+Pure functions over numpy arrays on the host. ``counts`` (..., E) are assignments, of which a token makes K;
+``choices`` (..., N, K) are expert ids, best first, all K of a token different; the L layers lead where arrays are
+stacked. Logarithms are natural. Of a row of counts without any assignment nothing is known: its loads, shares and
+entropy are nan, and it neither violates the balance nor has dead experts.
+The definitions are those of OLMoE (arXiv 2409.02060, section 5 of v2) unless a docstring cites another source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer, Real
+
+
+def max_violation(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
+    """Return how far the busiest expert is above the mean: max / mean - 1 (MaxVio, arXiv 2408.15664).
+
+    From 0, exactly balanced, to E - 1, one expert takes all (E / K - 1 with the K different experts of a token); a
+    row of zeros gives 0. Chance gives a little more than 0, and the less the more assignments are counted.
+    ``train.step`` has the same for tensors, as a mean over layers.
+
+    Raises:
+        ValueError: if ``counts`` is empty, negative or not finite.
+    """
+    return np.asarray(np.nan_to_num(load(counts).max(axis=-1), nan=1.0) - 1)
+
+
+def load(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
+    """Return each expert's share of the assignments in units of the even share: E · n_e / Σ n.
+
+    From 0, unused, to E, takes all; 1 is even and is what chance gives. The mean over experts is 1; nan for a row of
+    zeros. The shares are the f of the load-balancing loss (Switch, arXiv 2101.03961, eq. 5) for any K.
+
+    Raises:
+        ValueError: if ``counts`` is empty, negative or not finite.
+    """
+    counts = _check_counts(counts)
+    return _divide(counts * counts.shape[-1], counts.sum(axis=-1, keepdims=True))
+
+
+def load_entropy(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
+    """Return the entropy of the experts' shares p as a fraction of its maximum: -Σ p ln p / ln E.
+
+    From 0, one expert takes all, to 1, even, which is what chance gives; a single expert gives 1, a row of zeros
+    nan. It is a statement about balance, not about how sure the router is of a single token. ST-MoE (arXiv
+    2202.08906) sets the entropy of each layer's experts against that of uniform routing.
+
+    Raises:
+        ValueError: if ``counts`` is empty, negative or not finite.
+    """
+    entropy = _entropy(_shares(counts))
+    n_experts = np.shape(counts)[-1]
+    return np.asarray(entropy / np.log(n_experts) if n_experts > 1 else entropy + 1)  # 0 of 0 nats counts as even
+
+
+def dead_experts(counts: Real[np.ndarray, "... E"], threshold: float = 0.01) -> Bool[np.ndarray, "... E"]:
+    """Tell which experts have a load below ``threshold``, in units of the even load: E · n_e / Σ n < threshold.
+
+    Chance makes none at the default, 1 % of an even load, once the mean count is above about 20; a row of zeros has
+    none. The limit is ours.
+
+    Raises:
+        ValueError: if ``counts`` is empty, negative or not finite.
+    """
+    return load(counts) < threshold
+
+
+def saturation(choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray, "L N K"]) -> Float[np.ndarray, " L"]:
+    """Return how much of the final routing an earlier checkpoint has: the mean over tokens of |E ∩ E_final| / K.
+
+    E is the set of a token's experts, so their order does not count. From 0 to 1, 1 for the same experts; chance is
+    K / E where loads are even, more where both checkpoints prefer the same experts (OLMoE, section 5.1).
+
+    Args:
+        choices: of the earlier checkpoint.
+        final: of the last one, for the same tokens.
+
+    Raises:
+        ValueError: if the shapes differ or are empty, or the experts of a token are not different.
+    """
+    choices, final = _check_pair(choices, final)
+    shared = sum((choices == final[..., [place]]).sum(axis=-1) for place in range(final.shape[-1]))
+    return np.mean(shared, axis=-1) / final.shape[-1]
+
+
+def first_choice_agreement(
+    choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray, "L N K"]
+) -> Float[np.ndarray, " L"]:
+    """Return the share of tokens whose best expert is already the final best one: mean of [e_1 = e_1,final].
+
+    From 0 to 1, 1 for the same first choices; chance is 1 / E where loads are even. It is ``saturation`` for the
+    first choice alone (top-1 in OLMoE, section 5.1), with the same arguments.
+
+    Raises:
+        ValueError: if the shapes differ or are empty, or the experts of a token are not different.
+    """
+    choices, final = _check_pair(choices, final)
+    return np.mean(choices[..., 0] == final[..., 0], axis=-1)
+
+
+def co_activation(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[np.ndarray, "E E"]:
+    """Return the share of expert i's tokens that also go to j, at [i, j]: N_ij / N_i (OLMoE, section 5.2).
+
+    N_i counts tokens sent to i, N_ij those sent to both. From 0 to 1; not symmetric where loads differ. Chance is
+    (K - 1) / (E - 1) where loads are even, ``co_activation_by_chance`` otherwise. The diagonal and the rows of
+    unused experts are nan; every other row sums to K - 1. All pairs of a token's experts count, whereas OLMoE's
+    script counts only neighbours in the list.
+
+    Raises:
+        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token.
+    """
+    choices = _check_choices(choices, ("N", "K"), n_experts)
+    pairs = choices[:, :, None] * n_experts + choices[:, None, :]  # (N, K, K), an expert with itself included
+    tokens = np.bincount(pairs.ravel(), minlength=n_experts**2).reshape(n_experts, n_experts)
+    shares = _divide(tokens, np.diagonal(tokens)[:, None])
+    np.fill_diagonal(shares, np.nan)
+    return shares
+
+
+def co_activation_by_chance(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[np.ndarray, "E E"]:
+    """Return what ``co_activation`` would be if only the loads decided: (K - 1) · n_j / (Σ n - n_i) at [i, j].
+
+    That is, the other K - 1 places of a token of expert i are filled from the other experts in proportion to their
+    counts n. From 0 to 1, and (K - 1) / (E - 1) where loads are even. The diagonal is nan; rows sum to K - 1, those
+    of unused experts too. A definition of ours: it keeps the row sums of ``co_activation`` exactly, at the price
+    that n_i times its row i is a symmetric table only where loads are even.
+
+    Raises:
+        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token.
+    """
+    choices = _check_choices(choices, ("N", "K"), n_experts)
+    counts = np.bincount(choices.ravel(), minlength=n_experts)
+    others = np.maximum(counts.sum() - counts, 1)  # 0 only for K = 1, where nothing is to be shared
+    chance = (choices.shape[1] - 1) * counts / others[:, None]
+    np.fill_diagonal(chance, np.nan)
+    return chance
+
+
+def domain_shares(counts: Real[np.ndarray, "S ... E"]) -> Float[np.ndarray, "S ... E"]:
+    """Return the share of each domain's assignments that each expert gets: n_se / Σ_e n_se.
+
+    From 0 to 1, summing to 1 over experts; chance is 1 / E; nan for a domain without assignments. OLMoE (section
+    5.3) divides by tokens instead: its domain specialization is K times this, with chance K / E.
+
+    Args:
+        counts: of S domains (sources of text), which lead; layers may follow.
+
+    Raises:
+        ValueError: if ``counts`` is empty, negative or not finite, or has no axis of domains.
+    """
+    if np.ndim(counts) < 2:
+        raise ValueError(f"counts must have shape (S, ..., E), domains first, got {np.shape(counts)}")
+    return _shares(counts)
+
+
+class DomainInformation(NamedTuple):
+    """How much an assignment's expert tells about its domain."""
+
+    nats: float
+    """Mutual information; 0 where all domains use the experts alike."""
+    fraction: float
+    """Of the bound min(ln S, ln E)."""
+
+
+def domain_information(counts: Real[np.ndarray, "S E"]) -> DomainInformation:
+    """Return the mutual information between domain and expert of an assignment: H(mean of p_s) - mean of H(p_s).
+
+    p_s are the shares of the experts in domain s and H is the entropy. All S domains have equal weight, however many
+    tokens they have, so this is also the Jensen-Shannon divergence of the p_s. From 0, all alike and what chance
+    gives but for a bias of about (S - 1)(E - 1) / (2 · assignments) nats upwards, to at most min(ln S, ln E): what
+    there is to know, and what an expert can tell. ln S is reached by domains that share no expert; the K different
+    experts of a token keep it below ln(E / K). One domain or one expert gives 0 and 0. A summary of ours of the
+    domain specialization in OLMoE, section 5.3.
+
+    Args:
+        counts: of one layer; every domain needs at least one assignment.
+
+    Raises:
+        ValueError: if ``counts`` is empty, negative or not finite, not of shape (S, E), or zero for a domain.
+    """
+    if np.ndim(counts) != 2:
+        raise ValueError(f"counts must have shape (S, E), one layer, got {np.shape(counts)}")
+    shares = domain_shares(counts)
+    unknown = np.flatnonzero(np.isnan(shares[:, 0]))
+    if unknown.size:
+        raise ValueError(f"every domain must have an assignment, got none for {unknown.tolist()}; leave them out")
+    bound = float(np.log(min(shares.shape)))
+    nats = float(_entropy(shares.mean(axis=0)) - _entropy(shares).mean())
+    nats = min(max(nats, 0.0), bound)  # rounding may step over either
+    return DomainInformation(nats, nats / bound if bound else 0.0)
+
+
+class RoutingLocality(NamedTuple):
+    """How often neighbouring tokens go to the same expert."""
+
+    share: float
+    """Of the consecutive positions, with the same first choice."""
+    chance: float
+    """The same for tokens in random order."""
+
+
+def routing_locality(choices: Integer[np.ndarray, "B T K"]) -> RoutingLocality:
+    """Return the share of consecutive positions with the same first choice, and what chance gives: Σ p_e².
+
+    p are the experts' shares of the first choices. Both are from 0 to 1; chance is 1 / E where first choices are
+    even and more otherwise. Pairs lie within a sequence; where documents are packed, a pair across their border
+    counts. Mixtral (arXiv 2401.04088, table 5) gives the share for its first choices, and 1 / E as chance.
+
+    Raises:
+        ValueError: if ``choices`` is empty, has fewer than two positions or the same expert twice for a token.
+    """
+    first = _check_choices(choices, ("B", "T", "K"))[..., 0]
+    if first.shape[1] < 2:
+        raise ValueError(f"a sequence must have at least 2 positions to have neighbours, got {first.shape[1]}")
+    shares = _shares(np.bincount(first.ravel()))
+    return RoutingLocality(float(np.mean(first[:, 1:] == first[:, :-1])), float((shares**2).sum()))
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """A token id, as one expert sees it. No tuple, because ``count`` is a method of tuples."""
+
+    token: int
+    count: int
+    """How often it was sent to the expert."""
+    share: float
+    """Of its occurrences; 0 to 1."""
+    excess: float
+    """``count`` beyond what the expert's load gives, in tokens."""
+
+
+def vocabulary_specialisation(
+    tokens: Integer[np.ndarray, " N"],
+    choices: Integer[np.ndarray, "N K"],
+    n_experts: int,
+    min_count: int = 10,
+    top: int = 10,
+) -> list[list[TokenShare]]:
+    """Return for each expert the token ids that it sees most beyond chance, at most ``top``.
+
+    count = n_xe, how often id x was sent to expert e; share = n_xe / n_x, of its n_x occurrences, which is OLMoE's
+    vocabulary specialization (section 5.4); excess = n_xe - n_x · K · s_e, with s_e the expert's share of all
+    assignments. Only a positive excess is listed, the largest first, equal ones by id. Sorted by share the list
+    would be one of rare ids; the excess also weighs how much of the expert's work an id is. Chance gives a share of
+    K / E where loads are even and an excess of 0, give or take sqrt(n_x · K · s_e).
+
+    Args:
+        tokens: input ids; for OLMoE's other views, the predicted or the true next ids.
+        choices: of the same tokens, in one layer.
+        n_experts: E, the length of the result.
+        min_count: ids that occur less often are left out, as chance alone gives them large shares.
+        top: entries for each expert, at least 1.
+
+    Raises:
+        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token, if
+            ``tokens`` does not have its length, or if ``top`` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    ids, occurrences, counts = _count_tokens(tokens, choices, n_experts)
+    excess_times_n = len(tokens) * counts - occurrences[:, None] * counts.sum(axis=0)  # whole, so ties are exact
+    frequent = occurrences >= min_count
+    result = []
+    for expert in range(n_experts):
+        excess, count = excess_times_n[:, expert], counts[:, expert]
+        rows = np.flatnonzero(frequent & (excess > 0))
+        rows = rows[np.argsort(-excess[rows], kind="stable")][:top]  # ids ascend, so equal ones stay sorted by id
+        columns = ids[rows], count[rows], count[rows] / occurrences[rows], excess[rows] / len(tokens)
+        result.append([TokenShare(*row) for row in zip(*(column.tolist() for column in columns), strict=True)])
+    return result
+
+
+def token_concentration(
+    tokens: Integer[np.ndarray, " N"], choices: Integer[np.ndarray, "N K"], n_experts: int, min_count: int = 10
+) -> float:
+    """Return how far the token id alone decides the expert: the mean over ids x of max_e n_xe / n_x.
+
+    n_x counts the occurrences of an id and n_xe those sent to expert e; every id that occurs at least ``min_count``
+    times has the same weight. From K / E, all ids go to all experts alike, to 1, every id has an expert that it always
+    goes to; chance is K / E where loads are even, and more at small counts, as a maximum of noisy shares is biased
+    upwards. nan where no id occurs often enough. A summary of ours of the vocabulary specialization in OLMoE,
+    section 5.4.
+
+    Raises:
+        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token, or if
+            ``tokens`` does not have its length.
+    """
+    _, occurrences, counts = _count_tokens(tokens, choices, n_experts)
+    frequent = occurrences >= min_count
+    if not frequent.any():
+        return float("nan")
+    return float((counts[frequent].max(axis=1) / occurrences[frequent]).mean())
+
+
+def _count_tokens(
+    tokens: Integer[np.ndarray, " N"], choices: Integer[np.ndarray, "N K"], n_experts: int
+) -> tuple[Integer[np.ndarray, " U"], Integer[np.ndarray, " U"], Integer[np.ndarray, "U E"]]:
+    """Return the different ids in ascending order, how often each occurs, and how often it went to each expert."""
+    choices = _check_choices(choices, ("N", "K"), n_experts)
+    if np.shape(tokens) != choices.shape[:1]:
+        raise ValueError(f"tokens must have shape {choices.shape[:1]}, one id for each choice, got {np.shape(tokens)}")
+    ids, rows = np.unique(tokens, return_inverse=True)
+    cells = rows[:, None] * n_experts + choices
+    counts = np.bincount(cells.ravel(), minlength=len(ids) * n_experts).reshape(len(ids), n_experts)
+    return ids, np.bincount(rows), counts
+
+
+def _shares(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
+    counts = _check_counts(counts)
+    return _divide(counts, counts.sum(axis=-1, keepdims=True))
+
+
+def _entropy(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
+    logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))  # 0 ln 0 is 0
+    return np.asarray(0 - (shares * logarithms).sum(axis=-1))  # and not -0
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide, 0 / 0 being nan without a warning."""
+    with np.errstate(invalid="ignore"):
+        return numerator / denominator
+
+
+def _check_counts(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
+    """Return the counts in float64, exact up to 2^53."""
+    values = np.asarray(counts, dtype=np.float64)
+    if not values.ndim or not values.size:
+        raise ValueError(f"counts must have shape (..., E) and not be empty, got {values.shape}")
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"counts must be finite and at least 0, got {values.min()} to {values.max()}")
+    return values
+
+
+def _check_choices(
+    choices: Integer[np.ndarray, "... K"], axes: tuple[str, ...], n_experts: int | None = None
+) -> Integer[np.ndarray, "... K"]:
+    """Return the ids in int64, as products of small integer types would overflow."""
+    choices = np.asarray(choices)
+    if choices.ndim != len(axes) or not choices.size or choices.dtype.kind not in "iu":
+        shape = f"({', '.join(axes)})"
+        raise ValueError(
+            f"choices must be whole numbers of shape {shape} and not empty, got {choices.dtype} of {choices.shape}"
+        )
+    choices = choices.astype(np.int64, copy=False)
+    if choices.min() < 0 or (n_experts is not None and choices.max() >= n_experts):
+        limit = "" if n_experts is None else f" and below n_experts={n_experts}"
+        raise ValueError(f"expert ids must be at least 0{limit}, got {choices.min()} to {choices.max()}")
+    ordered = np.sort(choices, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    if repeated.any():
+        raise ValueError(f"the experts of a token must be different, got {choices[repeated][0].tolist()}")
+    return choices
+
+
+def _check_pair(
+    choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray, "L N K"]
+) -> tuple[Integer[np.ndarray, "L N K"], Integer[np.ndarray, "L N K"]]:
+    if np.shape(choices) != np.shape(final):
+        raise ValueError(f"choices and final must have the same shape, got {np.shape(choices)} and {np.shape(final)}")
+    return _check_choices(choices, ("L", "N", "K")), _check_choices(final, ("L", "N", "K"))
