@@ -54,20 +54,25 @@ def main() -> int:
 
 def show(checkpoints: list[Path]) -> None:
     """Print a table; the files' contents are not checked."""
+    from moe_gpt.tables import format_table
     from moe_gpt.train.checkpoint import read_state
     from moe_gpt.train.checkpoint_store import list_set_aside
     from moe_gpt.validation import InputError
 
-    print(f"{'checkpoint':<16}{'tokens seen':>16}{'size':>12}{'validation':>12}")
+    rows, unreadable = [], []
     for path in checkpoints:
         size = sum(file.stat().st_size for file in path.iterdir())
         try:
             state = read_state(path)
-            score = "-" if state["score"] is None else f"{state['score']:.4f}"
-            note = f"  within {state['skips_in_a_row']} non-finite steps" if state["skips_in_a_row"] else ""
-            print(f"{path.name:<16}{state['tokens_seen']:>16,}{size / 1e6:>9.1f} MB{score:>12}{note}")
         except InputError as error:
-            print(f"{path.name:<16}{error}")
+            unreadable.append(f"{path.name}: {error}")
+            continue
+        score = "-" if state["score"] is None else f"{state['score']:.4f}"
+        note = f"within {state['skips_in_a_row']} non-finite steps" if state["skips_in_a_row"] else ""
+        rows.append((path.name, f"{state['tokens_seen']:,}", f"{size / 1e6:.1f} MB", score, note))
+    print(format_table(("checkpoint", "tokens seen", "size", "validation", ""), rows))
+    for text in unreadable:
+        print(text)
     for path in list_set_aside(checkpoints[0].parent.parent):
         print(f"{path.name} is set aside; delete it when nobody wants to look at it")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_gpt.cli import ArgumentParser, run_script
 from moe_gpt.config_file import load_run_config
+from moe_gpt.tables import format_table
 
 if TYPE_CHECKING:
     from moe_gpt.config import RunConfig
@@ -39,22 +40,23 @@ def main() -> None:
 
 def describe_sources(data: PreparedData, shares: list[float], total_tokens: int) -> str:
     """Return a row per source: what it has, and what the run takes of it."""
-    width = max(len("source"), *(len(source.config.name) for source in data.sources))
-    lines = [
-        f"{'source':<{width}}  {'documents':>10}  {'train tokens':>14}  {'held out':>11}  {'bytes/token':>11}  "
-        f"{'share':>6}  {'passes':>7}"
-    ]
+    rows = []
     for source, share in zip(data.sources, shares, strict=True):
         part, train = share / sum(shares), source.train
-        lines.append(
-            f"{source.config.name:<{width}}  {len(train.document_ends) + len(source.validation.document_ends):>10,}  "
-            f"{len(train):>14,}  {len(source.validation):>11,}  {train.n_bytes / len(train):>11.2f}  {part:>6.1%}  "
-            f"{total_tokens * part / len(train):>7.2f}"
+        rows.append(
+            (
+                source.config.name,
+                f"{len(train.document_ends) + len(source.validation.document_ends):,}",
+                f"{len(train):,}",
+                f"{len(source.validation):,}",
+                f"{train.n_bytes / len(train):.2f}",
+                f"{part:.1%}",
+                f"{total_tokens * part / len(train):.2f}",
+            )
         )
+    table = format_table(("source", "documents", "train tokens", "held out", "bytes/token", "share", "passes"), rows)
     size = data.tokenizer.vocab_size
-    return "\n".join(
-        [*lines, f"a run of {total_tokens:,} tokens; vocabulary {size:,}; passes are over the train tokens"]
-    )
+    return f"{table}\na run of {total_tokens:,} tokens; vocabulary {size:,}; passes are over the train tokens"
 
 
 def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -> None:

@@ -19,6 +19,7 @@ from moe_gpt.bench.rounds import take_turns
 from moe_gpt.device import autocast, tune_process
 from moe_gpt.model.attention import KVCache
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.tables import format_table
 from moe_gpt.validation import InputError
 
 PROMPT_TOKENS = 32
@@ -42,7 +43,6 @@ def bench_generate(
     """
     results = []
     say(f"{n_new} new tokens after {PROMPT_TOKENS}; {workload.device}, {workload.precision}")
-    say(f"{'batch':>5}  {'':<24}{'tokens/s':>10}{'first token':>13}{'cache':>11}{'moe_gpt is':>12}")
     for batch_size in batch_sizes:
         make = functools.partial(_make_decoder, workload, batch_size, n_new)
         turns = take_turns(NAMES, make, rounds, turns=1, warmup=1, at_once=True, say=say)
@@ -53,13 +53,12 @@ def bench_generate(
             for name in NAMES
             if turns[name].values
         }
+        rows = []
         for name, speed in speeds.items():
             first = statistics.median(turn.first for turn in turns[name].values)
             n_bytes = _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new)
-            say(
-                f"{batch_size:>5}  {name:<24}{speed:>10,.0f}{1000 * first:>10.1f} ms{n_bytes / 1e6:>8.2f} MB"
-                f"{speeds['moe_gpt'] / speed:>10.2f} x"
-            )
+            ratio = speeds["moe_gpt"] / speed
+            rows.append((name, f"{speed:,.0f}", f"{1000 * first:.1f} ms", f"{n_bytes / 1e6:.2f} MB", f"{ratio:.2f} x"))
             results.append(
                 {
                     "name": f"generate/{name}",
@@ -70,6 +69,7 @@ def bench_generate(
                     "peak_memory_bytes": turns[name].peak_memory_bytes,
                 }
             )
+        say(format_table((f"batch of {batch_size}", "tokens/s", "first token", "cache", "moe_gpt is"), rows))
     return results
 
 

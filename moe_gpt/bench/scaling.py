@@ -13,6 +13,7 @@ from moe_gpt.bench.contenders import StepTimes, Workload, build
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.config import ModelConfig
 from moe_gpt.device import Precision
+from moe_gpt.tables import format_table
 from moe_gpt.validation import InputError
 
 _BASE = ModelConfig(vocab_size=1024, d_model=128, n_layers=2, n_heads=4, head_dim=32, d_ff=256, max_seq_len=4096)
@@ -80,7 +81,7 @@ def bench_scaling(
         mine = {str(point.value): point.workload for point in everything if point.axis == axis}
         make = functools.partial(_make_step, mine)
         turns = take_turns(list(mine), make, rounds, steps, warmup=2, at_once=device == "cpu", say=say)
-        say(f"{axis:<22}{'rows/expert':>12}{'us/token':>10}{'optimizer':>12}{'memory':>10}")
+        rows = []
         for value, workload in mine.items():
             if not turns[value].values:
                 continue
@@ -93,11 +94,17 @@ def bench_scaling(
                 "rows_per_expert": workload.batch_tokens * workload.model.top_k / workload.model.n_experts,
                 "peak_memory_bytes": turns[value].peak_memory_bytes,
             }
-            say(
-                f"{int(value):<22,}{result['rows_per_expert']:>12,.0f}{1e6 * result['seconds_per_token']:>10.1f}"
-                f"{1000 * result['optimizer_seconds']:>9.1f} ms{result['peak_memory_bytes'] / 1e9:>7.2f} GB"
+            rows.append(
+                (
+                    f"{int(value):,}",
+                    f"{result['rows_per_expert']:,.0f}",
+                    f"{1e6 * result['seconds_per_token']:.1f}",
+                    f"{1000 * result['optimizer_seconds']:.1f} ms",
+                    f"{result['peak_memory_bytes'] / 1e9:.2f} GB",
+                )
             )
             results.append(result)
+        say(format_table((axis, "rows/expert", "us/token", "optimizer", "memory"), rows))
     return results
 
 

@@ -14,6 +14,7 @@ from moe_gpt.analysis.accounting import count_flops
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
 from moe_gpt.bench.rounds import Turns, take_turns
 from moe_gpt.device import Precision, synchronize, tune_process
+from moe_gpt.tables import format_table
 from moe_gpt.validation import InputError
 
 PEERS = {
@@ -48,8 +49,7 @@ def bench_train(
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
     results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
-    for line in format_results(results):
-        say(line)
+    say(format_results(results))
     if "transformers" in against:
         for name, reason in NOT_COMPARED.items():
             say(f"{name} is left out: it {reason}")
@@ -109,19 +109,23 @@ def _result(name: str, turns: Turns, workload: Workload, peak: float) -> dict[st
     }
 
 
-def format_results(results: Sequence[dict[str, Any]]) -> list[str]:
+def format_results(results: Sequence[dict[str, Any]]) -> str:
     """Return the table: moe_gpt first, each line with moe_gpt's speed as a multiple of that line's."""
-    first = results[0]
-    lines = [
-        f"{'':<26}{'tokens/s':>10}{'quartiles':>19}{'ms/step':>9}{'optimizer':>11}{'memory':>9}{'MFLOP/token':>13}"
-        f"{'of peak':>9}{'moe_gpt is':>12}"
-    ]
+    first, rows = results[0], []
     for r in results:
         low, high = r["tokens_per_second_quartiles"]
-        lines.append(
-            f"{r['name']:<26}{r['tokens_per_second']:>10,.0f}{f'{low:,.0f} to {high:,.0f}':>19}"
-            f"{1000 * r['seconds_per_step']:>9.1f}{1000 * r['optimizer_seconds']:>8.1f} ms"
-            f"{r['peak_memory_bytes'] / 1e9:>6.2f} GB{r['flops_per_token'] / 1e6:>13.1f}"
-            f"{r['fraction_of_gemm_peak']:>9.1%}{first['tokens_per_second'] / r['tokens_per_second']:>10.2f} x"
+        rows.append(
+            (
+                r["name"],
+                f"{r['tokens_per_second']:,.0f}",
+                f"{low:,.0f} to {high:,.0f}",
+                f"{1000 * r['seconds_per_step']:.1f}",
+                f"{1000 * r['optimizer_seconds']:.1f} ms",
+                f"{r['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"{r['flops_per_token'] / 1e6:.1f}",
+                f"{r['fraction_of_gemm_peak']:.1%}",
+                f"{first['tokens_per_second'] / r['tokens_per_second']:.2f} x",
+            )
         )
-    return lines
+    columns = ("", "tokens/s", "quartiles", "ms/step", "optimizer", "memory", "MFLOP/token", "of peak", "moe_gpt is")
+    return format_table(columns, rows)

@@ -18,6 +18,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.device import Precision, autocast
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
 from moe_gpt.model.transformer import MoEGPT, evaluating
+from moe_gpt.tables import format_table
 from moe_gpt.train.step import MicroBatch, split_batch
 from moe_gpt.validation import InputError
 
@@ -223,19 +224,17 @@ def _padded(rows: list[list[int]]) -> Tensor:
 
 def format_scores(scores: dict[str, Score]) -> str:
     """Return the scores as a table for people."""
-    width = max(len("source"), *map(len, scores))
-    lines = [f"{'source':<{width}}  {'tokens':>9}  {'ce_loss':>8}  {'perplexity':>10}  {'bits_per_byte':>13}"]
-    lines += [
-        f"{name:<{width}}  {s.n_tokens:>9,}  {s.ce_loss:>8.4f}  {s.perplexity:>10.2f}  {s.bits_per_byte:>13.4f}"
+    rows = [
+        (name, f"{s.n_tokens:,}", f"{s.ce_loss:.4f}", f"{s.perplexity:.2f}", f"{s.bits_per_byte:.4f}")
         for name, s in scores.items()
     ]
-    return "\n".join(lines)
+    return format_table(("source", "tokens", "ce_loss", "perplexity", "bits_per_byte"), rows)
 
 
 def format_positions(scores: dict[str, list[PositionScore]]) -> str:
     """Return loss by position as a table for people."""
-    names = list(scores)
-    lines = [f"{'position':>13}" + "".join(f"  {name:>10}" for name in names)]
-    for row in zip(*scores.values(), strict=True):
-        lines.append(f"{row[0].start:>5,} to {row[0].end - 1:>5,}" + "".join(f"  {s.ce_loss:>10.4f}" for s in row))
-    return "\n".join(lines)
+    rows = [
+        (f"{row[0].start:,} to {row[0].end - 1:,}", *(f"{score.ce_loss:.4f}" for score in row))
+        for row in zip(*scores.values(), strict=True)
+    ]
+    return format_table(("position", *scores), rows)
