@@ -96,14 +96,14 @@ def verify(checkpoints: list[Path]) -> int:
 def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
     """Delete what is not to be kept, and say what went."""
     from moe_gpt.train.checkpoint import read_config
-    from moe_gpt.train.checkpoint_store import prune, what_to_prune
+    from moe_gpt.train.checkpoint_store import prune, prunable_checkpoints
     from moe_gpt.train.run_folder import hold
 
     config = read_config(checkpoints[-1]).checkpoint
     given = {"keep_last": arguments.keep_last, "keep_every_steps": arguments.keep_every_steps}
     config = dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
     if arguments.dry_run:
-        gone, verb = what_to_prune(arguments.run, config), "would delete"
+        gone, verb = prunable_checkpoints(arguments.run, config), "would delete"
     else:
         with hold(arguments.run):
             gone, verb = prune(arguments.run, config), "deleted"

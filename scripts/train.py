@@ -54,10 +54,11 @@ def main() -> int:
     run_dir = arguments.run_dir or Path("runs") / find_config(arguments.config).stem
 
     from moe_gpt.device import pick_device
-    from moe_gpt.display import TerminalDisplay, describe_run, samples
+    from moe_gpt.display import TerminalDisplay, describe_run
     from moe_gpt.train.checkpoint import resolve_checkpoint
     from moe_gpt.train.faults import TrainingStopped
     from moe_gpt.train.loop import Limits, train
+    from moe_gpt.train.recording import generate_samples
     from moe_gpt.train.run_folder import open_run_folder
     from moe_gpt.train.setup import set_up_run
 
@@ -86,16 +87,33 @@ def main() -> int:
         print(f"{outcome}: saved step {run.state.step}; continue with: {resume_command}", file=sys.stderr)
         return EXIT_STATUS[outcome]
     print(display.summary())
-    for text in samples(run):
-        print(text + "\n")
+    for name, text in generate_samples(run, n_tokens=120):
+        print(f"--- {name} ---\n{text}\n")
     if run.resumed_from == resolve_checkpoint(run_dir):
         print(f"already at step {run.state.step}; nothing was trained")
     elif outcome != "finished":
         print(
             f"stopped by {outcome} at step {run.state.step}; repeat with --resume and a later limit, or none, to go on"
         )
+    if config.train.report:
+        report(run_dir)
     print(f"next: {next_command}\n      {command_line('scripts/evaluate.py', run_dir)}")
     return 0
+
+
+def report(run_dir: Path) -> None:
+    """Write the run's report; the run is saved, whatever goes wrong here."""
+    from moe_gpt.analysis.report import write_report
+    from moe_gpt.analysis.run_records import read_run
+
+    path = run_dir / "report.html"
+    try:
+        write_report([read_run(run_dir)], path)
+    except Exception as error:
+        command = command_line("scripts/report.py", run_dir)
+        print(f"warning: no report ({type(error).__name__}: {error}); try again with: {command}", file=sys.stderr)
+    else:
+        print(f"report: {path}")
 
 
 if __name__ == "__main__":

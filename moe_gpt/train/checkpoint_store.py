@@ -77,7 +77,7 @@ def list_set_aside(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("checkpoints/step_*.damaged-*"))
 
 
-def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+def _not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints that the config does not keep, oldest first.
 
     Kept are the newest, the best by validation, every n-th, and always the one to go back to when steps fail.
@@ -103,13 +103,13 @@ def to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     return [path for path in checkpoints if path not in kept]
 
 
-def what_to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Return what ``to_prune`` returns, provided that a checkpoint that is kept has all its files.
+def prunable_checkpoints(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+    """Return what ``_not_kept`` returns, provided that a checkpoint that is kept has all its files.
 
     Raises:
         InputError: where every checkpoint that would be kept is damaged.
     """
-    doomed = to_prune(run_dir, config)
+    doomed = _not_kept(run_dir, config)
     kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
     if doomed and not any(_is_good(path) for path in reversed(kept)):
         raise InputError(f"{run_dir}: nothing is pruned, because no checkpoint that would be kept is undamaged")
@@ -117,12 +117,12 @@ def what_to_prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete what ``what_to_prune`` returns, and return it.
+    """Delete what ``prunable_checkpoints`` returns, and return it.
 
     Raises:
         InputError: where every checkpoint that would be kept is damaged; then nothing is deleted.
     """
-    doomed = what_to_prune(run_dir, config)
+    doomed = prunable_checkpoints(run_dir, config)
     for path in doomed:
         delete_folder(path)
     return doomed
@@ -184,7 +184,7 @@ class CheckpointSaver:
             delete_leftovers(folder.parent, "step_")
             write_checkpoint(folder, snapshot, self._facts)
             self.has_saved = True
-            for path in to_prune(self._run_dir, self._config):  # the newest is kept, and it is good
+            for path in _not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)
 
         if in_background:

@@ -21,7 +21,7 @@ from moe_gpt.train.checkpoint_store import (
     find_good_checkpoint,
     prune,
     set_aside,
-    to_prune,
+    _not_kept,
 )
 from moe_gpt.validation import InputError
 
@@ -36,7 +36,7 @@ def write_states(run_dir, states: dict[int, dict]) -> None:
 
 
 def steps_left(run_dir, config: CheckpointConfig) -> list[int]:
-    doomed = to_prune(run_dir, config)
+    doomed = _not_kept(run_dir, config)
     return [int(path.name[5:]) for path in list_checkpoints(run_dir) if path not in doomed]
 
 
