@@ -96,7 +96,7 @@ def verify(checkpoints: list[Path]) -> int:
 def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
     """Delete what is not to be kept, and say what went."""
     from moe_gpt.train.checkpoint import read_config
-    from moe_gpt.train.checkpoint_store import prune, prunable_checkpoints
+    from moe_gpt.train.checkpoint_store import prunable_checkpoints, prune
     from moe_gpt.train.run_folder import hold
 
     config = read_config(checkpoints[-1]).checkpoint

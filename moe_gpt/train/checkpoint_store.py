@@ -77,7 +77,7 @@ def list_set_aside(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("checkpoints/step_*.damaged-*"))
 
 
-def _not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
+def checkpoints_not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints that the config does not keep, oldest first.
 
     Kept are the newest, the best by validation, every n-th, and always the one to go back to when steps fail.
@@ -104,12 +104,12 @@ def _not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
 
 
 def prunable_checkpoints(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Return what ``_not_kept`` returns, provided that a checkpoint that is kept has all its files.
+    """Return what ``checkpoints_not_kept`` returns, provided that a checkpoint that is kept has all its files.
 
     Raises:
         InputError: where every checkpoint that would be kept is damaged.
     """
-    doomed = _not_kept(run_dir, config)
+    doomed = checkpoints_not_kept(run_dir, config)
     kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
     if doomed and not any(_is_good(path) for path in reversed(kept)):
         raise InputError(f"{run_dir}: nothing is pruned, because no checkpoint that would be kept is undamaged")
@@ -184,7 +184,7 @@ class CheckpointSaver:
             delete_leftovers(folder.parent, "step_")
             write_checkpoint(folder, snapshot, self._facts)
             self.has_saved = True
-            for path in _not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
+            for path in checkpoints_not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)
 
         if in_background:

@@ -17,11 +17,11 @@ from moe_gpt.train import checkpoint_store
 from moe_gpt.train.checkpoint import list_checkpoints, load_training_state, read_state, verify_checkpoint
 from moe_gpt.train.checkpoint_store import (
     CheckpointSaver,
+    checkpoints_not_kept,
     find_checkpoint_to_go_back_to,
     find_good_checkpoint,
     prune,
     set_aside,
-    _not_kept,
 )
 from moe_gpt.validation import InputError
 
@@ -36,7 +36,7 @@ def write_states(run_dir, states: dict[int, dict]) -> None:
 
 
 def steps_left(run_dir, config: CheckpointConfig) -> list[int]:
-    doomed = _not_kept(run_dir, config)
+    doomed = checkpoints_not_kept(run_dir, config)
     return [int(path.name[5:]) for path in list_checkpoints(run_dir) if path not in doomed]
 
 
