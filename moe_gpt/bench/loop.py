@@ -26,7 +26,7 @@ _PARTS = {
         ("recording", "describe_norms"),
     ],
     "recording at evaluations": [("recording", "write_evaluation")],
-    "samples at evaluations": [("loop", "sample")],
+    "samples at evaluations": [("diary", "sample")],
     "scoring at evaluations": [("evaluation", "examine")],
     "metrics, display, health": [("loop", "fetch_metrics")],
     "waiting for saves": [("loop", "save")],

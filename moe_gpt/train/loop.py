@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from moe_gpt.config_file import to_plain
 from moe_gpt.durable import delete_folder
 from moe_gpt.train.checkpoint import list_checkpoints, load_training_state
 from moe_gpt.train.checkpoint_store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
-from moe_gpt.train.evaluation import Examined, Score
-from moe_gpt.train.faults import Finding, HealthWatch, SpikeDetector, TooManySkips, TrainingStopped, past_skipped
-from moe_gpt.train.metrics import JsonLines, MetricsLog, read_metrics
+from moe_gpt.train.diary import Diary, Display, RunFolderGone
+from moe_gpt.train.faults import Finding, TooManySkips, TrainingStopped, past_skipped
 from moe_gpt.train.recording import (
-    generate_samples,
     observe_routing,
-    remove_later_evaluations,
-    score_line,
-    write_evaluation,
 )
 from moe_gpt.train.setup import Run
 from moe_gpt.train.step import split_batch, train_step
-from moe_gpt.train.tracking import Tracker, open_tracker, tracked_values
-
-_MOST_PLACES = 64
-"""Sequences of a batch whose place in the data is written down when the batch is at fault."""
 
 StopSignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
 Outcome = Literal["finished", "max_steps", "max_minutes", "SIGINT", "SIGTERM", "SIGHUP"]
@@ -46,19 +35,6 @@ class Limits(NamedTuple):
     """Stop after this optimizer step, counted from the start of the run."""
     max_minutes: float | None = None
     """Stop after this time, counted from the start of this process's training."""
-
-
-class Display(Protocol):
-    """Who is told what happens."""
-
-    def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show the newest metrics."""
-
-    def scores(self, step: int, scores: dict[str, Score]) -> None:
-        """Show an evaluation."""
-
-    def warn(self, text: str) -> None:
-        """Show something that a person should know now."""
 
 
 class _StopSignal:
@@ -104,6 +80,8 @@ def train(run: Run, limits: Limits, display: Display) -> Outcome:
     with stop_signals() as stop, contextlib.closing(_Session(run, limits, display)) as session:
         try:
             return session.train(stop)
+        except RunFolderGone as error:
+            raise TrainingStopped(session.account_of_no_folder()) from error
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -126,31 +104,25 @@ class _Session:
     """A run while this process trains it: what is due after a step, and what to do when something goes wrong."""
 
     def __init__(self, run: Run, limits: Limits, display: Display) -> None:
-        self.run, self.state, self.config, self.limits, self.display = run, run.state, run.config, limits, display
-        self.log = MetricsLog(run.run_dir / "metrics.jsonl", run.state.step if run.resumed_from else -1)
-        self.events = JsonLines(run.run_dir / "events.jsonl")
+        self.run, self.state, self.config, self.limits = run, run.state, run.config, limits
+        self.diary = Diary(run, display)
         self.saver = CheckpointSaver(run.run_dir, run.facts, run.config.checkpoint)
-        self.spikes = SpikeDetector(run.config.faults)
-        self.health = self.watch_from(run.state.step)
-        self.tracker = self.track_from(run.state.step if run.resumed_from else None)
-        self.started_at, self.group_started_at = time.monotonic(), time.perf_counter()
-        self.cannot_log = self.has_recorded_save = False
+        self.started_at = time.monotonic()
+        self.has_recorded_save = False
 
     def close(self) -> None:
         """Close the files."""
-        self.log.close()
-        self.events.close()
-        self.tracker.close()
+        self.diary.close()
 
     def train(self, stop: _StopSignal) -> Outcome:
         """Step until there is a reason to stop."""
         run = self.run
-        self.record(
+        self.diary.record(
             "resume" if run.resumed_from else "start",
             changes=[change["key"] for change in run.changes],
             damaged=[f"{path.name}: {problem}" for path, problem in run.damaged],
         )
-        self.warn_of_missing_metrics()
+        self.diary.warn_of_missing_metrics()
         if not run.resumed_from:
             self.evaluate()
         outcome = _why_stop(run, self.limits._replace(max_minutes=None), self.started_at, None)
@@ -167,27 +139,6 @@ class _Session:
         self.warn_of(self.saver.wait)
         return outcome
 
-    def watch_from(self, step: int) -> HealthWatch:
-        """Return a watch that has seen what the run recorded up to this step; what is later is done again."""
-        remove_later_evaluations(self.run.run_dir, step)
-        health = HealthWatch(self.config)
-        list(health.read(read_metrics(self.run.run_dir / "metrics.jsonl")))  # told when they began
-        return health
-
-    def track_from(self, resumed_at: int | None) -> Tracker:
-        """Open what metrics are sent to; the steps after ``resumed_at`` are done again."""
-        settings = to_plain(self.config)
-        return open_tracker(self.config.tracking, self.run.run_dir, settings, self.display.warn, resumed_at)
-
-    def warn_of_missing_metrics(self) -> None:
-        """Say where metrics.jsonl has not every step that was done: somebody removed or changed it."""
-        lines = read_metrics(self.run.run_dir / "metrics.jsonl")
-        found = {line["step"] for line in lines if "loss" in line}
-        missing = self.state.step - len(found & set(range(1, self.state.step + 1)))
-        if missing:
-            text = f"metrics.jsonl lacks {missing:,} of the {self.state.step:,} steps that were done; the run goes on"
-            self.warn(Finding("metrics_incomplete", self.state.step, text))
-
     def step(self) -> None:
         """Take one optimizer step."""
         run, state = self.run, self.state
@@ -198,7 +149,7 @@ class _Session:
         should_record = _is_due(state.step + 1, run.config.train.record_every_steps)
         sample = observe_routing(state.model, micro_batches[0], run.precision) if should_record else None
         result = train_step(state, micro_batches, plan, run.config, run.precision, should_record)
-        self.log.add(state.step, state.tokens_seen, plan, result, sample)
+        self.diary.log.add(state.step, state.tokens_seen, plan, result, sample)
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
 
     def after_step(self, is_last: bool, is_urgent: bool) -> None:
@@ -219,113 +170,41 @@ class _Session:
 
         Raises:
             TooManySkips: where the run must go back.
-            TrainingStopped: where the run folder is gone.
+            RunFolderGone: where the run folder is gone.
         """
-        (lines, records), failure = self.log.fetch(self.group_started_at), None
-        self.group_started_at = time.perf_counter()
-        for line in lines:
+        fetched, failure = self.diary.fetch(), None
+        for line in fetched.steps:
             self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
-            if line["skipped"]:
-                self.record_skip(line)
-            for finding in self.spikes.read(line):
-                self.warn(finding)
             if self.state.skips_in_a_row >= self.config.faults.max_skips_in_a_row and not failure:
                 failure = TooManySkips(line["step"], line["tokens_seen"], self.state.skips_in_a_row)
-        self.write_log()
         if failure:
             raise failure
-        self.tell(lines, records)
+        self.diary.tell(fetched)
         if self.saver.has_failed:
             self.warn_of(self.saver.wait)
         if self.saver.has_saved and not self.has_recorded_save:
-            self.record("first_checkpoint")  # says later that there was one
+            self.diary.record("first_checkpoint")  # says later that there was one
             self.has_recorded_save = True
-
-    def tell(self, lines: list[dict[str, Any]], records: list[dict[str, Any]]) -> None:
-        """Show, track and judge new metrics."""
-        for finding in self.health.read(records):
-            self.warn(finding)
-        for line in (*lines, *records):
-            self.tracker.log(line["step"], tracked_values(line))
-        if lines:
-            self.display.progress(self.state.tokens_seen, lines[-1])
-
-    def write_log(self) -> None:
-        """Write the metrics, or keep them where that is not possible now."""
-        try:
-            self.log.write()
-        except OSError as error:
-            if not self.run.run_dir.is_dir():
-                raise TrainingStopped(self.account_of_no_folder()) from error
-            if not self.cannot_log:
-                text = f"metrics cannot be written ({error}); they are kept, and nothing is saved before they are"
-                self.warn(Finding("cannot_log", self.state.step, text))
-            self.cannot_log = True
-        else:
-            self.cannot_log = False
-
-    def record_skip(self, line: dict[str, Any]) -> None:
-        """Note where the data of a step came from whose loss or gradient was not finite."""
-        start, names = line["tokens_seen"] - line["batch_tokens"], [s.config.name for s in self.run.data.sources]
-        starts = range(start, line["tokens_seen"], line["seq_len"])
-        places = [self.run.stream.locate(place) for place in starts[:_MOST_PLACES]]
-        self.record(
-            "non_finite_step",
-            step=line["step"],
-            tokens=[start, line["tokens_seen"]],
-            n_sequences=len(starts),
-            sequences=[{**place._asdict(), "source": names[place.source]} for place in places],
-        )
-        self.display.warn(
-            f"step {line['step']}: loss or gradient not finite; the weights stay as they were (its data: events.jsonl)"
-        )
 
     def evaluate(self) -> float | None:
         """Score the model; return the mean validation loss of the sources, if it is finite."""
-        run, state = self.run, self.state
-        examined = run.evaluator.examine(state.model, run.precision)
-        scores = {name: found.score for name, found in examined.items()}
-        texts = self.sample()
-        line = {"step": state.step, "tokens_seen": state.tokens_seen, **score_line(examined, texts)}
-        self.log.append(line)
-        self.write_log()
-        self.keep_arrays(examined)
-        self.display.scores(state.step, scores)
-        self.tracker.log(state.step, tracked_values(line))
-        for name, text in texts.items():
-            self.tracker.text(state.step, f"samples/{name}", text)
-        self.group_started_at = time.perf_counter()
-        mean = statistics.fmean(score.ce_loss for score in scores.values())
+        run = self.run
+        examined = run.evaluator.examine(run.state.model, run.precision)
+        self.diary.add_evaluation(examined)
+        mean = statistics.fmean(found.score.ce_loss for found in examined.values())
         return mean if math.isfinite(mean) else None
-
-    def sample(self) -> dict[str, str]:
-        """Return a generated text for each source's prompt, unless none is wanted."""
-        n_tokens = self.config.train.sample_tokens
-        return dict(generate_samples(self.run, n_tokens)) if n_tokens else {}
-
-    def keep_arrays(self, examined: dict[str, Examined]) -> None:
-        """Write what only reports read; where that fails, warn and train on."""
-        run, step, n_tokens = self.run, self.state.step, self.config.train.record_tokens
-        slices = run.evaluator.slices(n_tokens) if n_tokens else {}
-        try:
-            gradients = write_evaluation(run.run_dir, step, run.state.model, examined, slices, run.precision)
-        except OSError as error:
-            self.warn(Finding("cannot_record", step, f"evaluation {step} is not kept for reports: {error}"))
-            return
-        for finding in self.health.read_evaluation(gradients, step):
-            self.warn(finding)
 
     def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
         """Save a checkpoint; where that fails, warn and train on, unless it is the last."""
         self.warn_of(self.saver.wait)
         try:
-            self.log.sync()
+            self.diary.log.sync()
             self.saver.save(self.state, score, wait=is_last, is_scheduled=is_scheduled)
         except OSError as error:
             if is_last:
                 raise TrainingStopped(f"step {self.state.step} could not be saved: {error}; {self.saved()}") from error
-            self.warn(Finding("cannot_save", self.state.step, f"step {self.state.step} is not saved: {error}"))
-        self.group_started_at = time.perf_counter()
+            self.diary.warn(Finding("cannot_save", self.state.step, f"step {self.state.step} is not saved: {error}"))
+        self.diary.restart_clock()
 
     def go_back(self, skips: TooManySkips) -> None:
         """Return to the last good checkpoint, and pass over all tokens from there to the steps that failed.
@@ -343,7 +222,7 @@ class _Session:
             for path in abandoned:  # saved within the series: a resumed run must not start there
                 set_aside(path)
             why = f"the run went back {_count(limit, 'time')}" if place else "there is no good checkpoint to go back to"
-            self.record("stopped", reason=account)
+            self.diary.record("stopped", reason=account)
             raise TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
         windows, rollbacks = list(state.skipped_windows), state.rollbacks
         for path in abandoned:
@@ -353,13 +232,9 @@ class _Session:
         state.skipped_windows = [w for w in windows if not window[0] <= w[0] < window[1]] + [window]
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
         state.rollbacks, state.skips_in_a_row = rollbacks + 1, 0
-        self.log.rewind(state.step)
-        self.spikes = SpikeDetector(self.config.faults)
-        self.health = self.watch_from(state.step)
-        self.tracker.close()
-        self.tracker = self.track_from(state.step)
+        self.diary.rewind(state.step)
         text = f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}"
-        self.warn(Finding("went_back", state.step, text))
+        self.diary.warn(Finding("went_back", state.step, text))
 
     def saved(self) -> str:
         """Say where the run can go on from, once a save in the background is on the disk."""
@@ -376,7 +251,7 @@ class _Session:
             advice += " or set train.activation_checkpointing=true"
         if not state.is_updating:  # the weights are those after the last step
             state.optimizer.zero_grad(set_to_none=True)
-            with contextlib.suppress(TooManySkips):
+            with contextlib.suppress(TooManySkips, RunFolderGone):
                 self.fetch_metrics()
                 self.save(None, is_last=True)
         return f"{account}; {advice}, with --resume and --allow-changes train; {self.saved()}"
@@ -392,24 +267,12 @@ class _Session:
             return f"{account}, and step {self.state.step} could not be saved: {error}"
         return f"{account}; {self.saved()}"
 
-    def warn(self, finding: Finding) -> None:
-        """Tell a person, and keep it in events.jsonl."""
-        self.display.warn(finding.text)
-        self.record(finding.kind, step=finding.step, text=finding.text)
-
     def warn_of(self, action: Callable[[], None]) -> None:
         """Do something whose failure does not stop the run."""
         try:
             action()
         except OSError as error:
-            self.warn(Finding("cannot_save", self.state.step, f"a checkpoint could not be saved: {error}"))
-
-    def record(self, kind: str, **details: Any) -> None:
-        """Append to events.jsonl; where that cannot be written it is tried again with the next event."""
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.events.append({"time": now, "kind": kind, "step": self.state.step, **details})
-        with contextlib.suppress(OSError):
-            self.events.write()
+            self.diary.warn(Finding("cannot_save", self.state.step, f"a checkpoint could not be saved: {error}"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

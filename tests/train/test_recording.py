@@ -189,12 +189,12 @@ def test_dense_run_records_norms_only(small_config, tmp_path):
 
 def test_evaluation_that_cannot_be_kept_is_a_warning(small_config, tmp_path, monkeypatch):
     """A full disk costs the report something, and the run nothing."""
-    from moe_gpt.train import loop
+    from moe_gpt.train import diary
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "write_evaluation", fail)
+    monkeypatch.setattr(diary, "write_evaluation", fail)
     _, outcome = run_training(small_config, tmp_path)
     assert outcome == "finished"
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
