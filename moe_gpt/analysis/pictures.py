@@ -1,0 +1,180 @@
+"""Pictures for reports: matplotlib figures that read well in light and dark, on paper, and without seeing them.
+
+A picture is an SVG whose ink takes the page's colour, the same as PNG on white, a sentence that says what is in it, and
+the numbers it was drawn from. Lines and maps use colours that remain apart for colour-blind readers: Okabe and Ito's
+palette (https://jfly.uni-koeln.de/color/) and matplotlib's cividis and (diverging) PuOr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import html
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b3a600")
+"""For lines, in this order; beyond them line styles change."""
+_LINE_STYLES = ("-", "--", ":", "-.")
+_INK, _GRID = "#010203", "#040506"
+"""What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _INK,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.facecolor": "none",
+    "font.size": 9.5,
+    "grid.alpha": 1.0,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "legend.facecolor": "none",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "moe_gpt",
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Numbers for people: the headings name units."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure with everything that a page needs of it."""
+
+    name: str
+    """For files and anchors: lower case, words joined by hyphens."""
+    title: str
+    alt: str
+    """What somebody who does not see it should know: what is drawn, and what it shows in numbers."""
+    caption: str
+    """What the quantities are and how to read them."""
+    svg: str
+    png: bytes
+    table: Table
+
+
+def line_look(index: int) -> dict[str, Any]:
+    """Return colour and style of the line with this index: different for the first 32."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": _LINE_STYLES[index // len(COLOURS) % len(_LINE_STYLES)],
+    }
+
+
+@contextlib.contextmanager
+def drawing(
+    n_rows: int = 1, n_columns: int = 1, width: float = 7.2, height: float = 3.2, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Open a figure in our style, with its axes as matplotlib's ``subplots`` gives them; sizes in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(width, height), layout="constrained", **options)
+        try:
+            yield figure, axes
+        finally:
+            pyplot.close(figure)
+
+
+def finish(figure: Figure, name: str, title: str, alt: str, caption: str, table: Table) -> Picture:
+    """Render a figure that is drawn; call it inside ``drawing``. The same figure gives the same bytes."""
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return Picture(name, title, alt, caption, _inline(svg.getvalue(), name), png.getvalue(), table)
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return the SVG for use inside a page: the page's ink, no prolog, ids of its own, a width that may shrink."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width: \2pt"', svg, count=1)
+    return svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+
+
+def standalone(picture: Picture) -> str:
+    """Return the SVG as a file of its own: real colours on white, and the alternative text as its description."""
+    svg = picture.svg.replace("var(--ink)", "#111111").replace("var(--grid)", "#dddddd")
+    words = f"<title>{html.escape(picture.title)}</title><desc>{html.escape(picture.alt)}</desc>"
+    head, body = svg.split(">", 1)
+    head = re.sub(r'style="max-width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head} role="img">{words}{body}'
+
+
+def format_number(value: Any) -> str:
+    """Return a value for people: four significant digits of a fraction, a dash for what is not known, text as it is."""
+    if value is None or isinstance(value, str | bool):
+        return "–" if value is None else str(value)
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else str(value)
+    if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):
+        return f"{int(value):,}"
+    size = math.floor(math.log10(abs(value)))
+    if -4 <= size < 4:
+        return f"{value:.{3 - size}f}".rstrip("0").rstrip(".") if size < 3 else f"{value:.0f}"
+    return f"{value:,.0f}" if 4 <= size < 15 else f"{value:.2e}"
+
+
+def format_count(value: float) -> str:
+    """Return a count in three digits: 850, 12.3k, 4.72M, 1.8B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def count_axis(axes: Axes, label: str = "tokens seen") -> None:
+    """Label the horizontal axis, and write its numbers as ``format_count`` does."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers: 0.001, 0.2, 30; further marks where it spans little."""
+    low, high = axes.dataLim.intervaly
+    if 0 < low == high:
+        axes.set_ylim(low / 2, 2 * high)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    leading = "23468" if high < 10 * low else "235" if high < 100 * low else ""
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in leading else "")
+
+
+def mark_stages(axes: Axes, ends: Sequence[int], labels: Sequence[str]) -> None:
+    """Draw a vertical line at each end of a stage but the last, and name the stages above the axes."""
+    starts = [0, *ends[:-1]]
+    for start, end, label in zip(starts, ends, labels, strict=True):
+        if start:
+            axes.axvline(start, color=_INK, linewidth=0.7, linestyle=":")
+        axes.annotate(
+            label, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
+            textcoords="offset points", ha="center", va="bottom", fontsize=7.5,
+        )  # fmt: skip

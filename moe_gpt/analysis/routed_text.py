@@ -1,0 +1,159 @@
+"""Which tokens go where, as text: tokens that experts prefer, and sample text with the expert of each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_gpt.analysis import routing
+from moe_gpt.analysis.pictures import Table
+from moe_gpt.analysis.routing_pictures import joined_choices, joined_tokens, last_with_choices, n_experts_of
+from moe_gpt.analysis.run_pictures import NotRecorded, in_order, spread
+from moe_gpt.analysis.run_records import RunRecords
+from moe_gpt.data.tokenizer import Tokenizer
+
+_MOST_LAYERS = 8
+"""Layers that can be picked; of more, so many are shown, evenly spread."""
+_MOST_TOKENS = 6000
+"""Tokens of sample text on a page, those of all layers together."""
+_MIN_COUNT = 10
+"""Tokens that occur less often say little about an expert."""
+N_COLOURS = 16
+"""Colours of experts in text; beyond them they repeat, and the number in a token's tooltip tells them apart."""
+
+
+@dataclass(frozen=True)
+class FavouriteToken:
+    """A token that an expert sees beyond chance."""
+
+    text: str
+    percent: float
+    """Of the token's occurrences that go to the expert."""
+    count: int
+
+
+@dataclass(frozen=True)
+class RoutedToken:
+    """A token of sample text."""
+
+    text: str
+    colour: int
+    experts: str
+
+
+@dataclass(frozen=True)
+class RoutedSample:
+    """Text of one source."""
+
+    source: str
+    tokens: list[RoutedToken]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer picker shows for one layer."""
+
+    index: int
+    favourites: list[list[FavouriteToken]]
+    """By expert."""
+    samples: list[RoutedSample]
+
+
+def favourite_tokens(run: RunRecords) -> list[Layer]:
+    """Return for each layer the tokens that its experts see most beyond chance."""
+    arrays, n_experts = last_with_choices(run), n_experts_of(run)
+    tokens, choices = joined_tokens(arrays), joined_choices(arrays)
+    top, layers = 8 if n_experts <= 32 else 5, []
+    for index in spread(len(choices), _MOST_LAYERS):
+        shares = routing.vocabulary_specialisation(tokens, choices[index], n_experts, _MIN_COUNT, top)
+        favourites = [
+            [FavouriteToken(show_token(run.tokenizer, s.token), 100 * s.share, s.count) for s in expert]
+            for expert in shares
+        ]
+        layers.append(Layer(index, favourites, []))
+    return layers
+
+
+def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[Layer]:
+    """Return for each layer the start of every source's kept slice with the experts of each token.
+
+    Args:
+        run: with kept slices.
+        n_tokens: of each source; fewer where many sources and layers would make the page large.
+    """
+    slices = {source: part for source, part in last_with_choices(run).slices.items() if part.choices.size}
+    layers, shown = [], spread(max(len(part.choices) for part in slices.values()), _MOST_LAYERS)
+    n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(slices) * len(shown))))
+    for index in shown:
+        samples = []
+        for source in in_order(run, slices):
+            tokens = slices[source].tokens.ravel()[:n_tokens]
+            chosen = slices[source].choices[index]
+            chosen = chosen.reshape(-1, chosen.shape[-1])[:n_tokens]
+            routed = [_route(run.tokenizer, *pair) for pair in zip(tokens.tolist(), chosen.tolist(), strict=True)]
+            samples.append(RoutedSample(source, routed))
+        layers.append(Layer(index, [], samples))
+    return layers
+
+
+def _route(tokenizer: Tokenizer | None, token: int, experts: list[int]) -> RoutedToken:
+    text = show_token(tokenizer, token, keep_spaces=True)
+    return RoutedToken(text, experts[0] % N_COLOURS, ", then ".join(map(str, experts)))
+
+
+def colour_names(run: RunRecords) -> list[str]:
+    """Return the experts of each colour."""
+    n_experts = n_experts_of(run)
+    return [", ".join(map(str, range(c, n_experts, N_COLOURS))) for c in range(min(N_COLOURS, n_experts))]
+
+
+def concentration_table(run: RunRecords) -> Table:
+    """Return how far the token alone, and the expert before, decide the expert: by layer, with chance."""
+    arrays, n_experts = last_with_choices(run), n_experts_of(run)
+    tokens, choices = joined_tokens(arrays), joined_choices(arrays)
+    rows = []
+    for index, layer in enumerate(choices):
+        concentration = routing.token_concentration(tokens, layer, n_experts, _MIN_COUNT)
+        found = [
+            routing.routing_locality(part.choices[index])
+            for part in arrays.slices.values()
+            if part.choices.shape[2] > 1
+        ]
+        if not found:
+            raise NotRecorded("the kept slices are single tokens")
+        share, chance = (100 * sum(getattr(f, name) for f in found) / len(found) for name in ("share", "chance"))
+        values = (100 * concentration, 100 * layer.shape[-1] / n_experts, share, chance)
+        rows.append((index, *(float(f"{value:.3g}") for value in values)))
+    columns = (
+        "layer",
+        "token concentration (%)",
+        "by chance (%)",
+        "neighbours with the same first expert (%)",
+        "by chance (%)",
+    )
+    return Table(columns, rows)
+
+
+def show_token(tokenizer: Tokenizer | None, token: int, keep_spaces: bool = False) -> str:
+    """Return a token's text with visible spaces, line ends and control characters; its id without a tokenizer.
+
+    Args:
+        tokenizer: of the run, if it could be read.
+        token: the id.
+        keep_spaces: for running text: spaces stay, and lines end after the sign for it.
+    """
+    if tokenizer is None:
+        return f"#{token} "
+    try:
+        text = tokenizer.decode([token])
+    except (IndexError, OverflowError, TypeError, ValueError):
+        return f"#{token} "
+    if not text:
+        return f"#{token} "
+    text = show_controls(text)
+    return text.replace("\n", "↵\n") if keep_spaces else text.replace("\n", "↵").replace(" ", "␣")
+
+
+def show_controls(text: str) -> str:
+    """Return text with pictures of control characters, which pages may not contain; line ends stay."""
+    shown = (chr(0x2400 + ord(c)) if c < " " and c != "\n" else c for c in text.replace("\t", "⇥"))
+    return "".join(shown).replace("\x7f", "␡")

@@ -1,0 +1,335 @@
+"""A run's page: what it says, that it stands alone, and that it survives whatever a run lacks."""
+
+import copy
+import dataclasses
+import json
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from unittest import mock
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import yaml
+from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
+from matplotlib.figure import Figure
+
+from moe_gpt.analysis.report import write_report
+from moe_gpt.analysis.run_records import RunRecords
+from moe_gpt.validation import InputError
+
+REPOSITORY = Path(__file__).parents[2]
+VOID = {"meta", "input", "br", "link", "img"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Write the report of a run that has everything."""
+    path = tmp_path_factory.mktemp("whole") / "report.html"
+    write_report([make_run()], path)
+    return path
+
+
+@pytest.fixture
+def page_of(monkeypatch, tmp_path):
+    """Return a function that gives the page of runs, without rendering pictures, which takes longest."""
+
+    def save(figure, file, format, **options):  # noqa: A002
+        file.write("<svg xmlns='x' width='1pt' height='1pt'></svg>" if format == "svg" else b"png")
+
+    def page_of(*runs: RunRecords) -> str:
+        write_report(runs, tmp_path / "report.html")
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return page_of
+
+
+class Balance(HTMLParser):
+    """Checks that every element is closed in order, and keeps the body's text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text = [], ""
+
+    def handle_starttag(self, tag, attrs):
+        """Remember what is open."""
+        self.open += [tag] * (tag not in VOID)
+
+    def handle_endtag(self, tag):
+        """Close what was opened last."""
+        assert self.open.pop() == tag, f"</{tag}> closes something else at {self.getpos()}"
+
+    def handle_data(self, data):
+        """Keep text, and the borders of cells."""
+        self.text += f" {data}" if "body" in self.open else ""
+
+
+def text_of(page: str) -> str:
+    parser = Balance()
+    parser.feed(page)
+    assert not parser.open
+    return " ".join(parser.text.split())
+
+
+def test_report_answers_what_a_reader_asks_first(whole):
+    """Did it learn, are the experts used, do they differ between sources, is the router healthy."""
+    text = text_of(whole.read_text())
+    assert "What was trained? 3k tokens in 30 steps" in text
+    assert "Did it learn? Yes" in text
+    assert "prose: 2.000 nats per token at the end (perplexity 7.389, 1 bits per byte), 3.912 at the first" in text
+    assert "would cost 3.912 nats" in text
+    assert "Are the experts used? Yes, all of them" in text
+    assert "has 1 to 1.5 times the mean load (most in layer 1)" in text
+    assert "Do the experts differ between prose and code? Clearly" in text
+    assert "Is the router healthy? No problem found" in text
+
+
+def test_whole_run_has_every_section(whole):
+    """Nothing is missing where everything is recorded."""
+    page = whole.read_text()
+    assert "Not shown" not in page
+    pictures = re.findall(r'<figure id="([\w-]+)">', page)
+    assert pictures == [
+        "losses", "schedule", "load", "load-over-training", "violation", "entropies", "router", "router-gradient",
+        "saturation", "co-activation", "domains", "loss-by-position", "norms", "speed",
+    ]  # fmt: skip
+
+
+def test_report_needs_nothing_but_itself(whole):
+    """No address is fetched: the only ones are the names of SVG's namespaces; there are no scripts."""
+    page = whole.read_text()
+    rest = re.sub(r'xmlns(:xlink)?="http://www\.w3\.org/[\w/]+"', "", page)
+    assert "http" not in rest
+    assert not re.search(r"<script|<link|<iframe|\ssrc=|@import|url\((?!#)", rest)
+
+
+def test_every_picture_has_words_and_numbers(whole):
+    """Each picture has an alternative text and a table that opens."""
+    figures = re.findall(r"<figure.*?</figure>", whole.read_text(), flags=re.DOTALL)
+    for figure in figures:
+        assert re.search(r'role="img" aria-label="[^"]{20,}"', figure)
+        assert re.search(r"<details>.*<tbody>\s*<tr><td", figure, flags=re.DOTALL)
+
+
+def test_pictures_stand_alone_beside_the_report(whole):
+    """Each picture is also an SVG with colours of its own, and a PNG."""
+    folder = whole.parent / "report-pictures"
+    names = {path.stem for path in folder.iterdir()}
+    assert {path.suffix for path in folder.iterdir()} == {".svg", ".png"}
+    assert {"losses", "domains"} <= names
+    for name in names:
+        svg = (folder / f"{name}.svg").read_text(encoding="utf-8")
+        assert "var(" not in svg
+        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_can_be_picked_without_a_script(whole):
+    """Each picker has a radio button for each layer, the first one checked."""
+    page = whole.read_text()
+    for name in ("favourites", "routed"):
+        buttons = re.findall(rf'<input type="radio" name="{name}"[^>]*>', page)
+        assert len(buttons) == L
+        assert [" checked" in button for button in buttons] == [True, False]
+
+
+def test_hostile_texts_are_escaped(page_of):
+    """Source names, samples, tokens and events may contain anything."""
+    name = '<script>alert("1")</script>$x$'
+    run = make_run(sources=(name, "code"))
+    run.events.append({"kind": "<script>", "step": 3, "why": "<script>alert(3)</script>\x01"})
+    page = page_of(dataclasses.replace(run, name="<script>run"))
+    assert "<script" not in page
+    assert "\x01" not in page
+    assert "&lt;script&gt;alert(2)" in page  # a token
+    assert name in text_of(page)
+
+
+def test_hostile_source_name_is_escaped_in_real_pictures():
+    """SVG text is escaped by matplotlib, and dollars are no mathematics."""
+    from moe_gpt.analysis.run_pictures import draw_losses
+
+    svg = draw_losses(make_run(sources=("<script>$\\frac$",))).svg
+    assert "<script" not in svg
+    assert "&lt;script&gt;$\\frac$" in svg
+
+
+def test_run_without_anything_says_what_is_missing(page_of):
+    """A run that was interrupted before its first step has a report."""
+    empty = {name: [] for name in ("steps", "records", "evaluations", "events", "arrays")}
+    text = text_of(page_of(make_run(**empty, config={}, tokenizer=None, notes=["config.yaml cannot be read: gone"])))
+    assert "Did it learn? Not known There is no evaluation." in text
+    assert "Are the experts used? Not known" in text
+    assert "Missing: config.yaml cannot be read: gone." in text
+    assert "Not shown: Neither a training step nor an evaluation is recorded." in text
+    assert "No event is recorded." in text
+
+
+def test_unfinished_run_says_how_far_it_came(page_of):
+    """Steps without evaluations and records give the training pictures, and the share of the plan."""
+    run = make_run(evaluations=[], records=[], arrays=[], steps=[make_step(step) for step in range(1, 4)])
+    page = page_of(run)
+    assert "10 % of the plan, the run is not finished" in text_of(page)
+    assert '<figure id="losses">' in page
+    assert '<figure id="norms">' not in page
+
+
+def test_single_evaluation_claims_no_change(page_of):
+    """One evaluation is compared with guessing, not with itself; saturation needs two."""
+    run = make_run(evaluations=[make_evaluation(30, 2.0)], arrays=[make_arrays(30, 2.0)])
+    text = text_of(page_of(run))
+    assert "Did it learn? Yes" in text
+    assert "only one evaluation, so nothing is said about change" in text
+    assert "It takes two evaluations with kept routing, there is one." in text
+
+
+def test_health_is_not_judged_too_early(page_of):
+    """A router about which little is recorded is not called healthy, and one without config is not judged."""
+    early = make_run(config=make_run().config | {"faults": {"routing_window": 500}})
+    text = text_of(page_of(early))
+    assert "Is the router healthy? Too early to say" in text
+    assert "looked at neither loads nor growth; that takes 300 of them" in text
+    assert "Is the router healthy? Not known" in text_of(page_of(make_run(config={})))
+
+
+def test_run_that_did_not_learn_is_told_so(page_of):
+    """A loss at ln(V) is no learning."""
+    run = make_run(evaluations=[make_evaluation(0, 3.95), make_evaluation(30, 3.9)])
+    assert "Did it learn? Not yet" in text_of(page_of(run))
+
+
+def test_missing_arrays_leave_the_rest(page_of):
+    """Without arrays, routing over training is still drawn, and the sections on text say why they are not."""
+    page = page_of(make_run(arrays=[], notes=["step_00000030.safetensors cannot be read: damaged"]))
+    text = text_of(page)
+    assert "Missing: step_00000030.safetensors cannot be read: damaged." in text
+    assert "Not shown: No evaluation has kept how many tokens each expert gets." in text
+    assert '<figure id="load-over-training">' in page
+    assert '<figure id="violation">' in page
+
+
+def test_arrays_of_other_shapes_and_nan_are_survived(page_of):
+    """Arrays that do not fit together cost their section only."""
+    arrays = make_arrays(30, 2.0)
+    broken = dataclasses.replace(
+        arrays,
+        nats={"prose": np.ones(3)},
+        tokens_per_expert={"prose": np.ones((L, 4)), "code": np.full((3, 7), np.nan)},
+        slices={"prose": dataclasses.replace(arrays.slices["prose"], choices=np.zeros((L, 1, 2, 2), np.uint8))},
+    )
+    page = page_of(make_run(arrays=[broken]))
+    assert "what was recorded cannot be read" in text_of(page)
+    assert '<figure id="losses">' in page
+
+
+def test_dense_run_leaves_routing_out_in_one_sentence(page_of):
+    """A dense model has no routing to show, and nothing about it is called missing."""
+    records = [{key: value for key, value in make_record(5).items() if key != "routing"}]
+    config = make_run().config | {"model": MODEL | {"n_experts": 1, "top_k": 1}}
+    text = text_of(page_of(make_run(config=config, records=records, arrays=[])))
+    assert "The model is dense: it has no experts" in text
+    assert "Are the experts used?" not in text
+    assert "Text with its experts" not in text
+
+
+def test_other_versions_are_read_as_far_as_possible(page_of):
+    """Unknown keys are passed over, missing ones cost their section only."""
+    run = make_run(config=make_run().config | {"model": MODEL | {"from_the_future": 1}, "faults": None, "new": [1]})
+    for record in run.records:
+        del record["routing"]["token_entropy"]
+    text = text_of(page_of(run))
+    assert "4 experts of which each token uses 2" in text
+    assert "Not shown: Not recorded: of a token's probabilities." in text
+    assert "How decided the routers are" in text
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda run: [line.pop("tokens_seen") for line in [*run.steps, *run.evaluations]],
+        lambda run: [line.update(ce_loss="high", routing=None, groups=1) for line in [*run.steps, *run.records]],
+        lambda run: [line["routing"].update(load=[[1], [1, 2]], max_violation="x") for line in run.records],
+        lambda run: [line.update({"samples": 3, "val/prose/ce_loss": []}) for line in run.evaluations],
+        lambda run: run.config.update(model=[1], data={"sources": "prose"}, schedule="fast", train=3, faults={"x": 1}),
+        lambda run: run.config.update(model={"n_experts": -4}, schedule={"stages": [{"until_tokens": "soon"}, 3]}),
+        lambda run: run.events.extend([{"step": 1, "kind": ["?"], "time": 5}, {"step": 2}]),
+        lambda run: setattr(run.tokenizer, "decode", lambda tokens: 1 / 0),
+    ],
+)
+def test_nothing_in_a_run_stops_the_report(page_of, spoil):
+    """Values of any kind cost their section only."""
+    run = make_run(config=copy.deepcopy(make_run().config))
+    spoil(run)
+    assert "Did anything go wrong?" in text_of(page_of(run))
+
+
+def test_trouble_is_in_the_summary_and_the_events(page_of):
+    """Skipped steps, dropped tokens, resumes and warnings are told at the top and listed below."""
+    run = make_run()
+    run.steps[6] = make_step(7, skipped=True, ce_loss=None)
+    run.steps[7] = make_step(8, dropped_fraction=0.3)
+    run.events.extend([{"kind": "resume", "step": 4}, {"kind": "loss_spike", "step": 9, "message": "ce_loss is high"}])
+    text = text_of(page_of(run))
+    assert "1 step was skipped because its loss or gradient was not finite, the first at step 7." in text
+    assert "Full experts dropped 1 % of the assignments" in text
+    assert "The run was resumed 1 time." in text
+    assert "1 warning or other event: loss_spike" in text
+    assert "loss spike message: ce_loss is high" in text
+
+
+def test_dead_experts_are_named(page_of):
+    """Experts without tokens are told by layer, and the router's check tells what to try."""
+    arrays = make_arrays(30, 2.0)
+    for counts in arrays.tokens_per_expert.values():
+        counts[1] = [100, 100, 100, 0]
+    run = make_run(arrays=[arrays])
+    for record in run.records:
+        record["routing"]["load"][1] = [1.4, 1.3, 1.3, 0.0]
+    text = text_of(page_of(run))
+    assert "Are the experts used? Not all: 1 of 8 are dead" in text
+    assert "layer 1: 3." in text
+    assert "Layer 1: experts 3 of 4 are nearly unused" in text
+
+
+def test_several_runs_are_compared_and_summarised(page_of):
+    """The comparison comes first, then each run in words."""
+    first, second = make_run(), make_run(name="second")
+    text = text_of(page_of(first, second))
+    assert text.index("At the end") < text.rindex("Run made-up") < text.rindex("Run second")
+    assert text.count("Did it learn?") == 2
+
+
+def test_no_run_is_an_error(tmp_path):
+    """There is nothing to report about nothing."""
+    with pytest.raises(InputError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+
+
+def run_script(*arguments: str) -> int:
+    with (
+        mock.patch.object(sys, "argv", ["report.py", *arguments]),
+        pytest.raises(SystemExit) as exit_,
+    ):
+        runpy.run_path(str(REPOSITORY / "scripts/report.py"), run_name="__main__")
+    return exit_.value.code
+
+
+def test_script_writes_into_the_run_folder(page_of, tmp_path, capsys):
+    """Without --out the page is RUN/report.html; notes about the run are printed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": MODEL}))
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(make_step(step)) for step in range(1, 9)))
+    assert run_script(str(run)) == 0
+    assert (run / "report.html").is_file()
+    assert "run: no evaluation" in capsys.readouterr().out
+
+
+def test_script_refuses_what_is_no_page(tmp_path, capsys):
+    """--out names an HTML file."""
+    assert run_script(str(tmp_path), "--out", str(tmp_path / "page.pdf")) == 2
+    assert "page.pdf" in capsys.readouterr().err

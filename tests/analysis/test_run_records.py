@@ -1,0 +1,119 @@
+"""Reading a run for reports: what is there is read, what is missing is said, and nothing stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from small_runs import change, run_training
+
+from moe_gpt.analysis.run_records import read_run
+from moe_gpt.config import RunConfig
+from moe_gpt.validation import InputError
+
+
+@pytest.fixture(scope="module")
+def finished_run(small_values, tmp_path_factory):
+    """A whole run with three evaluations."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run_training(change(RunConfig.from_mapping(small_values), "train", eval_every_steps=13), folder)
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished_run, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def test_whole_run_is_read(run_dir):
+    """Every line in its kind, arrays beside them, nothing to note."""
+    run = read_run(run_dir)
+    assert run.notes == []
+    assert run.sources == ["prose", "code"]
+    assert [line["step"] for line in run.steps] == list(range(1, 27))
+    assert [line["step"] for line in run.records] == [5, 10, 15, 20, 25]
+    assert [line["step"] for line in run.evaluations] == [arrays.step for arrays in run.arrays] == [0, 13, 26]
+    tokens, loss = run.scores("code")
+    assert tokens[-1] == 6144
+    last = run.arrays[-1]
+    assert loss[-1] == pytest.approx(last.nats["code"].sum() / last.counts["code"].sum())
+    assert run.routing_values("load")[1].shape == (5, 2, 4)
+    assert run.routing_values("margin")[1].shape == (5, 2)
+    assert last.slices["prose"].choices.shape[:1] == (2,)
+    assert last.gradients.routers.shape == (2,)
+    assert len(run.norms("routers", "update_norm")[1]) == 5
+    assert run.tokenizer.decode(last.slices["code"].tokens[0].tolist())
+    assert run.events[0]["kind"] == "start"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("config.yaml", None, "config.yaml cannot be read"),
+        ("config.yaml", "[1, 2", "config.yaml cannot be read"),
+        ("config.yaml", "text", "config.yaml has no settings"),
+        ("config.yaml", "{data: [3], model: x}", ""),
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read, so tokens have no text"),
+        ("tokenizer.json", None, "tokenizer.json cannot be read, so tokens have no text"),
+        ("events.jsonl", None, "events.jsonl cannot be read"),
+        ("metrics.jsonl", None, "metrics.jsonl cannot be read"),
+        ("evaluations/step_00000013.safetensors", "broken", "step_00000013.safetensors cannot be read"),
+        ("evaluations/step_latest.safetensors", "broken", "step_latest.safetensors cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_noted(run_dir, name, content, note):
+    """The rest is read."""
+    if content is None:
+        (run_dir / name).unlink()
+    else:
+        (run_dir / name).write_text(content)
+    run = read_run(run_dir)
+    assert any(text.startswith(note) for text in run.notes) or not note, run.notes
+    assert len(run.steps) == (0 if name == "metrics.jsonl" else 26)
+    assert len(run.arrays) == (2 if "00013" in name else 3)
+    assert run.sources == ["prose", "code"] or name == "metrics.jsonl"
+
+
+def test_damaged_lines_are_counted_and_passed_over(run_dir):
+    """Those before and after them are read; a pickle is no array."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text(
+        "\n".join([*lines[:3], '{"step": 3, "lo', '{"no": "step"}', '{"step": 3, "lr": "a"}', *lines[3:]]) + "\n"
+    )
+    run = read_run(run_dir)
+    assert len(run.steps) == 26
+    assert run.notes == [f"metrics.jsonl: 3 of {len(lines) + 3} lines cannot be read"]
+
+
+def test_run_that_has_hardly_begun(run_dir):
+    """No evaluation, no recording: said, not raised."""
+    line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1])
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    shutil.rmtree(run_dir / "evaluations")
+    run = read_run(run_dir)
+    assert [note.partition(":")[0] for note in run.notes] == ["no evaluation", "no recorded steps"]
+    assert run.scores("code")[0].shape == (0,)
+    assert run.routing_values("load")[1].size == 0
+
+
+def test_run_of_an_older_version(run_dir):
+    """Without arrays and recordings it still has its losses."""
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if "groups" not in line]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    shutil.rmtree(run_dir / "evaluations")
+    run = read_run(run_dir)
+    assert [note.partition(" (")[0] for note in run.notes][0] == "no arrays of evaluations"
+    assert np.isfinite(run.scores("prose")[1]).all()
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
+def test_what_is_no_run_is_refused(tmp_path, make):
+    """By its name."""
+    make(tmp_path / "there")
+    with pytest.raises(InputError, match="there"):
+        read_run(tmp_path / "there")
