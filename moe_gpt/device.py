@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -124,3 +125,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """Return the memory of the device that is free; on a CPU without swapping, as Linux says; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if device.type == "cpu" else []
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None

@@ -9,7 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moe_gpt.analysis.accounting import count_parameters
+from moe_gpt.analysis.accounting import ParameterCounts, count_parameters
+from moe_gpt.analysis.own_memory import checkpoint_bytes, needed_memory
+from moe_gpt.analysis.quantities import format_value
+from moe_gpt.analysis.training_cost import stage_tokens, training_flops
 from moe_gpt.device import describe_device
 from moe_gpt.train.evaluation import Score, format_scores
 from moe_gpt.train.setup import Run
@@ -41,11 +44,22 @@ def describe_run(run: Run) -> str:
         first, last = stage.config.batch_range
         batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"
         lines.append(f"           until {stage.end:>12,}: sequences of {stage.config.seq_len}, {batch} tokens a step")
+    lines.append(_describe_cost(run, counts))
     lines.append(f"device     {describe_device(run.device)}, {run.precision}")
     lines.append(f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""))
     if run.facts.initialised_from:
         lines.append(f"           started with the weights of {run.facts.initialised_from}")
     return "\n".join(lines)
+
+
+def _describe_cost(run: Run, counts: ParameterCounts) -> str:
+    """Return what the run takes, from its plan; scripts/plan.py says more."""
+    flops = training_flops(run.config.model, stage_tokens(run.config.schedule), counts)
+    memory = needed_memory(run.config, run.device, run.precision, counts)
+    return (
+        f"plan       {format_value(flops, 'FLOPs')} in matrix products; training takes {memory.shown()} of memory, "
+        f"a checkpoint {format_value(checkpoint_bytes(run.config.model).total, 'bytes')}"
+    )
 
 
 class TerminalDisplay:

@@ -51,7 +51,13 @@ def small_values(corpus_dir, tmp_path_factory) -> dict:
             "warmup_tokens": 512,
         },
         "optimizer": {"lr": 3e-3},
-        "train": {"micro_batch_tokens": 192, "log_every_steps": 3, "record_every_steps": 5, "sample_tokens": 4, "report": False},
+        "train": {
+            "micro_batch_tokens": 192,
+            "log_every_steps": 3,
+            "record_every_steps": 5,
+            "sample_tokens": 4,
+            "report": False,
+        },
         "checkpoint": {"every_steps": 0},
     }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_gpt import device as device_module
-from moe_gpt.device import autocast, pick_device, pick_precision, tune_process
+from moe_gpt.device import autocast, available_memory_bytes, pick_device, pick_precision, tune_process
 from moe_gpt.validation import InputError
 
 CPU = torch.device("cpu")
@@ -76,3 +76,10 @@ def test_pick_device_names_what_is_there():
         pick_device("tpu")
     with pytest.raises(InputError, match=r"'cuda:99' is not there; this machine has cpu"):
         pick_device("cuda:99")
+
+
+def test_free_memory_is_that_of_the_machine():
+    """A positive number below a petabyte on Linux; unknown on a device that does not say."""
+    free = available_memory_bytes(torch.device("cpu"))
+    assert free is None or 1e6 < free < 1e15
+    assert available_memory_bytes(torch.device("meta")) is None

@@ -37,7 +37,7 @@ def model_of(config: RunConfig) -> ModelConfig:
 
 
 def build_on_meta(config: ModelConfig) -> MoEGPT:
-    """Build a model of shapes without values: no memory and no time for weights. Without a vocabulary it has one word."""
+    """Build a model of shapes without values: no memory or time for weights. Where the vocabulary is open, it is 1."""
     with torch.device("meta"), _NothingDrawn():
         return MoEGPT(config if config.vocab_size else dataclasses.replace(config, vocab_size=1))
 
@@ -169,7 +169,12 @@ def parameters_section(config: ModelConfig, counts: ParameterCounts | None = Non
                 "total - router: one feed-forward network of d_ff n_experts in each layer",
             ),
             Quantity(
-                "active_fraction", counts.active / counts.total, "fraction", "Active of all", "active / total", "counted"
+                "active_fraction",
+                counts.active / counts.total,
+                "fraction",
+                "Active of all",
+                "active / total",
+                "counted",
             ),
         ],
         notes=[] if config.attention_sharing == 1 else ["Layers that share attention share its parameters, too."],

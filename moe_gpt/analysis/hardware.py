@@ -46,30 +46,30 @@ GPUS: Mapping[str, Gpu] = {
     for gpu in (
         Gpu(
             "a100-40gb", 40e9, 312e12, 1.555e12, 300e9, 25e9,
-            "NVIDIA A100 datasheet (SXM 40 GB; NVLink 600 GB/s in both directions); 200 Gb/s InfiniBand each (DGX A100)",
+            "NVIDIA A100 datasheet (SXM 40 GB; NVLink 600 GB/s both ways); 200 Gb/s InfiniBand each (DGX A100)",
         ),
         Gpu(
             "a100-80gb", 80e9, 312e12, 2.039e12, 300e9, 25e9,
-            "NVIDIA A100 datasheet (SXM 80 GB; NVLink 600 GB/s in both directions); 200 Gb/s InfiniBand each (DGX A100)",
+            "NVIDIA A100 datasheet (SXM 80 GB; NVLink 600 GB/s both ways); 200 Gb/s InfiniBand each (DGX A100)",
         ),
         Gpu(
             "h100", 80e9, 989.4e12, 3.35e12, 450e9, 50e9,
-            "NVIDIA H100 datasheet (SXM; half of 1,979 TFLOP/s with sparsity; NVLink 900 GB/s in both directions); "
+            "NVIDIA H100 datasheet (SXM; half of 1,979 TFLOP/s with sparsity; NVLink 900 GB/s both ways); "
             "400 Gb/s InfiniBand each (DGX H100)",
         ),
         Gpu(
             "h200", 141e9, 989.4e12, 4.8e12, 450e9, 50e9,
-            "NVIDIA H200 datasheet (SXM; half of 1,979 TFLOP/s with sparsity; NVLink 900 GB/s in both directions); "
+            "NVIDIA H200 datasheet (SXM; half of 1,979 TFLOP/s with sparsity; NVLink 900 GB/s both ways); "
             "400 Gb/s InfiniBand each (DGX H200)",
         ),
         Gpu(
             "b200", 180e9, 2.25e15, 8e12, 900e9, 50e9,
             "NVIDIA DGX B200 datasheet, an eighth of each (1,440 GB, 64 TB/s; half of 4.5 PFLOP/s a GPU with sparsity; "
-            "NVLink 1.8 TB/s in both directions); 400 Gb/s InfiniBand each",
+            "NVLink 1.8 TB/s both ways); 400 Gb/s InfiniBand each",
         ),
         Gpu(
             "rtx-4090", 24e9, 165.2e12, 1.008e12, 32e9, 3.125e9,
-            "NVIDIA Ada architecture whitepaper, appendix A (165.2 TFLOP/s with float32 sums); PCIe 4.0 x16, no NVLink; "
+            "NVIDIA Ada architecture whitepaper, appendix A (165.2 TFLOP/s, float32 sums); PCIe 4.0 x16, no NVLink; "
             "25 Gb/s Ethernet is assumed",
         ),
     )
@@ -261,8 +261,8 @@ class Parallelism:
             if size % getattr(self, axis):
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
                 yield (
-                    f"model.{name}={size} must be a multiple of {axis}, got {axis}={getattr(self, axis)}; choose one of "
-                    f"{fitting}"
+                    f"model.{name}={size} must be a multiple of {axis}, got {axis}={getattr(self, axis)}; choose "
+                    f"one of {fitting}"
                 )
 
 

@@ -14,7 +14,7 @@ Unit = Literal[
     "tokens/s", "nats/token", "fraction", "ratio", "GPUs", "count", "text",
 ]  # fmt: skip
 _PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_IN_WORDS = {"parameters": "", "tokens": "", "FLOPs": "FLOP", "FLOPs/token": "FLOP/token", "FLOP/s": "FLOP/s"}
+_IN_WORDS = {"FLOPs": "FLOP", "FLOPs/token": "FLOP/token", "FLOP/s": "FLOP/s"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def _count(value: float) -> str:
+    """Return a number of things: in full below a million."""
+    if abs(value) >= 1e6:
+        return _scaled(value, "")
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+
+
 def _dollars(value: float) -> str:
     if abs(value) >= 1000:
         return f"${_scaled(value, '')}"
@@ -102,8 +109,10 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "ratio": lambda value: f"{value:.3g} x",
     "seconds": _duration,
     "dollars": _dollars,
-    "count": lambda value: f"{value:,.6g}" if abs(value) < 1e9 else _scaled(value, ""),
-    "GPUs": lambda value: f"{value:,.6g}",
+    "count": _count,
+    "GPUs": _count,
+    "tokens": _count,
+    "parameters": _count,
     "nats/token": lambda value: f"{value:.3f} nats/token",
     "bytes": lambda value: _scaled(value, "B"),
     "bytes/token": lambda value: _scaled(value, "B/token"),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from moe_gpt.analysis.accounting import FlopsPerToken, ParameterCounts, count_flops, count_parameters, model_of
 from moe_gpt.analysis.hardware import Gpu, Parallelism, check_positive
-from moe_gpt.analysis.quantities import PlanSection, Quantity
+from moe_gpt.analysis.quantities import PlanSection, Quantity, format_value
 from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig
 from moe_gpt.validation import InputError
 
@@ -182,7 +182,7 @@ def _stage_flops(model: ModelConfig, stages: list[StageTokens], counts: Paramete
             f"stage_{index}_flops",
             training_flops(model, [stage], counts),
             "FLOPs",
-            f"Stage {index}: {stage.tokens:.4g} tokens at {stage.seq_len:,} positions",
+            f"Stage {index}: {format_value(stage.tokens, 'tokens')} tokens at {stage.seq_len:,} positions",
             f"tokens x training FLOPs per token at {stage.seq_len} positions",
             _PALM,
         )
@@ -335,7 +335,7 @@ def failures_section(
             Quantity("cost_with_failures", total * layout.n_gpus / _HOUR * price, "dollars", "Cost with failures",
                      "duration_with_failures n_gpus price_per_gpu_hour / 3600", _DALY),
         ],
-        ["The duration that is given counts no failures. An MFU measured over a whole run has its failures in it already."
+        ["The given duration has no failures in it. An MFU measured over a whole run has, and needs none of this."
          if useful else "The run fails faster than it can be restarted: it never ends."],
     )  # fmt: skip
 
@@ -348,7 +348,7 @@ def best_interval(seconds_between_failures: float, checkpoint_seconds: float) ->
 def goodput(
     interval_seconds: float, seconds_between_failures: float, checkpoint_seconds: float, restart_seconds: float
 ) -> float:
-    """Return the expected share of time that is useful (Daly 2006): interval / (interval + checkpoint) without any."""
+    """Return the expected useful share of the time (Daly 2006): interval / (interval + checkpoint) if nothing fails."""
     between = seconds_between_failures
     try:
         spent = between * math.exp(restart_seconds / between)

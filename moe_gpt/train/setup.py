@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from moe_gpt.analysis.own_memory import needed_memory
+from moe_gpt.analysis.quantities import format_value
 from moe_gpt.config import RunConfig, TrainConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
-from moe_gpt.device import Precision, pick_precision, tune_process
+from moe_gpt.device import Precision, available_memory_bytes, pick_precision, tune_process
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.train.changes import check_changes, describe_environment, find_changes
 from moe_gpt.train.checkpoint import UPCYCLED, RunFacts, load_training_state, read_config, read_state, read_tokenizer
@@ -113,6 +115,7 @@ def set_up_run(
     elif initial:
         how = UPCYCLED if initial.is_upcycled_into(config.model) else ""
         facts = facts._replace(initialised_from=f"{initial.path}{how}")
+    _warn_of_memory(config, device, precision, say)
     state = build_state(config, device)
     if saved:
         load_training_state(state, saved)
@@ -138,6 +141,19 @@ def set_up_run(
             for source, share in zip(data.sources, shares, strict=True)
         },
     )
+
+
+def _warn_of_memory(config: RunConfig, device: torch.device, precision: Precision, say: Callable[[str], None]) -> None:
+    """Say, before anything is built, where a run will not fit."""
+    needed, free = needed_memory(config, device, precision), available_memory_bytes(device)
+    if free is not None and needed.bytes > free:
+        advice = f"lower train.micro_batch_tokens (now {config.train.micro_batch_tokens:,})"
+        if not config.train.activation_checkpointing:
+            advice += ", set train.activation_checkpointing=true"
+        say(
+            f"WARNING: training takes {needed.shown()} of memory, and {format_value(free, 'bytes')} are free; {advice}"
+            ", or make the model smaller"
+        )
 
 
 def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[[str], None]) -> None:

@@ -1,11 +1,24 @@
-"""Parameter counts: by hand for a tiny model, and of the shape that GPT-4 was reported to have."""
+"""Parameters and FLOPs: by hand, as the model itself has them, and of the shape that GPT-4 was reported to have."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from moe_gpt.analysis.accounting import ParameterCounts, count_parameters
-from moe_gpt.config import ModelConfig
+from moe_gpt.analysis.accounting import (
+    FlopsPerToken,
+    ParameterCounts,
+    build_on_meta,
+    count_flops,
+    count_parameters,
+    model_of,
+    parameters_section,
+)
+from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.model import attention, dispatch, experts, norm
 from moe_gpt.model.transformer import MoEGPT
 
 TINY = ModelConfig(
@@ -83,3 +96,107 @@ def test_count_parameters_of_the_reported_gpt4():
     assert counts.active == pytest.approx(279e9, rel=0.01)
     assert counts.attention == pytest.approx(55.8e9, rel=0.01)
     assert counts.per_expert == pytest.approx(111e9, rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_experts": 1, "top_k": 1}, {"tie_embeddings": True}, {"balance": "bias"}])
+def test_build_on_meta_has_the_names_shapes_and_types_of_a_model(changes):
+    """Leaving out the drawing of weights changes nothing else about a model, tied matrices included."""
+    found, wanted = build_on_meta(change(**changes)), MoEGPT(change(**changes))
+    assert {n: (t.shape, t.dtype) for n, t in found.state_dict().items()} == {
+        n: (t.shape, t.dtype) for n, t in wanted.state_dict().items()
+    }
+    assert len(list(found.parameters())) == len(list(wanted.parameters()))
+    assert all(parameter.is_meta for parameter in found.parameters())
+
+
+def test_counting_imports_no_compiler():
+    """Drawing weights on meta would import torch's compiler, which takes seconds; counting does not."""
+    code = """
+import sys
+from moe_gpt.analysis.accounting import count_parameters
+from moe_gpt.config import ModelConfig
+count_parameters(ModelConfig(vocab_size=10))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_model_of_takes_the_tokenizers_vocabulary_where_the_model_has_none():
+    """The vocabulary is the model's own where it is given, else the tokenizer's."""
+    config = RunConfig()
+    assert model_of(config).vocab_size == config.data.tokenizer.vocab_size
+    own = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=77))
+    assert model_of(own).vocab_size == 77
+
+
+def test_count_flops_of_a_tiny_model_by_hand():
+    """Two layers, 5 positions: 2·48 projections, 2·2·2·6 scores, 2·2·36 experts, 2·12 router; 2·40 for the output."""
+    assert count_flops(TINY, 5) == FlopsPerToken(
+        attention_projections=2 * 2 * 48,
+        attention_scores=2 * 2 * 2 * 2 * 6,
+        feed_forward=2 * 2 * 2 * 36,
+        router=2 * 2 * 12,
+        output=2 * 40,
+    )
+    assert count_flops(TINY, 5).backward == 2 * count_flops(TINY, 5).forward
+    assert count_flops(TINY, 5, count_parameters(TINY)) == count_flops(TINY, 5)
+
+
+@pytest.fixture
+def readable_paths(monkeypatch):
+    """Let every product of the model be one that FlopCounterMode knows: no grouped, fused or hand-written ones."""
+    for module in (attention, experts, norm):
+        monkeypatch.setattr(module, "takes_gradients_by_hand", lambda x: False)
+    monkeypatch.setattr(experts, "fits_grouped_mm", lambda *arguments: False)
+    monkeypatch.setattr(attention, "attends_by_products", lambda *arguments: True)
+    monkeypatch.setattr(dispatch, "segment_alignment", lambda *arguments: 1)  # no rows in between
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"n_kv_heads": 2}, {"n_experts": 1, "top_k": 1}, {"attention_sharing": 2}, {"tie_embeddings": True}],
+)
+@pytest.mark.parametrize("seq_len", [1, 8, 33])
+def test_count_flops_equals_torchs_counter(readable_paths, changes, seq_len):
+    """Forward exactly, backward exactly twice that, where the counter's square of scores is 2 T / (T + 1) of our half.
+
+    A position sees (T + 1) / 2 positions on average, itself included; matrix products compute all T.
+    """
+    config = change(max_seq_len=64, **changes)
+    model, flops = MoEGPT(config), count_flops(config, seq_len)
+    tokens = torch.randint(10, (3, seq_len), generator=torch.Generator().manual_seed(0))
+    square = flops.attention_scores * 2 * seq_len // (seq_len + 1)
+    expected = 3 * seq_len * (flops.forward - flops.attention_scores + square)
+    with FlopCounterMode(display=False) as forward:
+        logits = model(tokens).logits
+    assert forward.get_total_flops() == expected
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    assert backward.get_total_flops() == 2 * expected
+
+
+def test_parameters_section_adds_up():
+    """Attention, experts, routers, embedding and norms are all parameters there are; layers and ends, too."""
+    for changes in ({}, {"tie_embeddings": True}, {"n_experts": 1, "top_k": 1}):
+        section = parameters_section(change(**changes))
+        parts = ("attention", "experts", "router", "embedding", "norms")
+        assert sum(section[part] for part in parts) == section["total"]
+        assert section["norms"] == 2 * 8 + 4
+        assert 2 * section["per_layer"] + section["embedding"] + 4 == section["total"]
+
+
+def test_parameters_section_dense_equivalents_are_real_models():
+    """The dense models of the same active and the same total size have just these parameters."""
+    section = parameters_section(TINY)
+    assert section["dense_of_same_active"] == count_parameters(change(n_experts=1, top_k=1, d_ff=3 * 2)).total
+    assert section["dense_of_same_total"] == count_parameters(change(n_experts=1, top_k=1, d_ff=3 * 3)).total
+
+
+def test_parameters_section_of_the_reported_gpt4():
+    """1.83e12, 16 experts of 111e9 and 55.8e9 of attention, an active sixth and a half, to 1 %."""
+    section = parameters_section(GPT4)
+    assert section["total"] == pytest.approx(1831e9, rel=0.01)
+    assert section["experts"] == pytest.approx(16 * 111e9, rel=0.01)
+    assert section["attention"] == pytest.approx(55.8e9, rel=0.01)
+    assert section["per_layer"] == pytest.approx(1831e9 / 120, rel=0.01)
+    assert section["active_fraction"] == pytest.approx(0.152, abs=0.001)

@@ -22,6 +22,7 @@ SECTIONS = [
         (1.8326e12, "parameters", "1.833 trillion"),
         (111e9, "parameters", "111 billion"),
         (512, "parameters", "512"),
+        (8192, "tokens", "8,192"),
         (2.175e25, "FLOPs", "21.75 YFLOP"),
         (30.53e9, "bytes", "30.53 GB"),
         (61_440, "bytes/token", "61.44 kB/token"),

@@ -13,6 +13,7 @@ from small_runs import CPU, Silent, change, run_training
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
+from moe_gpt.train import setup
 from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from moe_gpt.train.loop import stop_signals
 from moe_gpt.train.metrics import read_metrics
@@ -350,3 +351,14 @@ def test_start_that_failed_early_does_not_block_the_next(small_config, tmp_path)
     """A folder with a config and nothing else holds no run."""
     (tmp_path / "config.yaml").write_text("model: {}")
     assert run_training(small_config, tmp_path, max_steps=1)[1] == "max_steps"
+
+
+def test_run_that_cannot_fit_is_warned_of_before_it_is_built(small_config, tmp_path, monkeypatch):
+    """With the memory that it takes, the memory that is free, and what to lower."""
+    said: list[str] = []
+    monkeypatch.setattr(setup, "available_memory_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(setup, "build_state", lambda *_: pytest.fail("built"))
+    with pytest.raises(pytest.fail.Exception):
+        setup.set_up_run(small_config, tmp_path, CPU, say=said.append)
+    (text,) = [text for text in said if text.startswith("WARNING")]
+    assert "1 MB are free; lower train.micro_batch_tokens (now 192), set train.activation_checkpointing=true" in text

@@ -1,0 +1,194 @@
+"""What this project itself needs: memory of a training step on a CPU in float32, and the size of a checkpoint.
+
+The activations are those that the paths of ``moe_gpt.model`` for CPUs keep for the backward pass, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import torch
+
+from moe_gpt.analysis.accounting import ParameterCounts, build_on_meta, count_parameters, model_of
+from moe_gpt.analysis.quantities import format_value
+from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.device import Precision
+from moe_gpt.model.paths import attends_by_products, segment_alignment
+from moe_gpt.tensor_files import TensorSpec
+
+_CPU = torch.device("cpu")
+_QUERY_BLOCK = 64
+_FLOAT = 4
+_LONG = 8
+_HEAP_HOLES = 1.17
+"""Memory that the heap takes to what is alive at once: measured 1.12 (shape M), 1.17 (S) and 1.26 (tiny)."""
+_LIBRARIES = 104_000_000
+"""Code and buffers of torch that the first step loads, whatever the model: measured."""
+
+
+class KeptActivations(NamedTuple):
+    """Bytes that a forward pass keeps for the backward pass."""
+
+    layer: int
+    """Of each layer."""
+    outside: int
+    """Of the ends: final norm, and the loss with its gradients."""
+
+
+class NeededMemory(NamedTuple):
+    """What training takes of the device's memory."""
+
+    bytes: int
+    is_lower_bound: bool
+    """Whether activations come on top."""
+
+    def shown(self) -> str:
+        """Return it in words."""
+        return f"{'more than' if self.is_lower_bound else 'about'} {format_value(self.bytes, 'bytes')}"
+
+
+def needed_memory(
+    config: RunConfig, device: torch.device, precision: Precision, counts: ParameterCounts | None = None
+) -> NeededMemory:
+    """Return what this project's own training takes: predicted in float32 on a CPU, elsewhere what is certain.
+
+    That is weights, gradients and two moments in float32, 16 bytes a parameter.
+    """
+    counts = counts or count_parameters(model_of(config))
+    if device.type == "cpu" and precision == "fp32":
+        return NeededMemory(predict_training_memory_cpu(config, counts), is_lower_bound=False)
+    return NeededMemory(16 * counts.total, is_lower_bound=True)
+
+
+def predict_training_memory_cpu(config: RunConfig, counts: ParameterCounts | None = None) -> int:
+    """Return the peak memory in bytes of a float32 training step on a CPU, beyond the imported torch.
+
+    Weights, moments, and of gradients and activations what is alive at the worst time of a backward pass: at its start
+    all activations and the first gradients, at its end one layer's activations and all gradients. Then the heap's
+    holes (a factor that was measured), and what torch loads at its first step. Evaluation, recording and saving in the
+    background, which copies 12 bytes a parameter, come on top.
+    """
+    model = model_of(config)
+    counts = counts or count_parameters(model)
+    alive = max(
+        _alive(model, counts, max(1, min(config.train.micro_batch_tokens, max(stage.batch_range)) // stage.seq_len),
+               stage.seq_len, config.train.activation_checkpointing, config.data.document_masking)
+        for stage in config.schedule.stages
+    )  # fmt: skip
+    return round(_HEAP_HOLES * alive) + _LIBRARIES
+
+
+def _alive(
+    model: ModelConfig, counts: ParameterCounts, n_sequences: int, seq_len: int, recompute: bool, masking: bool
+) -> int:
+    tokens = n_sequences * seq_len
+    kept = kept_activation_bytes(model, n_sequences, seq_len, masking)
+    layer_kept = _kept_when_recomputed(model, tokens) if recompute else kept.layer
+    layer_gradients = _FLOAT * (counts.total - counts.embedding) // model.n_layers
+    output_gradient = _FLOAT * (model.vocab_size or 1) * model.d_model
+    within_layer = _transient_bytes(model, tokens) + layer_gradients + (kept.layer if recompute else 0)
+    start = output_gradient + model.n_layers * layer_kept + kept.outside
+    end = output_gradient + (model.n_layers - 1) * layer_gradients + layer_kept
+    return 3 * _FLOAT * counts.total + within_layer + max(start, end)
+
+
+def kept_activation_bytes(
+    model: ModelConfig, n_sequences: int, seq_len: int, keeps_documents_apart: bool = False
+) -> KeptActivations:
+    """Return what a forward pass on a CPU in float32 keeps: the storages that autograd holds, weights left out."""
+    N, D, H, G, Dh = n_sequences * seq_len, model.d_model, model.n_heads, model.n_kv_heads, model.head_dim
+    norm = _FLOAT * (2 * N * D + N)  # before and after its weight, and the root mean squares
+    rotated = _FLOAT * N * (H + G) * Dh
+    # values are a view of the joint projection; keys and values of several heads are copied for products
+    is_copied = G > 1 and attends_by_products(torch.empty(0), seq_len)
+    values = _FLOAT * N * (2 * G if is_copied else H + 2 * G) * Dh
+    mixed = _FLOAT * N * H * Dh * (2 if keeps_documents_apart else 1)  # one product for all queries copies them
+    attention = rotated + values + mixed + _probabilities(n_sequences, H, seq_len, keeps_documents_apart)
+    layer = 2 * norm + attention + (_dense_kept(model, N) if model.is_dense else _experts_kept(model, N))
+    angles = _FLOAT * Dh * (N if keeps_documents_apart else seq_len)
+    ends = _FLOAT * (N * D + N) + _LONG * N + angles  # final norm, token ids, rotary angles
+    loss = _FLOAT * (N * D + (model.vocab_size or 1) * D)  # its gradients are made in the forward pass
+    return KeptActivations(layer, ends + loss)
+
+
+def _probabilities(n_sequences: int, n_heads: int, seq_len: int, keeps_documents_apart: bool) -> int:
+    """Return what attention keeps of its scores."""
+    if not attends_by_products(torch.empty(0), seq_len):
+        return _FLOAT * n_sequences * n_heads * seq_len  # the softmax's normaliser
+    if keeps_documents_apart:
+        return _FLOAT * n_sequences * n_heads * seq_len**2
+    blocks = range(0, seq_len, _QUERY_BLOCK)
+    pairs = sum((min(b + _QUERY_BLOCK, seq_len) - b) * min(b + _QUERY_BLOCK, seq_len) for b in blocks)
+    return _FLOAT * n_sequences * n_heads * pairs
+
+
+def _dense_kept(model: ModelConfig, tokens: int) -> int:
+    return _FLOAT * tokens * 3 * model.d_ff  # gate and up, and their product
+
+
+def _experts_kept(model: ModelConfig, tokens: int) -> int:
+    rows, E, K = _rows(model, tokens), model.n_experts, model.top_k
+    experts = (
+        _FLOAT * rows * (2 * model.d_model + 2 * model.d_ff) + _LONG * rows
+    )  # in, out, gate and up; whose they are
+    # logits, probabilities, their order, log-partition; weights and rows of the assignments; shares of the experts
+    router = tokens * (2 * _FLOAT * E + _LONG * E + _FLOAT + _FLOAT * K + _LONG * K) + _FLOAT * E
+    return experts + router
+
+
+def _rows(model: ModelConfig, tokens: int) -> int:
+    """Return the rows of the dispatched buffer, as ``dispatch.plan_dispatch`` makes it."""
+    assignments = tokens * model.top_k
+    alignment = segment_alignment(assignments, model.n_experts, _CPU)
+    return (assignments + model.n_experts * (alignment - 1)) // alignment * alignment
+
+
+def _transient_bytes(model: ModelConfig, tokens: int) -> int:
+    """Return the buffers of the experts' backward pass: gradients of rows in and out, and four of width d_ff."""
+    rows = tokens if model.is_dense else _rows(model, tokens)
+    return _FLOAT * rows * (2 * model.d_model + 4 * model.d_ff)
+
+
+def _kept_when_recomputed(model: ModelConfig, tokens: int) -> int:
+    """Return what activation checkpointing keeps: each layer's input, and what it sorted."""
+    sorted_ = 0 if model.is_dense else (_FLOAT + _LONG) * model.n_experts + 2 * _LONG * model.top_k
+    return tokens * (_FLOAT * model.d_model + sorted_)
+
+
+class CheckpointBytes(NamedTuple):
+    """Sizes of a checkpoint's large files, headers included."""
+
+    model: int
+    """model.safetensors"""
+    optimizer: int
+    """optimizer.safetensors: the step, and both moments of each parameter"""
+
+    @property
+    def total(self) -> int:
+        """Both; the rest of a checkpoint is the tokenizer and some kilobytes."""
+        return self.model + self.optimizer
+
+
+def checkpoint_bytes(config: ModelConfig) -> CheckpointBytes:
+    """Return the size of a checkpoint after a step, exact to the byte: 12 bytes a parameter, and the files' headers."""
+    model = build_on_meta(config)
+    parameters = dict(model.named_parameters())
+    weights = {name: tuple(t.shape) for name, t in {**parameters, **dict(model.named_buffers())}.items()}
+    optimizer = {
+        f"{name}.{part}": () if part == "step" else tuple(parameter.shape)
+        for name, parameter in parameters.items()
+        for part in ("step", "exp_avg", "exp_avg_sq")
+    }
+    return CheckpointBytes(_file_bytes(weights), _file_bytes(optimizer))
+
+
+def _file_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return the size of a safetensors file as ``tensor_files.write_tensors`` writes it: length, header, data."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + TensorSpec(name, shape, torch.float32).n_bytes
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = len(json.dumps(header).encode())
+    return 8 + text + -text % 8 + end

@@ -1,0 +1,136 @@
+"""GPUs by datasheet, by a user's figures and measured; layouts and what they refuse."""
+
+import dataclasses
+import time
+
+import pytest
+
+from moe_gpt.analysis.hardware import GPUS, Gpu, Parallelism, find_gpu, parse_gpu
+from moe_gpt.config import ModelConfig
+from moe_gpt.validation import InputError
+
+OWN = "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
+MODEL = ModelConfig(vocab_size=10, n_layers=6, n_heads=4, n_experts=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "flops", "bandwidth"),
+    [
+        ("a100-40gb", 40e9, 312e12, 1.555e12),
+        ("a100-80gb", 80e9, 312e12, 2.039e12),
+        ("h100", 80e9, 989.4e12, 3.35e12),
+        ("h200", 141e9, 989.4e12, 4.8e12),
+        ("b200", 180e9, 2250e12, 8e12),
+        ("rtx-4090", 24e9, 165.2e12, 1.008e12),
+    ],
+)
+def test_gpus_are_those_of_the_datasheets(name, memory, flops, bandwidth):
+    """Memory, dense bf16 speed and bandwidth of each datasheet, which is named."""
+    gpu = find_gpu(name)
+    assert (gpu.memory_bytes, gpu.bf16_flops, gpu.bandwidth) == (memory, flops, bandwidth)
+    assert gpu.name == name
+    assert "NVIDIA" in gpu.source
+
+
+def test_links_are_one_direction_and_faster_than_networks():
+    """NVLink's 600, 900 and 1,800 GB/s count both directions; ours is one."""
+    assert [GPUS[name].link for name in ("a100-80gb", "h100", "b200")] == [300e9, 450e9, 900e9]
+    assert all(gpu.network < gpu.link < gpu.bandwidth for gpu in GPUS.values())
+
+
+def test_find_gpu_lists_all_where_there_is_none():
+    """An unknown name is refused with every name there is, a user's own included."""
+    mine = parse_gpu(OWN)
+    with pytest.raises(InputError, match="no GPU 'a1000'.*a100-40gb, a100-80gb, h100, h200, b200, rtx-4090, mine, cpu"):
+        find_gpu("a1000", {"mine": mine})
+    assert find_gpu("mine", {"mine": mine}) is mine
+
+
+def test_parse_gpu_reads_a_users_figures():
+    """Every figure lands in its field; find_gpu takes the description, too."""
+    assert parse_gpu(OWN) == Gpu("mine", 96e9, 4e14, 2e12, 4e11, 5e10, "given by the user")
+    assert find_gpu(f" {OWN}, per_node=4".replace(",", " , ")).per_node == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("memory=96e9", "memory=0", "memory must be a number above 0, got 0"),
+        ("flops=4e14", "flops=-4e14", "flops must be a number above 0, got -4e14"),
+        ("link=4e11", "link=fast", "link must be a number above 0, got fast"),
+        ("link=4e11", "link=inf", "link must be a number above 0, got inf"),
+        (",network=5e10", "", "network must be given"),
+        ("bandwidth=2e12", "band=2e12", "'band' is none of name, memory, flops, bandwidth, link, network, per_node"),
+        ("bandwidth=2e12", "link=2e12", "link is given twice"),
+        ("bandwidth=2e12", "bandwidth", "bandwidth has no value"),
+        ("name=mine", "per_node=2.5", "per_node must be a whole number, got 2.5"),
+    ],
+)
+def test_parse_gpu_names_the_key_that_is_wrong(old, new, message):
+    """Every wrong figure is refused by its key, with its value, on one line."""
+    with pytest.raises(InputError) as error:
+        parse_gpu(OWN.replace(old, new))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_find_gpu_measures_the_cpu_within_a_second():
+    """``cpu`` has this machine's memory and a plausible speed, and says how they were measured."""
+    started = time.perf_counter()
+    cpu = find_gpu("cpu")
+    assert time.perf_counter() - started < 3  # a second where nothing else runs
+    assert 1e8 < cpu.bf16_flops < 1e14
+    assert 1e8 < cpu.memory_bytes < 1e14
+    assert "measured" in cpu.source
+
+
+def test_parallelism_leaves_spares():
+    """25,000 = 208 x 120 + 40."""
+    layout = Parallelism(25_000, tensor=8, pipeline=15)
+    assert (layout.model_gpus, layout.data_parallel, layout.used, layout.spares) == (120, 208, 24_960, 40)
+    assert layout.batch_ranks == 208
+
+
+def test_parallelism_experts_are_part_of_data_parallelism():
+    """With experts over 4 GPUs there are a quarter of their copies, and each GPU still reads text of its own."""
+    layout = Parallelism(64, tensor=2, pipeline=2, expert=4)
+    assert (layout.model_gpus, layout.data_parallel, layout.batch_ranks) == (16, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_gpus": 7}, "n_gpus must be at least tensor x pipeline x expert = 2 x 2 x 2 = 8, got 7"),
+        ({"tensor": 0}, "tensor must be a whole number of at least 1, got 0"),
+        ({"pipeline": -1, "expert": 1.5}, "pipeline must be a whole number of at least 1, got -1\nexpert must"),
+        ({"n_gpus": True}, "n_gpus must be a whole number of at least 1, got True"),
+        ({"zero": 4}, "zero must be one of 0, 1, 2, 3, fsdp, got 4"),
+    ],
+)
+def test_parallelism_refuses_what_cannot_be(changes, message):
+    """A line for each value that is wrong."""
+    with pytest.raises(InputError) as error:
+        dataclasses.replace(Parallelism(64, tensor=2, pipeline=2, expert=2), **changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "lines"),
+    [
+        ({"tensor": 3}, ["model.n_heads=4 must be a multiple of tensor, got tensor=3; choose one of 1, 2, 4"]),
+        (
+            {"pipeline": 4},
+            ["model.n_layers=6 must be a multiple of pipeline, got pipeline=4; choose one of 1, 2, 3, 6"],
+        ),
+        ({"expert": 3}, ["model.n_experts=8 must be a multiple of expert, got expert=3; choose one of 1, 2, 4, 8"]),
+        ({"tensor": 2, "pipeline": 3, "expert": 8}, []),
+    ],
+)
+def test_parallelism_check_names_what_a_model_does_not_divide(layout, lines):
+    """Heads by tensor, layers by pipeline, experts by expert size; one line each, with what would do."""
+    if not lines:
+        return Parallelism(64, **layout).check(MODEL)
+    with pytest.raises(InputError) as error:
+        Parallelism(64, **layout).check(MODEL)
+    assert str(error.value).splitlines() == lines
+    return None

@@ -1,0 +1,112 @@
+"""The plan as a whole: every section, for every config; JSON alone; bad input in a line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_gpt.analysis.hardware import Parallelism, find_gpu
+from moe_gpt.analysis.plan import PlanOptions, describe, plan_run
+from moe_gpt.analysis.quantities import to_json
+from moe_gpt.config_file import CONFIGS, load_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORTED = ["--config", "gpt4.yaml", "--n-gpus", "25000", "--tensor", "8", "--pipeline", "15", "--mfu", "0.34"]
+
+
+def plan_script(*arguments: str) -> subprocess.CompletedProcess:
+    """Run scripts/plan.py as a user would."""
+    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def options(**changes) -> PlanOptions:
+    """Return those of one A100."""
+    one = Parallelism(1)
+    return PlanOptions(**({"gpu": find_gpu("a100-80gb"), "layout": one, "serving": one, "tokens": 1e9} | changes))
+
+
+@pytest.mark.parametrize("path", CONFIGS.glob("*.yaml"), ids=lambda path: path.stem)
+def test_every_config_has_a_plan(path):
+    """Each number has a name of its own in its section, a formula and a source, and can be shown."""
+    sections = plan_run(load_run_config(str(path)), options(duration_seconds=1e6, budget=1e4))
+    assert len({section.name for section in sections}) == len(sections)
+    for section in sections:
+        names = [quantity.name for quantity in section.quantities]
+        assert len(set(names)) == len(names)
+        assert all(q.formula and q.source and q.label and q.shown() for q in section.quantities)
+    text = describe(sections)
+    assert "parameters.total" in text
+    assert {"mfu_from_duration", "tokens_from_budget", "memory", "communication"} <= set(to_json(sections))
+
+
+def test_reported_system():
+    """JSON alone on stdout, in base units, with the reports' totals."""
+    done = plan_script(*REPORTED, "--json")
+    assert done.stderr == ""
+    plan = json.loads(done.stdout)
+    assert plan["parameters"]["total"] == pytest.approx(1831e9, rel=0.01)
+    assert plan["parameters"]["active"] == pytest.approx(280e9, rel=0.01)
+    assert plan["parameters"]["attention"] == pytest.approx(55.8e9, rel=0.01)
+    assert plan["compute"]["six_n_d"] == pytest.approx(2.15e25, rel=0.02)
+    assert plan["compute"]["cost"] == pytest.approx(57e6, rel=0.01)
+    assert plan["memory"]["weights_average"] == pytest.approx(30.5e9, rel=0.01)
+    assert plan["kv_cache"]["per_token_this_model"] == 61_440
+    assert not any(
+        isinstance(value, str) and value[0].isdigit() for section in plan.values() for value in section.values()
+    )
+
+
+def test_number_can_be_questioned():
+    """--explain says how it is computed and where from."""
+    done = plan_script(*REPORTED, "--explain", "compute.six_n_d")
+    assert done.returncode == 0
+    assert "21.75 YFLOP" in done.stdout
+    assert "formula: " in done.stdout
+    assert "source: " in done.stdout
+
+
+def test_forecast_of_2020():
+    """Every input is printed and can be another."""
+    forecast = json.loads(plan_script("--extrapolate", "--json").stdout)["forecast"]
+    assert forecast["parameters"] == pytest.approx(175e9**2 / 1.5e9)
+    other = json.loads(plan_script("--extrapolate", "--json", "--set", "gpt3_parameters=1e11").stdout)["forecast"]
+    assert other["parameters"] == pytest.approx(1e22 / 1.5e9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [*REPORTED, "--n-gpus", "100"],
+            "n_gpus must be at least tensor x pipeline x expert = 8 x 15 x 1 = 120, got 100",
+        ),
+        ([*REPORTED, "--tensor", "5"], "model.n_heads=168 must be a multiple of tensor, got tensor=5"),
+        ([*REPORTED, "--pipeline", "7"], "model.n_layers=120 must be a multiple of pipeline, got pipeline=7"),
+        ([*REPORTED, "--gpu", "h900"], "there is no GPU 'h900'; choose one of a100-40gb"),
+        ([*REPORTED, "--mfu", "-1"], "mfu"),
+        ([*REPORTED, "--mfu", "34"], "mfu must be at most 1"),
+        ([*REPORTED, "--price", "0"], "price"),
+        ([*REPORTED, "--zero", "5"], "zero must be one of 0, 1, 2, 3, fsdp, got 5"),
+        ([*REPORTED, "--tokens", "0"], "tokens"),
+        ([*REPORTED, "--days", "-3"], "duration"),
+        ([*REPORTED, "--gpu-hours-between-failures", "0"], "gpu_hours_between"),
+        ([*REPORTED, "--acceptance", "2"], "acceptance"),
+        ([*REPORTED, "--explain", "totl"], "nearest: "),
+        ([*REPORTED, "--set", "a=1"], "--set is for --extrapolate"),
+        (["--extrapolate", "--set", "gpt5=1"], "there is no input 'gpt5'; choose one of "),
+        (["--extrapolate", "--set", "gpt3_parameters=many"], "--set takes NAME=NUMBER"),
+        (["--extrapolate", "--set", "gpt3_parameters=-1"], "gpt3_parameters"),
+        (["--json"], "--config is needed for a plan"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    """Status 2, the value, what would be right; nothing on stdout."""
+    done = plan_script(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr

@@ -1,0 +1,208 @@
+"""What a run computes, takes and costs: by hand, by the published figures, and inverted."""
+
+import math
+import random
+
+import pytest
+
+from moe_gpt.analysis.accounting import count_flops, count_parameters
+from moe_gpt.analysis.hardware import GPUS, Parallelism
+from moe_gpt.analysis.training_cost import (
+    Failures,
+    best_interval,
+    compute_section,
+    failures_section,
+    goodput,
+    mfu_from_duration,
+    stage_tokens,
+    tokens_from_budget,
+)
+from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
+from moe_gpt.config_file import load_run_config
+from moe_gpt.validation import InputError
+
+TINY = ModelConfig(vocab_size=10, n_layers=2, d_model=4, n_heads=2, head_dim=2, d_ff=3, n_experts=4, max_seq_len=64)
+STAGES = (
+    StageConfig(until_tokens=160, seq_len=16, batch_tokens=[16, 32]),
+    StageConfig(until_tokens=640, seq_len=32, batch_tokens=32),
+)
+SMALL = RunConfig(model=TINY, schedule=ScheduleConfig(stages=STAGES))
+A100, REPORTED = GPUS["a100-80gb"], Parallelism(25_000, tensor=8, pipeline=15)
+
+
+@pytest.fixture(scope="module")
+def gpt4() -> RunConfig:
+    """The reported system."""
+    return load_run_config("gpt4.yaml")
+
+
+def test_stage_tokens_cut_and_prolong():
+    """Fewer tokens end the run in a stage, more prolong the last one."""
+    assert stage_tokens(SMALL.schedule) == [(16, 160), (32, 480)]
+    assert stage_tokens(SMALL.schedule, 100) == [(16, 100)]
+    assert stage_tokens(SMALL.schedule, 160) == [(16, 160)]
+    assert stage_tokens(SMALL.schedule, 1000) == [(16, 160), (32, 840)]
+
+
+def test_stage_tokens_of_a_run_that_ends_with_its_data():
+    """A last stage without an end needs the tokens to be given."""
+    schedule = ScheduleConfig(stages=(STAGES[0], StageConfig(seq_len=32, batch_tokens=32)))
+    assert stage_tokens(schedule, 300) == [(16, 160), (32, 140)]
+    with pytest.raises(InputError, match=r"schedule.stages.1.until_tokens is null.*say how many tokens"):
+        stage_tokens(schedule)
+
+
+def test_compute_section_sums_stages_exactly():
+    """Each stage's tokens cost what its own sequence length makes them cost; 6 N D counts active parameters only."""
+    section = compute_section(SMALL, A100, Parallelism(1), 0.5, 2.0)
+    exact = 160 * count_flops(TINY, 16).training + 480 * count_flops(TINY, 32).training
+    assert section["training_flops"] == exact == section["stage_0_flops"] + section["stage_1_flops"]
+    assert section["six_n_d"] == 6 * count_parameters(TINY).active * 640
+    assert section["duration"] == pytest.approx(section["six_n_d"] / (312e12 * 0.5))
+    assert section["cost_with_scores"] == pytest.approx(exact / (312e12 * 0.5) / 3600 * 2)
+
+
+def test_compute_section_shows_flops_at_the_context():
+    """The context changes what is shown per token, and no total."""
+    default, long = (compute_section(SMALL, A100, Parallelism(1), 0.5, 1.0, context=c) for c in (None, 1000))
+    assert default["forward_attention_scores"] == count_flops(TINY, 32).attention_scores
+    assert long["forward_attention_scores"] == count_flops(TINY, 1000).attention_scores
+    assert long["training"] == long["forward"] + long["backward"] == 3 * long["forward"]
+    assert default["training_flops"] == long["training_flops"]
+
+
+def test_compute_section_of_the_reported_system(gpt4):
+    """6 N D is 2.15e25 to 2 %, 95 days and $57 M at 34 %; scores at 8k add 7.6 % to 6 N D; 40 spares are paid for."""
+    section = compute_section(gpt4, A100, REPORTED, 0.34, 1.0)
+    assert section["six_n_d"] == pytest.approx(2.15e25, rel=0.02)
+    assert section["duration"] / 86_400 == pytest.approx(95, abs=0.5)
+    assert section["cost"] == pytest.approx(57e6, rel=0.01)
+    assert section["forward_attention_scores"] / (2 * 278.88e9) == pytest.approx(0.076, abs=0.001)
+    assert section["forward"] == pytest.approx(0.56e12 * 1.076, rel=0.01)
+    assert section["cost"] < section["cost_with_scores"] < 1.076 * section["cost"]
+    assert "25,000 GPUs = 208 x 120 + 40" in section.notes[0]
+
+
+def test_compute_section_on_the_reported_h100s(gpt4):
+    """8,192 H100 x 55 days x $2 is $21.6 M; it takes an MFU of 56 % that the reports do not state."""
+    layout = Parallelism(8192, tensor=8, pipeline=15)
+    section = mfu_from_duration(gpt4, GPUS["h100"], layout, 55 * 86_400)
+    assert section["mfu"] == pytest.approx(0.565, abs=0.005)
+    cost = compute_section(gpt4, GPUS["h100"], layout, section["mfu"], 2.0)["cost"]
+    assert cost == pytest.approx(21.5e6, rel=0.01)
+
+
+def test_mfu_from_duration_inverts_the_duration(gpt4):
+    """The duration that an MFU gives gives that MFU back, and says where none is possible."""
+    duration = compute_section(gpt4, A100, REPORTED, 0.34, 1.0)["duration"]
+    section = mfu_from_duration(gpt4, A100, REPORTED, duration)
+    assert section["mfu"] == pytest.approx(0.34)
+    assert section["mfu"] < section["mfu_with_scores"]
+    assert "more than its peak" in mfu_from_duration(gpt4, A100, REPORTED, duration / 3).notes[-1]
+
+
+@pytest.mark.parametrize("tokens", [100, 640, 5000])
+def test_tokens_from_budget_invert_the_cost(tokens):
+    """What a number of tokens costs buys that number, in the first stage, at the end and beyond."""
+    layout = Parallelism(3)
+    section = compute_section(SMALL, A100, layout, 0.4, 1.5, tokens=tokens)
+    by_6nd = tokens_from_budget(SMALL, A100, layout, 0.4, 1.5, section["cost"])
+    exact = tokens_from_budget(SMALL, A100, layout, 0.4, 1.5, section["cost_with_scores"])
+    assert by_6nd["tokens"] == pytest.approx(tokens)
+    assert by_6nd["duration"] == pytest.approx(section["duration"])
+    assert exact["tokens_with_scores"] == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mfu": 0}, "mfu must be a number above 0, got 0"),
+        ({"mfu": 34}, "mfu must be at most 1 .*, got 34"),
+        ({"price_per_gpu_hour": -1}, "price must be a number above 0, got -1"),
+        ({"tokens": 0}, "tokens must be a number above 0, got 0"),
+        ({"context": -5}, "context must be a number above 0, got -5"),
+        ({"layout": Parallelism(8, tensor=4)}, "model.n_heads=2 must be a multiple of tensor, got tensor=4"),
+    ],
+)
+def test_compute_section_refuses_bad_values(arguments, message):
+    """What is negative, zero, too large or indivisible is named with its value."""
+    good = {"mfu": 0.5, "price_per_gpu_hour": 1.0, "layout": Parallelism(1)}
+    with pytest.raises(InputError, match=message):
+        compute_section(SMALL, A100, **(good | arguments))
+
+
+def test_failures_default_is_llama_3s():
+    """Llama 3 (arXiv 2407.21783, table 5): 419 unexpected interruptions in 54 days of 16,384 GPUs."""
+    assert Failures().gpu_hours_between == pytest.approx(54 * 24 * 16_384 / 419, rel=0.02)
+
+
+def test_best_interval_by_hand():
+    """Young 1974: sqrt(2 delta M): 60 s to save and a failure every 3 hours make 1,138 s."""
+    assert best_interval(3 * 3600, 60) == pytest.approx(math.sqrt(2 * 60 * 10_800)) == pytest.approx(1138.4, abs=0.1)
+
+
+def test_goodput_without_failures_is_what_saving_leaves():
+    """With failures ever rarer, 900 s of work to 100 s of saving make 90 %."""
+    assert goodput(900, 1e12, 100, 1000) == pytest.approx(0.9)
+    assert goodput(900, 1e-3, 100, 1000) == 0
+
+
+def test_goodput_is_the_expected_share_of_simulated_runs():
+    """A simulation of exponential failures agrees within five standard errors (1 % here)."""
+    generator, interval, between, saving, restart = random.Random(0), 900.0, 3600.0, 60.0, 300.0
+    spent = 0.0
+    segments = 20_000
+    for _ in range(segments):
+        needed = interval + saving
+        while (failure := generator.expovariate(1 / between)) < needed:
+            spent += failure
+            while (again := generator.expovariate(1 / between)) < restart:  # it may fail while it restarts
+                spent += again
+            spent += restart
+        spent += needed
+    assert goodput(interval, between, saving, restart) == pytest.approx(segments * interval / spent, rel=0.01)
+
+
+def test_best_interval_is_near_the_best_goodput():
+    """Young's interval loses at most a thousandth to the best of the exact model, where failures are rare."""
+    between, saving = 7200.0, 30.0
+    exact = max(goodput(seconds, between, saving, 600) for seconds in range(100, 3000, 5))
+    assert goodput(best_interval(between, saving), between, saving, 600) == pytest.approx(exact, rel=1e-3)
+
+
+def test_failures_section_counts_working_gpus_and_pays_for_all():
+    """24,960 GPUs that each fail every 50,000 hours stop every 2.0 hours; the 40 spares are paid, and never fail."""
+    section = failures_section(REPORTED, 0.34, 1.0, 95 * 86_400)
+    assert section["seconds_between_failures"] == pytest.approx(50_000 * 3600 / 24_960)
+    assert section["effective_mfu"] == pytest.approx(0.34 * section["goodput"])
+    assert section["duration_with_failures"] == pytest.approx(95 * 86_400 / section["goodput"])
+    assert section["cost_with_failures"] == pytest.approx(25_000 * section["duration_with_failures"] / 3600)
+    worse = failures_section(REPORTED, 0.34, 1.0, 95 * 86_400, Failures(interval_seconds=6 * 3600))
+    assert worse["goodput"] < 0.5 * section["goodput"]
+
+
+def test_failures_section_of_a_run_that_never_ends():
+    """Where failures come faster than restarts the goodput is 0 and the note says so."""
+    section = failures_section(REPORTED, 0.34, 1.0, 1e6, Failures(gpu_hours_between=1e-6))
+    assert section["goodput"] == 0
+    assert "never ends" in section.notes[0]
+
+
+def test_failures_refuse_what_is_not_positive():
+    """A value of zero is refused by its name."""
+    with pytest.raises(InputError, match="restart_seconds must be a number above 0, got 0"):
+        Failures(restart_seconds=0)
+
+
+def test_sections_have_units_sources_and_unique_names(gpt4):
+    """Every quantity has a formula and a source, and a name of its own within its section."""
+    sections = [
+        compute_section(gpt4, A100, REPORTED, 0.34, 1.0),
+        failures_section(REPORTED, 0.34, 1.0, 1e6),
+        mfu_from_duration(gpt4, A100, REPORTED, 1e6),
+        tokens_from_budget(gpt4, A100, REPORTED, 0.34, 1.0, 1e6),
+    ]
+    for section in sections:
+        names = [quantity.name for quantity in section.quantities]
+        assert len(set(names)) == len(names)
+        assert all(q.formula and q.source and q.label and q.shown() for q in section.quantities)
