@@ -428,7 +428,7 @@ class TrainConfig(Section):
     record_every_steps: CountOrZero = 50
     """Optimizer steps between recordings of what the routers did and how large weights and updates are; 0 is never."""
     record_tokens: CountOrZero = 2048
-    """Held-out tokens of each source whose experts are kept at every evaluation, for reports; 0 is none."""
+    """Held-out tokens of each source whose experts and gradients every evaluation keeps, for reports; 0 is none."""
     sample_tokens: CountOrZero = 48
     """Tokens generated after each source's prompt at every evaluation; 0 is none."""
     report: Flag = True

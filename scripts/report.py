@@ -35,6 +35,10 @@ def main() -> None:
     path = arguments.out or folder / "report.html"
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out must be a file that ends in .html, got {path}")
+    folders = [run.resolve() for run in arguments.runs]
+    twice = [run for run, folder in zip(arguments.runs, folders, strict=True) if folders.count(folder) > 1]
+    if twice:
+        raise InputError(f"{twice[0]} is given more than once: its seed would count as several")
     runs = [read_run(run) for run in arguments.runs]
     write_report(runs, path)
     for run in runs:

@@ -305,8 +305,11 @@ def _choose_metric(runs: Sequence[_Run], notes: list[str]) -> _Metric:
     unknown = ", ".join(run.label for run in runs if run.records.tokenizer_digest is None)
     digests = {run.records.tokenizer_digest for run in runs} - {None}
     if len(digests) > 1:
-        names = ", ".join(run.label for run in runs)
-        notes.append(f"{names} were tokenised differently; loss per token cannot be compared, bits per byte can")
+        groups: dict[str | None, list[str]] = {}
+        for run in runs:
+            groups.setdefault(run.records.tokenizer_digest, []).append(run.label)
+        names = " against ".join(", ".join(labels) for digest, labels in groups.items() if digest)
+        notes.append(f"{names}: tokenised differently, so that loss per token cannot be compared; bits per byte can")
         return _BITS
     if unknown and len(runs) > 1:
         text = f"how {unknown} was tokenised is not known"

@@ -285,11 +285,18 @@ def _parts_of_several(runs: Sequence[RunRecords]) -> Iterator[Part]:
     yield Part(
         "comparison",
         "Comparison",
-        text=list(comparison.notes),
+        text=[*(picture.alt for picture in comparison.pictures), *comparison.notes],
         pictures=comparison.pictures,
-        tables=[("At the end", comparison.final), ("Settings that differ", comparison.differences)],
+        tables=[("At the end", _turned(comparison.final)), ("Settings that differ", comparison.differences)],
     )
     for number, run in enumerate(runs, 1):
-        part = Part(f"run-{number}", f"Run {run.name}", answers=summarise(run))
+        part = Part(f"run-{number}", f"Run {run.name}", answers=summarise(run, is_compared=True))
         part.add("tables", _validation_table, run)
         yield part
+
+
+def _turned(table: Table) -> Table:
+    """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
+    first, *others = table.columns
+    rows = [(name, *(row[place] for row in table.rows)) for place, name in enumerate(others, 1)]
+    return Table((first, *(row[0] for row in table.rows)), rows)

@@ -125,16 +125,10 @@ def read_run(run_dir: str | Path) -> RunRecords:
     evaluations = [line for line in lines if any(key.startswith("val/") for key in line)]
     records = [line for line in lines if isinstance(line.get("groups"), dict)]
     tokenizer, digest = _read_tokenizer(folder / "tokenizer.json", config, notes)
-    arrays = list(_read_arrays(folder, notes))
+    arrays = list(_read_arrays(folder, _section(config, "model"), notes))
     is_dense = _section(config, "model").get("n_experts") == 1
-    if not evaluations:
-        notes.append("no evaluation: the run has not reached its first")
-    elif not arrays:
-        notes.append("no arrays of evaluations (evaluations/*.safetensors): nothing about which tokens go where")
-    if not records:
-        notes.append("no recorded steps: the run is shorter than train.record_every_steps, or from an older version")
-    elif not is_dense and not any("routing" in record for record in records):
-        notes.append("no recorded routing, though the model has experts")
+    if lines:
+        notes += _what_is_missing(evaluations, records, arrays, _section(config, "train"), is_dense)
     return RunRecords(
         name=folder.resolve().name,
         run_dir=folder,
@@ -148,6 +142,32 @@ def read_run(run_dir: str | Path) -> RunRecords:
         tokenizer_digest=digest,
         notes=notes,
     )
+
+
+def _what_is_missing(
+    evaluations: list[dict[str, Any]],
+    records: list[dict[str, Any]],
+    arrays: list[EvaluationArrays],
+    train: dict[str, Any],
+    is_dense: bool,
+) -> Iterator[str]:
+    """Say in words what a report would need and the run has not recorded, and which setting is why."""
+    without_arrays = {line["step"] for line in evaluations} - {found.step for found in arrays}
+    if not evaluations:
+        yield "no evaluation: the run has not reached its first"
+    elif not arrays:
+        yield "no arrays of evaluations (evaluations/*.safetensors): nothing about which tokens go where"
+    elif without_arrays:
+        steps = ", ".join(map(str, sorted(without_arrays)))
+        yield f"no arrays of the evaluations after steps {steps}: what is said about experts is of other evaluations"
+    if arrays and not is_dense and not any(found.slices for found in arrays):
+        yield "no experts of single tokens, and no gradients of cross entropy (train.record_tokens is 0)"
+    if train.get("record_every_steps") == 0:
+        yield "no recorded steps (train.record_every_steps is 0)"
+    elif not records:
+        yield "no recorded steps: the run is shorter than train.record_every_steps, or from an older version"
+    elif not is_dense and not any("routing" in record for record in records):
+        yield "no recorded routing, though the model has experts"
 
 
 def _section(settings: dict[str, Any], key: str) -> dict[str, Any]:
@@ -204,7 +224,7 @@ def _read_tokenizer(path: Path, config: dict[str, Any], notes: list[str]) -> tup
         return None, None
 
 
-def _read_arrays(folder: Path, notes: list[str]) -> Iterator[EvaluationArrays]:
+def _read_arrays(folder: Path, model: dict[str, Any], notes: list[str]) -> Iterator[EvaluationArrays]:
     for path in sorted(folder.glob(EVALUATION_FILES)):
         try:
             arrays, step = load_file(path), int(path.stem.removeprefix("step_"))
@@ -215,13 +235,19 @@ def _read_arrays(folder: Path, notes: list[str]) -> Iterator[EvaluationArrays]:
         for name, array in arrays.items():
             source, _, kind = name.rpartition("/")
             by_kind.setdefault(kind, {})[source] = array
+        counts = by_kind.get("tokens_per_expert", {})
+        shape = (model.get("n_layers"), model.get("n_experts"))
+        if model and any(found.shape != shape for found in counts.values()):
+            text = f"it has not {shape[0]} layers of {shape[1]} experts"
+            notes.append(f"{path.name} is of another model, and left out: {text}")
+            continue
         choices = by_kind.get("choices", {})
         routers, experts = arrays.get("gradients/routers"), arrays.get("gradients/experts")
         yield EvaluationArrays(
             step=step,
             nats=by_kind.get("nats", {}),
             counts=by_kind.get("counts", {}),
-            tokens_per_expert=by_kind.get("tokens_per_expert", {}),
+            tokens_per_expert=counts,
             slices={s: Slice(tokens, choices[s]) for s, tokens in by_kind.get("tokens", {}).items() if s in choices},
             gradients=Gradients(routers, experts) if routers is not None and experts is not None else None,
         )

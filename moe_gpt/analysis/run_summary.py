@@ -18,8 +18,8 @@ from moe_gpt.config import FaultConfig, ModelConfig
 from moe_gpt.validation import Section
 
 SectionType = TypeVar("SectionType", bound=Section)
-_HARDLY, _CLEARLY = 0.5, 5.0
-"""Domain information in percent: below the one experts are called much alike, above the other clearly different."""
+_HARDLY, _CLEARLY = 4.0, 10.0
+"""Domain information in percent: an untrained router, whose choices follow token ids, has 1 to 4."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,21 @@ class Answer:
     because: list[str]
 
 
-def summarise(run: RunRecords) -> list[Answer]:
-    """Return the answers that a reader wants within a minute."""
+def summarise(run: RunRecords, is_compared: bool = False) -> list[Answer]:
+    """Return the answers that a reader wants within a minute.
+
+    Args:
+        run: as recorded.
+        is_compared: whether other runs are beside it, which say whether experts were worth it.
+    """
     answers = [_answer("What was trained?", _what, run), _answer("Did it learn?", _learned, run)]
     if not is_dense(run):
         between = f"{run.sources[0]} and {run.sources[1]}" if len(run.sources) == 2 else "sources"
         answers.append(_answer("Are the experts used?", _used, run))
         answers.append(_answer(f"Do the experts differ between {between}?", _differ, run))
         answers.append(_answer("Is the router healthy?", _healthy, run))
-        answers.append(_answer("Was it worth it against dense?", _against_dense, run))
+        if not is_compared:
+            answers.append(_answer("Was it worth it against dense?", _against_dense, run))
     answers.append(_answer("Did anything go wrong?", _went_well, run))
     return answers
 
@@ -89,7 +95,7 @@ def _what(run: RunRecords) -> tuple[str, list[str]]:
     steps = max((line["step"] for line in [*run.steps[-1:], *run.evaluations[-1:]]), default=0)
     tokens = max((line.get("tokens_seen") or 0 for line in [*run.steps[-1:], *run.evaluations[-1:]]), default=0)
     total = next((stage.get("until_tokens") for stage in reversed(stages_of(run))), None)
-    short = f"{format_count(tokens)} tokens in {steps:,} steps"
+    short = f"{format_count(tokens)} tokens in {steps:,} step{'s' * (steps != 1)}"
     if total and tokens < total:
         short = f"{short}: {100 * tokens / total:.0f} % of the plan, the run is not finished"
     because = [_shape(run)]
@@ -126,7 +132,7 @@ def _learned(run: RunRecords) -> tuple[str, list[str]]:
         _, bits = run.scores(source, "bits_per_byte")
         last, first = float(losses[-1]), float(losses[0])
         in_bytes = f", {format_number(float(bits[-1]))} bits per byte" if len(bits) else ""
-        text = f"{source}: {last:.3f} nats per token at the end (perplexity {perplexity(last)}{in_bytes})"
+        text = f"{source}: {last:.3f} nats per token at the last evaluation (perplexity {perplexity(last)}{in_bytes})"
         because.append(f"{text}, {first:.3f} at the first evaluation." if len(losses) > 1 else f"{text}.")
         verdicts.append(last < 0.9 * (guess or math.inf) and (len(losses) == 1 or last < 0.97 * first))
     if not verdicts:
@@ -180,7 +186,8 @@ def _differ(run: RunRecords) -> tuple[str, list[str]]:
     span = f"{low:.2g} to {high:.2g} %" if low < high else f"{high:.2g} %"
     because = [
         f"Knowing which expert got a token tells {span} of what there is to know about whether it is {names}, by layer "
-        "(0 %: all experts see the same mixture; 100 %: sources share no expert).",
+        f"(0 %: all experts see the same mixture; 100 %: sources share no expert). An untrained router has 1 to "
+        f"{_HARDLY:.0f} %, because sources have tokens of their own; from {_CLEARLY:.0f} % on this page says clearly.",
     ]
     return short, because
 
@@ -239,12 +246,11 @@ def _went_well(run: RunRecords) -> tuple[str, list[str]]:
         texts.append(f"{len(skipped):,} {were} skipped {why}.")
     if any(dropped):
         texts.append(f"Full experts dropped {100 * float(np.mean(dropped)):.2g} % of the assignments in the mean.")
-    if resumes:
-        texts.append(f"The run was resumed {resumes} time{'s' * (resumes > 1)}.")
     if other:
         kinds = sorted({str(event.get("kind")) for event in other})
         s = "s" * (len(other) > 1)
         texts.append(f"{len(other)} warning{s} or other event{s}: {', '.join(kinds)} (see Events).")
     texts += [sentence(f"Missing: {note}") for note in run.notes]
     quiet = "Nothing was skipped, dropped or warned about; nothing is missing."
-    return "See below" if texts else "No", texts or [quiet]
+    resumed = [f"The run was resumed {resumes} time{'s' * (resumes > 1)}."] if resumes else []
+    return "See below" if texts else "No", [*(texts or [quiet]), *resumed]

@@ -28,6 +28,7 @@ from moe_gpt.train.optimizer import build_optimizer
 from moe_gpt.train.run_folder import check_checkpoints_are_there, check_not_in_use, check_writable, refuse_existing_run
 from moe_gpt.train.schedule import Schedule
 from moe_gpt.train.step import TrainState
+from moe_gpt.train.tracking import require_tracker
 from moe_gpt.validation import InputError
 
 
@@ -115,6 +116,7 @@ def set_up_run(
     elif initial:
         how = UPCYCLED if initial.is_upcycled_into(config.model) else ""
         facts = facts._replace(initialised_from=f"{initial.path}{how}")
+    require_tracker(config.tracking)
     _warn_of_memory(config, device, precision, say)
     state = build_state(config, device)
     if saved:

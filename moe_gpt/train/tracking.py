@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import html
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -68,6 +69,24 @@ def open_tracker(
     return _Guarded(name, openers[name], say)
 
 
+def require_tracker(name: TrackerName) -> None:
+    """See that the tracker's package is there, before anything is written.
+
+    Raises:
+        InputError: where it is not.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise _missing(name)
+
+
+def _missing(package: str) -> InputError:
+    requirement = {"tensorboard": "'moe_gpt[track]'"}.get(package, package)
+    return InputError(
+        f"tracking={package} needs the package {package}, which is not installed; run pip install {requirement}, or "
+        "set tracking=none"
+    )
+
+
 class _Nowhere:
     """Does nothing."""
 
@@ -120,7 +139,7 @@ class _TensorBoard:
     """Writes event files below the run's directory."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_at: int | None) -> None:
-        _import("tensorboard", "'moe_gpt[track]'")
+        _import("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         # events of purge_step itself are hidden too, and resumed_at is a step that is not done again
@@ -144,7 +163,7 @@ class _WeightsAndBiases:
     """Sends to the service that ``wandb login`` or the environment names."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]) -> None:
-        self._wandb = _import("wandb", "wandb")
+        self._wandb = _import("wandb")
         folder = run_dir.resolve()
         self._run = self._wandb.init(
             project="moe_gpt",
@@ -168,16 +187,13 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
-def _import(package: TrackerName, requirement: str) -> Any:
+def _import(package: TrackerName) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:  # installed, but something that it needs is not
             raise
-        raise InputError(
-            f"tracking={package} needs the package {package}, which is not installed; "
-            f"run pip install {requirement}, or set tracking=none"
-        ) from None
+        raise _missing(package) from None
 
 
 def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:

@@ -169,7 +169,7 @@ def test_other_tokenizers_refuse_nats(rendered):
     assert all("bits per byte" in p.svg for p in comparison.pictures)
     assert cells(comparison, "prose (bits per byte)") == ["0.5", "0.5"]
     [note] = comparison.notes
-    assert note.startswith("a, b were tokenised differently; loss per token cannot be compared, bits per byte can")
+    assert note.startswith("a against b: tokenised differently, so that loss per token cannot be compared")
 
 
 def test_an_unknown_tokenizer_refuses_nats():

@@ -80,7 +80,10 @@ def test_report_answers_what_a_reader_asks_first(whole):
     text = text_of(whole.read_text())
     assert "What was trained? 3k tokens in 30 steps" in text
     assert "Did it learn? Yes" in text
-    assert "prose: 2.000 nats per token at the end (perplexity 7.389, 1 bits per byte), 3.912 at the first" in text
+    assert (
+        "prose: 2.000 nats per token at the last evaluation (perplexity 7.389, 1 bits per byte), 3.912 at the first"
+        in text
+    )
     assert "would cost 3.912 nats" in text
     assert "Are the experts used? Yes, all of them" in text
     assert "has 1 to 1.5 times the mean load (most in layer 1)" in text

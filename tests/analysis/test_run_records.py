@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 from small_runs import change, run_training
 
 from moe_gpt.analysis.run_records import read_run
@@ -117,3 +118,35 @@ def test_what_is_no_run_is_refused(tmp_path, make):
     make(tmp_path / "there")
     with pytest.raises(InputError, match="there"):
         read_run(tmp_path / "there")
+
+
+def test_arrays_that_do_not_belong_are_left_out(run_dir):
+    """Another model's file by its shape, and an evaluation without a file by its step: both are said."""
+    last = run_dir / "evaluations" / "step_00000026.safetensors"
+    arrays = load_file(last)
+    arrays["prose/tokens_per_expert"] = np.zeros((7, 3), dtype=np.int64)
+    last.write_bytes(save(arrays))
+    run = read_run(run_dir)
+    assert [found.step for found in run.arrays] == [0, 13]
+    assert (
+        run.notes[0] == "step_00000026.safetensors is of another model, and left out: it has not 2 layers of 4 experts"
+    )
+    assert run.notes[1].startswith("no arrays of the evaluations after steps 26: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"record_every_steps": 0}, "no recorded steps"),
+        (
+            {"record_tokens": 0},
+            "no experts of single tokens, and no gradients of cross entropy (train.record_tokens is 0)",
+        ),
+    ],
+)
+def test_what_was_not_wanted_is_said_so(small_config, tmp_path, settings, note):
+    """By the setting, not as a fault."""
+    run_training(change(small_config, "train", **settings), tmp_path)
+    (found,) = read_run(tmp_path).notes
+    assert found.startswith(note)
+    assert found.endswith(f"(train.{next(iter(settings))} is 0)")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import math
 import sys
 from types import ModuleType
 
 import pytest
+from small_runs import run_training
 
 from moe_gpt.train.tracking import open_tracker, tracked_values
 from moe_gpt.validation import InputError
@@ -286,3 +289,13 @@ def test_package_that_lacks_a_part_is_told_and_not_raised(tmp_path, monkeypatch)
     use_everything(open_tracker("wandb", tmp_path, {}, said.append))
     (line,) = said
     assert "No module named 'a_part_that_is_missing'" in line
+
+
+def test_missing_package_is_found_before_a_run_is_written(small_config, tmp_path):
+    """Nothing is left behind that would be in the way of the same command without the tracker."""
+    config = dataclasses.replace(small_config, tracking="wandb")
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(InputError, match="tracking=wandb needs the package wandb, which is not installed"):
+        run_training(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
