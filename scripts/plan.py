@@ -44,7 +44,7 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--zero", default="1", help="0, 1, 2, 3 or fsdp (default: 1)")
     group.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation (default: 0.4)")
     group.add_argument("--price", type=float, default=1.0, help="dollars per GPU-hour (default: 1)")
-    group.add_argument("--context", type=count_argument, help="positions a token sees (default: the last stage's)")
+    group.add_argument("--context", type=count_argument, help="of FLOPs per token and of serving (default: last stage)")
     group.add_argument("--tokens", type=float, help="training tokens (default: the schedule's)")
     group.add_argument("--days", type=float, help="also: the MFU of a run that took so many days")
     group.add_argument("--budget", type=float, help="also: the tokens that so many dollars pay for")
@@ -76,9 +76,14 @@ def main() -> None:
 
     from moe_gpt.analysis.plan import describe
     from moe_gpt.analysis.quantities import explain, to_json
+    from moe_gpt.validation import InputError
 
+    if arguments.explain is not None and arguments.json:
+        raise InputError("--explain is for people: give it without --json")
+    if arguments.extrapolate and arguments.config:
+        raise InputError(f"--extrapolate takes no config, got --config {arguments.config}")
     sections = forecast(arguments.set) if arguments.extrapolate else plan(arguments)
-    if arguments.explain:
+    if arguments.explain is not None:
         print(explain(sections, arguments.explain))
     elif arguments.json:
         print(json.dumps(to_json(sections), indent=2))
@@ -100,11 +105,12 @@ def plan(arguments: argparse.Namespace) -> list:
     a = arguments
     zero: Any = int(a.zero) if a.zero.isdecimal() else a.zero
     n_gpus = a.tensor * a.pipeline * a.expert if a.n_gpus is None else a.n_gpus
-    tensor, pipeline = a.serve_tensor or a.tensor, a.serve_pipeline or a.pipeline
+    tensor = a.tensor if a.serve_tensor is None else a.serve_tensor
+    pipeline = a.pipeline if a.serve_pipeline is None else a.serve_pipeline
     options = PlanOptions(
         gpu=find_gpu(a.gpu),
         layout=Parallelism(n_gpus, a.tensor, a.pipeline, a.expert, zero),
-        serving=Parallelism(a.serve_gpus or tensor * pipeline, tensor, pipeline),
+        serving=Parallelism(tensor * pipeline if a.serve_gpus is None else a.serve_gpus, tensor, pipeline),
         mfu=a.mfu,
         price=a.price,
         context=a.context,

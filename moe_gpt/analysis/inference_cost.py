@@ -17,6 +17,8 @@ from moe_gpt.analysis.hardware import Gpu, check_positive
 from moe_gpt.config import ModelConfig
 from moe_gpt.validation import InputError
 
+_MOST_DRAFTED = 1000
+
 
 class Layout(NamedTuple):
     """How one copy of the model is spread: each layer over ``tensor`` GPUs, the layers over ``pipeline`` stages."""
@@ -308,8 +310,8 @@ def _check_choice(n_experts: int, top_k: int, n_tokens: int) -> None:
 def _check_speculation(acceptance: float, gamma: int) -> None:
     if not 0 <= acceptance <= 1:
         raise InputError(f"acceptance must be a probability from 0 to 1, got {acceptance}")
-    if gamma < 0 or gamma != int(gamma):
-        raise InputError(f"gamma must be a whole number of at least 0, got {gamma}")
+    if not 0 <= gamma <= _MOST_DRAFTED or gamma != int(gamma):
+        raise InputError(f"gamma must be a whole number from 0 to {_MOST_DRAFTED}, got {gamma}")
 
 
 def require_count(**values: int) -> None:

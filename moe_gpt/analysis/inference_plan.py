@@ -162,7 +162,7 @@ def _speed_section(
         Quantity("spare_gpus", spares, "GPUs", "GPUs left over", "n_gpus mod (tensor · pipeline)", "given"),
         Quantity(
             "bytes_read_alone", alone.weight_bytes + alone.cache_bytes, "bytes", "read per token at batch 1",
-            "active weights + cache", _ROOFLINE,
+            "active weights + cache; each tensor-parallel GPU reads a shared key-value head for itself", _ROOFLINE,
         ),
         Quantity("seconds_per_token_alone", alone_seconds, "seconds", "time per token at batch 1", reads, _ROOFLINE),
         Quantity(

@@ -66,6 +66,14 @@ def plan_run(config: RunConfig, options: PlanOptions) -> list[PlanSection]:
     compute = compute_section(
         config, gpu, layout, options.mfu, options.price, options.tokens, options.context, counts=counts
     )
+    batch = max(config.schedule.stages[-1].batch_range)
+    sequences = options.micro_batch_sequences * config.schedule.stages[-1].seq_len
+    if layout.batch_ranks * sequences > batch:
+        idle = f"{layout.batch_ranks:,} ranks share {batch / sequences:,.4g} micro-batches: the rest of them idles"
+        compute = dataclasses.replace(
+            compute,
+            notes=[f"{idle}, so duration and cost are out of reach: use fewer GPUs or a larger batch.", *compute.notes],
+        )
     recompute = config.train.activation_checkpointing if options.recompute is None else options.recompute
     context = options.context or config.schedule.stages[-1].seq_len
     serving = options.serving

@@ -122,14 +122,20 @@ _FORMATS: dict[str, Callable[[float], str]] = {
 
 
 def to_json(sections: Iterable[PlanSection]) -> dict[str, dict[str, Any]]:
-    """Return ``{section: {name: value}}`` in base units; what is not finite is null, as JSON has no infinity."""
-    return {
+    """Return ``{section: {name: value}}`` in base units; what is not finite is null, as JSON has no infinity.
+
+    Sections with notes have them in ``notes``: ``{section: [text]}``.
+    """
+    sections = list(sections)
+    notes = {section.name: list(section.notes) for section in sections if section.notes}
+    values: dict[str, dict[str, Any]] = {
         section.name: {
             q.name: None if isinstance(q.value, float) and not math.isfinite(q.value) else q.value
             for q in section.quantities
         }
         for section in sections
     }
+    return {**values, "notes": notes} if notes else values
 
 
 def explain(sections: Sequence[PlanSection], name: str) -> str:

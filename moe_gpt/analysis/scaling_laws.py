@@ -15,6 +15,7 @@ from moe_gpt.analysis.accounting import count_parameters
 from moe_gpt.analysis.hardware import check_positive
 from moe_gpt.analysis.quantities import PlanSection, Quantity
 from moe_gpt.config import ModelConfig
+from moe_gpt.validation import InputError
 
 FLOPS_PER_PF_DAY = 8.64e19
 """1e15 FLOP/s for a day (arXiv 2001.08361, section 1.3)."""
@@ -226,6 +227,7 @@ def optimal_section(flops_budget: float) -> PlanSection:
         title="Parameters and tokens that spend the budget best (dense models)",
         quantities=quantities,
         notes=[
+            "Kaplan's N and D are two fits of their own: their 6 N D is not the budget.",
             "Chinchilla's third approach, with its constants rounded as printed, asks for fewer parameters than the "
             "paper's own figures: 32 B instead of 40 B for Gopher's 5.76e23 FLOPs. Its first approach says 67 B.",
             "The optimum is the lowest loss for the training budget; a model that will serve many tokens is better "
@@ -265,11 +267,16 @@ def extrapolate(
     """
     inputs = _forecast_inputs(dict(locals()))
     _require_positive(**{quantity.name: quantity.value for quantity in inputs})  # type: ignore[arg-type]
-    parameters = gpt3_parameters * (gpt3_parameters / gpt2_parameters)
-    loss = PowerLaw(parameter_scale, parameter_exponent).loss(parameters)
-    flops = (compute_coefficient / loss) ** (1 / compute_exponent) * FLOPS_PER_PF_DAY
-    tokens = PowerLaw(token_scale, token_exponent).needed_for(loss)
-    cost = gpt3_cost_dollars * flops / gpt3_flops
+    try:
+        parameters = gpt3_parameters * (gpt3_parameters / gpt2_parameters)
+        loss = PowerLaw(parameter_scale, parameter_exponent).loss(parameters)
+        flops = (compute_coefficient / loss) ** (1 / compute_exponent) * FLOPS_PER_PF_DAY
+        tokens = PowerLaw(token_scale, token_exponent).needed_for(loss)
+        cost = gpt3_cost_dollars * flops / gpt3_flops
+    except (OverflowError, ZeroDivisionError):
+        raise InputError(
+            "these inputs give a forecast beyond every number; take exponents nearer to 0.05 to 0.1"
+        ) from None
     ours = "the forecast's assumption"
     return PlanSection(
         name="forecast",
@@ -299,8 +306,8 @@ def extrapolate(
         notes=[
             "A forecast as it was made, not advice: Kaplan's laws grow the model too fast (see optimal_size), and "
             "C, N and D need not satisfy C = 6 N D, since three separate fits give them.",
-            "L(N) is the loss of a model trained until it learns no more. By the same method GPT-3 itself would have "
-            "taken 5 times the compute that it took.",
+            "L(N) is the loss of a model trained until it learns no more. With the default inputs GPT-3 would have taken "
+            "5 times the compute that it took.",
         ],
     )  # fmt: skip
 

@@ -25,6 +25,10 @@ _MFU = "PaLM, arXiv 2204.02311, section 4.1; here of all GPUs paid for, spares i
 _DALY = "Daly 2006 (Future Generation Computer Systems 22), complete model for exponential failures"
 
 
+_MOST_TOKENS = 1e20
+"""More is a slip of the keyboard, and beyond what numbers of eight bytes add up exactly."""
+
+
 class StageTokens(NamedTuple):
     """A stage of the schedule that is trained on."""
 
@@ -65,11 +69,15 @@ def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[
     Raises:
         InputError: where the last stage ends with the data, whose size is not known here, and no tokens are given.
     """
-    end = schedule.stages[-1].until_tokens if tokens is None else round(check_positive("tokens", tokens))
+    end = schedule.stages[-1].until_tokens
+    if tokens is not None:
+        if not 1 <= check_positive("tokens", tokens) <= _MOST_TOKENS:
+            raise InputError(f"tokens must be from 1 to {_MOST_TOKENS:.0e}, got {tokens:g}")
+        end = round(tokens)
     if end is None:
         raise InputError(
             f"schedule.stages.{len(schedule.stages) - 1}.until_tokens is null, one big epoch of the data; "
-            "say how many tokens to plan for"
+            "give the tokens to plan for (--tokens)"
         )
     stages, start = [], 0
     for index, stage in enumerate(schedule.stages):
@@ -84,6 +92,11 @@ def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[
 def training_flops(model: ModelConfig, stages: list[StageTokens], counts: ParameterCounts) -> int:
     """Return the FLOPs of all matrix products, forward and backward, summed exactly over the stages."""
     return sum(stage.tokens * count_flops(model, stage.seq_len, counts).training for stage in stages)
+
+
+def multiplied_parameters(model: ModelConfig, counts: ParameterCounts) -> int:
+    """Return N of 6 N D: the active parameters, without an embedding that is only looked up (a tied one counts)."""
+    return counts.active - (0 if model.tie_embeddings else (model.vocab_size or 1) * model.d_model)
 
 
 def compute_section(
@@ -116,7 +129,7 @@ def compute_section(
     stages = stage_tokens(config.schedule, tokens)
     context = stages[-1].seq_len if context is None else round(check_positive("context", context))
     total_tokens = sum(stage.tokens for stage in stages)
-    six_n_d, exact = 6 * counts.active * total_tokens, training_flops(model, stages, counts)
+    six_n_d, exact = 6 * multiplied_parameters(model, counts) * total_tokens, training_flops(model, stages, counts)
     speed = layout.n_gpus * gpu.bf16_flops * check_mfu(mfu)
     duration = six_n_d / speed
     return PlanSection(
@@ -126,7 +139,7 @@ def compute_section(
             *_per_token(count_flops(model, context, counts), context),
             Quantity("tokens", total_tokens, "tokens", "Tokens", "sum over the stages", "schedule"),
             *_stage_flops(model, stages, counts),
-            Quantity("six_n_d", six_n_d, "FLOPs", "6 N D", "6 active tokens", _KAPLAN),
+            Quantity("six_n_d", six_n_d, "FLOPs", "6 N D", "6 tokens (active - an untied embedding)", _KAPLAN),
             Quantity(
                 "training_flops", exact, "FLOPs", "All matrix products, attention scores included",
                 "sum over stages of tokens x training FLOPs per token at the stage's seq_len", _PALM,
@@ -222,7 +235,8 @@ def mfu_from_duration(
     counts = counts or count_parameters(model)
     stages = stage_tokens(config.schedule, tokens)
     peak = layout.n_gpus * gpu.bf16_flops * check_positive("duration", duration_seconds)
-    six_n_d, exact = 6 * counts.active * sum(s.tokens for s in stages), training_flops(model, stages, counts)
+    total_tokens = sum(stage.tokens for stage in stages)
+    six_n_d, exact = 6 * multiplied_parameters(model, counts) * total_tokens, training_flops(model, stages, counts)
     is_possible = exact <= peak
     return PlanSection(
         "mfu_from_duration",
@@ -258,7 +272,8 @@ def tokens_from_budget(
         [
             Quantity("budget", float(dollars), "dollars", "Budget", "given", "given"),
             Quantity("flops", flops, "FLOPs", "FLOPs it pays for", "budget / price 3600 gpu_flops mfu", _MFU),
-            Quantity("tokens", flops / (6 * counts.active), "tokens", "Tokens (6 N D)", "flops / (6 active)", _KAPLAN),
+            Quantity("tokens", flops / (6 * multiplied_parameters(model, counts)), "tokens", "Tokens (6 N D)",
+                     "flops / (6 N)", _KAPLAN),
             Quantity("tokens_with_scores", _tokens_for(flops, model, config.schedule, counts), "tokens",
                      "Tokens (all matrix products)",
                      "the tokens at which training_flops is flops; the last stage is prolonged", _PALM),
@@ -323,7 +338,7 @@ def failures_section(
             Quantity("restart", failures.restart_seconds, "seconds", "Restart after a failure", "given", ours),
             Quantity("checkpoint", failures.checkpoint_seconds, "seconds", "Standstill for a checkpoint", "given",
                      ours),
-            Quantity("best_interval", best, "seconds", "Interval between checkpoints that loses least",
+            Quantity("best_interval", best, "seconds", "Interval between checkpoints that loses least, to first order",
                      "sqrt(2 checkpoint seconds_between_failures)", "Young 1974; first order of Daly 2006"),
             Quantity("interval", interval, "seconds", "Interval between checkpoints",
                      "given, or best_interval", "given"),

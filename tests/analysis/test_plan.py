@@ -56,6 +56,7 @@ def test_reported_system():
     assert plan["compute"]["cost"] == pytest.approx(57e6, rel=0.01)
     assert plan["memory"]["weights_average"] == pytest.approx(30.5e9, rel=0.01)
     assert plan["kv_cache"]["per_token_this_model"] == 61_440
+    assert "25,000 GPUs = 208 x 120 + 40" in plan.pop("notes")["compute"][0]
     assert not any(
         isinstance(value, str) and value[0].isdigit() for section in plan.values() for value in section.values()
     )
@@ -102,6 +103,13 @@ def test_forecast_of_2020():
         (["--extrapolate", "--set", "gpt3_parameters=many"], "--set takes NAME=NUMBER"),
         (["--extrapolate", "--set", "gpt3_parameters=-1"], "gpt3_parameters"),
         (["--json"], "--config is needed for a plan"),
+        ([*REPORTED, "--tokens", "0.3"], "tokens must be from 1 to 1e+20, got 0.3"),
+        ([*REPORTED, "--tokens", "1e308"], "tokens must be from 1 to 1e+20"),
+        ([*REPORTED, "--gamma", "1000000000"], "gamma must be a whole number from 0 to 1000"),
+        ([*REPORTED, "--explain", "total", "--json"], "--explain is for people"),
+        (["--extrapolate", "--config", "gpt4.yaml"], "--extrapolate takes no config"),
+        (["--extrapolate", "--set", "compute_exponent=1e-9"], "beyond every number"),
+        (["--config", "small.yaml"], "give the tokens to plan for (--tokens)"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -110,3 +118,10 @@ def test_bad_input_is_one_line(arguments, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_more_gpus_than_work_is_said():
+    """Where ranks have no micro-batch, duration and cost are out of reach."""
+    sections = plan_run(load_run_config("tiny"), options(layout=Parallelism(1000)))
+    (compute,) = [section for section in sections if section.name == "compute"]
+    assert compute.notes[0].startswith("1,000 ranks share 32 micro-batches: the rest of them idles")
