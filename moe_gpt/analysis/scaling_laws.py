@@ -306,8 +306,8 @@ def extrapolate(
         notes=[
             "A forecast as it was made, not advice: Kaplan's laws grow the model too fast (see optimal_size), and "
             "C, N and D need not satisfy C = 6 N D, since three separate fits give them.",
-            "L(N) is the loss of a model trained until it learns no more. With the default inputs GPT-3 would have taken "
-            "5 times the compute that it took.",
+            "L(N) is the loss of a model trained until it learns no more. With the default inputs GPT-3 would have "
+            "taken 5 times the compute that it took.",
         ],
     )  # fmt: skip
 
