@@ -242,6 +242,11 @@ class Parallelism:
         return self.n_gpus - self.used
 
     @property
+    def shards_gradients(self) -> bool:
+        """Whether each data-parallel rank keeps a part of the gradients only."""
+        return self.zero in (2, 3, "fsdp")
+
+    @property
     def shards_weights(self) -> bool:
         """Whether each data-parallel rank keeps a part of the weights only."""
         return self.zero in (3, "fsdp")

@@ -44,7 +44,8 @@ class GpuMemory(NamedTuple):
     gradients: float
     optimizer: float
     gathered: float
-    """Whole weights of the layer that computes and the next one, where ranks keep a part of the weights only."""
+    """What a layer needs whole for a moment: where ranks keep a part of the gradients, the gradient of the layer that
+    computes, before it is reduced; where they keep a part of the weights, its weights and those of the next one."""
     activations: float
     logits: float
 
@@ -154,7 +155,7 @@ def gpu_memory(model: ModelConfig, setting: Setting, stage: int, counts: Paramet
     In one-forward-one-backward order stage s of p has min(p - s, micro-batches) of them in flight. ZeRO splits what is
     not an expert over all ranks that read different text, and each expert over its copies.
     """
-    layout, element = setting.layout, int(setting.per_parameter.weights)
+    layout, element, gradient = setting.layout, int(setting.per_parameter.weights), setting.per_parameter.gradients
     held = stage_parameters(model, layout, stage, counts)
     shared = zero_bytes(held.shared, layout.batch_ranks, layout.zero, setting.per_parameter)
     experts = zero_bytes(held.experts, layout.data_parallel, layout.zero, setting.per_parameter)
@@ -167,7 +168,7 @@ def gpu_memory(model: ModelConfig, setting: Setting, stage: int, counts: Paramet
         weights=shared.weights + experts.weights,
         gradients=shared.gradients + experts.gradients,
         optimizer=shared.optimizer + experts.optimizer,
-        gathered=2 * held.largest_layer * element if layout.shards_weights else 0.0,
+        gathered=held.largest_layer * (2 * element * layout.shards_weights + gradient * layout.shards_gradients),
         activations=layers_in_flight * layer_input + layer if setting.recompute else layers_in_flight * layer,
         logits=is_last * (4 * tokens * (model.vocab_size or 1) / layout.tensor + 2 * layer_input),
     )
@@ -247,8 +248,9 @@ def _state(memory: GpuMemory, setting: Setting, counts: ParameterCounts) -> Iter
             _ZERO if each is MIXED_PRECISION else f"{_ZERO}; this project's own training is float32",
         )  # fmt: skip
     yield Quantity(
-        "gathered", memory.gathered, "bytes", "Weights gathered to compute with",
-        "two layers' weights with ZeRO stage 3 or FSDP", "assumption: the next layer is fetched early",
+        "gathered", memory.gathered, "bytes", "Whole weights and gradients of a layer, for a moment",
+        "from ZeRO stage 2 on a layer's gradient, in stage 3 and FSDP two layers' weights, too",
+        "assumption: one layer is fetched ahead",
     )  # fmt: skip
 
 
