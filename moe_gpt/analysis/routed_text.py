@@ -153,7 +153,13 @@ def show_token(tokenizer: Tokenizer | None, token: int, keep_spaces: bool = Fals
     return text.replace("\n", "↵\n") if keep_spaces else text.replace("\n", "↵").replace(" ", "␣")
 
 
+_DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
 def show_controls(text: str) -> str:
-    """Return text with pictures of control characters, which pages may not contain; line ends stay."""
+    """Return text with pictures of control characters, which pages may not contain; line ends stay.
+
+    Characters that turn the direction of text are shown by their numbers: they would turn the page around them.
+    """
     shown = (chr(0x2400 + ord(c)) if c < " " and c != "\n" else c for c in text.replace("\t", "⇥"))
-    return "".join(shown).replace("\x7f", "␡")
+    return "".join(f"U+{ord(c):04X}" if c in _DIRECTIONS else c for c in shown).replace("\x7f", "␡")

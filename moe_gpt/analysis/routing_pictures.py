@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_FEWEST_MEETINGS = 5
+"""Meetings of two experts that chance must give before their ratio means anything."""
 _MOST_LAYERS = 8
 """Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 _MOST_COLUMNS = 120
@@ -267,7 +269,7 @@ def draw_co_activation(run: RunRecords) -> Picture:
             f"Which experts are chosen together. Most above chance: {'; '.join(told)}.",
             "How often the expert of a row is chosen together with the expert of a column, divided by what their loads "
             "alone would give; the scale is logarithmic and ends at a quarter and at four times. Grey: an expert with "
-            f"itself, or unused. {_which_layers(len(lifts), shown)}",
+            f"itself, or fewer than {_FEWEST_MEETINGS} meetings to expect. {_which_layers(len(lifts), shown)}",
             Table(("layer", "experts", "times as often as by chance", "rank within the layer"), rows),
         )
 
@@ -275,7 +277,9 @@ def draw_co_activation(run: RunRecords) -> Picture:
 def _lift(choices: np.ndarray, n_experts: int) -> np.ndarray:
     observed = routing.co_activation(choices, n_experts)
     chance = routing.co_activation_by_chance(choices, n_experts)
-    return np.divide(observed, chance, out=np.full_like(observed, np.nan), where=chance > 0)
+    expected = chance * np.bincount(choices.ravel(), minlength=n_experts)[:, None]
+    is_known = expected >= _FEWEST_MEETINGS  # nan, which is not, is False
+    return np.divide(observed, chance, out=np.full_like(observed, np.nan), where=is_known)
 
 
 def _strongest_pairs(layer: int, lift: np.ndarray) -> list[tuple[int, str, float, int]]:

@@ -185,6 +185,7 @@ def test_tokens_show_their_white_space():
     assert [show_token(tokenizer, token, keep_spaces=True) for token in (0, 1)] == ["↵\n", " "]
     assert show_token(None, 7) == "#7 "
     assert show_controls("a\x00\tb\n\x7f") == "a␀⇥b\n␡"
+    assert show_controls("a\u202eb") == "aU+202Eb"
 
 
 def test_routed_samples_follow_the_choices():
