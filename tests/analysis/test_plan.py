@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from run_scripts import script
 
 from moe_gpt.analysis.hardware import Parallelism, find_gpu
 from moe_gpt.analysis.plan import PlanOptions, describe, plan_run
 from moe_gpt.analysis.quantities import to_json
 from moe_gpt.config_file import CONFIGS, load_run_config
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORTED = ["--config", "gpt4.yaml", "--n-gpus", "25000", "--tensor", "8", "--pipeline", "15", "--mfu", "0.34"]
 
 
 def plan_script(*arguments: str) -> subprocess.CompletedProcess:
-    """Run scripts/plan.py as a user would."""
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """Run scripts/plan.py."""
+    return script("plan.py", *arguments)
 
 
 def options(**changes) -> PlanOptions:
