@@ -330,7 +330,7 @@ def _serving(config: RunConfig) -> Iterator[Claim]:
     yield Claim(
         "inference",
         "3 times the cost of the 175 B predecessor",
-        how=f"a token at 8k takes {flops_ratio:.2f} times the FLOPs of GPT-3's at 2k; the rest is lower utilisation",
+        how=f"a token at 8k takes {flops_ratio:.2f} times the FLOPs of GPT-3's at 2k; the rest would be utilisation",
     )
 
 
