@@ -18,6 +18,7 @@ import yaml
 
 from moe_gpt.analysis import routing_pictures, run_pictures
 from moe_gpt.analysis.pictures import Picture, Table, format_number, standalone
+from moe_gpt.analysis.recorded_routing import NotRecorded, counts_by_source, in_order
 from moe_gpt.analysis.routed_text import (
     Layer,
     colour_names,
@@ -26,7 +27,7 @@ from moe_gpt.analysis.routed_text import (
     routed_samples,
     show_controls,
 )
-from moe_gpt.analysis.run_pictures import NotRecorded, spread
+from moe_gpt.analysis.run_pictures import spread
 from moe_gpt.analysis.run_records import RunRecords
 from moe_gpt.analysis.run_summary import Answer, domain_table, is_dense, perplexity, sentence, summarise
 from moe_gpt.durable import replace_file
@@ -213,7 +214,7 @@ def _validation_table(run: RunRecords) -> tuple[str, Table]:
 
 
 def _differences_in_words(run: RunRecords) -> list[str]:
-    _, counts = routing_pictures.counts_by_source(run)
+    _, counts = counts_by_source(run)
     if len(counts) < 2:
         raise NotRecorded("there is one source of text only, so there is no domain information")
     return [
@@ -225,7 +226,7 @@ def _differences_in_words(run: RunRecords) -> list[str]:
 
 
 def _domain_tables(run: RunRecords) -> list[tuple[str, Table]]:
-    return [("Domain information", domain_table(run))] if len(routing_pictures.counts_by_source(run)[0]) > 1 else []
+    return [("Domain information", domain_table(run))] if len(counts_by_source(run)[0]) > 1 else []
 
 
 def _concentration(run: RunRecords) -> tuple[str, Table]:
@@ -237,7 +238,7 @@ def _generated(run: RunRecords) -> list[Sample]:
     lines = [line for line in run.evaluations if isinstance(line.get("samples"), dict) and line["samples"]]
     if not lines:
         raise NotRecorded("no evaluation has kept a generated text (train.sample_tokens)")
-    names = run_pictures.in_order(run, dict.fromkeys(name for line in lines for name in line["samples"]))
+    names = in_order(run, dict.fromkeys(name for line in lines for name in line["samples"]))
     samples = []
     for name in names:
         of_source = [line for line in lines if name in line["samples"]]

@@ -6,8 +6,15 @@ from dataclasses import dataclass
 
 from moe_gpt.analysis import routing
 from moe_gpt.analysis.pictures import Table
-from moe_gpt.analysis.routing_pictures import joined_choices, joined_tokens, last_with_choices, n_experts_of
-from moe_gpt.analysis.run_pictures import NotRecorded, in_order, spread
+from moe_gpt.analysis.recorded_routing import (
+    NotRecorded,
+    in_order,
+    joined_choices,
+    joined_tokens,
+    last_with_choices,
+    n_experts_of,
+)
+from moe_gpt.analysis.run_pictures import spread
 from moe_gpt.analysis.run_records import RunRecords
 from moe_gpt.data.tokenizer import Tokenizer
 

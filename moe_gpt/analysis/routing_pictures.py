@@ -24,8 +24,20 @@ from moe_gpt.analysis.pictures import (
     line_look,
     log_axis,
 )
-from moe_gpt.analysis.run_pictures import WIDTH, NotRecorded, in_order, legend_below, shorten, spread
-from moe_gpt.analysis.run_records import EvaluationArrays, RunRecords
+from moe_gpt.analysis.recorded_routing import (
+    NotRecorded,
+    counts_by_source,
+    has_same_text,
+    joined_choices,
+    last_with_choices,
+    last_with_counts,
+    n_choices,
+    n_experts_of,
+    tokens_at_evaluations,
+    total_counts,
+)
+from moe_gpt.analysis.run_pictures import WIDTH, legend_below, shorten, spread
+from moe_gpt.analysis.run_records import RunRecords
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,11 +230,11 @@ def draw_dropped(run: RunRecords) -> Picture:
 def draw_saturation(run: RunRecords) -> Picture:
     """Draw how much of the final routing each evaluation already has."""
     at = tokens_at_evaluations(run)
-    arrays = [found for found in run.arrays if _n_choices(found) and found.step in at]
+    arrays = [found for found in run.arrays if n_choices(found) and found.step in at]
     if len(arrays) < 2:
         raise NotRecorded(f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
     final, n_experts = joined_choices(arrays[-1]), n_experts_of(run)
-    same = [found for found in arrays if _has_same_text(found, arrays[-1])]
+    same = [found for found in arrays if has_same_text(found, arrays[-1])]
     values = np.array([routing.saturation(joined_choices(found), final) for found in same])
     tokens = np.array([at[found.step] for found in same], dtype=float)
     chance = final.shape[-1] / n_experts
@@ -434,86 +446,3 @@ def _edges(centres: np.ndarray) -> np.ndarray:
 
 def _which_layers(n_layers: int, shown: list[int]) -> str:
     return "" if len(shown) == n_layers else f"Layers shown: {', '.join(map(str, shown))} of 0 to {n_layers - 1}."
-
-
-def tokens_at_evaluations(run: RunRecords) -> dict[int, int]:
-    """Return ``tokens_seen`` by the step of an evaluation."""
-    return {line["step"]: line["tokens_seen"] for line in run.evaluations if "tokens_seen" in line}
-
-
-def n_experts_of(run: RunRecords) -> int:
-    """Return the number of experts: that of the counts, or else the config's.
-
-    Raises:
-        NotRecorded: where neither is there.
-    """
-    for arrays in reversed(run.arrays):
-        for counts in arrays.tokens_per_expert.values():
-            return counts.shape[-1]
-    n_experts = (run.config.get("model") or {}).get("n_experts")
-    if not isinstance(n_experts, int):
-        raise NotRecorded("the number of experts is not recorded")
-    return n_experts
-
-
-def last_with_counts(run: RunRecords) -> EvaluationArrays:
-    """Return the newest evaluation that has counted assignments.
-
-    Raises:
-        NotRecorded: where there is none.
-    """
-    found = [arrays for arrays in run.arrays if arrays.tokens_per_expert]
-    if not found:
-        raise NotRecorded("no evaluation has kept how many tokens each expert gets")
-    return found[-1]
-
-
-def last_with_choices(run: RunRecords) -> EvaluationArrays:
-    """Return the newest evaluation that has kept which experts a slice of text went to.
-
-    Raises:
-        NotRecorded: where there is none.
-    """
-    found = [arrays for arrays in run.arrays if _n_choices(arrays)]
-    if not found:
-        raise NotRecorded("no evaluation has kept which experts a slice of text went to (train.record_tokens)")
-    return found[-1]
-
-
-def total_counts(arrays: EvaluationArrays) -> np.ndarray:
-    """Return the assignments of all sources together (L, E)."""
-    return np.sum([np.asarray(counts, dtype=np.float64) for counts in arrays.tokens_per_expert.values()], axis=0)
-
-
-def counts_by_source(run: RunRecords) -> tuple[list[str], np.ndarray]:
-    """Return the sources that have assignments in every layer at the last evaluation, and their counts (S, L, E).
-
-    Raises:
-        NotRecorded: where there is none.
-    """
-    found = last_with_counts(run).tokens_per_expert
-    sources = [source for source in in_order(run, found) if (found[source].sum(axis=-1) > 0).all()]
-    if not sources:
-        raise NotRecorded("no source has an assignment")
-    return sources, np.stack([found[source] for source in sources])
-
-
-def joined_choices(arrays: EvaluationArrays) -> np.ndarray:
-    """Return the choices of all sources' slices, one after the other (L, N, K)."""
-    parts = [part.choices.reshape(len(part.choices), -1, part.choices.shape[-1]) for part in arrays.slices.values()]
-    return np.concatenate(parts, axis=1)
-
-
-def joined_tokens(arrays: EvaluationArrays) -> np.ndarray:
-    """Return the token ids that belong to ``joined_choices`` (N,)."""
-    return np.concatenate([part.tokens.ravel() for part in arrays.slices.values()])
-
-
-def _n_choices(arrays: EvaluationArrays) -> int:
-    return sum(part.choices.size for part in arrays.slices.values())
-
-
-def _has_same_text(arrays: EvaluationArrays, other: EvaluationArrays) -> bool:
-    return arrays.slices.keys() == other.slices.keys() and all(
-        np.array_equal(part.tokens, other.slices[source].tokens) for source, part in arrays.slices.items()
-    )

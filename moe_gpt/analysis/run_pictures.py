@@ -25,6 +25,7 @@ from moe_gpt.analysis.pictures import (
     log_axis,
     mark_stages,
 )
+from moe_gpt.analysis.recorded_routing import NotRecorded, in_order
 from moe_gpt.analysis.run_records import EvaluationArrays, RunRecords
 
 if TYPE_CHECKING:
@@ -37,10 +38,6 @@ _MOST_POINTS = 1200
 """Points of a line; a longer series is averaged in equal parts."""
 _MOST_ROWS = 40
 """Rows of the table behind a line."""
-
-
-class NotRecorded(ValueError):
-    """The run has not recorded what a picture or table needs; the message says what, in words."""
 
 
 def draw_losses(run: RunRecords) -> Picture:
@@ -257,12 +254,6 @@ def legend_below(figure: Figure) -> None:
     n_columns = max(1, min(len(labels), 72 // (max(map(len, labels), default=0) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // n_columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
-
-
-def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
-    """Return sources in the run's order, so that each has the same colour everywhere; unknown ones last."""
-    places = {source: place for place, source in enumerate(run.sources)}
-    return sorted(sources, key=lambda source: places.get(source, len(places)))
 
 
 def spread(n: int, limit: int) -> list[int]:

@@ -11,8 +11,8 @@ import numpy as np
 from moe_gpt.analysis import routing
 from moe_gpt.analysis.health import find_problems
 from moe_gpt.analysis.pictures import Table, format_count, format_number
-from moe_gpt.analysis.routing_pictures import counts_by_source, last_with_counts, total_counts
-from moe_gpt.analysis.run_pictures import NotRecorded, stages_of
+from moe_gpt.analysis.recorded_routing import NotRecorded, counts_by_source, last_with_counts, total_counts
+from moe_gpt.analysis.run_pictures import stages_of
 from moe_gpt.analysis.run_records import RunRecords
 from moe_gpt.config import FaultConfig, ModelConfig
 from moe_gpt.validation import Section

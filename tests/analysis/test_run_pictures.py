@@ -9,9 +9,9 @@ from made_up_run import E, L, T, make_arrays, make_run, make_step
 
 from moe_gpt.analysis import routing_pictures, run_pictures
 from moe_gpt.analysis.pictures import format_count, format_number
+from moe_gpt.analysis.recorded_routing import NotRecorded
 from moe_gpt.analysis.routed_text import favourite_tokens, routed_samples, show_controls, show_token
 from moe_gpt.analysis.run_pictures import (
-    NotRecorded,
     describe_stages,
     mean_by_position,
     moving_mean,

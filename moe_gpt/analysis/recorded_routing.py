@@ -1,0 +1,107 @@
+"""What a run's evaluations kept of its routing, in the form that pictures, tables and summaries need.
+
+Each function reads ``RunRecords`` alone, and raises ``NotRecorded`` where the run lacks what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from moe_gpt.analysis.run_records import EvaluationArrays, RunRecords
+
+
+class NotRecorded(ValueError):
+    """The run has not recorded what a picture or table needs; the message says what, in words."""
+
+
+def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
+    """Return sources in the run's order, so that each has the same colour everywhere; unknown ones last."""
+    places = {source: place for place, source in enumerate(run.sources)}
+    return sorted(sources, key=lambda source: places.get(source, len(places)))
+
+
+def tokens_at_evaluations(run: RunRecords) -> dict[int, int]:
+    """Return ``tokens_seen`` by the step of an evaluation."""
+    return {line["step"]: line["tokens_seen"] for line in run.evaluations if "tokens_seen" in line}
+
+
+def n_experts_of(run: RunRecords) -> int:
+    """Return the number of experts: that of the counts, or else the config's.
+
+    Raises:
+        NotRecorded: where neither is there.
+    """
+    for arrays in reversed(run.arrays):
+        for counts in arrays.tokens_per_expert.values():
+            return counts.shape[-1]
+    n_experts = (run.config.get("model") or {}).get("n_experts")
+    if not isinstance(n_experts, int):
+        raise NotRecorded("the number of experts is not recorded")
+    return n_experts
+
+
+def last_with_counts(run: RunRecords) -> EvaluationArrays:
+    """Return the newest evaluation that has counted assignments.
+
+    Raises:
+        NotRecorded: where there is none.
+    """
+    found = [arrays for arrays in run.arrays if arrays.tokens_per_expert]
+    if not found:
+        raise NotRecorded("no evaluation has kept how many tokens each expert gets")
+    return found[-1]
+
+
+def last_with_choices(run: RunRecords) -> EvaluationArrays:
+    """Return the newest evaluation that has kept which experts a slice of text went to.
+
+    Raises:
+        NotRecorded: where there is none.
+    """
+    found = [arrays for arrays in run.arrays if n_choices(arrays)]
+    if not found:
+        raise NotRecorded("no evaluation has kept which experts a slice of text went to (train.record_tokens)")
+    return found[-1]
+
+
+def total_counts(arrays: EvaluationArrays) -> np.ndarray:
+    """Return the assignments of all sources together (L, E)."""
+    return np.sum([np.asarray(counts, dtype=np.float64) for counts in arrays.tokens_per_expert.values()], axis=0)
+
+
+def counts_by_source(run: RunRecords) -> tuple[list[str], np.ndarray]:
+    """Return the sources that have assignments in every layer at the last evaluation, and their counts (S, L, E).
+
+    Raises:
+        NotRecorded: where there is none.
+    """
+    found = last_with_counts(run).tokens_per_expert
+    sources = [source for source in in_order(run, found) if (found[source].sum(axis=-1) > 0).all()]
+    if not sources:
+        raise NotRecorded("no source has an assignment")
+    return sources, np.stack([found[source] for source in sources])
+
+
+def joined_choices(arrays: EvaluationArrays) -> np.ndarray:
+    """Return the choices of all sources' slices, one after the other (L, N, K)."""
+    parts = [part.choices.reshape(len(part.choices), -1, part.choices.shape[-1]) for part in arrays.slices.values()]
+    return np.concatenate(parts, axis=1)
+
+
+def joined_tokens(arrays: EvaluationArrays) -> np.ndarray:
+    """Return the token ids that belong to ``joined_choices`` (N,)."""
+    return np.concatenate([part.tokens.ravel() for part in arrays.slices.values()])
+
+
+def n_choices(arrays: EvaluationArrays) -> int:
+    """Return how many choices an evaluation has kept, of all sources and layers."""
+    return sum(part.choices.size for part in arrays.slices.values())
+
+
+def has_same_text(arrays: EvaluationArrays, other: EvaluationArrays) -> bool:
+    """Return whether two evaluations kept the routing of the same tokens."""
+    return arrays.slices.keys() == other.slices.keys() and all(
+        np.array_equal(part.tokens, other.slices[source].tokens) for source, part in arrays.slices.items()
+    )
