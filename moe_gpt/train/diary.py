@@ -169,8 +169,9 @@ class Diary:
         """Write what only reports read; where that fails, warn and train on."""
         run, step, n_tokens = self.run, self.state.step, self.config.train.record_tokens
         slices = run.evaluator.slices(n_tokens) if n_tokens else {}
+        end = run.data.tokenizer.end_of_text_id if self.config.data.document_masking else None
         try:
-            gradients = write_evaluation(run.run_dir, step, run.state.model, examined, slices, run.precision)
+            gradients = write_evaluation(run.run_dir, step, run.state.model, examined, slices, run.precision, end)
         except OSError as error:
             self.warn(Finding("cannot_record", step, f"evaluation {step} is not kept for reports: {error}"))
             return

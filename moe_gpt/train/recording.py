@@ -107,13 +107,18 @@ def describe_norms(norms: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def cross_entropy_gradients(model: MoEGPT, inputs: np.ndarray, targets: np.ndarray, precision: Precision) -> Gradients:
-    """Return what routers and experts would learn from cross entropy on (B, T) tokens; ``.grad`` stays as it is."""
+def cross_entropy_gradients(
+    model: MoEGPT, inputs: np.ndarray, targets: np.ndarray, precision: Precision, end_of_text_id: int | None = None
+) -> Gradients:
+    """Return what routers and experts would learn from cross entropy on (B, T) tokens; ``.grad`` stays as it is.
+
+    With ``end_of_text_id`` documents are kept apart, as in training with ``data.document_masking``.
+    """
     layers = [block.feed_forward for block in model.blocks if isinstance(block.feed_forward, MoE)]
     device = model.embedding.weight.device
-    (batch,) = split_batch(Batch(inputs, targets), inputs.size, device)
+    (batch,) = split_batch(Batch(inputs, targets), inputs.size, device, end_of_text_id)
     with evaluating(model), torch.enable_grad(), autocast(device, precision), torch.compiler.set_stance("force_eager"):
-        ce, _ = model.cross_entropy(batch.inputs, batch.targets)
+        ce, _ = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
     modules = [layer.router for layer in layers] + [layer.experts for layer in layers]
     parameters = [list(module.parameters()) for module in modules]
     flat = [parameter for group in parameters for parameter in group]
@@ -126,11 +131,17 @@ def cross_entropy_gradients(model: MoEGPT, inputs: np.ndarray, targets: np.ndarr
 
 
 @torch.inference_mode()
-def choices_on(model: MoEGPT, tokens: np.ndarray, precision: Precision) -> np.ndarray:
-    """Return the experts that each token of (B, T) goes to, best first, (L, B, T, K); no layers if dense."""
+def choices_on(
+    model: MoEGPT, tokens: np.ndarray, precision: Precision, end_of_text_id: int | None = None
+) -> np.ndarray:
+    """Return the experts that each token of (B, T) goes to, best first, (L, B, T, K); no layers if dense.
+
+    With ``end_of_text_id`` documents are kept apart, as in training with ``data.document_masking``.
+    """
     device = model.embedding.weight.device
+    (batch,) = split_batch(Batch(tokens, tokens), tokens.size, device, end_of_text_id)
     with evaluating(model), autocast(device, precision):
-        routings = model.routings(torch.from_numpy(tokens).to(device))
+        routings = model.routings(batch.inputs, batch.document_ids)
     dtype = np.uint8 if model.config.n_experts <= 256 else np.uint16
     choices = [r.expert_indices.cpu().numpy().astype(dtype).reshape(*tokens.shape, -1) for r in routings]
     return np.stack(choices) if choices else np.zeros((0, *tokens.shape, model.config.top_k), dtype)
@@ -143,6 +154,7 @@ def write_evaluation(
     examined: dict[str, Examined],
     slices: dict[str, np.ndarray],
     precision: Precision,
+    end_of_text_id: int | None = None,
 ) -> Gradients | None:
     """Write the arrays of an evaluation, and return its gradients: the same state gives the same bytes.
 
@@ -157,6 +169,7 @@ def write_evaluation(
         examined: what the evaluator found.
         slices: tokens of each source whose experts are kept; empty for none.
         precision: compute type.
+        end_of_text_id: given, documents are kept apart.
 
     Raises:
         OSError: where it cannot be written.
@@ -168,8 +181,8 @@ def write_evaluation(
             arrays[f"{name}/tokens_per_expert"] = found.tokens_per_expert
     for name, tokens in slices.items():
         arrays[f"{name}/tokens"] = tokens.astype(np.int32)
-        arrays[f"{name}/choices"] = choices_on(model, tokens, precision)
-    gradients = mean_gradients(model, slices, precision)
+        arrays[f"{name}/choices"] = choices_on(model, tokens, precision, end_of_text_id)
+    gradients = mean_gradients(model, slices, precision, end_of_text_id)
     if gradients is not None:
         arrays |= {"gradients/routers": gradients.routers, "gradients/experts": gradients.experts}
     contents = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
@@ -177,14 +190,16 @@ def write_evaluation(
     return gradients
 
 
-def mean_gradients(model: MoEGPT, slices: dict[str, np.ndarray], precision: Precision) -> Gradients | None:
+def mean_gradients(
+    model: MoEGPT, slices: dict[str, np.ndarray], precision: Precision, end_of_text_id: int | None
+) -> Gradients | None:
     """Return the root mean square over the slices of the gradients' norms on their first tokens; None if dense."""
     if model.config.is_dense or not slices:
         return None
     found = []
     for tokens in slices.values():
         few = tokens[: max(1, _GRADIENT_TOKENS // tokens.shape[1])]
-        found.append(cross_entropy_gradients(model, few[:, :-1], few[:, 1:], precision))
+        found.append(cross_entropy_gradients(model, few[:, :-1], few[:, 1:], precision, end_of_text_id))
     return Gradients(*(np.sqrt(np.square(norms).mean(axis=0)) for norms in zip(*found, strict=True)))
 
 

@@ -25,7 +25,7 @@ from moe_gpt.train.recording import (
     evaluation_file,
     observe_routing,
 )
-from moe_gpt.train.step import MicroBatch
+from moe_gpt.train.step import MicroBatch, keep_documents_apart
 
 
 @pytest.mark.parametrize("changes", [{}, {"balance": "bias"}, {"top_k": 1, "normalize_topk": False}, {"top_k": 4}])
@@ -109,6 +109,18 @@ def test_gradients_are_those_of_cross_entropy_alone():
     found = cross_entropy_gradients(model, tokens.numpy(), targets.numpy(), "fp32")
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert torch.equal(model.output.weight.grad, before)
+
+
+def test_documents_are_kept_apart_where_training_does_so():
+    """Choices and gradients are those with each document by itself, and not those across its end."""
+    model, tokens = tiny_model().eval(), random_tokens(3, 32)
+    apart = keep_documents_apart(tokens, tokens, 7)
+    expected = torch.stack([routing.expert_indices for routing in model.routings(tokens, apart.document_ids)])
+    found = choices_on(model, tokens.numpy(), "fp32", end_of_text_id=7)
+    assert np.array_equal(found.reshape(2, -1, 2), expected.numpy())
+    assert not np.array_equal(found, choices_on(model, tokens.numpy(), "fp32"))
+    gradients = [cross_entropy_gradients(model, tokens.numpy(), tokens.numpy(), "fp32", end) for end in (7, None)]
+    assert not np.allclose(gradients[0].routers, gradients[1].routers)
 
 
 def test_router_that_is_cut_off_has_no_gradient():
