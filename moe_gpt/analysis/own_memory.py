@@ -140,14 +140,17 @@ def _experts_kept(model: ModelConfig, tokens: int) -> int:
 def _rows(model: ModelConfig, tokens: int) -> int:
     """Return the rows of the dispatched buffer, as ``dispatch.plan_dispatch`` makes it."""
     assignments = tokens * model.top_k
-    alignment = segment_alignment(assignments, model.n_experts, _CPU)
+    alignment = segment_alignment(assignments, model.n_experts, _CPU, torch.float32)
     return (assignments + model.n_experts * (alignment - 1)) // alignment * alignment
 
 
 def _transient_bytes(model: ModelConfig, tokens: int) -> int:
-    """Return the buffers of the experts' backward pass: gradients of rows in and out, and four of width d_ff."""
+    """Return the buffers of the feed-forward networks' backward pass.
+
+    Gradients of rows in and out, and four buffers of width d_ff, which hold one expert's rows at a time.
+    """
     rows = tokens if model.is_dense else _rows(model, tokens)
-    return _FLOAT * rows * (2 * model.d_model + 4 * model.d_ff)
+    return _FLOAT * rows * (2 * model.d_model + 4 * model.d_ff // model.n_experts)
 
 
 def _kept_when_recomputed(model: ModelConfig, tokens: int) -> int:

@@ -118,13 +118,16 @@ def attend(
         return attend_in_blocks(queries, keys, values, mask)
     if isinstance(mask, DocumentSpans):
         return attend_one_by_one(queries, keys, values, mask)
+    if mask is None and queries.shape[2] == 1:  # it sees everything, so the heads that share keys can be its rows
+        rows = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[3])
+        return F.scaled_dot_product_attention(rows, keys, values).reshape(queries.shape)
     if attends_by_products(queries, keys.shape[2]):
         if mask is None and queries.shape[2] == keys.shape[2] and takes_gradients_by_hand(queries):
             return attend_in_query_blocks(queries, keys, values)
         return attend_by_products(queries, keys, values, mask)
     is_grouped = keys.shape[1] < queries.shape[1]
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None and queries.shape[2] > 1, enable_gqa=is_grouped
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
     )
 
 
@@ -132,10 +135,6 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tens
     """Compute the same with the query heads of each key-value head folded into the rows of one matrix product."""
     B, H, T, Dh = queries.shape
     G, S = keys.shape[1:3]
-    if mask is None and T == 1:
-        scores = torch.bmm(queries.reshape(B * G, H // G, Dh) * Dh**-0.5, keys.reshape(B * G, S, Dh).transpose(1, 2))
-        probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        return torch.bmm(probs, values.reshape(B * G, S, Dh)).view(B, H, T, Dh)
     visible = causal_mask(T, S, queries.device)[None, None] if mask is None else mask
     bias = queries.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
     bias = bias.unsqueeze(2).expand(-1, G, H // G, T, S)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_gpt.model.paths import by_hand, segment_alignment
+from moe_gpt.model.paths import by_hand
 
 
 class Dispatch(NamedTuple):
@@ -32,16 +32,15 @@ class Dispatch(NamedTuple):
     """How many earlier assignments (by token, then by choice) chose the same expert."""
 
 
-def plan_dispatch(expert_indices: Int[Tensor, "N K"], n_experts: int, alignment: int | None = None) -> Dispatch:
+def plan_dispatch(expert_indices: Int[Tensor, "N K"], n_experts: int, alignment: int) -> Dispatch:
     """Sort assignments by expert and lay them out in aligned segments. Token order is preserved within an expert.
 
     Args:
         expert_indices: the choices of each token.
         n_experts: how many there are.
-        alignment: segments start at its multiples; None is ``paths.segment_alignment``.
+        alignment: segments start at its multiples: ``paths.segment_alignment``.
     """
     N, K = expert_indices.shape
-    alignment = alignment or segment_alignment(N * K, n_experts, expert_indices.device)
     flat = expert_indices.flatten()
     order = flat.argsort(stable=True)  # (N·K,) assignment at each sorted place
     expert_of_sorted = flat[order]
@@ -74,14 +73,14 @@ class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_of_row: Tensor, row_of_assignment: Tensor) -> Tensor:
         ctx.save_for_backward(row_of_assignment)
-        return x[token_of_row]
+        return x.index_select(0, token_of_row)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         first, *others = ctx.saved_tensors[0].unbind(1)
-        total = grad[first].float()
+        total = grad.index_select(0, first).float()
         for row in others:
-            total += grad[row]
+            total += grad.index_select(0, row)
         return total.to(grad.dtype), None, None
 
 
@@ -94,9 +93,9 @@ class _CombineRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, expert_weights, token_of_row, row_of_assignment)
         row_of_choice, weight_of_choice = row_of_assignment.unbind(1), expert_weights.unsqueeze(-1).unbind(1)
-        combined = rows[row_of_choice[0]] * weight_of_choice[0]
+        combined = rows.index_select(0, row_of_choice[0]) * weight_of_choice[0]
         for row, weight in zip(row_of_choice[1:], weight_of_choice[1:], strict=True):
-            combined.addcmul_(rows[row].to(combined.dtype), weight)
+            combined.addcmul_(rows.index_select(0, row).to(combined.dtype), weight)
         return combined
 
     @staticmethod
@@ -105,7 +104,7 @@ class _CombineRows(torch.autograd.Function):
         rows, expert_weights, token_of_row, row_of_assignment = ctx.saved_tensors
         flat = row_of_assignment.flatten()
         weight_of_row = expert_weights.new_zeros(len(rows)).scatter(0, flat, expert_weights.flatten())
-        grad_rows = grad[token_of_row]
+        grad_rows = grad.index_select(0, token_of_row)
         grad_weights = (grad_rows * rows).sum(-1)[row_of_assignment]
         # rows that nobody reads have weight 0
         return grad_rows.mul_(weight_of_row[:, None]).to(rows.dtype), grad_weights, None, None

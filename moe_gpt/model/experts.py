@@ -106,37 +106,31 @@ class Experts(nn.Module):
 class _Experts(torch.autograd.Function):
     """The same one segment at a time, every product written to its place, and without keeping silu(gate) * up.
 
-    For CPUs, where knowing the segments' ends costs nothing. A CPU's grouped_mm takes as long, but makes every
-    expert's products apart and joins them, which leaves the heap full of holes.
+    For CPUs, where knowing the segments' ends costs nothing. Everything that happens to a segment happens while it is
+    in the cache. A CPU's grouped_mm makes every expert's products apart and joins them, which leaves the heap full of
+    holes.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, segment_ends: Tensor) -> Tensor:
         ctx.segments = _segments(segment_ends)
-        hidden = rows.new_empty(len(rows), gate_up.shape[1])
-        for segment, weight in zip(ctx.segments, gate_up, strict=True):
-            torch.mm(rows[segment], weight.t(), out=hidden[segment])
+        hidden, y = rows.new_empty(len(rows), gate_up.shape[1]), rows.new_empty(len(rows), down.shape[1])
+        for segment, gate_up_e, down_e in zip(ctx.segments, gate_up, down, strict=True):
+            gate, up = torch.mm(rows[segment], gate_up_e.t(), out=hidden[segment]).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up), down_e.t(), out=y[segment])
         ctx.save_for_backward(rows, gate_up, down, hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        activated = F.silu(gate).mul_(up)
-        y = rows.new_empty(len(rows), down.shape[1])
-        for segment, weight in zip(ctx.segments, down, strict=True):
-            torch.mm(activated[segment], weight.t(), out=y[segment])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
-        grad_activated = rows.new_empty(len(rows), down.shape[2])
-        for segment, weight in zip(ctx.segments, down, strict=True):
-            torch.mm(grad[segment], weight, out=grad_activated[segment])
-        grad_hidden, activated = _swiglu_backward(grad_activated, hidden)
         grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
         for index, segment in enumerate(ctx.segments):
-            torch.mm(grad[segment].t(), activated[segment], out=grad_down[index])
-            torch.mm(grad_hidden[segment].t(), rows[segment], out=grad_gate_up[index])
-            torch.mm(grad_hidden[segment], gate_up[index], out=grad_rows[segment])
+            grad_hidden, activated = _swiglu_backward(torch.mm(grad[segment], down[index]), hidden[segment])
+            torch.mm(grad[segment].t(), activated, out=grad_down[index])
+            torch.mm(grad_hidden.t(), rows[segment], out=grad_gate_up[index])
+            torch.mm(grad_hidden, gate_up[index], out=grad_rows[segment])
         return grad_rows, grad_gate_up, grad_down, None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from moe_gpt.model.dispatch import (
 )
 from moe_gpt.model.experts import Experts
 from moe_gpt.model.losses import load_balancing_loss, router_z_loss
-from moe_gpt.model.paths import compute_dtype, visits_experts_one_by_one
+from moe_gpt.model.paths import compute_dtype, segment_alignment, visits_experts_one_by_one
 from moe_gpt.model.router import Router, Routing
 
 
@@ -76,7 +77,8 @@ class MoE(nn.Module):
         is_decoding = not with_stats and not self.training
         if is_decoding and visits_experts_one_by_one(routing.expert_indices.numel(), x.device):
             return self._visit(tokens.to(compute_dtype(x)), routing).to(x.dtype).view_as(x), None
-        dispatch = plan_dispatch(routing.expert_indices, self.n_experts)
+        alignment = segment_alignment(routing.expert_indices.numel(), self.n_experts, x.device, compute_dtype(x))
+        dispatch = plan_dispatch(routing.expert_indices, self.n_experts, alignment)
         tokens_per_expert = count_assignments(routing.expert_indices, self.n_experts, valid)
 
         expert_weights, dropped_tokens = routing.expert_weights, tokens_per_expert.new_zeros(())
@@ -103,21 +105,21 @@ class MoE(nn.Module):
         if len(tokens) == 1:  # every operation counts: none of those below that sort tokens by expert
             answers = [self.experts.one(tokens, expert) for expert in routing.expert_indices[0].tolist()]
             return routing.expert_weights @ torch.cat(answers).float()
-        assignments_of: dict[int, list[int]] = {}
-        for assignment, expert in enumerate(routing.expert_indices.flatten().tolist()):
-            assignments_of.setdefault(expert, []).append(assignment)
-        y, weights = routing.expert_weights.new_zeros(tokens.shape), routing.expert_weights.reshape(-1, 1)
-        for expert, assignments in assignments_of.items():
-            at = torch.tensor(assignments)
-            token = at // self.top_k
-            y.index_add_(0, token, self.experts.one(tokens[token], expert) * weights[at])
-        return y
+        expert_of = routing.expert_indices.flatten().tolist()  # of each assignment
+        order = sorted(range(len(expert_of)), key=expert_of.__getitem__)
+        assignments = torch.tensor(order)
+        token_of_row = assignments // self.top_k
+        groups = [(expert, len(list(group))) for expert, group in groupby(order, key=expert_of.__getitem__)]
+        parts = tokens.index_select(0, token_of_row).split([n_rows for _, n_rows in groups])
+        answers = [self.experts.one(part, expert) for part, (expert, _) in zip(parts, groups, strict=True)]
+        weighted = torch.cat(answers) * routing.expert_weights.flatten()[assignments, None]
+        return torch.zeros_like(weighted[: len(tokens)]).index_add_(0, token_of_row, weighted)
 
     def _kept(self, indices: Tensor, dispatch: Dispatch, valid: Tensor | None) -> Tensor:
         """Return which assignments (N, K) find room at their expert; padding takes none."""
         n_assigned: int | Tensor = indices.numel()
         if valid is not None:  # padding gets a place of its own, after the last expert
-            dispatch = plan_dispatch(torch.where(valid[:, None], indices, self.n_experts), self.n_experts + 1)
+            dispatch = plan_dispatch(torch.where(valid[:, None], indices, self.n_experts), self.n_experts + 1, 1)
             n_assigned = valid.sum() * self.top_k
         factor, per = self.capacity_ratio  # exact: 1.1 of 10 is 11, in floats a little more
         return within_capacity(dispatch, -(-n_assigned * factor // (per * self.n_experts)))

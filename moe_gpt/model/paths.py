@@ -12,17 +12,21 @@ from torch import Tensor
 
 _LONGEST_BY_PRODUCTS = 1024
 _LONGEST_BY_MATRIX = 1024
-_FEW_ASSIGNMENTS = 64
+_FEW_ASSIGNMENTS = 16
+_FEW_NUMBERS = 1 << 16
 _LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 def takes_gradients_by_hand(x: Tensor) -> bool:
     """Whether elementwise parts take a gradient written by hand that works in place.
 
-    On a CPU, where every pass over memory counts. Elsewhere, and for a compiler, the plain expression is better: it
-    gets fused.
+    On a CPU, where every pass over memory counts, even without gradients: the same code then just computes. Not for
+    the few numbers of a decoded token, where every operation counts. Elsewhere, and for a compiler, the plain
+    expression is better: it gets fused.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or x.numel() > _FEW_NUMBERS
 
 
 def by_hand(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -97,17 +101,26 @@ def fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
     return False
 
 
-def segment_alignment(n_assignments: int, n_experts: int, device: torch.device) -> int:
+def segment_alignment(n_assignments: int, n_experts: int, device: torch.device, dtype: torch.dtype) -> int:
     """Return the number of rows at whose multiples every expert's segment starts: a power of two.
 
     64 where experts have many rows: oneDNN makes and keeps a kernel for every matrix shape, so shapes should recur; a
-    GPU's kernels work on tiles. With fewer rows padding would cost more than that gains, so it is kept to about a
-    sixteenth of them: down to 1 on a CPU, and to 8 elsewhere, which grouped_mm needs. A compiler gets a constant: it
-    would compile again for every number of rows that gives another result.
+    GPU's kernels work on tiles. A CPU's float32 products by MKL do not mind the shape: 8 there, and a step of shape S
+    takes 4 % less. With fewer rows padding would cost more than it gains, so it is kept to about a sixteenth of them:
+    down to 1 on a CPU, and to 8 elsewhere, which grouped_mm needs. A compiler gets a constant: it would compile again
+    for every number of rows that gives another result.
+
+    Args:
+        n_assignments: tokens times their choices.
+        n_experts: among how many.
+        device: where the products are computed.
+        dtype: of what they multiply.
     """
     if torch.compiler.is_compiling():
         return 16
-    alignment, smallest = 64, 1 if device.type == "cpu" else 8
+    is_cpu = device.type == "cpu"
+    is_mkl = is_cpu and dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    alignment, smallest = 8 if is_mkl else 64, 1 if is_cpu else 8
     while alignment > smallest and alignment > n_assignments // (8 * n_experts):
         alignment //= 2
     return alignment

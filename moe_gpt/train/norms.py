@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ _GROUPS = (
 def group_of(name: str) -> str:
     """Return the group of a parameter by its name; ``other`` for one that an experiment added."""
     return next((group for group, pattern in _GROUPS if re.search(pattern, name)), "other")
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all the numbers in ``tensors`` together, a float32 scalar."""
+    if tensors[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm([x.float() for x in tensors])
+    # row by row: PyTorch works out the norm of a whole tensor in one thread
+    rows = [x.flatten(0, -2) if x.dim() > 1 else x.reshape(1, -1) for x in tensors]
+    return torch.linalg.vector_norm(torch.cat([torch.linalg.vector_norm(x.float(), dim=1) for x in rows]))
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
@@ -68,5 +77,5 @@ def _norms(model: nn.Module, kind: str, value: Callable[[nn.Parameter], Tensor |
     for name, parameter in model.named_parameters():
         tensor = value(parameter)
         if tensor is not None:
-            norms.setdefault(f"{group_of(name)}/{kind}", []).append(torch.linalg.vector_norm(tensor.float()))
-    return {key: torch.linalg.vector_norm(torch.stack(parts)) for key, parts in norms.items()}
+            norms.setdefault(f"{group_of(name)}/{kind}", []).append(total_norm([tensor]))
+    return {key: total_norm(parts) for key, parts in norms.items()}

@@ -15,7 +15,7 @@ from moe_gpt.device import Precision, autocast
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses
 from moe_gpt.model.moe import MoE, RouterStats
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.norms import gradient_norms, parameter_norms, update_norms
+from moe_gpt.train.norms import gradient_norms, parameter_norms, total_norm, update_norms
 from moe_gpt.train.schedule import StepPlan
 
 
@@ -194,7 +194,7 @@ def update_weights(
         the global norm before clipping, and 1 where norm or loss were not finite, so that nothing moved.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    grad_norm = total_norm(gradients)
     skipped = 1 - (torch.isfinite(grad_norm) & torch.isfinite(loss)).float()
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -107,6 +107,18 @@ def test_attend_by_products_equals_scaled_dot_product_attention(n_kv_heads, mask
     assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attend_from_one_position_sees_all_keys(n_kv_heads, dtype):
+    """As decoding asks, with keys that are a slice of a cache: heads that share keys do not mix."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 4, 1, 8, generator=generator).to(dtype)
+    keys, values = (torch.randn(3, n_kv_heads, 20, 8, generator=generator).to(dtype)[:, :, :9] for _ in range(2))
+    y = attend(queries, keys, values, mask=None)
+    expected = attend_by_products(queries, keys, values, torch.ones(1, 1, 1, 9, dtype=torch.bool))
+    assert_close(y, expected, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-4)
+
+
 def test_attend_takes_products_on_a_cpu_up_to_the_stated_length(monkeypatch):
     """Contexts of up to 1,024 positions are attended by matrix products, longer ones by PyTorch's kernel."""
     lengths = []

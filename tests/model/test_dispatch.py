@@ -96,13 +96,23 @@ def test_plan_dispatch_has_the_same_number_of_rows_for_every_routing(n_tokens, n
     assert all(plan.segment_ends[-1] <= len(plan.token_of_row) for plan in plans)
 
 
-def test_plan_dispatch_aligns_by_what_experts_get():
-    """Without an argument segments end at multiples of 64 rows, unless few rows would make most of them padding."""
-    few, many = torch.tensor([[0], [1]]), torch.tensor([[0], [1]] * 512)
-    assert plan_dispatch(few, n_experts=2).segment_ends.tolist() == [1, 2]
-    assert plan_dispatch(many, n_experts=2).segment_ends.tolist() == [512, 1024]
-    assert [segment_alignment(n, 2, torch.device("cpu")) for n in (1023, 512, 32, 16, 8)] == [32, 32, 2, 1, 1]
-    assert segment_alignment(2, 2, torch.device("cuda")) == 8
+@pytest.fixture
+def float32_by_mkl():
+    """Float32 products as PyTorch sets them, whatever this CPU would take."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_segments_are_aligned_by_what_experts_get(float32_by_mkl):
+    """To 64 rows, or 8 for MKL's products, unless few rows would make most of them padding."""
+    cpu, sizes = torch.device("cpu"), (4096, 1023, 512, 32, 16, 8)
+    assert [segment_alignment(n, 2, cpu, torch.bfloat16) for n in sizes] == [64, 32, 32, 2, 1, 1]
+    assert [segment_alignment(n, 2, cpu, torch.float32) for n in sizes] == [8, 8, 8, 2, 1, 1]
+    assert [segment_alignment(n, 2, torch.device("cuda"), torch.bfloat16) for n in (4096, 2)] == [64, 8]
+    torch.set_float32_matmul_precision("medium")
+    assert segment_alignment(4096, 2, cpu, torch.float32) == 64
 
 
 def test_count_assignments_counts_valid_tokens_only():
@@ -170,7 +180,7 @@ def test_dispatch_tokens_sums_gradients_in_float32():
 def test_within_capacity_is_token_first_by_hand():
     """Two slots per expert go to the earliest tokens, a first choice having no precedence over an earlier second."""
     choices = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 0]])
-    kept = within_capacity(plan_dispatch(choices, n_experts=3), expert_capacity=2)
+    kept = within_capacity(plan_dispatch(choices, 3, alignment=1), expert_capacity=2)
     assert kept.tolist() == [[True, True], [True, True], [False, False], [True, False]]
 
 
@@ -178,8 +188,8 @@ def test_within_capacity_is_token_first_by_hand():
 def test_within_capacity_never_lets_a_later_token_evict_an_earlier_one(expert_capacity):
     """Whatever comes later, the first tokens keep or lose their slots as if they were alone."""
     first, last = random_choices(20, 2, 4, seed=0), random_choices(20, 2, 4, seed=1)
-    alone = within_capacity(plan_dispatch(first, 4), expert_capacity)
-    followed = within_capacity(plan_dispatch(torch.cat([first, last]), 4), expert_capacity)
+    alone = within_capacity(plan_dispatch(first, 4, alignment=1), expert_capacity)
+    followed = within_capacity(plan_dispatch(torch.cat([first, last]), 4, alignment=1), expert_capacity)
     assert torch.equal(followed[:20], alone)
     assert not alone.all()
 
@@ -187,7 +197,7 @@ def test_within_capacity_never_lets_a_later_token_evict_an_earlier_one(expert_ca
 def test_within_capacity_fills_every_slot_before_it_drops():
     """An expert keeps exactly the smaller of its assignments and its capacity."""
     choices = random_choices(40, 2, 4)
-    kept = within_capacity(plan_dispatch(choices, 4), expert_capacity=15)
+    kept = within_capacity(plan_dispatch(choices, 4, alignment=1), expert_capacity=15)
     for expert in range(4):
         chosen = choices == expert
         assert (kept & chosen).sum() == min(int(chosen.sum()), 15)
