@@ -83,7 +83,7 @@ def generate(
         for _ in range(capacity - len(prompt)):
             with autocast(device, precision):
                 logits = model.next_token_logits(tokens, cache)[0]
-            probs = next_token_probs(logits, sampling).cpu()
+            probs = next_token_probs(logits.cpu(), sampling)
             token = int(probs.multinomial(1, generator=generator))
             if token == end_of_text_id:
                 return
