@@ -96,7 +96,6 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     """
     if not runs:
         raise InputError("a report takes at least one run, got none")
-    runs = [_readable(run) for run in runs]
     parts = list(_parts_of(runs[0])) if len(runs) == 1 else list(_parts_of_several(runs))
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"Runs {', '.join(run.name for run in runs)}"
     page = _template().render(title=title, parts=parts)
@@ -105,27 +104,6 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
         replace_file(folder / f"{picture.name}.svg", standalone(picture))
         replace_file(folder / f"{picture.name}.png", picture.png)
     replace_file(path, page)
-
-
-def _readable(run: RunRecords) -> RunRecords:
-    """Return the run without what cannot be used by anybody: settings and lines that are not of the expected kind."""
-    sections = ("model", "data", "schedule", "train", "faults")
-    config = {key: value for key, value in run.config.items() if key not in sections or isinstance(value, dict)}
-    sources = config.get("data", {}).get("sources")
-    if sources and not (isinstance(sources, list) and all(isinstance(source, dict) for source in sources)):
-        config["data"] = {key: value for key, value in config["data"].items() if key != "sources"}
-    notes = [f"config.yaml: {key} is no section" for key in sections if run.config.get(key) and key not in config]
-
-    def usable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [line for line in lines if isinstance(line.get("tokens_seen"), int)]
-
-    steps, records, evaluations = usable(run.steps), usable(run.records), usable(run.evaluations)
-    n_lost = sum(map(len, (run.steps, run.records, run.evaluations))) - sum(map(len, (steps, records, evaluations)))
-    if n_lost:
-        notes.append(f"metrics.jsonl: {n_lost} lines have no tokens_seen")
-    return dataclasses.replace(
-        run, config=config, steps=steps, records=records, evaluations=evaluations, notes=[*run.notes, *notes]
-    )
 
 
 @functools.cache

@@ -22,7 +22,8 @@ from moe_gpt.analysis.health import Gradients
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.validation import InputError
 
-_NUMBERS = {"tokens_seen", "ce_loss", "loss", "lr", "seq_len", "batch_tokens", "tokens_per_second", "grad_norm"}
+_SECTIONS = ("model", "data", "schedule", "train", "faults")
+_NUMBERS = {"ce_loss", "loss", "lr", "seq_len", "batch_tokens", "tokens_per_second", "grad_norm"}
 EVALUATION_FILES = "evaluations/step_*.safetensors"
 
 
@@ -79,7 +80,7 @@ class RunRecords:
     def sources(self) -> list[str]:
         """The names of the sources, as in the config, or else as evaluated."""
         sources = _section(self.config, "data").get("sources")
-        named = [s.get("name") for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
+        named = [source.get("name") for source in sources or ()]
         found = {key.split("/")[1]: None for line in self.evaluations for key in line if key.count("/") == 2}
         return [name for name in named if name] or list(found)
 
@@ -121,7 +122,7 @@ def read_run(run_dir: str | Path) -> RunRecords:
     if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
         raise InputError(f"{folder} is no run: it has neither config.yaml nor metrics.jsonl")
     config = _read_config(folder / "config.yaml", notes)
-    lines = list(_read_lines(folder / "metrics.jsonl", notes))
+    lines = list(_read_lines(folder / "metrics.jsonl", ("step", "tokens_seen"), notes))
     evaluations = [line for line in lines if any(key.startswith("val/") for key in line)]
     records = [line for line in lines if isinstance(line.get("groups"), dict)]
     tokenizer, digest = _read_tokenizer(folder / "tokenizer.json", config, notes)
@@ -136,7 +137,7 @@ def read_run(run_dir: str | Path) -> RunRecords:
         steps=[line for line in lines if "ce_loss" in line],
         records=records,
         evaluations=evaluations,
-        events=list(_read_lines(folder / "events.jsonl", notes)),
+        events=list(_read_lines(folder / "events.jsonl", ("step",), notes)),
         arrays=arrays,
         tokenizer=tokenizer,
         tokenizer_digest=digest,
@@ -185,10 +186,19 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         notes.append("config.yaml has no settings")
         return {}
+    for key in _SECTIONS:
+        if key in config and not isinstance(config[key], dict):
+            notes.append(f"config.yaml: {key} is no section")
+            del config[key]
+    sources = _section(config, "data").get("sources", [])
+    if not (isinstance(sources, list) and all(isinstance(source, dict) for source in sources)):
+        notes.append("config.yaml: data.sources is no list of sections")
+        del config["data"]["sources"]
     return config
 
 
-def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+def _read_lines(path: Path, counts: tuple[str, ...], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the lines that have each of ``counts`` as an integer, and a number or null for what a report draws."""
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -200,7 +210,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-        if isinstance(line, dict) and _is_sound(line):
+        if isinstance(line, dict) and _is_sound(line, counts):
             yield line
         else:
             n_damaged += 1
@@ -208,10 +218,11 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{path.name}: {n_damaged} of {len(texts)} lines cannot be read")
 
 
-def _is_sound(line: dict[str, Any]) -> bool:
-    """Whether a line says which step it is of, and what a report draws is a number or unknown."""
+def _is_sound(line: dict[str, Any], counts: tuple[str, ...]) -> bool:
     drawn = [value for key, value in line.items() if key in _NUMBERS or key.startswith("val/")]
-    return isinstance(line.get("step"), int) and all(value is None or isinstance(value, int | float) for value in drawn)
+    return all(isinstance(line.get(key), int) for key in counts) and all(
+        value is None or isinstance(value, int | float) for value in drawn
+    )
 
 
 def _read_tokenizer(path: Path, config: dict[str, Any], notes: list[str]) -> tuple[Tokenizer | None, str | None]:

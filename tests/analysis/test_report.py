@@ -253,11 +253,10 @@ def test_other_versions_are_read_as_far_as_possible(page_of):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda run: [line.pop("tokens_seen") for line in [*run.steps, *run.evaluations]],
         lambda run: [line.update(ce_loss="high", routing=None, groups=1) for line in [*run.steps, *run.records]],
         lambda run: [line["routing"].update(load=[[1], [1, 2]], max_violation="x") for line in run.records],
         lambda run: [line.update({"samples": 3, "val/prose/ce_loss": []}) for line in run.evaluations],
-        lambda run: run.config.update(model=[1], data={"sources": "prose"}, schedule="fast", train=3, faults={"x": 1}),
+        lambda run: run.config.update(data={"sources": [{}]}, faults={"x": 1}),
         lambda run: run.config.update(model={"n_experts": -4}, schedule={"stages": [{"until_tokens": "soon"}, 3]}),
         lambda run: run.events.extend([{"step": 1, "kind": ["?"], "time": 5}, {"step": 2}]),
         lambda run: setattr(run.tokenizer, "decode", lambda tokens: 1 / 0),
