@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 from moe_gpt.bench import data as bench
+from moe_gpt.bench.processes import Measured
 from moe_gpt.config_file import load_run_config
+from moe_gpt.data.builtin_corpus import iterate_builtin
 
 
 def test_corpus_has_the_size_asked_for(tmp_path, monkeypatch):
@@ -27,6 +30,10 @@ def test_both_sides_make_the_same_number_of_tokens(small_values, tmp_path, monke
 
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small_values), encoding="utf-8")
     monkeypatch.setattr(bench, "_TRAIN_STEPS", 1)
+    # some of the corpus, and all in this process
+    monkeypatch.setattr(bench, "iterate_builtin", lambda kind: itertools.islice(iterate_builtin(kind), 20))
+    monkeypatch.setattr(bench, "available_cores", lambda: 1)
+    monkeypatch.setattr(bench, "measure", lambda work, *arguments: Measured(1.0, 1, work(*arguments)))
     said: list[str] = []
     results = bench.bench_data(load_run_config(str(tmp_path / "small.yaml")), 0.0005, tmp_path, said.append)
     ours, theirs, stream, training = results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_max_tokens_above_the_text_changes_nothing(tmp_path):
 
 def test_max_tokens_reads_no_more_documents_than_it_needs(tmp_path):
     """An endless source with a limit ends."""
-    endless = (Document(f"{i}", f"{i}") for i in iter(int, 1))
+    endless = (Document(f"{i}", f"text {i} " * 300) for i in itertools.count())
     train, _ = build(tmp_path / "store", endless, max_tokens=50)
     assert len(train) > 20
 
