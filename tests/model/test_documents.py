@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
+from moe_gpt.model import documents
 from moe_gpt.model.attention import attend, attend_by_products, causal_mask
 from moe_gpt.model.documents import DocumentSpans, document_blocks, document_mask, positions_within
 
@@ -80,6 +85,45 @@ def test_mask_of_long_sequences_takes_little_memory_on_a_gpu():
     before = torch.cuda.memory_allocated()
     document_mask(ids)
     assert torch.cuda.max_memory_allocated() - before < 100e6
+
+
+@pytest.fixture
+def compiled_flex_attention(monkeypatch):
+    """FlexAttention compiled as for a GPU, but for this CPU, which has no gradients of it; nothing compiled so far."""
+    monkeypatch.setattr(documents, "compiles_flex_attention", lambda device: True)
+    torch.compiler.reset()
+    counters.clear()
+    documents._flex_attention.cache_clear()
+    yield
+    documents._flex_attention.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.usefixtures("compiled_flex_attention")
+@torch.no_grad()
+def test_compiled_blocks_are_right_and_compiled_for_no_new_documents():
+    """Mask and attention compile for a few shapes, then for all; never for where the documents end."""
+    n_graphs = []
+    for B, T, mean_length in ((2, 256, 50), (2, 256, 9), (2, 512, 50), (3, 512, 70), (3, 1024, 70), (4, 1024, 300)):
+        ids, qkv = packed(B, T, mean_length), heads(B, 4, 1, T)
+        y = attend(*qkv, document_blocks(ids))
+        torch.testing.assert_close(y, one_document_at_a_time(*qkv, ids), atol=1e-5, rtol=0)
+        n_graphs.append(counters["stats"]["unique_graphs"])
+    assert n_graphs[0] == n_graphs[1] > 0
+    assert n_graphs[3] == n_graphs[-1] <= 3 * n_graphs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.skipif(platform.system() != "Linux", reason="ru_maxrss is in kilobytes on Linux")
+@pytest.mark.usefixtures("compiled_flex_attention")
+def test_compiled_mask_of_long_sequences_takes_little_memory():
+    """32,768 positions: the matrix would take 1.07 GB."""
+    document_blocks(packed(1, 1024, 300))  # what compiling takes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    document_blocks(packed(1, 32_768, 1000))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
 def test_positions_within_documents_by_hand():
