@@ -95,7 +95,8 @@ class _CombineRows(torch.autograd.Function):
         row_of_choice, weight_of_choice = row_of_assignment.unbind(1), expert_weights.unsqueeze(-1).unbind(1)
         combined = rows.index_select(0, row_of_choice[0]) * weight_of_choice[0]
         for row, weight in zip(row_of_choice[1:], weight_of_choice[1:], strict=True):
-            combined.addcmul_(rows.index_select(0, row).to(combined.dtype), weight)
+            # not in place: torch.compile of PyTorch 2.11 would make all gradients zero
+            combined = combined.addcmul(rows.index_select(0, row).to(combined.dtype), weight)
         return combined
 
     @staticmethod

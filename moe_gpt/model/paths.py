@@ -55,9 +55,9 @@ def visits_experts_one_by_one(n_assignments: int, device: torch.device) -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the type that autocast would give a matrix product of x."""
-    device_type = x.device.type
-    has_autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if has_autocast else x.dtype
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def attends_by_products(x: Tensor, n_keys: int) -> bool:

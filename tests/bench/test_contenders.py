@@ -181,5 +181,5 @@ def take_no_turn(names, build, *_turns, **_named):
 def test_nothing_to_compare_is_an_error(monkeypatch, module, bench):
     """Where our own contender cannot be built, its own error is said."""
     monkeypatch.setattr(module, "take_turns", take_no_turn)
-    with pytest.raises(InputError, match="does not run here, so there is nothing to compare: .*CUDA"):
+    with pytest.raises(InputError, match="does not run here, so there is nothing to compare: .*(CUDA|NVIDIA)"):
         bench(dataclasses.replace(WORK, device="cuda:99"))
