@@ -105,12 +105,17 @@ def plan(arguments: argparse.Namespace) -> list:
     a = arguments
     zero: Any = int(a.zero) if a.zero.isdecimal() else a.zero
     n_gpus = a.tensor * a.pipeline * a.expert if a.n_gpus is None else a.n_gpus
+    layout = Parallelism(n_gpus, a.tensor, a.pipeline, a.expert, zero)
     tensor = a.tensor if a.serve_tensor is None else a.serve_tensor
     pipeline = a.pipeline if a.serve_pipeline is None else a.serve_pipeline
+    try:
+        serving = Parallelism(tensor * pipeline if a.serve_gpus is None else a.serve_gpus, tensor, pipeline)
+    except InputError as error:
+        raise InputError(f"--serve-gpus, --serve-tensor, --serve-pipeline: {error}") from None
     options = PlanOptions(
         gpu=find_gpu(a.gpu),
-        layout=Parallelism(n_gpus, a.tensor, a.pipeline, a.expert, zero),
-        serving=Parallelism(tensor * pipeline if a.serve_gpus is None else a.serve_gpus, tensor, pipeline),
+        layout=layout,
+        serving=serving,
         mfu=a.mfu,
         price=a.price,
         context=a.context,

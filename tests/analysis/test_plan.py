@@ -83,6 +83,10 @@ def test_forecast_of_2020():
             [*REPORTED, "--n-gpus", "100"],
             "n_gpus must be at least tensor x pipeline x expert = 8 x 15 x 1 = 120, got 100",
         ),
+        (
+            [*REPORTED, "--serve-gpus", "100"],
+            "--serve-gpus, --serve-tensor, --serve-pipeline: n_gpus must be at least tensor x pipeline",
+        ),
         ([*REPORTED, "--tensor", "5"], "model.n_heads=168 must be a multiple of tensor, got tensor=5"),
         ([*REPORTED, "--pipeline", "7"], "model.n_layers=120 must be a multiple of pipeline, got pipeline=7"),
         ([*REPORTED, "--gpu", "h900"], "there is no GPU 'h900'; choose one of a100-40gb"),
