@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +182,7 @@ class Transformers(Contender):
                 router_aux_loss_coef=LossConfig().load_balancing_loss_weight,
                 **common,
             )
-            model = transformers.MixtralForCausalLM._from_config(config, experts_implementation=experts)
+            model = transformers.MixtralForCausalLM._from_config(config, **experts_setting(experts))
         if workload.activation_checkpointing:
             model.gradient_checkpointing_enable()
         self._model = model.to(self.device).train()
@@ -208,6 +209,20 @@ class Transformers(Contender):
         nn.utils.clip_grad_norm_(self._model.parameters(), OptimizerConfig().max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+
+def experts_setting(experts: str) -> dict[str, str]:
+    """Return the argument that chooses transformers' implementation of experts.
+
+    Raises:
+        InputError: with transformers 4, which has the eager one only, for another.
+    """
+    version = metadata.version("transformers")
+    if int(version.partition(".")[0]) >= 5:
+        return {"experts_implementation": experts}
+    if experts != "eager":
+        raise InputError(f"the experts of transformers/{experts} need transformers 5, got {version}")
+    return {}
 
 
 def build(name: str, workload: Workload) -> Contender:

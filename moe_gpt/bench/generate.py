@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_gpt.bench.contenders import Workload
+from moe_gpt.bench.contenders import Workload, experts_setting
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.device import autocast, tune_process
 from moe_gpt.model.attention import KVCache
@@ -121,7 +121,7 @@ def _in_transformers(model: MoEGPT, experts: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         hugging_face.save(model, Path(folder) / "exported")
         return transformers.AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "exported", experts_implementation=experts, dtype=torch.float32
+            Path(folder) / "exported", dtype=torch.float32, **experts_setting(experts)
         )
 
 

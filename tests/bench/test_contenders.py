@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from importlib import metadata
 
 import pytest
 import torch
@@ -11,12 +12,19 @@ from tiny_models import tiny_config
 
 from moe_gpt.analysis.accounting import count_flops, count_parameters
 from moe_gpt.bench import generate, layer, rounds, scaling, train
-from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin
+from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin, experts_setting
 from moe_gpt.validation import InputError
 
 MODEL = tiny_config(vocab_size=64, n_experts=4, top_k=2, n_layers=2)
 WORK = Workload(MODEL, 2, 16, "cpu", "fp32", 32)
-NAMES = ["moe_gpt", "dense", "transformers/eager", "transformers/grouped_mm", "transformers/mistral"]
+HAS_EAGER_EXPERTS_ONLY = int(metadata.version("transformers").partition(".")[0]) < 5
+NAMES = [
+    "moe_gpt",
+    "dense",
+    "transformers/eager",
+    pytest.param("transformers/grouped_mm", marks=pytest.mark.skipif(HAS_EAGER_EXPERTS_ONLY, reason="transformers 4")),
+    "transformers/mistral",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,6 +53,14 @@ def test_unknown_contender_is_refused():
     """By its name."""
     with pytest.raises(InputError, match="no contender 'nanoGPT'"):
         build("nanoGPT", WORK)
+
+
+def test_implementation_that_transformers_4_lacks_is_refused(monkeypatch):
+    """By name, and the one that it has is asked for by nothing."""
+    monkeypatch.setattr(metadata, "version", lambda package: "4.57.6")
+    assert experts_setting("eager") == {}
+    with pytest.raises(InputError, match="transformers/grouped_mm need transformers 5, got 4.57.6"):
+        experts_setting("grouped_mm")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
