@@ -14,11 +14,11 @@ from moe_gpt.analysis.accounting import ParameterCounts, build_on_meta, count_pa
 from moe_gpt.analysis.quantities import format_value
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.device import Precision
+from moe_gpt.model.attention import QUERY_BLOCK
 from moe_gpt.model.paths import attends_by_products, segment_alignment
 from moe_gpt.tensor_files import TensorSpec
 
 _CPU = torch.device("cpu")
-_QUERY_BLOCK = 64
 _FLOAT = 4
 _LONG = 8
 _HEAP_HOLES = 1.17
@@ -118,8 +118,8 @@ def _probabilities(n_sequences: int, n_heads: int, seq_len: int, keeps_documents
         return _FLOAT * n_sequences * n_heads * seq_len  # the softmax's normaliser
     if keeps_documents_apart:
         return _FLOAT * n_sequences * n_heads * seq_len**2
-    blocks = range(0, seq_len, _QUERY_BLOCK)
-    pairs = sum((min(b + _QUERY_BLOCK, seq_len) - b) * min(b + _QUERY_BLOCK, seq_len) for b in blocks)
+    blocks = range(0, seq_len, QUERY_BLOCK)
+    pairs = sum((min(b + QUERY_BLOCK, seq_len) - b) * min(b + QUERY_BLOCK, seq_len) for b in blocks)
     return _FLOAT * n_sequences * n_heads * pairs
 
 

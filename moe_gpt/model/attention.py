@@ -20,7 +20,8 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.model.documents import DocumentBlocks, DocumentMask, DocumentSpans, attend_in_blocks, attend_one_by_one
 from moe_gpt.model.paths import attends_by_products, by_hand, takes_gradients_by_hand
 
-_QUERY_BLOCK = 64
+QUERY_BLOCK = 64
+"""Queries at a time in ``attend_in_query_blocks``."""
 
 
 def rotary_angles(
@@ -151,7 +152,7 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tens
 def attend_in_query_blocks(
     queries: Float[Tensor, "B H T Dh"], keys: Float[Tensor, "B G T Dh"], values: Float[Tensor, "B G T Dh"]
 ) -> Float[Tensor, "B H T Dh"]:
-    """Compute causal attention by such products, for ``_QUERY_BLOCK`` queries at a time and the keys up to them.
+    """Compute causal attention by such products, for ``QUERY_BLOCK`` queries at a time and the keys up to them.
 
     That skips nearly half of the work, and half of the memory for the probabilities.
     """
@@ -167,7 +168,7 @@ class _QueryBlocks(torch.autograd.Function):
         keys, values = (x.reshape(B * G, T, Dh) for x in (keys, values))
         # position-major in memory, as the caller's next projection reads it
         mixed = queries.new_empty(B, T, H, Dh).transpose(1, 2)
-        future = queries.new_full((_QUERY_BLOCK, _QUERY_BLOCK), -torch.inf).triu_(1)
+        future = queries.new_full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf).triu_(1)
         softmax_type = torch.promote_types(queries.dtype, torch.float32)
         probs = []
         for start, end in _blocks(T):
@@ -204,7 +205,7 @@ class _QueryBlocks(torch.autograd.Function):
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK)]
+    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
 
 def _fold(x: Tensor, n_kv_heads: int) -> Tensor:

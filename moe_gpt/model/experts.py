@@ -31,13 +31,17 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _swiglu_forward(gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _swiglu_backward(grad, *ctx.saved_tensors)[0]
+
+
+def _swiglu_forward(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +120,8 @@ class _Experts(torch.autograd.Function):
         ctx.segments = _segments(segment_ends)
         hidden, y = rows.new_empty(len(rows), gate_up.shape[1]), rows.new_empty(len(rows), down.shape[1])
         for segment, gate_up_e, down_e in zip(ctx.segments, gate_up, down, strict=True):
-            gate, up = torch.mm(rows[segment], gate_up_e.t(), out=hidden[segment]).chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), down_e.t(), out=y[segment])
+            torch.mm(rows[segment], gate_up_e.t(), out=hidden[segment])
+            torch.mm(_swiglu_forward(hidden[segment]), down_e.t(), out=y[segment])
         ctx.save_for_backward(rows, gate_up, down, hidden)
         return y
 

@@ -1,6 +1,7 @@
 """What a training step asks of a GPU, watched on the meta device with a GPU's paths: it waits for nothing and repeats.
 
-The meta device has shapes and no numbers: whatever needs a number on the host fails there.
+The meta device has shapes and no numbers: whatever needs a number on the host fails there. What it cannot show is the
+kernel that CUDA takes for scaled_dot_product_attention: here that is a few elementary operations.
 """
 
 from __future__ import annotations
