@@ -166,7 +166,8 @@ def _what_is_missing(
     if train.get("record_every_steps") == 0:
         yield "no recorded steps (train.record_every_steps is 0)"
     elif not records:
-        yield "no recorded steps: the run is shorter than train.record_every_steps, or from an older version"
+        every = train.get("record_every_steps", "not set")
+        yield f"no recorded steps: the run is shorter than train.record_every_steps ({every}), or from an older version"
     elif not is_dense and not any("routing" in record for record in records):
         yield "no recorded routing, though the model has experts"
 
