@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from moe_gpt.analysis.quantities import PlanSection, Quantity
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.model.experts import Experts, FeedForward
-from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.model.shapes import shapes_only
 
 
 class ParameterCounts(NamedTuple):
@@ -36,27 +33,9 @@ def model_of(config: RunConfig) -> ModelConfig:
     return dataclasses.replace(config.model, vocab_size=vocab_size)
 
 
-def build_on_meta(config: ModelConfig) -> MoEGPT:
-    """Build a model of shapes without values: no memory or time for weights. Where the vocabulary is open, it is 1."""
-    with torch.device("meta"), _NothingDrawn():
-        return MoEGPT(config if config.vocab_size else dataclasses.replace(config, vocab_size=1))
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Leaves out what torch.nn.init does: on the meta device drawing nothing takes seconds, for imports alone."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Build the model on the meta device and count; takes no memory for weights, whatever the size."""
-    model = build_on_meta(config)
+    model = shapes_only(config)
     experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts | FeedForward))
     per_expert = experts // config.n_experts
     total = _size(model)

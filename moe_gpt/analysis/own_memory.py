@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from moe_gpt.analysis.accounting import ParameterCounts, build_on_meta, count_parameters, model_of
+from moe_gpt.analysis.accounting import ParameterCounts, count_parameters, model_of
 from moe_gpt.analysis.quantities import format_value
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.device import Precision
 from moe_gpt.model.attention import QUERY_BLOCK
 from moe_gpt.model.paths import attends_by_products, segment_alignment
+from moe_gpt.model.shapes import shapes_only
 from moe_gpt.tensor_files import TensorSpec
 
 _CPU = torch.device("cpu")
@@ -175,7 +176,7 @@ class CheckpointBytes(NamedTuple):
 
 def checkpoint_bytes(config: ModelConfig) -> CheckpointBytes:
     """Return the size of a checkpoint after a step, exact to the byte: 12 bytes a parameter, and the files' headers."""
-    model = build_on_meta(config)
+    model = shapes_only(config)
     parameters = dict(model.named_parameters())
     weights = {name: tuple(t.shape) for name, t in {**parameters, **dict(model.named_buffers())}.items()}
     optimizer = {

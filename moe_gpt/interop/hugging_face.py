@@ -18,6 +18,7 @@ from moe_gpt.config import LossConfig, ModelConfig
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.durable import complete_folder, filled_folder, write_file
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
+from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.tensor_files import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.validation import InputError
@@ -94,8 +95,7 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
         raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     table = tensor_table(config, "fused" if is_fused else "per_expert")
-    with torch.device("meta"):
-        model = MoEGPT(config)
+    model = shapes_only(config)
     _check_tensors(folder, config, table, _shapes(model, table), reader)
     return model, table, reader
 
@@ -258,8 +258,7 @@ def export(
             "are of different models"
         )
     table = tensor_table(config)
-    with torch.device("meta"):
-        shapes = _shapes(MoEGPT(config), table)
+    shapes = _shapes(shapes_only(config), table)
     name = str(dtype).removeprefix("torch.")
     settings |= {"torch_dtype": name, "dtype": name, "bos_token_id": None, "eos_token_id": None}
     if tokenizer:

@@ -21,6 +21,7 @@ from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config_file import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.durable import FileFacts, complete_folder, read_facts, write_file
+from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.tensor_files import TensorReader, TensorSpec, write_tensors
 from moe_gpt.train.step import TrainState
@@ -283,8 +284,7 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     reader = TensorReader([path / _WEIGHTS])
     if config.n_layers > len(reader.names):  # a model without end would take long to describe
         raise InputError(f"checkpoint {path} is of another model: it has {len(reader.names)} tensors in all")
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(MoEGPT(config)).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config)).items()}
     _compare(shapes, {name: reader.shape(name) for name in reader.names}, f"checkpoint {path}")
     return {name: reader.read(name) for name in reader.names}
 

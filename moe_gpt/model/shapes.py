@@ -1,0 +1,34 @@
+"""A model of shapes without values, for whoever asks what a config would make."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moe_gpt.config import ModelConfig
+from moe_gpt.model.transformer import MoEGPT
+
+
+def shapes_only(config: ModelConfig) -> MoEGPT:
+    """Return a model on the meta device: no memory and no time for weights, whatever the size.
+
+    Where ``config.vocab_size`` is None the embedding has one row.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        return MoEGPT(config if config.vocab_size else dataclasses.replace(config, vocab_size=1))
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Skips the functions of torch.nn.init: on the meta device they import torch._dynamo, which takes seconds."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
