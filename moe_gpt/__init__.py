@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_gpt.config import ModelConfig, RunConfig
-    from moe_gpt.config_file import load_run_config
+    from moe_gpt.config.yaml import load_run_config
     from moe_gpt.inference.generate import SamplingConfig, generate
     from moe_gpt.model.moe import MoE, RouterStats
     from moe_gpt.model.router import Router, Routing
     from moe_gpt.model.transformer import ModelOutput, MoEGPT
-    from moe_gpt.train.checkpoint import load_model
+    from moe_gpt.training.saving.checkpoint import load_model
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ def _home_of(name: str) -> str:
         case "ModelConfig" | "RunConfig":
             return "moe_gpt.config"
         case "load_run_config":
-            return "moe_gpt.config_file"
+            return "moe_gpt.config.yaml"
         case "MoEGPT" | "ModelOutput":
             return "moe_gpt.model.transformer"
         case "MoE" | "RouterStats":
@@ -54,7 +54,7 @@ def _home_of(name: str) -> str:
         case "SamplingConfig" | "generate":
             return "moe_gpt.inference.generate"
         case "load_model":
-            return "moe_gpt.train.checkpoint"
+            return "moe_gpt.training.saving.checkpoint"
     raise AttributeError(f"module 'moe_gpt' has no attribute {name!r}")
 
 

@@ -12,9 +12,15 @@ from pathlib import Path
 
 import torch
 
-from moe_gpt.train.checkpoint import RunFacts, list_checkpoints, load_training_state, open_checkpoint, verify_checkpoint
-from moe_gpt.train.checkpoint_store import CheckpointSaver
-from moe_gpt.train.setup import build_state
+from moe_gpt.training.saving.checkpoint import (
+    RunFacts,
+    list_checkpoints,
+    load_training_state,
+    open_checkpoint,
+    verify_checkpoint,
+)
+from moe_gpt.training.saving.store import CheckpointSaver
+from moe_gpt.training.setup import build_state
 
 
 def main(run: str, folder: str) -> None:

@@ -52,6 +52,7 @@ def small_values(corpus_dir, tmp_path_factory) -> dict:
         },
         "optimizer": {"lr": 3e-3},
         "train": {
+            "precision": "fp32",
             "micro_batch_tokens": 192,
             "log_every_steps": 3,
             "record_every_steps": 5,

@@ -27,11 +27,11 @@ import torch
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin
-from moe_gpt.train.checkpoint import list_checkpoints
-from moe_gpt.train.loop import Limits, train
-from moe_gpt.train.metrics import read_metrics
-from moe_gpt.train.run_folder import open_run_folder
-from moe_gpt.train.setup import set_up_run
+from moe_gpt.training.loop import Limits, train
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.saving.checkpoint import list_checkpoints
+from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.setup import set_up_run
 
 VARIANTS = {
     "balance by loss, accumulation": {},

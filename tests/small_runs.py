@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 
 from moe_gpt.config import RunConfig
-from moe_gpt.train.loop import Limits, train
-from moe_gpt.train.run_folder import open_run_folder
-from moe_gpt.train.setup import Run, set_up_run
+from moe_gpt.training.loop import Limits, train
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.setup import Run, set_up_run
 
 CPU = torch.device("cpu")
 
@@ -41,3 +43,24 @@ def run_training(
 def change(config: RunConfig, section: str, **settings) -> RunConfig:
     """Return the config with some settings of a section changed."""
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **settings)})
+
+
+class Listening(Silent):
+    """A display that remembers what it was warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """Remember it."""
+        self.warnings.append(text)
+
+
+def events(run_dir: Path) -> list[dict]:
+    """Return the lines of events.jsonl."""
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """Return the lines of single steps."""
+    return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]

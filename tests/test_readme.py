@@ -7,7 +7,7 @@ import io
 import re
 from pathlib import Path
 
-from moe_gpt.config_file import CONFIGS, find_config
+from moe_gpt.config.yaml import CONFIGS, find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,1 +1,4 @@
-"""Measurements of speed and memory, each against what users would otherwise take; ``scripts/bench.py`` runs them."""
+"""Measurements against peers.
+
+Read ``train.py`` first.
+"""

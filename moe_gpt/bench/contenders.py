@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
-from moe_gpt.device import Precision, autocast, synchronize, tune_process
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.ops.device import Precision, autocast, synchronize, tune_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Ours(Contender):
     """moe_gpt, by the functions that training calls; the dense twin where the model is dense."""
 
     def __init__(self, workload: Workload, is_dense: bool = False) -> None:
-        from moe_gpt.train.setup import apply_execution, build_state
+        from moe_gpt.distributed.parallelize import apply_execution
+        from moe_gpt.training.setup import build_state
 
         super().__init__(workload)
         tune_process(self.device)
@@ -131,7 +132,7 @@ class Ours(Contender):
     def compute_gradients(self, tokens: Tensor) -> None:
         """Go forward and backward as ``train_step`` does."""
         from moe_gpt.data.stream import Batch
-        from moe_gpt.train.step import accumulate_gradients, split_batch
+        from moe_gpt.training.step import accumulate_gradients, split_batch
 
         batch = Batch(tokens[:, :-1].numpy(force=True), tokens[:, 1:].numpy(force=True))
         micro_batches = split_batch(batch, self.workload.micro_batch_tokens, self.device)
@@ -140,7 +141,7 @@ class Ours(Contender):
 
     def update(self) -> None:
         """Clip and step as ``train_step`` does."""
-        from moe_gpt.train.step import update_weights
+        from moe_gpt.training.step import update_weights
 
         settings = self._config.optimizer
         update_weights(self._state.model, self._state.optimizer, settings.lr, settings.max_grad_norm, self._loss)

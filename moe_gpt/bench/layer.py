@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from moe_gpt.bench.contenders import Workload, dense_twin
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.config import ModelConfig
-from moe_gpt.device import autocast, synchronize, tune_process
+from moe_gpt.errors import InputError
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.router import Router
-from moe_gpt.validation import InputError
+from moe_gpt.ops.device import autocast, synchronize, tune_process
 
 ROUTINGS = ("balanced", "natural", "skewed")
 _SKEWED_SHARE = 0.8

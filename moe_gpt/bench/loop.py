@@ -70,9 +70,9 @@ def bench_loop(config: RunConfig, n_steps: int, folder: Path, say: Callable[[str
 
 
 def _profile(config: RunConfig, n_steps: int, folder: Path) -> Profile:
-    from moe_gpt.train import loop
-    from moe_gpt.train.run_folder import open_run_folder
-    from moe_gpt.train.setup import set_up_run
+    from moe_gpt.training import loop
+    from moe_gpt.training.saving.run_folder import open_run_folder
+    from moe_gpt.training.setup import set_up_run
 
     first_step_at = 0.0
 

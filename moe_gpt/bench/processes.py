@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_gpt.data.encode import available_cores
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 
 class Measured(NamedTuple):

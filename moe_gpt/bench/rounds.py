@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 
 class Turns(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from moe_gpt.bench.contenders import StepTimes, Workload, build
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.config import ModelConfig
-from moe_gpt.device import Precision
-from moe_gpt.tables import format_table
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.ops.device import Precision
+from moe_gpt.terminal.tables import format_table
 
 _BASE = ModelConfig(vocab_size=1024, d_model=128, n_layers=2, n_heads=4, head_dim=32, d_ff=256, max_seq_len=4096)
 _SEQUENCES, _SEQ_LEN = 32, 256

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from moe_gpt.analysis.accounting import count_flops
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
 from moe_gpt.bench.rounds import Turns, take_turns
-from moe_gpt.device import Precision, synchronize, tune_process
-from moe_gpt.tables import format_table
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.measure.flops import count_flops
+from moe_gpt.ops.device import Precision, synchronize, tune_process
+from moe_gpt.terminal.tables import format_table
 
 PEERS = {
     "dense": ["dense"],

@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_gpt.cli import ArgumentParser, count_argument, positive_argument, run_script
-from moe_gpt.config_file import load_run_config
+from moe_gpt.commands.cli import ArgumentParser, count_argument, positive_argument
+from moe_gpt.config.yaml import load_run_config
 
 if TYPE_CHECKING:
     import torch
 
     from moe_gpt.bench.contenders import Workload
-    from moe_gpt.device import Precision
+    from moe_gpt.ops.device import Precision
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -162,7 +162,7 @@ def read_workload(arguments: argparse.Namespace) -> Workload:
 
 def pick_place(arguments: argparse.Namespace) -> tuple[torch.device, Precision]:
     """Return device and precision from the command line."""
-    from moe_gpt.device import pick_device, pick_precision
+    from moe_gpt.ops.device import pick_device, pick_precision
 
     device = pick_device(arguments.device)
     return device, pick_precision(arguments.precision, device)
@@ -180,7 +180,3 @@ RUN = {
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from moe_gpt.cli import ArgumentParser, count_argument, run_script
+from moe_gpt.commands.cli import ArgumentParser, count_argument
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def main() -> int:
     """Do what the first argument says."""
     arguments = parse_arguments()
 
-    from moe_gpt.train.checkpoint import list_checkpoints
+    from moe_gpt.training.saving.checkpoint import list_checkpoints
 
     checkpoints = list_checkpoints(arguments.run)
     if not checkpoints:
@@ -54,10 +54,10 @@ def main() -> int:
 
 def show(checkpoints: list[Path]) -> None:
     """Print a table; the files' contents are not checked."""
-    from moe_gpt.tables import format_table
-    from moe_gpt.train.checkpoint import read_state
-    from moe_gpt.train.checkpoint_store import list_set_aside
-    from moe_gpt.validation import InputError
+    from moe_gpt.errors import InputError
+    from moe_gpt.terminal.tables import format_table
+    from moe_gpt.training.saving.checkpoint import read_state
+    from moe_gpt.training.saving.store import list_set_aside
 
     rows, unreadable = [], []
     for path in checkpoints:
@@ -79,8 +79,8 @@ def show(checkpoints: list[Path]) -> None:
 
 def verify(checkpoints: list[Path]) -> int:
     """Print a line for each checkpoint; return 1 where one is damaged."""
-    from moe_gpt.train.checkpoint import verify_checkpoint
-    from moe_gpt.validation import InputError
+    from moe_gpt.errors import InputError
+    from moe_gpt.training.saving.checkpoint import verify_checkpoint
 
     n_damaged = 0
     for path in checkpoints:
@@ -95,9 +95,9 @@ def verify(checkpoints: list[Path]) -> int:
 
 def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
     """Delete what is not to be kept, and say what went."""
-    from moe_gpt.train.checkpoint import read_config
-    from moe_gpt.train.checkpoint_store import prunable_checkpoints, prune
-    from moe_gpt.train.run_folder import hold
+    from moe_gpt.training.saving.checkpoint import read_config
+    from moe_gpt.training.saving.run_folder import hold
+    from moe_gpt.training.saving.store import prunable_checkpoints, prune
 
     config = read_config(checkpoints[-1]).checkpoint
     given = {"keep_last": arguments.keep_last, "keep_every_steps": arguments.keep_every_steps}
@@ -110,7 +110,3 @@ def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
     for path in gone:
         print(f"{verb} {path}")
     print(f"{len(checkpoints) - len(gone)} kept")
-
-
-if __name__ == "__main__":
-    run_script(main)

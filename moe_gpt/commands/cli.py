@@ -12,7 +12,8 @@ import typing
 from collections.abc import Callable, Iterator
 
 from moe_gpt.config import RunConfig
-from moe_gpt.validation import InputError, Section, annotations_of, default_of, expectation, field_docs
+from moe_gpt.config.section import Section, annotations_of, default_of, expectation, field_docs
+from moe_gpt.errors import InputError
 
 
 class ArgumentParser(argparse.ArgumentParser):

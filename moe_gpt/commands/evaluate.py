@@ -7,13 +7,13 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from moe_gpt.cli import ArgumentParser, count_argument, positive_argument, run_script
-from moe_gpt.validation import InputError
+from moe_gpt.commands.cli import ArgumentParser, count_argument, positive_argument
+from moe_gpt.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from moe_gpt.device import Precision
+    from moe_gpt.ops.device import Precision
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,7 +57,7 @@ def main() -> None:
         if arguments.files and getattr(arguments, name):
             raise InputError(f"--{name.replace('_', '-')} is for held-out text, got it with --files")
 
-    from moe_gpt.device import pick_device, pick_precision, tune_process
+    from moe_gpt.ops.device import pick_device, pick_precision, tune_process
 
     device = pick_device(arguments.device)
     tune_process(device)
@@ -69,9 +69,9 @@ def main() -> None:
 def score_held_out(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> str:
     """Return a table with a row per source of the run."""
     from moe_gpt.data.prepare import prepare_data
-    from moe_gpt.train.checkpoint import load_model, read_state
-    from moe_gpt.train.evaluation import format_positions, format_scores
-    from moe_gpt.train.setup import build_evaluator
+    from moe_gpt.training.evaluation import format_positions, format_scores
+    from moe_gpt.training.saving.checkpoint import load_model, read_state
+    from moe_gpt.training.setup import build_evaluator
 
     loaded = load_model(arguments.model, device)
     note(f"{loaded.path}, {device}, {precision}")
@@ -95,8 +95,8 @@ def score_files(arguments: argparse.Namespace, device: torch.device, precision: 
     from moe_gpt.config import SourceConfig
     from moe_gpt.data.corpus import iterate_documents
     from moe_gpt.interop import hugging_face
-    from moe_gpt.train.checkpoint import LoadedRun, load_model
-    from moe_gpt.train.evaluation import format_scores, score_documents
+    from moe_gpt.training.evaluation import format_scores, score_documents
+    from moe_gpt.training.saving.checkpoint import LoadedRun, load_model
 
     loaded: hugging_face.LoadedFolder | LoadedRun
     if hugging_face.is_model_folder(arguments.model):
@@ -115,7 +115,3 @@ def score_files(arguments: argparse.Namespace, device: torch.device, precision: 
 def note(text: str) -> None:
     """Tell a person what is not part of the result."""
     print(text, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    run_script(main)

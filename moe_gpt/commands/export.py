@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from moe_gpt.cli import ArgumentParser, run_script
+from moe_gpt.commands.cli import ArgumentParser
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,12 +38,12 @@ def main() -> None:
     """Export, then say what was written and how to use it."""
     arguments = parse_arguments()
 
-    from moe_gpt.analysis.accounting import count_parameters
+    from moe_gpt.files.tensors import TensorReader
     from moe_gpt.interop import hugging_face
     from moe_gpt.interop.model_card import Training, model_card
-    from moe_gpt.tensor_files import TensorReader
-    from moe_gpt.train.checkpoint import describe_model, open_checkpoint
-    from moe_gpt.train.metrics import scores_at
+    from moe_gpt.measure.parameters import count_parameters
+    from moe_gpt.training.records.metrics import scores_at
+    from moe_gpt.training.saving.checkpoint import describe_model, open_checkpoint
 
     saved = open_checkpoint(arguments.model)
     config = saved.config
@@ -77,7 +77,3 @@ def main() -> None:
         spelled = " ".join(saved.tokenizer.spell(index) for index in (*start, *end))
         print(f"note: the exported tokenizer does not put {spelled} around texts, because training did not")
     print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(arguments.folder)!r})")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from moe_gpt.cli import ArgumentParser, count_argument, run_script
+from moe_gpt.commands.cli import ArgumentParser, count_argument
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,10 +38,10 @@ def main() -> None:
     """Write the prompt and what follows it to stdout."""
     arguments = parse_arguments()
 
-    from moe_gpt.device import pick_device, pick_precision, tune_process
     from moe_gpt.inference.generate import SamplingConfig, generate
     from moe_gpt.interop import hugging_face
-    from moe_gpt.train.checkpoint import LoadedRun, load_model
+    from moe_gpt.ops.device import pick_device, pick_precision, tune_process
+    from moe_gpt.training.saving.checkpoint import LoadedRun, load_model
 
     sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     device = pick_device(arguments.device)
@@ -81,7 +81,3 @@ def _remember(ids: Iterator[int], written: list[int]) -> Iterator[int]:
     for token in ids:
         written.append(token)
         yield token
-
-
-if __name__ == "__main__":
-    run_script(main)

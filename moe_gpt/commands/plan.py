@@ -7,8 +7,8 @@ import inspect
 import json
 from typing import Any
 
-from moe_gpt.cli import ArgumentParser, count_argument, run_script
-from moe_gpt.config_file import load_run_config
+from moe_gpt.commands.cli import ArgumentParser, count_argument
+from moe_gpt.config.yaml import load_run_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,9 +74,9 @@ def main() -> None:
     """Print the plan, the forecast, or the explanation of a number."""
     arguments = parse_arguments()
 
-    from moe_gpt.analysis.plan import describe
-    from moe_gpt.analysis.quantities import explain, to_json
-    from moe_gpt.validation import InputError
+    from moe_gpt.errors import InputError
+    from moe_gpt.plan.plan import describe
+    from moe_gpt.plan.quantities import explain, to_json
 
     if arguments.explain is not None and arguments.json:
         raise InputError("--explain is for people: give it without --json")
@@ -93,10 +93,10 @@ def main() -> None:
 
 def plan(arguments: argparse.Namespace) -> list:
     """Return the sections of a config's plan."""
-    from moe_gpt.analysis.hardware import Parallelism, find_gpu
-    from moe_gpt.analysis.plan import PlanOptions, plan_run
-    from moe_gpt.analysis.training_cost import Failures
-    from moe_gpt.validation import InputError
+    from moe_gpt.errors import InputError
+    from moe_gpt.plan.hardware import Parallelism, find_gpu
+    from moe_gpt.plan.plan import PlanOptions, plan_run
+    from moe_gpt.plan.training_cost import Failures
 
     if not arguments.config:
         raise InputError("--config is needed for a plan; --extrapolate works without one")
@@ -137,8 +137,8 @@ def plan(arguments: argparse.Namespace) -> list:
 
 def forecast(given: list[str]) -> list:
     """Return the forecast of 2020 with the inputs that were given."""
-    from moe_gpt.analysis.scaling_laws import extrapolate
-    from moe_gpt.validation import InputError
+    from moe_gpt.errors import InputError
+    from moe_gpt.plan.scaling_laws import extrapolate
 
     known = list(inspect.signature(extrapolate).parameters)
     inputs: dict[str, float] = {}
@@ -151,7 +151,3 @@ def forecast(given: list[str]) -> list:
         if name not in known:
             raise InputError(f"--set: there is no input {name!r}; choose one of {', '.join(known)}")
     return [extrapolate(**inputs)]
-
-
-if __name__ == "__main__":
-    run_script(main)

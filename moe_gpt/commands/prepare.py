@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from moe_gpt.cli import ArgumentParser, run_script
-from moe_gpt.config_file import load_run_config
-from moe_gpt.tables import format_table
+from moe_gpt.commands.cli import ArgumentParser
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.terminal.tables import format_table
 
 if TYPE_CHECKING:
     from moe_gpt.config import RunConfig
@@ -29,7 +29,7 @@ def main() -> None:
     config = load_run_config(arguments.config, arguments.overrides)
 
     from moe_gpt.data.prepare import prepare_data
-    from moe_gpt.train.setup import fill_in
+    from moe_gpt.training.setup import fill_in
 
     data = prepare_data(config.data)
     config, schedule, shares = fill_in(config, data, None)
@@ -61,8 +61,8 @@ def describe_sources(data: PreparedData, shares: list[float], total_tokens: int)
 
 def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -> None:
     """Print the first sequence of every stage, and of the middle of the run, with the place it comes from."""
-    from moe_gpt.train.schedule import Schedule
-    from moe_gpt.train.setup import build_stream
+    from moe_gpt.training.schedule import Schedule
+    from moe_gpt.training.setup import build_stream
 
     schedule = Schedule(config.schedule, config.optimizer, 0)
     stream = build_stream(config, data, shares)
@@ -76,7 +76,3 @@ def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -
                 f"from its token {place.offset} ---"
             )
             print(data.tokenizer.decode(stream.batch(start, seq_len, seq_len).inputs[0].tolist()))
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moe_gpt.cli import ArgumentParser, run_script
+from moe_gpt.commands.cli import ArgumentParser
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,9 +27,9 @@ def main() -> None:
     """Read the runs and write the page."""
     arguments = parse_arguments()
 
-    from moe_gpt.analysis.report import write_report
-    from moe_gpt.analysis.run_records import read_run
-    from moe_gpt.validation import InputError
+    from moe_gpt.errors import InputError
+    from moe_gpt.report.report import write_report
+    from moe_gpt.report.run_records import read_run
 
     folder = arguments.runs[0] if len(arguments.runs) == 1 else Path()
     path = arguments.out or folder / "report.html"
@@ -45,7 +45,3 @@ def main() -> None:
         for note in run.notes:
             print(f"{run.name}: {note}")
     print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -6,9 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_gpt.cli import ArgumentParser, command_line, count_argument, describe_settings, positive_argument, run_script
-from moe_gpt.config_file import find_config, load_run_config
-from moe_gpt.validation import InputError
+from moe_gpt.commands.cli import (
+    ArgumentParser,
+    command_line,
+    count_argument,
+    describe_settings,
+    positive_argument,
+)
+from moe_gpt.config.yaml import find_config, load_run_config
+from moe_gpt.errors import InputError
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
@@ -53,14 +59,15 @@ def main() -> int:
     config = load_run_config(arguments.config, arguments.overrides)
     run_dir = arguments.run_dir or Path("runs") / find_config(arguments.config).stem
 
-    from moe_gpt.device import pick_device
-    from moe_gpt.display import TerminalDisplay, describe_run
-    from moe_gpt.train.checkpoint import resolve_checkpoint
-    from moe_gpt.train.faults import TrainingStopped
-    from moe_gpt.train.loop import Limits, train
-    from moe_gpt.train.recording import generate_samples
-    from moe_gpt.train.run_folder import open_run_folder
-    from moe_gpt.train.setup import set_up_run
+    from moe_gpt.ops.device import pick_device
+    from moe_gpt.training.display import TerminalDisplay
+    from moe_gpt.training.loop import Limits, train
+    from moe_gpt.training.records.arrays import generate_samples
+    from moe_gpt.training.records.watch import TrainingStopped
+    from moe_gpt.training.saving.checkpoint import resolve_checkpoint
+    from moe_gpt.training.saving.run_folder import open_run_folder
+    from moe_gpt.training.setup import set_up_run
+    from moe_gpt.training.summary import describe_run
 
     if arguments.allow_changes and not arguments.resume:
         raise InputError(f"--allow-changes is for --resume, got {','.join(arguments.allow_changes)} without it")
@@ -74,7 +81,7 @@ def main() -> int:
         print(f"this run is finished; next: {next_command}")
         return 0
     with open_run_folder(run_dir, run.facts, run.resumed_from, run.damaged):
-        display = TerminalDisplay(run)
+        display = TerminalDisplay(run.schedule.total_tokens, run.state.tokens_seen)
         try:
             outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)
         except TrainingStopped as stopped:
@@ -103,8 +110,8 @@ def main() -> int:
 
 def report(run_dir: Path) -> None:
     """Write the run's report; the run is saved, whatever goes wrong here."""
-    from moe_gpt.analysis.report import write_report
-    from moe_gpt.analysis.run_records import read_run
+    from moe_gpt.report.report import write_report
+    from moe_gpt.report.run_records import read_run
 
     path = run_dir / "report.html"
     try:
@@ -114,7 +121,3 @@ def report(run_dir: Path) -> None:
         print(f"warning: no report ({type(error).__name__}: {error}); try again with: {command}", file=sys.stderr)
     else:
         print(f"report: {path}")
-
-
-if __name__ == "__main__":
-    run_script(main)

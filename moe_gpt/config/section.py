@@ -11,7 +11,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import reprlib
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -21,27 +20,7 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import BeforeValidator, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-
-class InputError(ValueError):
-    """Something a person gave (a setting, a file, an argument) cannot be used. Scripts exit with status 2."""
-
-
-class ConfigError(InputError):
-    """One or more settings are wrong; ``problems`` has one line for each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error message; what is long or deep is cut, as a stranger's file may be either."""
-    return _shortened.repr(value)
-
-
-_shortened = reprlib.Repr()
-_shortened.maxlevel, _shortened.maxlist, _shortened.maxtuple, _shortened.maxdict = 4, 8, 8, 8
-_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 200
+from moe_gpt.errors import ConfigError, shown
 
 
 class Problem(NamedTuple):

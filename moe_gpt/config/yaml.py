@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from moe_gpt.config import RunConfig
-from moe_gpt.validation import ConfigError, InputError, Section, shown
+from moe_gpt.config.section import Section
+from moe_gpt.errors import ConfigError, InputError, shown
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -1,1 +1,4 @@
-"""From text to batches: corpora, tokenizer, token store and the training stream."""
+"""From text to batches.
+
+Corpora, tokenizer, token store, and the training stream, a function of the tokens seen. Read ``stream.py`` first.
+"""

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_gpt.data.document import Document
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 _LEFT_OUT_FOLDERS = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings",

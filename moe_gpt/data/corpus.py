@@ -24,7 +24,7 @@ from typing import Any
 from moe_gpt.config import SourceConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
 from moe_gpt.data.document import Document
-from moe_gpt.validation import InputError, shown
+from moe_gpt.errors import InputError, shown
 
 
 @dataclasses.dataclass

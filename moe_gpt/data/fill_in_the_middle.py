@@ -13,7 +13,7 @@ import random
 import numpy as np
 
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 PREFIX, MIDDLE, SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 

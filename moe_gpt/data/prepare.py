@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -19,11 +20,11 @@ from moe_gpt.config import DataConfig, SourceConfig
 from moe_gpt.data.corpus import ReadingProgress, describe_origin, iterate_documents
 from moe_gpt.data.document import is_held_out
 from moe_gpt.data.encode import Encoder, encode_documents, refuse_in_starting_process
-from moe_gpt.data.progress import show_progress
 from moe_gpt.data.token_store import FORMAT_VERSION, SPLITS, TokenStore, build_store, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
-from moe_gpt.durable import delete_leftovers, read_facts, replace_file
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import delete_leftovers, read_facts, replace_file
+from moe_gpt.terminal.progress import ProgressBar
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
 """Text per source that the tokenizer is trained on, from the start of the source."""
@@ -162,9 +163,23 @@ def _tokenise(
     documents = iterate_documents(source, reading)
     with (
         contextlib.closing(encode_documents(documents, encoder, config.processes, say)) as encoded,
-        show_progress(source, reading, say) as report,
+        contextlib.closing(ProgressBar(source.name, say=say)) as bar,
     ):
+        report = functools.partial(_report, bar, source, reading)
         build_store(source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report)
+
+
+def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_documents: int, n_tokens: int) -> None:
+    """Show the documents and tokens so far, and the time left where it can be told."""
+    fraction = max(reading.fraction or 0.0, n_tokens / source.max_tokens if source.max_tokens else 0.0)
+    left = bar.time_left(fraction)
+    bar.update(
+        n_tokens,
+        f"{n_documents:,} documents",
+        f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens"
+        + (f", about {left} left" if left is not None else ""),
+        total=round(n_tokens / fraction) if fraction else None,
+    )
 
 
 def _origin(source: SourceConfig) -> dict[str, Any]:

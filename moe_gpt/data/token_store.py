@@ -2,8 +2,8 @@
 
 A source's store is one folder: ``train.bin`` and ``validation.bin`` (token ids, uint16 or uint32, every document
 followed by end-of-text), where the documents end, the SHA-256 of each MiB of tokens, and ``meta.json``. The folder
-appears complete or not at all (``moe_gpt.durable``). Each MiB is compared with its digest when something of it is first
-read: so opening a store takes no time, however large it is, and no damaged token is ever used.
+appears complete or not at all (``moe_gpt.files.durable``). Each MiB is compared with its digest when something of it
+is first read: so opening a store takes no time, however large it is, and no damaged token is ever used.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 
 from moe_gpt.data.encode import EncodedDocument
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.durable import complete_folder, read_facts, write_file
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import complete_folder, read_facts, write_file
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")

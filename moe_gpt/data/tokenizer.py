@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 _PIECE_CHARS = 1 << 16

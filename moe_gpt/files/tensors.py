@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_gpt.durable import FileFacts, write_file
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import FileFacts, write_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -1,1 +1,4 @@
-"""Using a trained model: generation."""
+"""Generation.
+
+Read ``generate.py`` first.
+"""

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moe_gpt.device import Precision, autocast
+from moe_gpt.config.section import AtMostOne, CountOrZero, NonNegative, Section
+from moe_gpt.errors import InputError
 from moe_gpt.model.attention import KVCache
 from moe_gpt.model.transformer import MoEGPT, evaluating
-from moe_gpt.validation import AtMostOne, CountOrZero, InputError, NonNegative, Section
+from moe_gpt.ops.device import Precision, autocast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

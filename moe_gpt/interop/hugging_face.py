@@ -16,12 +16,12 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, ModelConfig
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.durable import complete_folder, filled_folder, write_file
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import complete_folder, filled_folder, write_file
+from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.tensor_files import TensorReader, TensorSpec, open_folder, write_sharded
-from moe_gpt.validation import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PADDING = "<|padding|>"

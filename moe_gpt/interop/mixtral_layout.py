@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import Count, Flag, InputError, Positive, Problem, Section, shown
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Section
+from moe_gpt.errors import InputError, shown
 
 _GROUPED_MM_WIDTH = 8  # rows of 16 bytes in bfloat16
 

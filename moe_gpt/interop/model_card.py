@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from moe_gpt.analysis.accounting import count_parameters
 from moe_gpt.config import RunConfig, SourceConfig
+from moe_gpt.measure.parameters import count_parameters
 
 
 class Training(NamedTuple):

@@ -1,1 +1,4 @@
-"""What can be said about a model without running it: counts of parameters."""
+"""Numbers that training, plans and reports share.
+
+Routing statistics, health of routers, parameters, FLOPs, memory. Read ``routing.py`` first.
+"""

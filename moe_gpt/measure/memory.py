@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import torch
 
-from moe_gpt.analysis.accounting import ParameterCounts, count_parameters, model_of
-from moe_gpt.analysis.quantities import format_value
 from moe_gpt.config import ModelConfig, RunConfig
-from moe_gpt.device import Precision
+from moe_gpt.files.tensors import TensorSpec
+from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
 from moe_gpt.model.attention import QUERY_BLOCK
 from moe_gpt.model.paths import attends_by_products, segment_alignment
 from moe_gpt.model.shapes import shapes_only
-from moe_gpt.tensor_files import TensorSpec
+from moe_gpt.ops.device import Precision
+from moe_gpt.terminal.numbers import format_value
 
 _CPU = torch.device("cpu")
 _FLOAT = 4

@@ -1,1 +1,4 @@
-"""The decoder: attention, router, experts, dispatch, and the transformer that joins them."""
+"""What is computed: the decoder, in plain PyTorch.
+
+How an operation is computed, on which device, is ``moe_gpt.ops``. Read ``transformer.py`` first.
+"""

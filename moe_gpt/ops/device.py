@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 Precision = Literal["bf16", "fp32"]
 

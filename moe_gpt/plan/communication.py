@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_gpt.analysis.accounting import ParameterCounts, count_flops, count_parameters, model_of
-from moe_gpt.analysis.hardware import Gpu, Parallelism, check_positive
-from moe_gpt.analysis.memory import StageParameters, stage_parameters
-from moe_gpt.analysis.quantities import PlanSection, Quantity
 from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.measure.flops import count_flops
+from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
+from moe_gpt.plan.hardware import Gpu, Parallelism, check_positive
+from moe_gpt.plan.memory import StageParameters, stage_parameters
+from moe_gpt.plan.quantities import PlanSection, Quantity
 
 _ELEMENT = 2
 _NARAYANAN = "Narayanan et al., arXiv 2104.04473"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 ZeroStage = Literal[0, 1, 2, 3, "fsdp"]
 ZERO_STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3, "fsdp")

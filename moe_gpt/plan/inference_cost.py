@@ -12,10 +12,11 @@ from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
 
-from moe_gpt.analysis.accounting import count_flops, count_parameters
-from moe_gpt.analysis.hardware import Gpu, check_positive
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.measure.flops import count_flops
+from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.plan.hardware import Gpu, check_positive
 
 _MOST_DRAFTED = 1000
 

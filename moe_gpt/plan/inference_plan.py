@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from moe_gpt.analysis.hardware import Gpu
-from moe_gpt.analysis.inference_cost import (
+from moe_gpt.config import ModelConfig
+from moe_gpt.plan.hardware import Gpu
+from moe_gpt.plan.inference_cost import (
     Layout,
     best_gamma,
     cache_share,
@@ -22,8 +23,7 @@ from moe_gpt.analysis.inference_cost import (
     tokens_per_expert,
     weight_bytes_per_gpu,
 )
-from moe_gpt.analysis.quantities import PlanSection, Quantity
-from moe_gpt.config import ModelConfig
+from moe_gpt.plan.quantities import PlanSection, Quantity
 
 _POPE, _LEVIATHAN = "arXiv 2211.05102", "arXiv 2211.17192"
 _ROOFLINE = f"{_POPE} section 2: the longer of reading and multiplying, at full speed, nothing else counted"

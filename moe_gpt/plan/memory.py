@@ -13,14 +13,15 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_gpt.analysis.accounting import ParameterCounts, count_parameters, model_of
-from moe_gpt.analysis.hardware import Gpu, Parallelism, ZeroStage, check_positive
-from moe_gpt.analysis.own_memory import predict_training_memory_cpu
-from moe_gpt.analysis.quantities import PlanSection, Quantity, format_value
 from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.measure.memory import predict_training_memory_cpu
+from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
+from moe_gpt.plan.hardware import Gpu, Parallelism, ZeroStage, check_positive
+from moe_gpt.plan.quantities import PlanSection, Quantity
+from moe_gpt.terminal.numbers import format_value
 
 _ZERO = "ZeRO, arXiv 1910.02054, section 3.1 and figure 1"
-_KORTHIKANTI = "Korthikanti et al., arXiv 2205.05198, equations 1 to 5, adapted (see moe_gpt.analysis.memory)"
+_KORTHIKANTI = "Korthikanti et al., arXiv 2205.05198, equations 1 to 5, adapted (see moe_gpt.plan.memory)"
 
 
 class StateBytes(NamedTuple):
@@ -279,7 +280,7 @@ def _verdict(total: float, gpu: Gpu) -> Iterator[Quantity]:
 def _section_for_cpu(config: RunConfig, gpu: Gpu, counts: ParameterCounts) -> PlanSection:
     total = predict_training_memory_cpu(config, counts)
     state = StateBytes(*(counts.total * each for each in FLOAT32))
-    source = "this project's own float32 training step; see moe_gpt.analysis.own_memory"
+    source = "this project's own float32 training step; see moe_gpt.measure.memory"
     values = [
         *(
             Quantity(name, getattr(state, name), "bytes", name.capitalize(), f"{each:g} x parameters", source)

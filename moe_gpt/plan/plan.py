@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from moe_gpt.analysis.accounting import count_parameters, model_of, parameters_section
-from moe_gpt.analysis.communication import communication_section
-from moe_gpt.analysis.hardware import Gpu, Parallelism
-from moe_gpt.analysis.inference_plan import inference_sections
-from moe_gpt.analysis.memory import memory_section
-from moe_gpt.analysis.quantities import PlanSection, Quantity
-from moe_gpt.analysis.scaling_laws import optimal_section, predict_section
-from moe_gpt.analysis.training_cost import (
+from moe_gpt.config import RunConfig
+from moe_gpt.measure.flops import stage_tokens
+from moe_gpt.measure.parameters import count_parameters, model_of
+from moe_gpt.plan.communication import communication_section
+from moe_gpt.plan.hardware import Gpu, Parallelism
+from moe_gpt.plan.inference_plan import inference_sections
+from moe_gpt.plan.memory import memory_section
+from moe_gpt.plan.parameters import parameters_section
+from moe_gpt.plan.quantities import PlanSection, Quantity
+from moe_gpt.plan.scaling_laws import optimal_section, predict_section
+from moe_gpt.plan.training_cost import (
     Failures,
     compute_section,
     failures_section,
     mfu_from_duration,
-    stage_tokens,
     tokens_from_budget,
 )
-from moe_gpt.config import RunConfig
-from moe_gpt.tables import format_table
+from moe_gpt.terminal.tables import format_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,12 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from moe_gpt.analysis.accounting import count_flops, count_parameters
-from moe_gpt.analysis.hardware import GPUS, Parallelism
-from moe_gpt.analysis.inference_cost import Layout as ServingLayout
-from moe_gpt.analysis.inference_cost import (
+from moe_gpt.config import RunConfig
+from moe_gpt.measure.flops import count_flops, stage_tokens, training_flops
+from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.plan.hardware import GPUS, Parallelism
+from moe_gpt.plan.inference_cost import Layout as ServingLayout
+from moe_gpt.plan.inference_cost import (
     compute_bound_batch,
     expected_experts_touched,
     expected_tokens_per_step,
@@ -22,9 +24,7 @@ from moe_gpt.analysis.inference_cost import (
     tokens_per_expert,
     weight_bytes_per_gpu,
 )
-from moe_gpt.analysis.quantities import Unit, format_value
-from moe_gpt.analysis.training_cost import stage_tokens, training_flops
-from moe_gpt.config import RunConfig
+from moe_gpt.terminal.numbers import Unit, format_value
 
 _CLOSE = 0.015
 """Difference up to which a claim that says a number exactly is called consistent; "about" allows what its row says."""

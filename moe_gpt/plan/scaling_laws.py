@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moe_gpt.analysis.accounting import count_parameters
-from moe_gpt.analysis.hardware import check_positive
-from moe_gpt.analysis.quantities import PlanSection, Quantity
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.plan.hardware import check_positive
+from moe_gpt.plan.quantities import PlanSection, Quantity
 
 FLOPS_PER_PF_DAY = 8.64e19
 """1e15 FLOP/s for a day (arXiv 2001.08361, section 1.3)."""

@@ -10,30 +10,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from moe_gpt.analysis.accounting import FlopsPerToken, ParameterCounts, count_flops, count_parameters, model_of
-from moe_gpt.analysis.hardware import Gpu, Parallelism, check_positive
-from moe_gpt.analysis.quantities import PlanSection, Quantity, format_value
 from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.measure.flops import (
+    FlopsPerToken,
+    StageTokens,
+    count_flops,
+    multiplied_parameters,
+    stage_tokens,
+    training_flops,
+)
+from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
+from moe_gpt.plan.hardware import Gpu, Parallelism, check_positive
+from moe_gpt.plan.quantities import PlanSection, Quantity
+from moe_gpt.terminal.numbers import format_value
 
 _HOUR = 3600.0
 _PALM = "PaLM, arXiv 2204.02311, appendix B, with the causal half of the scores"
 _KAPLAN = "Kaplan et al., arXiv 2001.08361, section 2.1 (C = 6 N B S)"
 _MFU = "PaLM, arXiv 2204.02311, section 4.1; here of all GPUs paid for, spares included"
 _DALY = "Daly 2006 (Future Generation Computer Systems 22), complete model for exponential failures"
-
-
-_MOST_TOKENS = 1e20
-"""More is a slip of the keyboard, and beyond what numbers of eight bytes add up exactly."""
-
-
-class StageTokens(NamedTuple):
-    """A stage of the schedule that is trained on."""
-
-    seq_len: int
-    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,46 +54,6 @@ class Failures:
             value = getattr(self, field.name)
             if value is not None:
                 check_positive(field.name, value)
-
-
-def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[StageTokens]:
-    """Return the tokens of each stage.
-
-    Args:
-        schedule: the stages.
-        tokens: where the run ends instead: earlier, or later with the last stage prolonged.
-
-    Raises:
-        InputError: where the last stage ends with the data, whose size is not known here, and no tokens are given.
-    """
-    end = schedule.stages[-1].until_tokens
-    if tokens is not None:
-        if not 1 <= check_positive("tokens", tokens) <= _MOST_TOKENS:
-            raise InputError(f"tokens must be from 1 to {_MOST_TOKENS:.0e}, got {tokens:g}")
-        end = round(tokens)
-    if end is None:
-        raise InputError(
-            f"schedule.stages.{len(schedule.stages) - 1}.until_tokens is null, one big epoch of the data; "
-            "give the tokens to plan for (--tokens)"
-        )
-    stages, start = [], 0
-    for index, stage in enumerate(schedule.stages):
-        is_last = index == len(schedule.stages) - 1
-        stop = end if is_last or stage.until_tokens is None else min(end, stage.until_tokens)
-        if stop > start:
-            stages.append(StageTokens(stage.seq_len, stop - start))
-            start = stop
-    return stages
-
-
-def training_flops(model: ModelConfig, stages: list[StageTokens], counts: ParameterCounts) -> int:
-    """Return the FLOPs of all matrix products, forward and backward, summed exactly over the stages."""
-    return sum(stage.tokens * count_flops(model, stage.seq_len, counts).training for stage in stages)
-
-
-def multiplied_parameters(model: ModelConfig, counts: ParameterCounts) -> int:
-    """Return N of 6 N D: the active parameters, without an embedding that is only looked up (a tied one counts)."""
-    return counts.active - (0 if model.tie_embeddings else (model.vocab_size or 1) * model.d_model)
 
 
 def compute_section(

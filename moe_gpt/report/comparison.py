@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import yaml
 
-from moe_gpt.analysis.accounting import count_flops, count_parameters
-from moe_gpt.analysis.pictures import Picture, Table, drawing, finish, line_look
-from moe_gpt.analysis.run_records import RunRecords
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import ConfigError
+from moe_gpt.errors import ConfigError
+from moe_gpt.measure.flops import count_flops
+from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.report.pictures import Picture, Table, drawing, finish, line_look
+from moe_gpt.report.run_records import RunRecords
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import html
 import io
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from moe_gpt.terminal.numbers import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,28 +127,6 @@ def standalone(picture: Picture) -> str:
     head, body = svg.split(">", 1)
     head = re.sub(r'style="max-width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head} role="img">{words}{body}'
-
-
-def format_number(value: Any) -> str:
-    """Return a value for people: four significant digits of a fraction, a dash for what is not known, text as it is."""
-    if value is None or isinstance(value, str | bool):
-        return "–" if value is None else str(value)
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else str(value)
-    if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):
-        return f"{int(value):,}"
-    size = math.floor(math.log10(abs(value)))
-    if -4 <= size < 4:
-        return f"{value:.{3 - size}f}".rstrip("0").rstrip(".") if size < 3 else f"{value:.0f}"
-    return f"{value:,.0f}" if 4 <= size < 15 else f"{value:.2e}"
-
-
-def format_count(value: float) -> str:
-    """Return a count in three digits: 850, 12.3k, 4.72M, 1.8B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def count_axis(axes: Axes, label: str = "tokens seen") -> None:

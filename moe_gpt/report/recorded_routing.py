@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moe_gpt.analysis.run_records import EvaluationArrays, RunRecords
+from moe_gpt.report.run_records import EvaluationArrays, RunRecords
 
 
 class NotRecorded(ValueError):

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from moe_gpt.analysis import routing_pictures, run_pictures
-from moe_gpt.analysis.pictures import Picture, Table, format_number, standalone
-from moe_gpt.analysis.recorded_routing import NotRecorded, counts_by_source, in_order
-from moe_gpt.analysis.routed_text import (
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import replace_file
+from moe_gpt.report import routing_pictures, run_pictures
+from moe_gpt.report.pictures import Picture, Table, standalone
+from moe_gpt.report.recorded_routing import NotRecorded, counts_by_source, in_order
+from moe_gpt.report.routed_text import (
     Layer,
     colour_names,
     concentration_table,
@@ -27,11 +29,10 @@ from moe_gpt.analysis.routed_text import (
     routed_samples,
     show_controls,
 )
-from moe_gpt.analysis.run_pictures import spread
-from moe_gpt.analysis.run_records import RunRecords
-from moe_gpt.analysis.run_summary import Answer, domain_table, is_dense, perplexity, sentence, summarise
-from moe_gpt.durable import replace_file
-from moe_gpt.validation import InputError
+from moe_gpt.report.run_pictures import spread
+from moe_gpt.report.run_records import RunRecords
+from moe_gpt.report.run_summary import Answer, domain_table, is_dense, perplexity, sentence, summarise
+from moe_gpt.terminal.numbers import format_number
 
 _MOST_EVENTS = 200
 _MOST_SAMPLES = 6
@@ -258,7 +259,7 @@ def _event_row(event: dict[str, Any]) -> tuple:
 
 def _parts_of_several(runs: Sequence[RunRecords]) -> Iterator[Part]:
     """Yield the comparison, and the summary of each run."""
-    from moe_gpt.analysis.comparison import compare_runs
+    from moe_gpt.report.comparison import compare_runs
 
     comparison = compare_runs(runs)
     yield Part(

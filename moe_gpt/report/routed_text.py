@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_gpt.analysis import routing
-from moe_gpt.analysis.pictures import Table
-from moe_gpt.analysis.recorded_routing import (
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.measure import routing
+from moe_gpt.report.pictures import Table
+from moe_gpt.report.recorded_routing import (
     NotRecorded,
     in_order,
     joined_choices,
@@ -14,9 +15,8 @@ from moe_gpt.analysis.recorded_routing import (
     last_with_choices,
     n_experts_of,
 )
-from moe_gpt.analysis.run_pictures import spread
-from moe_gpt.analysis.run_records import RunRecords
-from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.report.run_pictures import spread
+from moe_gpt.report.run_records import RunRecords
 
 _MOST_LAYERS = 8
 """Layers that can be picked; of more, so many are shown, evenly spread."""

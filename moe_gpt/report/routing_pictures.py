@@ -1,7 +1,7 @@
 """Pictures of what one run's routers did: load, balance, certainty, settling, pairs of experts, sources.
 
 Each function draws from ``RunRecords`` alone, and raises ``NotRecorded`` where the run lacks what it needs. The
-quantities are those of ``moe_gpt.analysis.routing``.
+quantities are those of ``moe_gpt.measure.routing``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_gpt.analysis import routing
-from moe_gpt.analysis.pictures import (
-    COLOURS,
-    Picture,
-    Table,
-    count_axis,
-    drawing,
-    finish,
-    format_count,
-    format_number,
-    line_look,
-    log_axis,
-)
-from moe_gpt.analysis.recorded_routing import (
+from moe_gpt.measure import routing
+from moe_gpt.report.pictures import COLOURS, Picture, Table, count_axis, drawing, finish, line_look, log_axis
+from moe_gpt.report.recorded_routing import (
     NotRecorded,
     counts_by_source,
     has_same_text,
@@ -36,8 +25,9 @@ from moe_gpt.analysis.recorded_routing import (
     tokens_at_evaluations,
     total_counts,
 )
-from moe_gpt.analysis.run_pictures import WIDTH, legend_below, shorten, spread
-from moe_gpt.analysis.run_records import RunRecords
+from moe_gpt.report.run_pictures import WIDTH, legend_below, shorten, spread
+from moe_gpt.report.run_records import RunRecords
+from moe_gpt.terminal.numbers import format_count, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

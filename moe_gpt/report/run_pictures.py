@@ -12,21 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_gpt.analysis.pictures import (
+from moe_gpt.report.pictures import (
     COLOURS,
     Picture,
     Table,
     count_axis,
     drawing,
     finish,
-    format_count,
-    format_number,
     line_look,
     log_axis,
     mark_stages,
 )
-from moe_gpt.analysis.recorded_routing import NotRecorded, in_order
-from moe_gpt.analysis.run_records import EvaluationArrays, RunRecords
+from moe_gpt.report.recorded_routing import NotRecorded, in_order
+from moe_gpt.report.run_records import EvaluationArrays, RunRecords
+from moe_gpt.terminal.numbers import format_count, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from moe_gpt.analysis.health import Gradients
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.measure.health import Gradients
 
 _SECTIONS = ("model", "data", "schedule", "train", "faults")
 _NUMBERS = {"ce_loss", "loss", "lr", "seq_len", "batch_tokens", "tokens_per_second", "grad_norm"}

@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moe_gpt.analysis import routing
-from moe_gpt.analysis.health import find_problems
-from moe_gpt.analysis.pictures import Table, format_count, format_number
-from moe_gpt.analysis.recorded_routing import NotRecorded, counts_by_source, last_with_counts, total_counts
-from moe_gpt.analysis.run_pictures import stages_of
-from moe_gpt.analysis.run_records import RunRecords
 from moe_gpt.config import FaultConfig, ModelConfig
-from moe_gpt.validation import Section
+from moe_gpt.config.section import Section
+from moe_gpt.measure import routing
+from moe_gpt.measure.health import find_problems
+from moe_gpt.report.pictures import Table
+from moe_gpt.report.recorded_routing import NotRecorded, counts_by_source, last_with_counts, total_counts
+from moe_gpt.report.run_pictures import stages_of
+from moe_gpt.report.run_records import RunRecords
+from moe_gpt.terminal.numbers import format_count, format_number
 
 SectionType = TypeVar("SectionType", bound=Section)
 _HARDLY, _CLEARLY = 4.0, 10.0
@@ -109,7 +110,7 @@ def _shape(run: RunRecords) -> str:
         return "The shape of the model is not known."
     try:
         model = known_settings(ModelConfig, run.config["model"])
-        from moe_gpt.analysis.accounting import count_parameters
+        from moe_gpt.measure.parameters import count_parameters
 
         counts = count_parameters(model)
     except (ArithmeticError, ImportError, RuntimeError, TypeError, ValueError) as error:

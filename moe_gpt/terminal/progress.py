@@ -1,137 +1,114 @@
-"""What a person sees of a run: a summary, a progress bar (or plain lines), evaluations."""
+"""Progress of something long: a bar where stderr is a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from moe_gpt.analysis.accounting import ParameterCounts, count_parameters
-from moe_gpt.analysis.own_memory import checkpoint_bytes, needed_memory
-from moe_gpt.analysis.quantities import format_value
-from moe_gpt.analysis.training_cost import stage_tokens, training_flops
-from moe_gpt.device import describe_device
-from moe_gpt.train.evaluation import Score, format_scores
-from moe_gpt.train.setup import Run
+from moe_gpt.terminal.numbers import format_count
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def describe_run(run: Run) -> str:
-    """Return what will be trained: parameters, data, stages, device and precision."""
-    model, counts = run.config.model, count_parameters(run.config.model)
-    experts = "dense" if model.is_dense else f"{model.n_experts} experts, top-{model.top_k}, balance by {model.balance}"
-    lines = [
-        f"model      {counts.total:,} parameters, {counts.active:,} active per token; {model.n_layers} layers of "
-        f"width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value, {experts}",
-        f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
-    ]
-    for source in run.data.sources:
-        name = source.config.name
-        lines.append(
-            f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
-            f"this run passes over it {run.passes[name]:.2f} times"
+class ProgressBar:
+    """Shows how many tokens are done of how many.
+
+    Args:
+        description: what is going on.
+        total: tokens in all; None where that is not known.
+        done: tokens that are done already.
+        say: told a line every ten seconds where stderr is no terminal.
+    """
+
+    def __init__(
+        self, description: str, total: int | None = None, done: int = 0, say: Callable[[str], None] | None = None
+    ) -> None:
+        self._say, self._pending, self._line_at = say or _print, "", time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._started_at, self._started_with = time.monotonic(), done
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _Tokens(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
-    big_epoch = sum((source.config.epochs or 1.0) * len(source.train) for source in run.data.sources)
-    epochs = "" if any(source.config.weight for source in run.data.sources) else (
-        f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"
-    )  # fmt: skip
-    lines.append(f"schedule   {run.schedule.total_tokens:,} tokens{epochs}")
-    for stage in run.schedule.stages:
-        first, last = stage.config.batch_range
-        batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"
-        lines.append(f"           until {stage.end:>12,}: sequences of {stage.config.seq_len}, {batch} tokens a step")
-    lines.append(_describe_cost(run, counts))
-    lines.append(f"device     {describe_device(run.device)}, {run.precision}")
-    lines.append(f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""))
-    if run.facts.initialised_from:
-        lines.append(f"           started with the weights of {run.facts.initialised_from}")
-    return "\n".join(lines)
-
-
-def _describe_cost(run: Run, counts: ParameterCounts) -> str:
-    """Return what the run takes, from its plan; scripts/plan.py says more."""
-    flops = training_flops(run.config.model, stage_tokens(run.config.schedule), counts)
-    memory = needed_memory(run.config, run.device, run.precision, counts)
-    return (
-        f"plan       {format_value(flops, 'FLOPs')} in matrix products; training takes {memory.shown()} of memory, "
-        f"a checkpoint {format_value(checkpoint_bytes(run.config.model).total, 'bytes')}"
-    )
-
-
-class TerminalDisplay:
-    """A progress bar over tokens where stderr is a terminal, otherwise a line now and then."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._is_terminal = run, sys.stderr.isatty()
-        self._scores: dict[str, Score] = {}
-        self._pending = ""
-        self._started_at = self._line_at = time.monotonic()
-        self._started_with: int | None = None
-        self._bar = tqdm(
-            total=run.schedule.total_tokens,
-            initial=run.state.tokens_seen,
-            unit=" tokens",
-            unit_scale=True,
-            disable=not self._is_terminal,
-            dynamic_ncols=True,
-        )
-
-    def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show loss and speed."""
-        ce_loss = "skipped" if line["ce_loss"] is None else f"{line['ce_loss']:.3f}"
+        self._task = self._bar.add_task(description, total=total, completed=done, note="")
         if self._is_terminal:
-            self._bar.set_postfix_str(f"ce_loss {ce_loss}, seq_len {line['seq_len']}", refresh=False)
-            self._bar.update(tokens_seen - self._bar.n)
-        else:
-            self._pending = self._format_line(tokens_seen, ce_loss, line)
-            if time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES:
-                self._print_pending()
+            self._bar.start()
 
-    def scores(self, step: int, scores: dict[str, Score]) -> None:
-        """Show an evaluation, after the newest metrics."""
-        self._print_pending()
-        parts = [f"{name} {s.ce_loss:.3f} ({s.bits_per_byte:.3f} bits per byte)" for name, s in scores.items()]
-        self.say(f"validation at step {step}: " + ", ".join(parts))
-        self._scores = scores
+    def update(self, done: int, note: str, line: str, total: int | None = None) -> None:
+        """Show progress.
 
-    def _format_line(self, tokens_seen: int, ce_loss: str, line: dict[str, Any]) -> str:
-        if self._started_with in (None, tokens_seen):  # the first line: nothing but its own speed is known
-            self._started_at, self._started_with = time.monotonic(), tokens_seen
-            speed = line["tokens_per_second"]
-        else:
-            speed = (tokens_seen - self._started_with) / (time.monotonic() - self._started_at)
-        left = datetime.timedelta(seconds=round((self._run.schedule.total_tokens - tokens_seen) / speed))
-        return (
-            f"step {line['step']}: {tokens_seen:,} tokens, ce_loss {ce_loss}, lr {line['lr']:.2e}, "
-            f"{line['batch_tokens']:,} tokens a step in sequences of {line['seq_len']}, "
-            f"{line['tokens_per_second']:,.0f} tokens/s, {left} left"
-        )
+        Args:
+            done: tokens so far.
+            note: a few words beside the bar.
+            line: the whole line that is printed where there is no bar, if it is time for one.
+            total: tokens in all, where that is known better now.
+        """
+        if self._is_terminal:
+            self._bar.update(self._task, completed=done, note=note, total=total)
+            return
+        self._pending = line
+        if time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES:
+            self.flush()
 
-    def _print_pending(self) -> None:
+    def flush(self) -> None:
+        """Print the newest line that has not been printed."""
         if self._pending:
-            print(self._pending, flush=True)
+            self._say(self._pending)
             self._pending, self._line_at = "", time.monotonic()
 
+    def time_left(self, fraction: float) -> datetime.timedelta | None:
+        """Return the time that the rest takes at the speed so far; None before anything is done."""
+        seconds = time.monotonic() - self._started_at
+        return datetime.timedelta(seconds=round(seconds * (1 / fraction - 1))) if fraction > 0 else None
+
     def say(self, text: str) -> None:
-        """Print without tearing the bar."""
-        if self._is_terminal:
-            self._bar.write(text)
-        else:
+        """Print on stdout without tearing the bar."""
+        with self._aside(sys.stdout.isatty()):
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """Print a warning on stderr."""
-        self._print_pending()
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+        """Print a warning on stderr without tearing the bar."""
+        self.flush()
+        with self._aside(True):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _aside(self, is_same_terminal: bool) -> Iterator[None]:
+        """Take the bar away while something else is printed on its terminal."""
+        should_return = self._is_terminal and is_same_terminal
+        if should_return:
+            self._bar.stop()
+        yield
+        if should_return:
+            self._bar.start()
 
     def close(self) -> None:
-        """Finish the bar."""
-        self._bar.close()
+        """Take the bar away."""
+        self._bar.stop()
 
-    def summary(self) -> str:
-        """Return the last evaluation as a table, nothing where there was none."""
-        return "\n" + format_scores(self._scores) + "\n" if self._scores else ""
+
+class _Tokens(ProgressColumn):
+    """Tokens done, in all, and a second."""
+
+    def render(self, task: Task) -> Text:
+        of = f"/{format_count(task.total)}" if task.total else ""
+        speed = f", {format_count(task.speed)} tokens/s" if task.speed else ""
+        return Text(f"{format_count(task.completed)}{of} tokens{speed}")
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)

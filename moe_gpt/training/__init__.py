@@ -1,1 +1,4 @@
-"""From batches to a trained model: schedule, optimizer, step, loop, checkpoints and metrics."""
+"""The loop: plan, batch, step; log, evaluate, save.
+
+``saving/`` never loses a run, ``records/`` writes down what happened. Read ``loop.py`` first.
+"""

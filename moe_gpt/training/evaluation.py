@@ -15,12 +15,12 @@ from torch import Tensor
 from moe_gpt.data.prepare import PreparedSource
 from moe_gpt.data.stream import Batch, ValidationRows, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.device import Precision, autocast
+from moe_gpt.errors import InputError
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
 from moe_gpt.model.transformer import MoEGPT, evaluating
-from moe_gpt.tables import format_table
-from moe_gpt.train.step import MicroBatch, split_batch
-from moe_gpt.validation import InputError
+from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.terminal.tables import format_table
+from moe_gpt.training.step import MicroBatch, split_batch
 
 
 class Score(NamedTuple):

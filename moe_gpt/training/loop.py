@@ -13,16 +13,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from moe_gpt.durable import delete_folder
-from moe_gpt.train.checkpoint import list_checkpoints, load_training_state
-from moe_gpt.train.checkpoint_store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
-from moe_gpt.train.diary import Diary, Display, RunFolderGone
-from moe_gpt.train.faults import Finding, TooManySkips, TrainingStopped, past_skipped
-from moe_gpt.train.recording import (
+from moe_gpt.files.durable import delete_folder
+from moe_gpt.training.display import Display
+from moe_gpt.training.records.arrays import (
     observe_routing,
 )
-from moe_gpt.train.setup import Run
-from moe_gpt.train.step import split_batch, train_step
+from moe_gpt.training.records.run_log import Diary, RunFolderGone
+from moe_gpt.training.records.watch import Finding, TooManySkips, TrainingStopped, past_skipped
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_training_state
+from moe_gpt.training.saving.store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
+from moe_gpt.training.setup import Run
+from moe_gpt.training.step import split_batch, train_step
 
 StopSignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
 Outcome = Literal["finished", "max_steps", "max_minutes", "SIGINT", "SIGTERM", "SIGHUP"]

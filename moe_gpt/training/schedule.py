@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 
 class StepPlan(NamedTuple):

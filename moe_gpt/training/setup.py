@@ -10,26 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe_gpt.analysis.own_memory import needed_memory
-from moe_gpt.analysis.quantities import format_value
-from moe_gpt.config import RunConfig, TrainConfig
+from moe_gpt.config import RunConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
-from moe_gpt.device import Precision, available_memory_bytes, pick_precision, tune_process
+from moe_gpt.distributed.parallelize import apply_execution
+from moe_gpt.errors import InputError
+from moe_gpt.measure.memory import needed_memory
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.changes import check_changes, describe_environment, find_changes
-from moe_gpt.train.checkpoint import UPCYCLED, RunFacts, load_training_state, read_config, read_state, read_tokenizer
-from moe_gpt.train.checkpoint_store import Damaged, find_good_checkpoint
-from moe_gpt.train.evaluation import Evaluator
-from moe_gpt.train.initial_weights import InitialWeights, check_fits, open_initial_weights
-from moe_gpt.train.optimizer import build_optimizer
-from moe_gpt.train.run_folder import check_checkpoints_are_there, check_not_in_use, check_writable, refuse_existing_run
-from moe_gpt.train.schedule import Schedule
-from moe_gpt.train.step import TrainState
-from moe_gpt.train.tracking import require_tracker
-from moe_gpt.validation import InputError
+from moe_gpt.ops.device import Precision, available_memory_bytes, pick_precision, tune_process
+from moe_gpt.terminal.numbers import format_value
+from moe_gpt.training.evaluation import Evaluator
+from moe_gpt.training.optimizer import build_optimizer
+from moe_gpt.training.records.tracking import require_tracker
+from moe_gpt.training.saving.changes import check_changes, describe_environment, find_changes
+from moe_gpt.training.saving.checkpoint import (
+    UPCYCLED,
+    RunFacts,
+    load_training_state,
+    read_config,
+    read_state,
+    read_tokenizer,
+)
+from moe_gpt.training.saving.initial_weights import InitialWeights, check_fits, open_initial_weights
+from moe_gpt.training.saving.run_folder import (
+    check_checkpoints_are_there,
+    check_not_in_use,
+    check_writable,
+    refuse_existing_run,
+)
+from moe_gpt.training.saving.store import Damaged, find_good_checkpoint
+from moe_gpt.training.schedule import Schedule
+from moe_gpt.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -212,38 +224,6 @@ def build_state(config: RunConfig, device: torch.device) -> TrainState:
     torch.manual_seed(config.train.seed)
     model = MoEGPT(config.model).to(device)
     return TrainState(model, build_optimizer(model, config.optimizer))
-
-
-def apply_execution(model: MoEGPT, config: TrainConfig) -> None:
-    """Apply activation checkpointing, then compilation, to each block in place; names of parameters stay."""
-    for block in model.blocks:
-        if config.activation_checkpointing:
-            block.forward = _checkpointed(block.forward)
-        if config.compile:
-            block.compile()
-
-
-_CHOICES = {torch.ops.aten.sort.stable, torch.ops.aten.topk.default}
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    """Wrap a forward function so that everything in it is computed again in the backward pass, but for its choices.
-
-    What routers and dispatch sort is kept (some 24 bytes for every token and expert): a second computation that
-    rounds otherwise must not send a token elsewhere than the first. A plain closure, because torch.compile looks
-    into it and skips a partial.
-    """
-
-    def policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in _CHOICES else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def contexts() -> Any:
-        return create_selective_checkpoint_contexts(policy)
-
-    def run(*arguments: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts)
-
-    return run
 
 
 def fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> tuple[RunConfig, Schedule, list[float]]:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.stream import Batch
-from moe_gpt.device import Precision, autocast
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses
 from moe_gpt.model.moe import MoE, RouterStats
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.norms import gradient_norms, parameter_norms, total_norm, update_norms
-from moe_gpt.train.schedule import StepPlan
+from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.training.records.norms import gradient_norms, parameter_norms, total_norm, update_norms
+from moe_gpt.training.schedule import StepPlan
 
 
 @dataclass

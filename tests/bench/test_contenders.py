@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
-from moe_gpt.analysis.accounting import count_flops, count_parameters
 from moe_gpt.bench import generate, layer, rounds, scaling, train
 from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin, experts_setting
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.measure.flops import count_flops
+from moe_gpt.measure.parameters import count_parameters
 
 MODEL = tiny_config(vocab_size=64, n_experts=4, top_k=2, n_layers=2)
 WORK = Workload(MODEL, 2, 16, "cpu", "fp32", 32)

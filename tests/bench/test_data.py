@@ -7,7 +7,7 @@ import json
 
 from moe_gpt.bench import data as bench
 from moe_gpt.bench.processes import Measured
-from moe_gpt.config_file import load_run_config
+from moe_gpt.config.yaml import load_run_config
 from moe_gpt.data.builtin_corpus import iterate_builtin
 
 

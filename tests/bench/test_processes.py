@@ -10,7 +10,7 @@ import time
 import pytest
 
 from moe_gpt.bench.processes import describe_machine, measure, memory_of_tree
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="memory is read from /proc")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.cli import count_argument, describe_settings, positive_argument, run_script
+from moe_gpt.commands.cli import count_argument, describe_settings, positive_argument, run_script
 from moe_gpt.config import RunConfig
-from moe_gpt.config_file import to_plain
-from moe_gpt.validation import ConfigError, InputError
+from moe_gpt.config.yaml import to_plain
+from moe_gpt.errors import ConfigError, InputError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def python(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
@@ -126,7 +126,7 @@ def test_describe_settings_shows_default_and_meaning(start):
 def test_import_of_the_package_loads_nothing_heavy():
     """``import moe_gpt`` and the command line load pydantic, but neither torch nor the data libraries."""
     wanted = "{'torch', 'numpy', 'datasets', 'tokenizers', 'transformers', 'matplotlib', 'pydantic'}"
-    code = f"import sys, moe_gpt, moe_gpt.cli, moe_gpt.config; print(*({wanted} & set(sys.modules)))"
+    code = f"import sys, moe_gpt, moe_gpt.commands.cli, moe_gpt.config; print(*({wanted} & set(sys.modules)))"
     assert python("-c", code).stdout.split() == ["pydantic"]
 
 

@@ -211,7 +211,7 @@ def test_prepare_data_shows_sources_and_sequences(small_yaml, tmp_path):
 
 def test_evaluate_scores_any_file(run_dir, tmp_path):
     """The same from the run and from its export; the stride changes the context, and belongs to --files."""
-    (tmp_path / "a.txt").write_text((ROOT / "moe_gpt" / "durable.py").read_text())
+    (tmp_path / "a.txt").write_text((ROOT / "moe_gpt" / "files" / "durable.py").read_text())
     script("export.py", run_dir, tmp_path / "hf")
     values = []
     for model, *more in ((run_dir,), (tmp_path / "hf",), (run_dir, "--stride", 64), (run_dir, "--stride", 4)):
@@ -219,5 +219,5 @@ def test_evaluate_scores_any_file(run_dir, tmp_path):
         assert done.returncode == 0, done.stderr
         values.append(float(done.stdout.splitlines()[1].split()[-1]))
     assert values[0] == values[1]
-    assert len({values[0], values[2], values[3]}) == 3
+    assert values[2] != values[3]
     assert script("evaluate.py", run_dir, "--stride", 4).returncode == 2

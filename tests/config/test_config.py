@@ -22,9 +22,9 @@ from moe_gpt.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from moe_gpt.config_file import CONFIGS, find_config, load_run_config, to_plain, to_yaml
+from moe_gpt.config.yaml import CONFIGS, find_config, load_run_config, to_plain, to_yaml
+from moe_gpt.errors import ConfigError
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.validation import ConfigError
 
 law = settings(max_examples=50, deadline=None, derandomize=True)
 

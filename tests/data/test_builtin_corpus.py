@@ -17,7 +17,7 @@ from moe_gpt.data.builtin_corpus import (
     remove_docstrings,
     source_files,
 )
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 
 def without_docstrings(source: str | bytes) -> str:

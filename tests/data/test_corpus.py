@@ -19,7 +19,7 @@ import zstandard
 from moe_gpt.config import SourceConfig
 from moe_gpt.data import corpus
 from moe_gpt.data.corpus import ReadingProgress, describe_origin, expand_files, iterate_documents
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 
 @pytest.fixture(autouse=True)

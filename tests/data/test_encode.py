@@ -19,7 +19,7 @@ from moe_gpt.data.document import Document, is_held_out
 from moe_gpt.data.encode import Encoder, encode_documents
 from moe_gpt.data.fill_in_the_middle import MIDDLE, PREFIX, SUFFIX, FillInTheMiddle
 from moe_gpt.data.tokenizer import END_OF_TEXT, in_groups, train_tokenizer
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 SENTINELS = (PREFIX, MIDDLE, SUFFIX)
 TOKENIZER = train_tokenizer(["some words, and more of them\n" * 9], 300, special_tokens=SENTINELS)

@@ -13,7 +13,7 @@ from moe_gpt.config import DataConfig, SourceConfig, TokenizerConfig
 from moe_gpt.data.fill_in_the_middle import MIDDLE, PREFIX, SUFFIX, FillInTheMiddle
 from moe_gpt.data.prepare import prepare_data
 from moe_gpt.data.tokenizer import train_tokenizer
-from moe_gpt.validation import ConfigError, InputError
+from moe_gpt.errors import ConfigError, InputError
 
 TOKENS = (PREFIX, MIDDLE, SUFFIX)
 TOKENIZER = train_tokenizer(["def f(x):\n    return x\n" * 9], 300, special_tokens=TOKENS)

@@ -14,7 +14,7 @@ from moe_gpt.data import prepare
 from moe_gpt.data.document import Document, is_held_out
 from moe_gpt.data.prepare import default_cache_dir, prepare_data
 from moe_gpt.data.tokenizer import train_tokenizer
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 FRACTION = 0.3
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
 from moe_gpt.data.stream import TrainingStream, permute, validation_rows
-from moe_gpt.train.schedule import Schedule
+from moe_gpt.training.schedule import Schedule
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
 

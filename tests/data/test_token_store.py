@@ -15,7 +15,7 @@ from moe_gpt.data.document import Document, is_held_out
 from moe_gpt.data.encode import Encoder, encode_documents
 from moe_gpt.data.token_store import SPLITS, CheckedTokens, TokenStore, build_store, verify_store
 from moe_gpt.data.tokenizer import train_tokenizer
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 law = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, _cut_before_spaces, train_tokenizer
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 law = settings(max_examples=150, deadline=None, derandomize=True)
 

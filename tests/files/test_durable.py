@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from moe_gpt import durable
-from moe_gpt.durable import complete_folder, delete_folder, delete_leftovers, read_facts, replace_file, write_file
+from moe_gpt.files import durable
+from moe_gpt.files.durable import complete_folder, delete_folder, delete_leftovers, read_facts, replace_file, write_file
 
 
 def test_write_file_returns_what_it_wrote(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe_gpt.tensor_files import TensorReader, TensorSpec, open_folder, write_sharded, write_tensors
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded, write_tensors
 
 TENSORS = {name: torch.randn(shape) for name, shape in [("a", (3, 5)), ("b", (7,)), ("c", (2, 2, 2)), ("d", (40,))]}
 

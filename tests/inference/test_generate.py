@@ -7,11 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from moe_gpt.config import ModelConfig
+from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.inference.generate import SamplingConfig, generate, next_token_probs
 from moe_gpt.model import paths
 from moe_gpt.model.attention import KVCache
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.validation import ConfigError, InputError
 
 GREEDY = SamplingConfig(temperature=0)
 PROMPT = [3, 1, 4, 1, 5]

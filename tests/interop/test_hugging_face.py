@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, VOCAB_SIZE, random_tokens, tiny_config, tiny_model
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
+from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
 from moe_gpt.interop.mixtral_layout import from_hugging_face, tensor_table, to_hugging_face
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.validation import InputError
 
 EXPORTABLE = [n for n, c in VARIANTS.items() if c.get("balance") != "bias" and c.get("normalize_topk", True)]
 

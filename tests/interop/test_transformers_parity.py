@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moe_gpt import tensor_files
 from moe_gpt.data.tokenizer import END_OF_TEXT, train_tokenizer
+from moe_gpt.files import tensors as tensor_files
 from moe_gpt.inference.generate import SamplingConfig, generate
 from moe_gpt.interop import hugging_face
 from moe_gpt.interop.mixtral_layout import tensor_table

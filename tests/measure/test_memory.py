@@ -9,14 +9,14 @@ import torch
 from small_runs import run_training
 from torch.autograd.graph import saved_tensors_hooks
 
-from moe_gpt.analysis.hardware import Parallelism, find_gpu
-from moe_gpt.analysis.memory import memory_section
-from moe_gpt.analysis.own_memory import checkpoint_bytes, kept_activation_bytes, predict_training_memory_cpu
 from moe_gpt.bench.contenders import SHAPES, Ours, Workload, dense_twin, workload_of
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
-from moe_gpt.config_file import load_run_config
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.measure.memory import checkpoint_bytes, kept_activation_bytes, predict_training_memory_cpu
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.plan.hardware import Parallelism, find_gpu
+from moe_gpt.plan.memory import memory_section
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, head_dim=16, d_ff=48, n_experts=4, max_seq_len=2048

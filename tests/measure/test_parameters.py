@@ -8,18 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_gpt.analysis.accounting import (
-    FlopsPerToken,
-    ParameterCounts,
-    count_flops,
-    count_parameters,
-    model_of,
-    parameters_section,
-)
 from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.measure.flops import FlopsPerToken, count_flops
+from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
 from moe_gpt.model import attention, experts, moe, norm
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.plan.parameters import parameters_section
 
 TINY = ModelConfig(
     vocab_size=10, n_layers=2, d_model=4, n_heads=2, n_kv_heads=1, head_dim=2, d_ff=3, n_experts=3, top_k=2
@@ -113,7 +108,7 @@ def test_counting_imports_no_compiler():
     """Drawing weights on meta would import torch's compiler, which takes seconds; counting does not."""
     code = """
 import sys
-from moe_gpt.analysis.accounting import count_parameters
+from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.config import ModelConfig
 count_parameters(ModelConfig(vocab_size=10))
 sys.exit("torch._dynamo" in sys.modules)

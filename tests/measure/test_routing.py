@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_gpt.analysis.routing import (
+from moe_gpt.measure.routing import (
     DomainInformation,
     RoutingLocality,
     TokenShare,

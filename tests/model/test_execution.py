@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from moe_gpt.config import TrainConfig
+from moe_gpt.distributed.parallelize import apply_execution
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.setup import apply_execution
 
 
 def train_once(model: MoEGPT, bf16: bool = False) -> tuple:

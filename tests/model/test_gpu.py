@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.device import autocast
 from moe_gpt.model.losses import cross_entropy
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.ops.device import autocast
 
 pytestmark = pytest.mark.gpu
 

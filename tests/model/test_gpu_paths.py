@@ -19,8 +19,8 @@ from moe_gpt.config import LossConfig, RunConfig, ScheduleConfig, StageConfig
 from moe_gpt.data.stream import Batch
 from moe_gpt.model import experts
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import TrainState, split_batch, train_step
+from moe_gpt.training.schedule import StepPlan
+from moe_gpt.training.step import TrainState, split_batch, train_step
 
 aten = torch.ops.aten
 REFUSED_ON_CUDA = {

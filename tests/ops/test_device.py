@@ -7,9 +7,9 @@ import platform
 import pytest
 import torch
 
-from moe_gpt import device as device_module
-from moe_gpt.device import autocast, available_memory_bytes, pick_device, pick_precision, tune_process
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.ops import device as device_module
+from moe_gpt.ops.device import autocast, available_memory_bytes, pick_device, pick_precision, tune_process
 
 CPU = torch.device("cpu")
 

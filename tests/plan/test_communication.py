@@ -2,11 +2,11 @@
 
 import pytest
 
-from moe_gpt.analysis.communication import bubble, communication_section
-from moe_gpt.analysis.hardware import GPUS, Parallelism
-from moe_gpt.analysis.memory import stage_parameters
 from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
-from moe_gpt.config_file import load_run_config
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.plan.communication import bubble, communication_section
+from moe_gpt.plan.hardware import GPUS, Parallelism
+from moe_gpt.plan.memory import stage_parameters
 
 MODEL = ModelConfig(
     vocab_size=40, n_layers=4, d_model=8, n_heads=4, head_dim=2, d_ff=6, n_experts=4, top_k=2, max_seq_len=32

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from moe_gpt.analysis.hardware import GPUS, Gpu, Parallelism, find_gpu, parse_gpu
 from moe_gpt.config import ModelConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, parse_gpu
 
 OWN = "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
 MODEL = ModelConfig(vocab_size=10, n_layers=6, n_heads=4, n_experts=8)

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_gpt.analysis.hardware import GPUS
-from moe_gpt.analysis.inference_cost import (
+from moe_gpt.config import ModelConfig
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.errors import InputError
+from moe_gpt.plan.hardware import GPUS
+from moe_gpt.plan.inference_cost import (
     Layout,
     best_gamma,
     cache_share,
@@ -27,11 +30,8 @@ from moe_gpt.analysis.inference_cost import (
     tokens_per_expert,
     weight_bytes_per_gpu,
 )
-from moe_gpt.analysis.inference_plan import inference_sections
-from moe_gpt.analysis.quantities import to_json
-from moe_gpt.config import ModelConfig
-from moe_gpt.config_file import load_run_config
-from moe_gpt.validation import InputError
+from moe_gpt.plan.inference_plan import inference_sections
+from moe_gpt.plan.quantities import to_json
 
 GPT4 = load_run_config("gpt4.yaml").model
 TINY = ModelConfig(vocab_size=10, n_layers=2, d_model=4, n_heads=2, head_dim=2, d_ff=3, n_experts=3, top_k=2)

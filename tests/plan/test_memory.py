@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
-from moe_gpt.analysis.accounting import count_parameters
-from moe_gpt.analysis.hardware import GPUS, Parallelism, parse_gpu
-from moe_gpt.analysis.memory import (
+from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.plan.hardware import GPUS, Parallelism, parse_gpu
+from moe_gpt.plan.memory import (
     FLOAT32,
     MIXED_PRECISION,
     GpuMemory,
@@ -17,8 +19,6 @@ from moe_gpt.analysis.memory import (
     stage_parameters,
     zero_bytes,
 )
-from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
-from moe_gpt.config_file import load_run_config
 
 MODEL = ModelConfig(
     vocab_size=40, n_layers=4, d_model=8, n_heads=4, n_kv_heads=2, head_dim=2, d_ff=6, n_experts=4, max_seq_len=32

@@ -8,10 +8,10 @@ import subprocess
 import pytest
 from run_scripts import script
 
-from moe_gpt.analysis.hardware import Parallelism, find_gpu
-from moe_gpt.analysis.plan import PlanOptions, describe, plan_run
-from moe_gpt.analysis.quantities import to_json
-from moe_gpt.config_file import CONFIGS, load_run_config
+from moe_gpt.config.yaml import CONFIGS, load_run_config
+from moe_gpt.plan.hardware import Parallelism, find_gpu
+from moe_gpt.plan.plan import PlanOptions, describe, plan_run
+from moe_gpt.plan.quantities import to_json
 
 REPORTED = ["--config", "gpt4.yaml", "--n-gpus", "25000", "--tensor", "8", "--pipeline", "15", "--mfu", "0.34"]
 

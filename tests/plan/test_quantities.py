@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from moe_gpt.analysis.quantities import PlanSection, Quantity, explain, format_value, to_json
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.plan.quantities import PlanSection, Quantity, explain, to_json
+from moe_gpt.terminal.numbers import format_value
 
 SECTIONS = [
     PlanSection("memory", "Memory", [Quantity("total", 30.5e9, "bytes", "All", "2 N / 120", "ZeRO, table 1")]),

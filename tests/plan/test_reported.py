@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.analysis.accounting import count_parameters
-from moe_gpt.analysis.reported import Claim, check_claims, find_shapes, write_page
-from moe_gpt.config_file import load_run_config
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.plan.reported import Claim, check_claims, find_shapes, write_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "the-report-checked.md"
 

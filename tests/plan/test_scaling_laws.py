@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_gpt.analysis.quantities import to_json
-from moe_gpt.analysis.scaling_laws import (
+from moe_gpt.config import ModelConfig
+from moe_gpt.errors import InputError
+from moe_gpt.plan.quantities import to_json
+from moe_gpt.plan.scaling_laws import (
     CHINCHILLA,
     CHINCHILLA_REFIT,
     CHINCHILLA_UNROUNDED,
@@ -26,8 +28,6 @@ from moe_gpt.analysis.scaling_laws import (
     optimal_section,
     predict_section,
 )
-from moe_gpt.config import ModelConfig
-from moe_gpt.validation import InputError
 
 TINY = ModelConfig(vocab_size=10, n_layers=2, d_model=4, n_heads=2, head_dim=2, d_ff=3, n_experts=3, top_k=2)
 GOPHER = 5.76e23

@@ -5,21 +5,20 @@ import random
 
 import pytest
 
-from moe_gpt.analysis.accounting import count_flops
-from moe_gpt.analysis.hardware import GPUS, Parallelism
-from moe_gpt.analysis.training_cost import (
+from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.errors import InputError
+from moe_gpt.measure.flops import count_flops, stage_tokens
+from moe_gpt.plan.hardware import GPUS, Parallelism
+from moe_gpt.plan.training_cost import (
     Failures,
     best_interval,
     compute_section,
     failures_section,
     goodput,
     mfu_from_duration,
-    stage_tokens,
     tokens_from_budget,
 )
-from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig
-from moe_gpt.config_file import load_run_config
-from moe_gpt.validation import InputError
 
 TINY = ModelConfig(vocab_size=10, n_layers=2, d_model=4, n_heads=2, head_dim=2, d_ff=3, n_experts=4, max_seq_len=64)
 STAGES = (
@@ -119,7 +118,7 @@ def test_tokens_from_budget_invert_the_cost(tokens):
         ({"mfu": 0}, "mfu must be a number above 0, got 0"),
         ({"mfu": 34}, "mfu must be at most 1 .*, got 34"),
         ({"price_per_gpu_hour": -1}, "price must be a number above 0, got -1"),
-        ({"tokens": 0}, "tokens must be a number above 0, got 0"),
+        ({"tokens": 0}, "tokens must be from 1 to 1e+20, got 0"),
         ({"context": -5}, "context must be a number above 0, got -5"),
         ({"layout": Parallelism(8, tensor=4)}, "model.n_heads=2 must be a multiple of tensor, got tensor=4"),
     ],

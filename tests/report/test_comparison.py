@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.analysis import comparison as comparison_module
-from moe_gpt.analysis.comparison import Comparison, compare_runs
-from moe_gpt.analysis.pictures import Picture
-from moe_gpt.analysis.run_records import RunRecords
+from moe_gpt.report import comparison as comparison_module
+from moe_gpt.report.comparison import Comparison, compare_runs
+from moe_gpt.report.pictures import Picture
+from moe_gpt.report.run_records import RunRecords
 
 CONFIG = {
     "model": {

@@ -17,9 +17,9 @@ import yaml
 from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
 from matplotlib.figure import Figure
 
-from moe_gpt.analysis.report import write_report
-from moe_gpt.analysis.run_records import RunRecords
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.report.report import write_report
+from moe_gpt.report.run_records import RunRecords
 
 REPOSITORY = Path(__file__).parents[2]
 VOID = {"meta", "input", "br", "link", "img"}
@@ -154,7 +154,7 @@ def test_hostile_texts_are_escaped(page_of):
 
 def test_hostile_source_name_is_escaped_in_real_pictures():
     """SVG text is escaped by matplotlib, and dollars are no mathematics."""
-    from moe_gpt.analysis.run_pictures import draw_losses
+    from moe_gpt.report.run_pictures import draw_losses
 
     svg = draw_losses(make_run(sources=("<script>$\\frac$",))).svg
     assert "<script" not in svg

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from made_up_run import E, L, T, make_arrays, make_run, make_step
 
-from moe_gpt.analysis import routing_pictures, run_pictures
-from moe_gpt.analysis.pictures import format_count, format_number
-from moe_gpt.analysis.recorded_routing import NotRecorded
-from moe_gpt.analysis.routed_text import favourite_tokens, routed_samples, show_controls, show_token
-from moe_gpt.analysis.run_pictures import (
+from moe_gpt.report import routing_pictures, run_pictures
+from moe_gpt.report.recorded_routing import NotRecorded
+from moe_gpt.report.routed_text import favourite_tokens, routed_samples, show_controls, show_token
+from moe_gpt.report.run_pictures import (
     describe_stages,
     mean_by_position,
     moving_mean,
@@ -19,6 +18,7 @@ from moe_gpt.analysis.run_pictures import (
     shorten,
     spread,
 )
+from moe_gpt.terminal.numbers import format_count, format_number
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_source_shares_sum_to_all():
 
 def test_domains_differ_only_where_sources_do():
     """Both sources use layer 0 alike."""
-    from moe_gpt.analysis.run_summary import domain_table
+    from moe_gpt.report.run_summary import domain_table
 
     first, second = domain_table(make_run()).rows
     assert first[1:] == (0, 0)

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save
 from small_runs import change, run_training
 
-from moe_gpt.analysis.run_records import read_run
 from moe_gpt.config import RunConfig
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.report.run_records import read_run
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_gpt.tables import format_table
+from moe_gpt.terminal.tables import format_table
 
 
 def test_table_by_hand():

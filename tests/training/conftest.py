@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_gpt.train import loop
+from moe_gpt.training import loop
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from small_runs import CPU, Silent, change, run_training
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
-from moe_gpt.train import setup
-from moe_gpt.train.checkpoint import list_checkpoints, load_model, resolve_checkpoint
-from moe_gpt.train.loop import stop_signals
-from moe_gpt.train.metrics import read_metrics
-from moe_gpt.train.run_folder import open_run_folder
-from moe_gpt.train.setup import build_evaluator, set_up_run
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.training import setup
+from moe_gpt.training.loop import stop_signals
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, resolve_checkpoint
+from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.setup import build_evaluator, set_up_run
 
 
 def step_lines(run_dir) -> list[dict]:

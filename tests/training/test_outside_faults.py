@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
-from small_runs import Silent, change, run_training
-from test_faults import Listening, events, steps
+from small_runs import Listening, Silent, change, events, run_training, steps
 
-from moe_gpt import durable, tensor_files
 from moe_gpt.data import prepare
-from moe_gpt.train import checkpoint, loop, metrics
-from moe_gpt.train.checkpoint import list_checkpoints, load_model
-from moe_gpt.train.faults import TrainingStopped
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.files import durable
+from moe_gpt.files import tensors as tensor_files
+from moe_gpt.training import loop
+from moe_gpt.training.records import metrics
+from moe_gpt.training.records.watch import TrainingStopped
+from moe_gpt.training.saving import checkpoint
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model
 
 
 def weights(run_dir) -> bytes:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
-from moe_gpt.train.schedule import Schedule, StepPlan
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.training.schedule import Schedule, StepPlan
 
 law = settings(max_examples=100, deadline=None, derandomize=True)
 

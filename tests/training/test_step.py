@@ -11,10 +11,10 @@ from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
 from moe_gpt.data.stream import Batch
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train import step
-from moe_gpt.train.optimizer import build_optimizer
-from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import (
+from moe_gpt.training import step
+from moe_gpt.training.optimizer import build_optimizer
+from moe_gpt.training.schedule import StepPlan
+from moe_gpt.training.step import (
     MicroBatch,
     TrainState,
     accumulate_gradients,

@@ -16,19 +16,19 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from moe_gpt.analysis import routing
-from moe_gpt.analysis.health import Gradients
 from moe_gpt.data.stream import Batch
-from moe_gpt.device import Precision, autocast
-from moe_gpt.durable import replace_file
+from moe_gpt.files.durable import replace_file
 from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.measure import routing
+from moe_gpt.measure.health import Gradients
 from moe_gpt.model.moe import MoE, RouterStats
 from moe_gpt.model.transformer import MoEGPT, evaluating
-from moe_gpt.train.evaluation import Examined
-from moe_gpt.train.step import MicroBatch, split_batch
+from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.training.evaluation import Examined
+from moe_gpt.training.step import MicroBatch, split_batch
 
 if TYPE_CHECKING:
-    from moe_gpt.train.setup import Run
+    from moe_gpt.training.setup import Run
 
 EVALUATIONS = "evaluations"
 _OBSERVED_TOKENS = 1024

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_gpt.durable import replace_file
-from moe_gpt.train.recording import RoutingSample, describe_norms, describe_routing
-from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import StepMetrics, StepResult
+from moe_gpt.files.durable import replace_file
+from moe_gpt.training.records.arrays import RoutingSample, describe_norms, describe_routing
+from moe_gpt.training.schedule import StepPlan
+from moe_gpt.training.step import StepMetrics, StepResult
 
 
 class JsonLines:

@@ -5,31 +5,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from typing import Any, Protocol
+from typing import Any
 
-from moe_gpt.config_file import to_plain
-from moe_gpt.train.evaluation import Examined, Score
-from moe_gpt.train.faults import Finding, HealthWatch, SpikeDetector
-from moe_gpt.train.metrics import Fetched, JsonLines, MetricsLog, read_metrics
-from moe_gpt.train.recording import generate_samples, remove_later_evaluations, score_line, write_evaluation
-from moe_gpt.train.setup import Run
-from moe_gpt.train.tracking import Tracker, open_tracker, tracked_values
+from moe_gpt.config.yaml import to_plain
+from moe_gpt.training.display import Display
+from moe_gpt.training.evaluation import Examined
+from moe_gpt.training.records.arrays import generate_samples, remove_later_evaluations, score_line, write_evaluation
+from moe_gpt.training.records.metrics import Fetched, JsonLines, MetricsLog, read_metrics
+from moe_gpt.training.records.tracking import Tracker, open_tracker, tracked_values
+from moe_gpt.training.records.watch import Finding, HealthWatch, SpikeDetector
+from moe_gpt.training.setup import Run
 
 _MOST_PLACES = 64
 """Sequences of a batch whose place in the data is written down when the batch is at fault."""
-
-
-class Display(Protocol):
-    """Who is told what happens."""
-
-    def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show the newest metrics."""
-
-    def scores(self, step: int, scores: dict[str, Score]) -> None:
-        """Show an evaluation."""
-
-    def warn(self, text: str) -> None:
-        """Show something that a person should know now."""
 
 
 class RunFolderGone(Exception):  # noqa: N818 (the loop makes an account of it)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
 
 TrackerName = Literal["none", "tensorboard", "wandb"]
 

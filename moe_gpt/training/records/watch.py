@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from moe_gpt.analysis.health import Gradients, find_problems
 from moe_gpt.config import FaultConfig, RunConfig
+from moe_gpt.measure.health import Gradients, find_problems
 
 
 class TrainingStopped(RuntimeError):

@@ -15,9 +15,9 @@ import torch
 
 import moe_gpt
 from moe_gpt.config import RunConfig
-from moe_gpt.config_file import to_plain
-from moe_gpt.train.checkpoint import RunFacts
-from moe_gpt.validation import InputError, shown
+from moe_gpt.config.yaml import to_plain
+from moe_gpt.errors import InputError, shown
+from moe_gpt.training.saving.checkpoint import RunFacts
 
 _MAY_DIFFER = (
     "checkpoint.",
@@ -35,7 +35,7 @@ _MAY_DIFFER = (
     "faults.dead_expert_load",
     "faults.collapsed_share",
 )
-_FILES_THAT_COMPUTE, _FOLDERS_THAT_COMPUTE = ("config.py", "device.py"), ("data", "model", "train")
+_ROOMS_THAT_COMPUTE = ("config", "data", "distributed", "model", "ops", "training")
 _NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
 _SHAPE = ["vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts"]
 _SHAPE += ["balance", "attention_sharing", "tie_embeddings"]
@@ -73,12 +73,9 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
 
 def _code_digests() -> dict[str, str]:
     """Return a digest of each file of this package that training computes with."""
-    root = Path(__file__).resolve().parents[1]
-    files = [root / name for name in _FILES_THAT_COMPUTE]
-    files += [file for name in _FOLDERS_THAT_COMPUTE for file in (root / name).glob("*.py")]
-    return {
-        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(files)
-    }
+    root = Path(moe_gpt.__file__).parent
+    files = sorted(file for room in _ROOMS_THAT_COMPUTE for file in (root / room).rglob("*.py"))
+    return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], facts: RunFacts) -> list[Change]:

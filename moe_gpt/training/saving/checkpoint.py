@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step_XXXXXXXX``: weights, optimizer and random generators as safetensors, the rest as JSON
 and YAML; nothing needs unpickling. ``manifest.json`` has the size and SHA-256 of every file and is compared with them
-before anything is used. The folder appears complete or not at all (``moe_gpt.durable``). Which checkpoints a run has,
-and which of them it keeps, is ``moe_gpt.train.checkpoint_store``.
+before anything is used. The folder appears complete or not at all (``moe_gpt.files.durable``). Which
+checkpoints a run has, and which of them it keeps, is ``moe_gpt.training.saving.store``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig, RunConfig
-from moe_gpt.config_file import parse_yaml, to_yaml
+from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.durable import FileFacts, complete_folder, read_facts, write_file
+from moe_gpt.errors import InputError, shown
+from moe_gpt.files.durable import FileFacts, complete_folder, read_facts, write_file
+from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.tensor_files import TensorReader, TensorSpec, write_tensors
-from moe_gpt.train.step import TrainState
-from moe_gpt.validation import InputError, shown
+from moe_gpt.training.step import TrainState
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

@@ -15,12 +15,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig, RunConfig, TokenizerConfig
-from moe_gpt.config_file import to_plain
+from moe_gpt.config.yaml import to_plain
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.model.upcycle import starts_as_same_function, upcycle
-from moe_gpt.train.checkpoint import (
+from moe_gpt.training.saving.checkpoint import (
     copy_weights,
     model_tensors,
     read_config,
@@ -29,7 +30,6 @@ from moe_gpt.train.checkpoint import (
     resolve_checkpoint,
     verify_checkpoint,
 )
-from moe_gpt.validation import InputError
 
 _ANY_CONTEXT = ("max_seq_len", "rope_theta")
 _TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import filelock
 
-from moe_gpt.config_file import to_yaml
-from moe_gpt.durable import delete_leftovers, replace_file
-from moe_gpt.train.checkpoint import RunFacts, list_checkpoints
-from moe_gpt.train.checkpoint_store import Damaged, set_aside
-from moe_gpt.validation import InputError
+from moe_gpt.config.yaml import to_yaml
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import delete_leftovers, replace_file
+from moe_gpt.training.saving.checkpoint import RunFacts, list_checkpoints
+from moe_gpt.training.saving.store import Damaged, set_aside
 
 
 def refuse_existing_run(run_dir: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_gpt.config import CheckpointConfig
-from moe_gpt.durable import delete_folder, delete_leftovers
-from moe_gpt.train.checkpoint import (
+from moe_gpt.errors import InputError
+from moe_gpt.files.durable import delete_folder, delete_leftovers
+from moe_gpt.training.saving.checkpoint import (
     RunFacts,
     list_checkpoints,
     read_state,
@@ -17,8 +18,7 @@ from moe_gpt.train.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from moe_gpt.train.step import TrainState
-from moe_gpt.validation import InputError
+from moe_gpt.training.step import TrainState
 
 
 class Damaged(NamedTuple):

@@ -12,12 +12,11 @@ from safetensors.numpy import load_file
 from small_runs import change, run_training
 from tiny_models import VARIANTS, random_tokens, run_and_record_choices, tiny_model
 
-from moe_gpt.analysis import routing
+from moe_gpt.measure import routing
 from moe_gpt.model.losses import cross_entropy
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train.metrics import read_metrics
-from moe_gpt.train.recording import (
+from moe_gpt.training.records.arrays import (
     RoutingSample,
     choices_on,
     cross_entropy_gradients,
@@ -25,7 +24,8 @@ from moe_gpt.train.recording import (
     evaluation_file,
     observe_routing,
 )
-from moe_gpt.train.step import MicroBatch, keep_documents_apart
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.step import MicroBatch, keep_documents_apart
 
 
 @pytest.mark.parametrize("changes", [{}, {"balance": "bias"}, {"top_k": 1, "normalize_topk": False}, {"top_k": 4}])
@@ -201,7 +201,7 @@ def test_dense_run_records_norms_only(small_config, tmp_path):
 
 def test_evaluation_that_cannot_be_kept_is_a_warning(small_config, tmp_path, monkeypatch):
     """A full disk costs the report something, and the run nothing."""
-    from moe_gpt.train import diary
+    from moe_gpt.training.records import run_log as diary
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")

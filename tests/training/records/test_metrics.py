@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from moe_gpt.train.metrics import JsonLines, MetricsLog, read_metrics, scores_at
-from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import StepMetrics, StepResult
+from moe_gpt.training.records.metrics import JsonLines, MetricsLog, read_metrics, scores_at
+from moe_gpt.training.schedule import StepPlan
+from moe_gpt.training.step import StepMetrics, StepResult
 
 PLAN = StepPlan(seq_len=16, batch_tokens=64, lr=1e-3)
 

@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 from small_runs import run_training
 
-from moe_gpt.train.tracking import open_tracker, tracked_values
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.training.records.tracking import open_tracker, tracked_values
 
 
 class FakeWandb(ModuleType):

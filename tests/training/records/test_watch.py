@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import Silent, change, run_training
+from small_runs import Listening, change, events, run_training, steps
 
 from moe_gpt.config import FaultConfig
-from moe_gpt.train import loop
-from moe_gpt.train.checkpoint import list_checkpoints, load_model, read_state
-from moe_gpt.train.faults import HealthWatch, SpikeDetector, TrainingStopped, past_skipped
-from moe_gpt.train.metrics import read_metrics
-
-
-class Listening(Silent):
-    """A display that remembers what it was warned of."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        """Remember it."""
-        self.warnings.append(text)
-
-
-def events(run_dir) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-
-
-def steps(run_dir) -> list[dict]:
-    return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+from moe_gpt.training import loop
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.records.watch import HealthWatch, SpikeDetector, TrainingStopped, past_skipped
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, read_state
 
 
 def test_single_faults_are_skipped_counted_and_located(small_config, tmp_path, poison):

@@ -9,11 +9,11 @@ import pytest
 from small_runs import change, run_training
 
 from moe_gpt.config import RunConfig, StageConfig
-from moe_gpt.train import changes
-from moe_gpt.train.changes import check_changes, find_changes
-from moe_gpt.train.checkpoint import RunFacts, read_state, resolve_checkpoint
-from moe_gpt.train.setup import set_up_run
-from moe_gpt.validation import InputError
+from moe_gpt.errors import InputError
+from moe_gpt.training.saving import changes
+from moe_gpt.training.saving.changes import check_changes, find_changes
+from moe_gpt.training.saving.checkpoint import RunFacts, read_state, resolve_checkpoint
+from moe_gpt.training.setup import set_up_run
 
 ENVIRONMENT = {"torch": "2.13.0", "code": {"model/router.py": "a", "train/step.py": "b"}, "threads": 2, "device": "cpu"}
 
@@ -111,7 +111,7 @@ def test_another_number_of_threads_goes_on_and_says_so(small_config, tmp_path, m
     run_training(small_config, tmp_path, max_steps=2)
     real = changes.describe_environment
     monkeypatch.setattr(
-        "moe_gpt.train.setup.describe_environment", lambda *a: real(*a) | {"threads": 999, "processes": 2}
+        "moe_gpt.training.setup.describe_environment", lambda *a: real(*a) | {"threads": 999, "processes": 2}
     )
     said: list[str] = []
     run = set_up_run(small_config, tmp_path, run_device(), resume=True, say=said.append)

@@ -7,36 +7,15 @@ import shutil
 
 import pytest
 import torch
+from made_up_checkpoint import make_run, save_checkpoint
 
-from moe_gpt import durable, tensor_files
-from moe_gpt.config import CheckpointConfig, ModelConfig, RunConfig
+from moe_gpt.config import RunConfig
 from moe_gpt.data.tokenizer import train_tokenizer
-from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.train import checkpoint
-from moe_gpt.train.checkpoint import RunFacts, list_checkpoints, load_model, load_training_state
-from moe_gpt.train.checkpoint_store import CheckpointSaver
-from moe_gpt.train.optimizer import build_optimizer
-from moe_gpt.train.schedule import StepPlan
-from moe_gpt.train.step import MicroBatch, TrainState, train_step
-from moe_gpt.validation import InputError
-
-
-def make_run(seed: int = 0, **settings) -> tuple[TrainState, RunFacts]:
-    shape = {"n_layers": 2, "d_model": 32, "n_heads": 2, "head_dim": 16, "d_ff": 32, "n_experts": 4, **settings}
-    tokenizer = train_tokenizer(["some text to learn from"], 300)
-    config = RunConfig(model=ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
-    torch.manual_seed(seed)
-    model = MoEGPT(config.model)
-    state = TrainState(model, build_optimizer(model, config.optimizer))
-    tokens = torch.randint(200, (2, 17))
-    plan = StepPlan(16, 32, 1e-3)
-    train_step(state, [MicroBatch(tokens[:, :-1], tokens[:, 1:])], plan, config, "fp32")
-    return state, RunFacts(config, tokenizer, {"prose": "abc"}, {"device": "cpu"})
-
-
-def save_checkpoint(run_dir, state: TrainState, facts: RunFacts, **policy):
-    CheckpointSaver(run_dir, facts, CheckpointConfig(**policy)).save(state, wait=True)
-    return list_checkpoints(run_dir)[-1]
+from moe_gpt.errors import InputError
+from moe_gpt.files import durable
+from moe_gpt.files import tensors as tensor_files
+from moe_gpt.training.saving import checkpoint
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, load_training_state
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from small_runs import CPU, run_training
 
 from moe_gpt.config import RunConfig
-from moe_gpt.config_file import load_run_config, parse_yaml, to_plain, to_yaml
-from moe_gpt.train import checkpoint
-from moe_gpt.train.checkpoint import FILES, MANIFEST, list_checkpoints, load_model, verify_checkpoint
-from moe_gpt.train.setup import set_up_run
-from moe_gpt.validation import InputError
+from moe_gpt.config.yaml import load_run_config, parse_yaml, to_plain, to_yaml
+from moe_gpt.errors import InputError
+from moe_gpt.training.saving import checkpoint
+from moe_gpt.training.saving.checkpoint import FILES, MANIFEST, list_checkpoints, load_model, verify_checkpoint
+from moe_gpt.training.setup import set_up_run
 
 
 class Bomb:

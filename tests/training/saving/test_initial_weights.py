@@ -9,10 +9,10 @@ import pytest
 from small_runs import CPU, change, run_training
 
 from moe_gpt.config import RunConfig, TokenizerConfig
+from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
-from moe_gpt.train.metrics import read_metrics
-from moe_gpt.train.setup import Run, set_up_run
-from moe_gpt.validation import InputError
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.setup import Run, set_up_run
 
 DENSE = {"n_experts": 1, "top_k": 1}
 

@@ -9,13 +9,14 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up_checkpoint import make_run
 from small_runs import change, run_training
-from test_checkpoint import make_run
 
 from moe_gpt.config import CheckpointConfig
-from moe_gpt.train import checkpoint_store
-from moe_gpt.train.checkpoint import list_checkpoints, load_training_state, read_state, verify_checkpoint
-from moe_gpt.train.checkpoint_store import (
+from moe_gpt.errors import InputError
+from moe_gpt.training.saving import store as checkpoint_store
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_training_state, read_state, verify_checkpoint
+from moe_gpt.training.saving.store import (
     CheckpointSaver,
     checkpoints_not_kept,
     find_checkpoint_to_go_back_to,
@@ -23,7 +24,6 @@ from moe_gpt.train.checkpoint_store import (
     prune,
     set_aside,
 )
-from moe_gpt.validation import InputError
 
 
 def write_states(run_dir, states: dict[int, dict]) -> None:

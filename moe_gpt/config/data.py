@@ -1,0 +1,192 @@
+"""What the model reads: tokenizer, sources and their mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Iterator
+from typing import Literal
+
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(Section):
+    """The byte-level BPE tokenizer: trained on the sources, or given as a file."""
+
+    vocab_size: Count = 4096
+    """Tokens to train, end-of-text and the 256 bytes included; ignored where file or hub is given."""
+    file: str | None = None
+    """Path of a tokenizer.json to use instead of training one."""
+    hub: str | None = None
+    """Repository on the Hugging Face hub whose tokenizer.json to use instead, such as openai-community/gpt2."""
+    revision: str | None = None
+    """That repository's git revision."""
+    end_of_text: str = "<|endoftext|>"
+    """The token that ends every document; its id is 0 in a tokenizer that is trained here."""
+    special_tokens: tuple[str, ...] = ()
+    """More tokens that no text can spell, ids 1, 2, ...: padding, chat roles, <|fim_prefix|> and the like."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what no byte-level tokenizer can be."""
+        if self.vocab_size < 257:
+            yield Problem(
+                ("vocab_size",),
+                f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}; use 2048, say",
+            )
+        elif self.vocab_size < 257 + len(self.special_tokens):
+            text = f"vocab_size must leave room for 256 bytes and {1 + len(self.special_tokens)} special tokens"
+            yield Problem(("vocab_size", "special_tokens"), f"{text}, got {self.vocab_size}")
+        tokens = (self.end_of_text, *self.special_tokens)
+        if len(set(tokens)) < len(tokens) or not all(tokens):
+            text = f"special_tokens must differ from each other and from end_of_text, got {list(self.special_tokens)}"
+            yield Problem(("special_tokens", "end_of_text"), text)
+        given = [key for key in ("file", "hub") if getattr(self, key)]
+        if len(given) > 1:
+            yield Problem(("file", "hub"), f"file or hub: give one, got file={self.file!r}, hub={self.hub!r}")
+        if self.special_tokens and given:
+            text = f"special_tokens is for a tokenizer that is trained, got {list(self.special_tokens)} with {given[0]}"
+            yield Problem(("special_tokens", given[0]), text)
+        if self.revision and not self.hub:
+            yield Problem(("revision", "hub"), f"revision is for hub only, got {self.revision!r}; leave it out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig(Section):
+    """One source of text and its share of the mixture: exactly one of builtin, files, dataset."""
+
+    name: str
+    """What metrics and folders call the source: letters, digits, - and _."""
+    builtin: Literal["prose", "code"] | None = None
+    """Text that ships with Python: its documentation (prose) or its standard library's sources (code)."""
+    files: str | tuple[str, ...] | None = None
+    """Paths or globs: .jsonl, .parquet, .csv, else UTF-8 text, one document a file; also compressed: .gz, .zst."""
+    dataset: str | None = None
+    """Name of a dataset on the Hugging Face hub, or a local folder, for datasets.load_dataset."""
+    subset: str | None = None
+    """The dataset's configuration name."""
+    split: str = "train"
+    """The dataset's split."""
+    revision: str | None = None
+    """The dataset's git revision; give one to pin the data."""
+    streaming: Flag = True
+    """Read the dataset while tokenising instead of downloading all of it first."""
+    text_field: str = "text"
+    """The column that holds the text (jsonl, parquet, csv, dataset)."""
+    template: str | None = None
+    """Text made of several columns instead, such as "{question}\\n{answer}"; {{ and }} are braces."""
+    min_chars: Count = 1
+    """Shorter documents are passed over."""
+    errors: Literal["strict", "replace"] = "strict"
+    """Bytes of files that are not UTF-8: an error, or U+FFFD in their place."""
+    deduplicate: Flag = False
+    """Read a document only where its exact text has not come before in this source."""
+    max_documents: Count | None = None
+    """Read at most this many documents."""
+    max_tokens: Count | None = None
+    """Stop reading after this many tokens, the validation part included."""
+    epochs: Positive | None = None
+    """Passes over the source in one big epoch, which sets its share; default 1 where no source has a weight."""
+    weight: Positive | None = None
+    """Share of the mixture relative to the other sources' weights, instead of epochs."""
+    fim_rate: Rate = 0.0
+    """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); the tokenizer needs its sentinels."""
+    fim_spm_rate: Rate = 0.5
+    """Share of those in the order suffix, prefix, middle instead of prefix, suffix, middle."""
+    prompt: str = "The "
+    """What the sample at the end of training starts with."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield contradictions between the keys of one source."""
+        origins = {key: getattr(self, key) for key in ("builtin", "files", "dataset")}
+        given = [key for key, value in origins.items() if value]
+        if len(given) != 1:
+            got = " and ".join(f"{key}={origins[key]!r}" for key in given) or "none of them"
+            yield Problem(tuple(origins), f"builtin, files or dataset: give exactly one, got {got}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            yield Problem(("name",), f"name must be letters, digits, - and _, got {self.name!r}")
+        if self.epochs and self.weight:
+            yield Problem(
+                ("epochs", "weight"), f"epochs or weight: give one, got epochs={self.epochs}, weight={self.weight}"
+            )
+        yield from self._misplaced_keys()
+        if self.template is not None:
+            yield from self._template_problems()
+        if not self.prompt:
+            yield Problem(("prompt",), "prompt must have at least one character, got ''")
+
+    def _misplaced_keys(self) -> Iterator[Problem]:
+        """Yield keys that mean nothing for this kind of source."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for keys, is_wrong, what in (
+            (("subset", "split", "revision", "streaming"), not self.dataset, "for a dataset: source only"),
+            (("text_field", "template"), bool(self.builtin), "not for a builtin source"),
+            (("errors",), not self.files, "for a files: source only"),
+        ):
+            for key in keys if is_wrong else ():
+                if getattr(self, key) != defaults[key]:
+                    yield Problem((key,), f"{key} is {what}, got {getattr(self, key)!r}; leave it out")
+
+    def _template_problems(self) -> Iterator[Problem]:
+        if self.text_field != "text":
+            text = f"text_field or template: give one, got text_field={self.text_field!r}, template={self.template!r}"
+            yield Problem(("text_field", "template"), text)
+        try:
+            names = self.template_fields
+        except ValueError as error:
+            yield Problem(("template",), f"template must have its braces in pairs, got {self.template!r}: {error}")
+            return
+        if not names or not all(name.isidentifier() for name in names):
+            text = f"template must name at least one column, as {{column}} and nothing more, got {self.template!r}"
+            yield Problem(("template",), text)
+
+    @property
+    def template_fields(self) -> tuple[str, ...]:
+        """The columns that the template names; format specifications count as part of a name, so they are refused."""
+        parts = string.Formatter().parse(self.template or "")
+        return tuple(
+            name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
+            for _, name, spec, conversion in parts
+            if name is not None
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """What the model reads."""
+
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    sources: tuple[SourceConfig, ...] = (
+        SourceConfig(name="prose", builtin="prose", epochs=1),
+        SourceConfig(name="code", builtin="code", epochs=2, prompt="def "),
+    )
+    """The mixture."""
+    processes: Count | None = None
+    """Processes that tokenise a large source; null is one for each core, at most 16."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept and found again; null is moe_gpt in the user's cache folder."""
+    document_masking: Flag = False
+    """Let tokens see their own document only, in training and evaluation; no target then crosses a document's end."""
+    verify_tokens: Flag = True
+    """Compare tokenised data with its digests when it is first read; otherwise only the sizes of its files."""
+    validation_fraction: Share = 0.03
+    """Share of each source's documents held out, chosen by a hash of the document."""
+    validation_tokens: Count = 65_536
+    """Tokens per source that an evaluation reads, from the start of the held-out part."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield contradictions between the sources."""
+        names = [source.name for source in self.sources]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Problem((f"sources.{index}.name",), f"sources.{index}.name must be unique, got {name!r} again")
+        if any(source.weight for source in self.sources):
+            for index, source in enumerate(self.sources):
+                if not source.weight:
+                    yield Problem(
+                        (f"sources.{index}.weight",),
+                        f"sources.{index}.weight is required because other sources have a weight "
+                        "(all sources have epochs, or all have weights)",
+                    )

@@ -1,0 +1,84 @@
+"""How a run is executed, watched and saved: loss weights, execution, checkpoints, faults."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from moe_gpt.config.section import Count, CountOrZero, Flag, NonNegative, Positive, Section, Seed, Share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """Weights of the terms that are added to the cross entropy."""
+
+    load_balancing_loss_weight: NonNegative = 0.01
+    """Weight of the load-balancing loss, used with model.balance: loss (Switch: 0.01)."""
+    router_z_loss_weight: NonNegative = 1e-3
+    """Weight of the router z loss (ST-MoE: 1e-3)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """How the run is executed and watched."""
+
+    seed: Seed = 0
+    """Fixes the initial weights, the order of the data and the noise."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type of the matrix products; auto is bf16 where the device is faster with it. Weights stay fp32."""
+    micro_batch_tokens: Count = 16_384
+    """Tokens that one forward pass may hold; larger batches accumulate gradients."""
+    compile: Flag = False
+    """Compile each block with torch.compile. For GPUs: on a CPU in fp32 the loop over experts recompiles."""
+    activation_checkpointing: Flag = False
+    """Recompute each block in the backward pass to save memory."""
+    deterministic: Flag = False
+    """Let a GPU repeat its own bits, at some speed, and refuse operations that cannot; a CPU always does."""
+    eval_every_steps: CountOrZero = 0
+    """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
+    log_every_steps: Count = 10
+    """Steps whose metrics are fetched from the device and written together."""
+    record_every_steps: CountOrZero = 50
+    """Optimizer steps between recordings of what the routers did and how large weights and updates are; 0 is never."""
+    record_tokens: CountOrZero = 2048
+    """Held-out tokens of each source whose experts and gradients every evaluation keeps, for reports; 0 is none."""
+    sample_tokens: CountOrZero = 48
+    """Tokens generated after each source's prompt at every evaluation; 0 is none."""
+    report: Flag = True
+    """Write report.html at the end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: CountOrZero = 500
+    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    keep_last: Count = 2
+    """Newest checkpoints to keep."""
+    keep_best: Flag = True
+    """Keep also the one with the lowest mean validation loss, among those saved right after an evaluation."""
+    keep_every_steps: CountOrZero = 0
+    """Keep also those whose step is a multiple of this; 0 keeps none for that."""
+    in_background: Flag = True
+    """Write while training goes on, from a copy of the state; at the end and at a signal training waits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultConfig(Section):
+    """What to do about numerical faults. A step whose loss or gradient is not finite never moves the weights."""
+
+    max_skips_in_a_row: Count = 10
+    """Non-finite steps in a row after which the run goes back to its last good checkpoint and past these tokens."""
+    max_rollbacks: CountOrZero = 3
+    """How often a run may go back before it stops."""
+    spike_window: Count = 200
+    """Steps whose mean and standard deviation the loss is compared with."""
+    spike_deviations: Positive = 8.0
+    """Standard deviations above that mean at which the loss is called a spike, with a warning."""
+    routing_window: Count = 200
+    """Steps whose recordings are judged together: loads over the last so many, growth over three times as many."""
+    dead_expert_load: Share = 0.01
+    """Share of an even load below which an expert is called dead, with a warning."""
+    collapsed_share: Share = 0.9
+    """Share of all assignments above which the top_k busiest experts of a layer are called a collapse."""

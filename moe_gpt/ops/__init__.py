@@ -1,0 +1,4 @@
+"""How an operation is computed.
+
+Read ``device.py`` first.
+"""

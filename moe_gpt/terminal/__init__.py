@@ -1,0 +1,4 @@
+"""Numbers, tables and progress for people.
+
+Read ``tables.py`` first.
+"""
