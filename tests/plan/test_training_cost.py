@@ -118,7 +118,7 @@ def test_tokens_from_budget_invert_the_cost(tokens):
         ({"mfu": 0}, "mfu must be a number above 0, got 0"),
         ({"mfu": 34}, "mfu must be at most 1 .*, got 34"),
         ({"price_per_gpu_hour": -1}, "price must be a number above 0, got -1"),
-        ({"tokens": 0}, "tokens must be from 1 to 1e+20, got 0"),
+        ({"tokens": 0}, "tokens must be from 1 to .*, got 0"),
         ({"context": -5}, "context must be a number above 0, got -5"),
         ({"layout": Parallelism(8, tensor=4)}, "model.n_heads=2 must be a multiple of tensor, got tensor=4"),
     ],
