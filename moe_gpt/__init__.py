@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from moe_gpt.config import ModelConfig, RunConfig
     from moe_gpt.config.yaml import load_run_config
     from moe_gpt.inference.generate import SamplingConfig, generate
-    from moe_gpt.model.moe import MoE, RouterStats
+    from moe_gpt.model.losses import RouterStats
+    from moe_gpt.model.moe import MoE
     from moe_gpt.model.router import Router, Routing
     from moe_gpt.model.transformer import ModelOutput, MoEGPT
     from moe_gpt.training.saving.checkpoint import load_model
@@ -47,7 +48,9 @@ def _home_of(name: str) -> str:
             return "moe_gpt.config.yaml"
         case "MoEGPT" | "ModelOutput":
             return "moe_gpt.model.transformer"
-        case "MoE" | "RouterStats":
+        case "RouterStats":
+            return "moe_gpt.model.losses"
+        case "MoE":
             return "moe_gpt.model.moe"
         case "Router" | "Routing":
             return "moe_gpt.model.router"

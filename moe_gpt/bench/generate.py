@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_gpt.bench.contenders import Workload, experts_setting
 from moe_gpt.bench.rounds import take_turns
 from moe_gpt.errors import InputError
-from moe_gpt.model.attention import KVCache
+from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import autocast, tune_process
 from moe_gpt.terminal.tables import format_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
 from collections.abc import Iterator
 from typing import Literal
 
@@ -87,6 +88,18 @@ class ModelConfig(Section):
                 f"attention_sharing must divide n_layers, got attention_sharing={self.attention_sharing}, "
                 f"n_layers={self.n_layers}; choose one of {fitting}",
             )
+
+    @property
+    def capacity_ratio(self) -> tuple[int, int] | None:
+        """Numerator and denominator of capacity_factor / n_experts; None where nothing is dropped.
+
+        Slots of an expert are the assignments times this ratio, rounded up. It is exact: 1.1 of 10 is 11, in floats a
+        little more.
+        """
+        if self.capacity_factor is None:
+            return None
+        factor = fractions.Fraction(str(self.capacity_factor)) / self.n_experts
+        return factor.numerator, factor.denominator
 
     @property
     def is_dense(self) -> bool:

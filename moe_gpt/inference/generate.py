@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_gpt.config.section import AtMostOne, CountOrZero, NonNegative, Section
 from moe_gpt.errors import InputError
-from moe_gpt.model.attention import KVCache
+from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
 

@@ -13,10 +13,10 @@ import torch
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.files.tensors import TensorSpec
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
-from moe_gpt.model.attention import QUERY_BLOCK
-from moe_gpt.model.paths import attends_by_products, segment_alignment
 from moe_gpt.model.shapes import shapes_only
+from moe_gpt.ops.cpu_attention import LONGEST_BY_PRODUCTS, QUERY_BLOCK
 from moe_gpt.ops.device import Precision
+from moe_gpt.ops.dispatch import count_rows, segment_alignment
 from moe_gpt.terminal.numbers import format_value
 
 _CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def kept_activation_bytes(
     norm = _FLOAT * (2 * N * D + N)  # before and after its weight, and the root mean squares
     rotated = _FLOAT * N * (H + G) * Dh
     # values are a view of the joint projection; keys and values of several heads are copied for products
-    is_copied = G > 1 and attends_by_products(torch.empty(0), seq_len)
+    is_copied = G > 1 and seq_len <= LONGEST_BY_PRODUCTS
     values = _FLOAT * N * (2 * G if is_copied else H + 2 * G) * Dh
     mixed = _FLOAT * N * H * Dh * (2 if keeps_documents_apart else 1)  # one product for all queries copies them
     attention = rotated + values + mixed + _probabilities(n_sequences, H, seq_len, keeps_documents_apart)
@@ -115,7 +115,7 @@ def kept_activation_bytes(
 
 def _probabilities(n_sequences: int, n_heads: int, seq_len: int, keeps_documents_apart: bool) -> int:
     """Return what attention keeps of its scores."""
-    if not attends_by_products(torch.empty(0), seq_len):
+    if seq_len > LONGEST_BY_PRODUCTS:
         return _FLOAT * n_sequences * n_heads * seq_len  # the softmax's normaliser
     if keeps_documents_apart:
         return _FLOAT * n_sequences * n_heads * seq_len**2
@@ -133,8 +133,9 @@ def _experts_kept(model: ModelConfig, tokens: int) -> int:
     experts = (
         _FLOAT * rows * (2 * model.d_model + 2 * model.d_ff) + _LONG * rows
     )  # in, out, gate and up; whose they are
-    # logits, probabilities, their order, log-partition; weights and rows of the assignments; shares of the experts
-    router = tokens * (2 * _FLOAT * E + _LONG * E + _FLOAT + _FLOAT * K + _LONG * K) + _FLOAT * E
+    # logits, their copy for the z loss of all layers, probabilities, their order, log-partition; weights and rows of
+    # the assignments; shares of the experts
+    router = tokens * (3 * _FLOAT * E + _LONG * E + _FLOAT + _FLOAT * K + _LONG * K) + _FLOAT * E
     return experts + router
 
 
@@ -142,7 +143,7 @@ def _rows(model: ModelConfig, tokens: int) -> int:
     """Return the rows of the dispatched buffer, as ``dispatch.plan_dispatch`` makes it."""
     assignments = tokens * model.top_k
     alignment = segment_alignment(assignments, model.n_experts, _CPU, torch.float32)
-    return (assignments + model.n_experts * (alignment - 1)) // alignment * alignment
+    return count_rows(assignments, model.n_experts, alignment)
 
 
 def _transient_bytes(model: ModelConfig, tokens: int) -> int:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moe_gpt import ops
 from moe_gpt.config import LossConfig, ModelConfig
-from moe_gpt.model.paths import compute_dtype, tokens_per_chunk_of_logits
-
-IGNORED_TARGET = -100
+from moe_gpt.model.router import Routing
+from moe_gpt.ops import IGNORED_TARGET
 
 
 class CrossEntropy(NamedTuple):
@@ -37,75 +37,87 @@ def cross_entropy(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -
 def linear_cross_entropy(
     hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
 ) -> CrossEntropy:
-    """Return ``cross_entropy(hidden @ weight.T, targets)`` without ever holding the logits of all tokens.
-
-    Logits are made for some tokens at a time (``paths.tokens_per_chunk_of_logits``) and turned into their gradient at
-    once, in the forward pass, as in Liger Kernel (arXiv 2410.10989, section 3.2): memory does not grow with N·V, and
-    the logits never leave a CPU's caches. Products run in the type that autocast says, the rest in float32.
-    """
-    dtype = compute_dtype(hidden)
-    total = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets)
-    return CrossEntropy(total, (targets != IGNORED_TARGET).sum())
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wants_gradients = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if wants_gradients else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        total = hidden.new_zeros((), dtype=grad_weight.dtype)
-        chunk = tokens_per_chunk_of_logits(hidden.device, len(weight))
-        for start in range(0, len(hidden), chunk):
-            part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
-            is_valid = wanted != IGNORED_TARGET
-            wanted = wanted.masked_fill(~is_valid, 0)
-            log_probs = torch.mm(part, weight.t()).log_softmax(-1, dtype=grad_weight.dtype)
-            total -= (log_probs.gather(1, wanted) * is_valid).sum()
-            if grad_hidden is not None:  # softmax minus one at the target, nothing where there is none
-                grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad_logits.dtype))
-                grad_logits = grad_logits.mul_(is_valid).to(hidden.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
-                grad_weight += torch.mm(grad_logits.t(), part)
-        if grad_hidden is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None
+    """Return ``cross_entropy(hidden @ weight.T, targets)`` without ever holding the logits of all tokens."""
+    return CrossEntropy(ops.linear_cross_entropy(hidden, weight, targets), (targets != IGNORED_TARGET).sum())
 
 
 def load_balancing_loss(
-    router_probs: Float[Tensor, "N E"],
-    tokens_per_expert: Int[Tensor, "E"],
+    router_probs: Float[Tensor, "*L N E"],
+    tokens_per_expert: Int[Tensor, "*L E"],
     valid_mask: Bool[Tensor, "N"] | None = None,
-) -> Float[Tensor, ""]:
-    """Return E · Σ_e f_e · P_e for one layer (Switch Transformers, arXiv 2101.03961, eq. 4-6).
+) -> Float[Tensor, "*L"]:
+    """Return E · Σ_e f_e · P_e of each layer (Switch Transformers, arXiv 2101.03961, eq. 4-6).
 
     f_e is the share of all N·K assignments that expert e got, before any dropping; P_e the mean router
     probability. Dividing by K too makes it 1 under uniform routing for every K (Hugging Face's is K times that),
     and E when one expert gets everything. The gradient flows through P only.
     """
-    shares = tokens_per_expert.float() / tokens_per_expert.sum().clamp(min=1)
-    return router_probs.shape[-1] * (shares * _mean(router_probs, valid_mask)).sum()
+    shares = tokens_per_expert.float() / tokens_per_expert.sum(-1, keepdim=True).clamp(min=1)
+    return router_probs.shape[-1] * (shares * _mean(router_probs, valid_mask, dim=-2)).sum(-1)
 
 
 def router_z_loss(
-    router_logits: Float[Tensor, "N E"], valid_mask: Bool[Tensor, "N"] | None = None
-) -> Float[Tensor, ""]:
-    """Return the mean squared log-partition of the router (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _mean(router_logits.logsumexp(dim=-1).square(), valid_mask)
+    router_logits: Float[Tensor, "*L N E"], valid_mask: Bool[Tensor, "N"] | None = None
+) -> Float[Tensor, "*L"]:
+    """Return the mean squared log-partition of the router of each layer (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return _mean(router_logits.logsumexp(dim=-1).square(), valid_mask, dim=-1)
 
 
-def _mean(values: Tensor, valid_mask: Tensor | None) -> Tensor:
+def _mean(values: Tensor, valid_mask: Tensor | None, dim: int) -> Tensor:
+    """Return the mean over tokens, the valid ones where a mask is given; ``dim`` is theirs."""
     if valid_mask is None:
-        return values.mean(dim=0)
-    weights = valid_mask.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-    return (weights * values).sum(dim=0) / weights.sum().clamp(min=1)  # no matrix product: autocast would round it
+        return values.mean(dim=dim)
+    weights = valid_mask.to(values.dtype).view(-1, *[1] * (-1 - dim))
+    return (weights * values).sum(dim=dim) / weights.sum().clamp(min=1)  # no matrix product: autocast would round it
+
+
+class RouterStats(NamedTuple):
+    """What the routers did, layer by layer."""
+
+    load_balancing_loss: Float[Tensor, "L"]
+    """Unweighted, differentiable; 1 is perfect balance."""
+    router_z_loss: Float[Tensor, "L"]
+    """Unweighted, differentiable."""
+    tokens_per_expert: Int[Tensor, "L E"]
+    """Assignments to each expert before dropping; a sum over valid tokens."""
+    dropped_tokens: Int[Tensor, "L"]
+    """Assignments that found their expert full; a sum over valid tokens."""
+
+
+def router_stats(
+    routings: Sequence[Routing], valid_mask: Bool[Tensor, "B T"] | None = None, drops_tokens: bool = False
+) -> RouterStats | None:
+    """Return losses and counts of the layers' routings; None where there are none, as in a dense model.
+
+    Args:
+        routings: of each layer, from a forward pass.
+        valid_mask: False for padding, which does not count.
+        drops_tokens: whether a weight of 0 says that the expert was full, as in training with ``capacity_factor``.
+    """
+    if not routings:
+        return None
+    indices, weights, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
+    is_valid = None if valid_mask is None else valid_mask.flatten()
+    tokens_per_expert = count_assignments(indices, probs.shape[-1], is_valid)
+    is_dropped = weights == 0 if drops_tokens else torch.zeros_like(weights, dtype=torch.bool)
+    if is_valid is not None:
+        is_dropped = is_dropped & is_valid[:, None]
+    return RouterStats(
+        load_balancing_loss(probs, tokens_per_expert, is_valid),
+        router_z_loss(logits, is_valid),
+        tokens_per_expert,
+        is_dropped.sum(dim=(1, 2)),
+    )
+
+
+def count_assignments(
+    expert_indices: Int[Tensor, "L N K"], n_experts: int, valid_mask: Bool[Tensor, "N"] | None = None
+) -> Int[Tensor, "L E"]:
+    """Count the assignments to each expert, those of valid tokens only where a mask is given."""
+    ones = torch.ones_like(expert_indices)
+    if valid_mask is not None:
+        ones = ones * valid_mask[:, None]
+    return expert_indices.new_zeros(len(ones), n_experts).scatter_add(1, expert_indices.flatten(1), ones.flatten(1))
 
 
 class LossTerms(NamedTuple):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moe_gpt import ops
 from moe_gpt.config import ModelConfig
 
 
@@ -64,7 +65,7 @@ class Router(nn.Module):
 
     def logits(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
         """Return the router logits in float32, with noise in training where the config asks for it."""
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with ops.without_autocast(x):
             logits = F.linear(x.float(), self.weight.float())
         if self.training and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)

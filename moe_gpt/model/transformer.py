@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moe_gpt import ops
 from moe_gpt.config import ModelConfig
-from moe_gpt.model.attention import Attention, KVCache, causal_mask, rotary_angles
-from moe_gpt.model.documents import DocumentMask, document_mask, positions_within
+from moe_gpt.model.attention import Attention, rotary_angles
+from moe_gpt.model.cache import KVCache
 from moe_gpt.model.experts import Experts, FeedForward
-from moe_gpt.model.losses import CrossEntropy, linear_cross_entropy
-from moe_gpt.model.moe import MoE, RouterStats, stack_router_stats
+from moe_gpt.model.losses import CrossEntropy, RouterStats, linear_cross_entropy, router_stats
+from moe_gpt.model.moe import MoE
 from moe_gpt.model.norm import RMSNorm
 from moe_gpt.model.router import Router, Routing
 
@@ -49,37 +50,14 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotary: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None = None,
-        valid_mask: Bool[Tensor, "B T"] | None = None,
+        visible: ops.Visible,
         cache: KVCache | None = None,
         layer: int = 0,
-        with_stats: bool = True,
-    ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
-        """Return the new residual stream and the router's statistics, None from a dense block or if unwanted."""
-        x = self.attend(x, rotary, mask, cache, layer)
-        return self.transform(x, valid_mask, with_stats)
-
-    def attend(
-        self,
-        x: Float[Tensor, "B T D"],
-        rotary: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#B 1 T S"] | DocumentMask | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
-    ) -> Float[Tensor, "B T D"]:
-        """Return the residual stream after attention: the first half."""
-        return x + self.attention(self.attention_norm(x), rotary, mask, cache, layer)
-
-    def transform(
-        self, x: Float[Tensor, "B T D"], valid_mask: Bool[Tensor, "B T"] | None = None, with_stats: bool = True
-    ) -> tuple[Float[Tensor, "B T D"], RouterStats | None]:
-        """Return the residual stream after the feed-forward network, and its statistics: the second half."""
-        normed = self.feed_forward_norm(x)
-        if isinstance(self.feed_forward, MoE):
-            y, stats = self.feed_forward(normed, valid_mask, with_stats)
-        else:
-            y, stats = self.feed_forward(normed), None
-        return x + y, stats
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+        """Return the new residual stream and the router's decision, None from a dense block."""
+        x = x + self.attention(self.attention_norm(x), rotary, visible, cache, layer)
+        y, routing = self.feed_forward(self.feed_forward_norm(x), visible.valid_queries)
+        return x + y, routing
 
 
 @contextlib.contextmanager
@@ -164,12 +142,13 @@ class MoEGPT(nn.Module):
             ValueError: where the sequence is longer than ``max_seq_len`` or than the cache, or ``document_ids`` come
                 with padding or a cache.
         """
-        hidden, stats = self._hidden(tokens, valid_mask, cache, document_ids)
-        return ModelOutput(self.output(hidden), stats)
+        hidden, routings = self.hidden(tokens, valid_mask, cache, document_ids)
+        valid_now = None if valid_mask is None else valid_mask[:, -tokens.shape[1] :]
+        return ModelOutput(self.output(hidden), self._stats(routings, valid_now))
 
     def next_token_logits(self, tokens: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B V"]:
         """Return what calling the model gives at the last position; nothing of the others, and no statistics."""
-        hidden, _ = self._hidden(tokens, None, cache, None, with_stats=False)
+        hidden, _ = self.hidden(tokens, cache=cache)
         return self.output(hidden[:, -1])
 
     def cross_entropy(
@@ -180,30 +159,21 @@ class MoEGPT(nn.Module):
         It is ``losses.cross_entropy`` of the logits that calling the model gives; training uses this, because its
         memory does not grow with tokens times vocabulary.
         """
-        hidden, stats = self._hidden(tokens, None, None, document_ids)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten()), stats
+        hidden, routings = self.hidden(tokens, document_ids=document_ids)
+        ce = linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        return ce, self._stats(routings)
 
-    def routings(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None) -> list[Routing]:
-        """Return every layer's decision for every token, in the order of ``tokens.flatten()``; none if dense."""
-        rotary, mask = self._places(tokens, None, 0, document_ids)
-        x, routings = self.embedding(tokens), []
-        for block in self.blocks:
-            assert isinstance(block, Block), "blocks hold Blocks"
-            x = block.attend(x, rotary, mask)
-            if isinstance(block.feed_forward, MoE):
-                routings.append(block.feed_forward.router(block.feed_forward_norm(x).flatten(0, 1)))
-            x, _ = block.transform(x, with_stats=False)
-        return routings
-
-    def _hidden(
+    def hidden(
         self,
-        tokens: Tensor,
-        valid_mask: Tensor | None,
-        cache: KVCache | None,
-        document_ids: Tensor | None,
-        with_stats: bool = True,
-    ) -> tuple[Tensor, RouterStats | None]:
-        """Return what the output matrix reads, (B, T, D), and the statistics stacked over layers."""
+        tokens: Int[Tensor, "B T"],
+        valid_mask: Bool[Tensor, "B S"] | None = None,
+        cache: KVCache | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], list[Routing]]:
+        """Return what the output matrix reads, and every layer's routing of ``tokens.flatten()``; none if dense.
+
+        Arguments and errors are those of calling the model.
+        """
         if document_ids is not None and (valid_mask is not None or cache is not None):
             raise ValueError("document_ids are for whole sequences without padding and without a cache")
         T, past = tokens.shape[1], cache.length if cache else 0
@@ -211,41 +181,20 @@ class MoEGPT(nn.Module):
             raise ValueError(
                 f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
             )
-        rotary, mask = self._places(tokens, valid_mask, past, document_ids)
-        valid_now = None if valid_mask is None else valid_mask[:, past:]
-        x = self.embedding(tokens)
-        stats = []
+        visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)
+        positions = visible.positions(T, tokens.device)
+        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x, routings = self.embedding(tokens), []
         for layer, block in enumerate(self.blocks):
-            x, layer_stats = block(x, rotary, mask, valid_now, cache, layer, with_stats)
-            stats.append(layer_stats)
+            x, routing = block(x, rotary, visible, cache, layer)
+            routings.append(routing)
         if cache is not None:
             cache.length += T
-        has_stats = with_stats and not self.config.is_dense
-        return self.final_norm(x), stack_router_stats(stats) if has_stats else None
+        return self.final_norm(x), [] if self.config.is_dense else routings
 
-    def _places(
-        self, tokens: Tensor, valid_mask: Tensor | None, past: int, document_ids: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor | DocumentMask | None]:
-        """Return the rotary angles and who sees whom, the same for every layer."""
-        if document_ids is None:
-            positions = self._positions(tokens, valid_mask, past)
-            mask: Tensor | DocumentMask | None = self._attention_mask(tokens, valid_mask, past)
-        else:
-            positions, mask = positions_within(document_ids), document_mask(document_ids)
-        return rotary_angles(positions, self.config.head_dim, self.config.rope_theta), mask
+    def moe_layers(self) -> list[MoE]:
+        """Return the mixture-of-experts layers in order; none if the model is dense."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def _positions(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor:
-        if valid_mask is None:
-            return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
-        return (valid_mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-
-    def _attention_mask(self, tokens: Tensor, valid_mask: Tensor | None, past: int) -> Tensor | None:
-        """Return (1 or B, 1, T, S), or None where plain causal attention is right."""
-        T = tokens.shape[1]
-        if valid_mask is None and (past == 0 or T == 1):
-            return None
-        mask = causal_mask(T, past + T, tokens.device)[None, None]
-        if valid_mask is not None:  # padding sees itself, so that no row is empty
-            itself = torch.eye(past + T, dtype=torch.bool, device=tokens.device)[past:]
-            mask = (mask & valid_mask[:, None, None, :]) | itself
-        return mask
+    def _stats(self, routings: list[Routing], valid_mask: Tensor | None = None) -> RouterStats | None:
+        return router_stats(routings, valid_mask, self.training and self.config.capacity_factor is not None)

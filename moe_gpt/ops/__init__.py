@@ -1,4 +1,154 @@
 """How an operation is computed.
 
-Read ``device.py`` first.
+The model calls the functions below and nothing beneath them; the body of each is the choice of a way. ``plain`` has
+every operation in its plainest form, which is its definition; ``cpu``, ``cpu_attention`` and ``cuda`` have faster ways,
+``dispatch`` takes tokens to experts and back, ``loss`` makes the loss without all logits. Read ``plain.py`` first.
 """
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_gpt.ops import cpu, cpu_attention, cuda, dispatch, loss, plain
+from moe_gpt.ops.device import compute_dtype, without_autocast
+from moe_gpt.ops.plain import IGNORED_TARGET
+from moe_gpt.ops.visible import Visible
+
+__all__ = [
+    "IGNORED_TARGET",
+    "Visible",
+    "attend",
+    "linear_cross_entropy",
+    "mix_experts",
+    "prepare",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+    "using",
+    "without_autocast",
+]
+
+_WAYS = ("plain", "cpu", "cuda")
+
+
+class _Chosen:
+    """The way that ``using`` chose; an attribute, because torch.compile compiles again when one changes."""
+
+    way: str | None = None
+
+
+_chosen = _Chosen()
+
+
+@contextlib.contextmanager
+def using(way: str) -> Iterator[None]:
+    """Make every operation take one way, in the whole process, whatever the device: to test, to teach, to find a bug.
+
+    Args:
+        way: ``plain``, the definitions; ``cpu`` or ``cuda``, what the device of that name takes for large tensors,
+            plain where it has nothing better.
+    """
+    if way not in _WAYS:
+        raise ValueError(f"way must be plain, cpu or cuda, got {way!r}")
+    before, _chosen.way = _chosen.way, way
+    try:
+        yield
+    finally:
+        _chosen.way = before
+
+
+def _is_plain() -> bool:
+    return _chosen.way == "plain"
+
+
+def _is_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" if _chosen.way is None else _chosen.way == "cpu"
+
+
+def _takes_custom_gradient(x: Tensor) -> bool:
+    return cpu.is_worth_it(x) if _chosen.way is None else _chosen.way == "cpu"
+
+
+def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:
+    """Return x / rms(x) · weight in x's type: ``plain.rms_norm``."""
+    return cpu.rms_norm(x, weight, eps) if _takes_custom_gradient(x) else plain.rms_norm(x, weight, eps)
+
+
+def rotate(x: Float[Tensor, "B T heads Dh"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads Dh"]:
+    """Turn each pair (x[i], x[i + Dh/2]) by its position's angle, in x's type: ``plain.rotate``."""
+    return cpu.rotate(x, cos, sin) if _takes_custom_gradient(x) else plain.rotate(x, cos, sin)
+
+
+def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batch gate_and_up//2"]:
+    """Return silu(gate) · up: ``plain.swiglu``."""
+    return cpu.swiglu(gate_up) if _takes_custom_gradient(gate_up) else plain.swiglu(gate_up)
+
+
+def prepare(visible: Visible, n_queries: int, device: torch.device) -> Visible:
+    """Give a ``Visible`` the form in which ``attend`` wants it: once a forward pass, for all layers."""
+    if visible.is_causal(n_queries) or _is_plain():
+        return visible
+    if visible.document_ids is not None and device.type == "cuda":
+        return visible._replace(form=cuda.DocumentBlocks(visible.document_ids))
+    if visible.document_ids is not None and device.type == "cpu" and n_queries > cpu_attention.LONGEST_BY_MATRIX:
+        return visible._replace(form=cpu_attention.DocumentSpans(visible.document_ids))
+    return visible._replace(form=visible.matrix(n_queries, device))
+
+
+def attend(
+    queries: Float[Tensor, "B H T Dh"],
+    keys: Float[Tensor, "B G S Dh"],
+    values: Float[Tensor, "B G S Dh"],
+    visible: Visible,
+) -> Float[Tensor, "B H T Dh"]:
+    """Return softmax(q kᵀ / √Dh) v over what each query may see: ``plain.attend``.
+
+    Args:
+        queries: of the last T positions.
+        keys: of all S positions, fewer heads that the query heads share.
+        values: beside the keys.
+        visible: from ``prepare``.
+    """
+    if _is_plain():
+        return plain.attend(queries, keys, values, visible.matrix(queries.shape[2], queries.device))
+    if _is_on_cpu(queries):
+        return cpu_attention.attend(queries, keys, values, visible.form, _takes_custom_gradient(queries))
+    return cuda.attend(queries, keys, values, visible.form)
+
+
+def mix_experts(
+    x: Float[Tensor, "N D"],
+    expert_indices: Int[Tensor, "N K"],
+    expert_weights: Float[Tensor, "N K"],
+    gate_up: Float[Tensor, "E twoF D"],
+    down: Float[Tensor, "E D F"],
+) -> Float[Tensor, "N D"]:
+    """Return each token's weighted sum over its experts' answers, in the weights' type: ``plain.mix_experts``."""
+    if _is_plain():
+        return plain.mix_experts(x, expert_indices, expert_weights, gate_up, down)
+    x = x.to(compute_dtype(x))
+    if _is_on_cpu(x) and cpu.are_few(expert_indices):
+        return cpu.mix_few_tokens(x, expert_indices, expert_weights, gate_up, down)
+    alignment = dispatch.segment_alignment(expert_indices.numel(), len(gate_up), x.device, x.dtype)
+    plan = dispatch.plan_dispatch(expert_indices, len(gate_up), alignment)
+    rows, weights = dispatch.dispatch_tokens(x, plan), (gate_up.to(x.dtype), down.to(x.dtype))
+    if _takes_custom_gradient(rows):
+        rows = cpu.apply_experts(rows, *weights, plan.segment_ends)
+    else:
+        rows = cuda.apply_experts(rows, *weights, plan.segment_ends, swiglu)
+    return dispatch.combine_rows(rows, expert_weights, plan)
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
+) -> Float[Tensor, ""]:
+    """Return the sum of -ln p(target) over the targets that count, in float32: ``plain.linear_cross_entropy``."""
+    if _is_plain():
+        return plain.linear_cross_entropy(hidden, weight, targets)
+    dtype = compute_dtype(hidden)
+    return loss.linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets)

@@ -1,4 +1,4 @@
-"""What depends on the device: where to run and in which precision. One place for every such choice."""
+"""The device to run on, its precision, its memory, and what makes a process fast on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from moe_gpt.errors import InputError
 
@@ -135,3 +136,15 @@ def available_memory_bytes(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if device.type == "cpu" else []
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
     return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that autocast would give a matrix product of x."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # the meta device has no autocast
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Return the context in which operations on ``x`` keep the types that they are given."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.stream import Batch
-from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, combine_losses
-from moe_gpt.model.moe import MoE, RouterStats
+from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine_losses
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, autocast
 from moe_gpt.training.records.norms import gradient_norms, parameter_norms, total_norm, update_norms
@@ -218,8 +217,7 @@ def update_expert_bias(model: MoEGPT, tokens_per_expert: Tensor, rate: float | T
         tokens_per_expert: counts (L, E) of the whole batch, all micro-batches and ranks together.
         rate: the paper's u.
     """
-    layers = [block.feed_forward for block in model.blocks if isinstance(block.feed_forward, MoE)]
-    for layer, counts in zip(layers, tokens_per_expert, strict=True):
+    for layer, counts in zip(model.moe_layers(), tokens_per_expert, strict=True):
         error = counts.float().mean() - counts.float()
         layer.router.expert_bias += rate * error.sign()
 

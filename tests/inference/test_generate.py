@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from moe_gpt import ops
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.inference.generate import SamplingConfig, generate, next_token_probs
-from moe_gpt.model import paths
-from moe_gpt.model.attention import KVCache
+from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
 
 GREEDY = SamplingConfig(temperature=0)
@@ -43,14 +43,14 @@ def greedy_without_cache(model: MoEGPT, prompt: list[int], n_tokens: int) -> lis
     return tokens[len(prompt) :]
 
 
-@pytest.fixture(params=["by_products", "by_sdpa"])
-def way_to_attend(request, monkeypatch) -> str:
-    """Run the test with both ways to attend, whatever the context's length."""
-    monkeypatch.setattr(paths, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
-    return request.param
+@pytest.fixture(params=["plain", "cpu", "cuda"])
+def way_to_compute(request):
+    """Run the test with every way to compute."""
+    with ops.using(request.param):
+        yield
 
 
-@pytest.mark.usefixtures("way_to_attend")
+@pytest.mark.usefixtures("way_to_compute")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate_with_cache_equals_decoding_without(variant):
     """Cached greedy decoding gives the tokens of running the whole text again for every token."""
@@ -60,7 +60,7 @@ def test_generate_with_cache_equals_decoding_without(variant):
     assert len(set(expected)) > 1  # not one token over and over
 
 
-@pytest.mark.usefixtures("way_to_attend")
+@pytest.mark.usefixtures("way_to_compute")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("chunks", [[5, 7], [1, 1, 10], [11, 1]], ids=str)
 def test_a_prompt_fed_in_chunks_through_a_cache_gives_the_logits_of_one_pass(variant, chunks):

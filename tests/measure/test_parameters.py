@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_gpt import ops
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.measure.flops import FlopsPerToken, count_flops
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
-from moe_gpt.model import attention, experts, moe, norm
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.plan.parameters import parameters_section
@@ -137,22 +137,12 @@ def test_count_flops_of_a_tiny_model_by_hand():
     assert count_flops(TINY, 5, count_parameters(TINY)) == count_flops(TINY, 5)
 
 
-@pytest.fixture
-def readable_paths(monkeypatch):
-    """Let every product of the model be one that FlopCounterMode knows: no grouped, fused or hand-written ones."""
-    for module in (attention, experts, norm):
-        monkeypatch.setattr(module, "takes_gradients_by_hand", lambda x: False)
-    monkeypatch.setattr(experts, "fits_grouped_mm", lambda *arguments: False)
-    monkeypatch.setattr(attention, "attends_by_products", lambda *arguments: True)
-    monkeypatch.setattr(moe, "segment_alignment", lambda *arguments: 1)  # no rows in between
-
-
 @pytest.mark.parametrize(
     "changes",
     [{}, {"n_kv_heads": 2}, {"n_experts": 1, "top_k": 1}, {"attention_sharing": 2}, {"tie_embeddings": True}],
 )
 @pytest.mark.parametrize("seq_len", [2, 8, 33])
-def test_count_flops_equals_torchs_counter(readable_paths, changes, seq_len):
+def test_count_flops_equals_torchs_counter(changes, seq_len):
     """Forward exactly, backward exactly twice that, where the counter's square of scores is 2 T / (T + 1) of our half.
 
     A position sees (T + 1) / 2 positions on average, itself included; matrix products compute all T.
@@ -162,7 +152,7 @@ def test_count_flops_equals_torchs_counter(readable_paths, changes, seq_len):
     tokens = torch.randint(10, (3, seq_len), generator=torch.Generator().manual_seed(0))
     square = flops.attention_scores * 2 * seq_len // (seq_len + 1)
     expected = 3 * seq_len * (flops.forward - flops.attention_scores + square)
-    with FlopCounterMode(display=False) as forward:
+    with ops.using("plain"), FlopCounterMode(display=False) as forward:  # of products that the counter knows
         logits = model(tokens).logits
     assert forward.get_total_flops() == expected
     with FlopCounterMode(display=False) as backward:

@@ -4,21 +4,15 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_models import tiny_config
 from torch.testing import assert_close
 
-from moe_gpt.model import attention, paths
-from moe_gpt.model.attention import (
-    Attention,
-    KVCache,
-    attend,
-    attend_by_products,
-    attend_in_query_blocks,
-    causal_mask,
-    rotary_angles,
-    rotate,
-)
+from moe_gpt import ops
+from moe_gpt.model.attention import Attention, rotary_angles
+from moe_gpt.model.cache import KVCache
+from moe_gpt.ops import Visible, rotate
+
+CAUSAL = Visible()
 
 
 def rotary_of(n_positions: int, head_dim: int = 8, theta: float = 10_000.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,11 +53,11 @@ def random_attention(**changes: object) -> Attention:
     return layer
 
 
-@pytest.fixture(params=["by_products", "by_sdpa"])
-def way_to_attend(request, monkeypatch) -> str:
-    """Run the test with both ways to attend, whatever the context's length."""
-    monkeypatch.setattr(paths, "_LONGEST_BY_PRODUCTS", {"by_products": 10**9, "by_sdpa": 0}[request.param])
-    return request.param
+@pytest.fixture(params=["plain", "cpu", "cuda"])
+def way_to_attend(request):
+    """Run the test with every way to attend."""
+    with ops.using(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("way_to_attend")
@@ -73,7 +67,7 @@ def test_attention_equals_a_loop_over_heads(n_kv_heads):
     layer = random_attention(n_kv_heads=n_kv_heads)
     x = torch.randn(2, 7, 32)
     with torch.no_grad():
-        y, expected = layer(x, rotary_of(7)), attention_by_loops(layer, x)
+        y, expected = layer(x, rotary_of(7), CAUSAL), attention_by_loops(layer, x)
     assert_close(y, expected, atol=2e-5, rtol=1e-4)  # float32 sums of 32 terms of size 3 in another order
 
 
@@ -82,99 +76,8 @@ def test_attention_width_of_heads_need_not_divide_the_model():
     layer = random_attention(d_model=10, n_heads=3, head_dim=4)
     x = torch.randn(1, 5, 10)
     with torch.no_grad():
-        y, expected = layer(x, rotary_of(5, 4)), attention_by_loops(layer, x)
+        y, expected = layer(x, rotary_of(5, 4), CAUSAL), attention_by_loops(layer, x)
     assert_close(y, expected, atol=2e-5, rtol=1e-4)  # float32 sums in another order
-
-
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("mask", ["none", "one for all", "one per sequence", "one query"])
-def test_attend_by_products_equals_scaled_dot_product_attention(n_kv_heads, mask):
-    """Both ways to attend agree in output and gradients, for every kind of mask that the model makes."""
-    generator = torch.Generator().manual_seed(0)
-    T, S = (1, 9) if mask == "one query" else (9, 9)
-    queries, keys, values = (
-        torch.randn(3, heads, length, 8, generator=generator, requires_grad=True)
-        for heads, length in ((4, T), (n_kv_heads, S), (n_kv_heads, S))
-    )
-    visible = causal_mask(T, S, torch.device("cpu"))[None, None]
-    if mask == "one per sequence":
-        visible = visible & (torch.arange(S) >= torch.tensor([0, 2, 5])[:, None, None, None]) | torch.eye(S).bool()
-    y = attend_by_products(queries, keys, values, None if mask == "none" else visible)
-    expected = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
-    assert_close(y, expected, atol=1e-5, rtol=1e-4)  # float32 sums in another order
-    upstream = torch.randn(y.shape, generator=generator)
-    gradients = [torch.autograd.grad(result, [queries, keys, values], upstream) for result in (y, expected)]
-    assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attend_from_one_position_sees_all_keys(n_kv_heads, dtype):
-    """As decoding asks, with keys that are a slice of a cache: heads that share keys do not mix."""
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(3, 4, 1, 8, generator=generator).to(dtype)
-    keys, values = (torch.randn(3, n_kv_heads, 20, 8, generator=generator).to(dtype)[:, :, :9] for _ in range(2))
-    y = attend(queries, keys, values, mask=None)
-    expected = attend_by_products(queries, keys, values, torch.ones(1, 1, 1, 9, dtype=torch.bool))
-    assert_close(y, expected, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-4)
-
-
-def test_attend_takes_products_on_a_cpu_up_to_the_stated_length(monkeypatch):
-    """Contexts of up to 1,024 positions are attended by matrix products, longer ones by PyTorch's kernel."""
-    lengths = []
-
-    def in_blocks(queries, keys, values):
-        lengths.append(keys.shape[2])
-        return attend_in_query_blocks(queries, keys, values)
-
-    monkeypatch.setattr(attention, "attend_in_query_blocks", in_blocks)
-    for length in (8, 1024, 1025):
-        attend(*(torch.zeros(1, 1, length, 2) for _ in range(3)), mask=None)
-    assert lengths == [8, 1024]
-
-
-@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_attend_in_query_blocks_equals_scaled_dot_product_attention(n_kv_heads, length, dtype):
-    """Output and gradients, for lengths around a block's, for views as the model passes them."""
-    generator = torch.Generator().manual_seed(length)
-    heads = torch.randn(3, length, 4 + 2 * n_kv_heads, 8, generator=generator, dtype=dtype, requires_grad=True)
-    qkv = [part.transpose(1, 2) for part in heads.split([4, n_kv_heads, n_kv_heads], dim=2)]
-    upstream = torch.randn(3, 4, length, 8, generator=generator, dtype=dtype)
-    exact = [part.double() for part in qkv]
-    results = []
-    for y in (
-        attend_in_query_blocks(*qkv),
-        F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True),
-    ):
-        (gradient,) = torch.autograd.grad(y, heads, upstream.to(y.dtype), retain_graph=True)
-        results.append((y.double(), gradient.double()))
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 6e-2}[dtype]  # softmax in float32 or more
-    assert_close(results[0], results[1], atol=tolerance, rtol=tolerance)
-
-
-def test_gradient_of_query_blocks_by_differences():
-    """In float64 the gradient written by hand is that of finite differences."""
-    generator = torch.Generator().manual_seed(0)
-    qkv = [
-        torch.randn(1, heads, 70, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-        for heads in (2, 1, 1)
-    ]
-    assert torch.autograd.gradcheck(attend_in_query_blocks, qkv, fast_mode=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_by_hand_equals_the_expression(dtype, monkeypatch):
-    """Output and gradient; of the first heads of a larger tensor, as in the model."""
-    x = torch.randn(2, 5, 4, 8, dtype=dtype, requires_grad=True)
-    upstream = torch.randn(2, 5, 3, 8, dtype=dtype)
-    results = []
-    for by_hand in (True, False):
-        monkeypatch.setattr(attention, "takes_gradients_by_hand", lambda _, choice=by_hand: choice)
-        y = rotate(x[:, :, :3], *rotary_of(5))
-        results.append((y, *torch.autograd.grad(y, x, upstream)))
-    assert_close(results[0], results[1], atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("way_to_attend")
@@ -187,26 +90,23 @@ def test_shared_heads_equal_full_heads_with_copied_weights(n_kv_heads):
     full.qkv.weight.data = torch.cat([queries, *(heads.flatten(0, 1) for heads in copies)])
     full.out.weight.data = shared.out.weight.detach()
     x = torch.randn(2, 9, 32, requires_grad=True)
-    results = [layer(x, rotary_of(9)) for layer in (shared, full)]
+    results = [layer(x, rotary_of(9), CAUSAL) for layer in (shared, full)]
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in results]
     assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)  # float32 sums in another order
     assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-4)  # gradients of size 100
 
 
-@pytest.mark.usefixtures("way_to_attend")
-@pytest.mark.parametrize("n_kv_heads", [1, 4])
-def test_attention_without_a_mask_is_causal(n_kv_heads):
-    """No mask means the causal mask among the positions of x."""
-    layer = random_attention(n_kv_heads=n_kv_heads)
-    x = torch.randn(2, 6, 32)
-    mask = torch.ones(6, 6).tril().bool()[None, None]
-    assert_close(layer(x, rotary_of(6)), layer(x, rotary_of(6), mask), atol=1e-5, rtol=1e-4)  # other kernels
-
-
-def test_causal_mask_by_hand():
-    """Two queries that are the last of four positions see the first three, and all four."""
-    mask = causal_mask(2, 4, torch.device("cpu"))
-    assert mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+def test_visible_by_hand():
+    """Two queries after two cached positions see three and four; documents and padding take away what is not theirs."""
+    cpu = torch.device("cpu")
+    assert Visible(past=2).matrix(2, cpu)[0, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    documents = Visible(document_ids=torch.tensor([[5, 5, 7]]))
+    assert documents.matrix(3, cpu)[0, 0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    padded = Visible(valid_mask=torch.tensor([[False, True, True]]))
+    assert padded.matrix(3, cpu)[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert padded.positions(3, cpu).tolist() == [[0, 0, 1]]
+    assert documents.positions(3, cpu).tolist() == [[0, 1, 0]]
+    assert Visible(past=2).positions(2, cpu).tolist() == [[2, 3]]
 
 
 def test_rotate_turns_pairs_by_hand():

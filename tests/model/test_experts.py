@@ -7,10 +7,10 @@ from expert_loop import moe_by_loop, parameters_for_loop
 from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
-from moe_gpt.model import experts as experts_module
-from moe_gpt.model.dispatch import combine_rows, dispatch_tokens, plan_dispatch
-from moe_gpt.model.experts import Experts, FeedForward, grouped_mm, segment_mm
-from moe_gpt.model.paths import fits_grouped_mm
+from moe_gpt import ops
+from moe_gpt.model.experts import Experts, FeedForward
+from moe_gpt.model.losses import router_stats
+from moe_gpt.ops.cuda import fits_grouped_mm, grouped_mm, segment_mm
 
 PATHS = {"grouped_mm": {"d_model": 32, "d_ff": 16}, "segment_mm": {"d_model": 30, "d_ff": 13}}
 """Sizes that take each of the two ways to multiply, in float32 on a CPU."""
@@ -23,6 +23,7 @@ def test_grouped_mm_fits_rows_of_whole_sixteen_bytes(path, fits):
     assert fits_grouped_mm(torch.zeros(4, sizes["d_model"]), 2 * sizes["d_ff"], sizes["d_ff"]) is fits
 
 
+@pytest.mark.parametrize("way", ["plain", "cpu", "cuda"])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "routing",
@@ -35,13 +36,14 @@ def test_grouped_mm_fits_rows_of_whole_sixteen_bytes(path, fits):
     ],
     ids=lambda routing: "-".join(f"{key}={value}" for key, value in routing.items()),
 )
-def test_moe_equals_the_loop_over_experts(path, routing):
+def test_moe_equals_the_loop_over_experts(path, routing, way):
     """Output and the gradients of input, router and experts are those of a plain loop over experts."""
     layer = random_layer(**PATHS[path], **routing)
     x = torch.randn(3, 17, PATHS[path]["d_model"], requires_grad=True)
     upstream = torch.randn_like(x)
-    y, _ = layer(x)
-    y.backward(upstream)
+    with ops.using(way):
+        y, _ = layer(x)
+        y.backward(upstream)
 
     tokens, weights = x.detach().flatten(0, 1).requires_grad_(), parameters_for_loop(layer)
     expected = moe_by_loop(tokens, **weights, top_k=layer.top_k, normalize_topk=layer.router.normalize_topk)
@@ -60,9 +62,9 @@ def test_moe_gives_starved_experts_zero_gradients(path):
     layer = random_layer(**PATHS[path])
     with torch.no_grad():
         layer.router.weight.zero_()  # ties: every token goes to experts 0 and 1
-    y, stats = layer(torch.randn(2, 10, PATHS[path]["d_model"]))
+    y, routing = layer(torch.randn(2, 10, PATHS[path]["d_model"]))
     y.square().sum().backward()
-    assert stats.tokens_per_expert.tolist() == [20, 20, 0, 0]
+    assert router_stats([routing]).tokens_per_expert.tolist() == [[20, 20, 0, 0]]
     for weight in (layer.experts.gate_up, layer.experts.down):
         assert weight.grad[2:].abs().max() == 0
         assert weight.grad[:2].flatten(1).norm(dim=1).min() > 0
@@ -99,60 +101,6 @@ def test_segment_mm_by_hand():
     assert product.shape == (4, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [[8, 16, 24], [0, 40, 8], [5, 0, 0], [3, 17, 1]], ids=str)
-def test_experts_by_hand_equal_grouped_products(sizes, dtype, monkeypatch):
-    """The CPU's own way gives what grouped products and autograd give, in output and all gradients."""
-    torch.manual_seed(0)
-    layer = Experts(tiny_config(n_experts=3, d_model=16, d_ff=8)).to(dtype)
-    layer.init_weights(0.3, 0.3)
-    rows, n_used = torch.randn(56, 16).to(dtype).requires_grad_(), sum(sizes)
-    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
-    upstream = torch.randn(n_used, 16).to(dtype)
-    results = []
-    for by_hand in (True, False):
-        monkeypatch.setattr(experts_module, "takes_gradients_by_hand", lambda _, choice=by_hand: choice)
-        y = layer(rows, ends)[:n_used]
-        gradients = torch.autograd.grad(y, [rows, layer.gate_up, layer.down], upstream)
-        results.append((y, gradients[0][:n_used], *gradients[1:]))
-    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
-    assert_close(results[0], results[1], **close)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_experts_answer_the_same_whatever_the_alignment(path):
-    """The rows that fill segments change no output and no gradient."""
-    layer = random_layer(**PATHS[path])
-    tokens = torch.randn(11, PATHS[path]["d_model"])
-    routing = layer.router(tokens)
-    results = []
-    for alignment in (1, 8, 64):
-        plan = plan_dispatch(routing.expert_indices, 4, alignment)
-        rows = layer.experts(dispatch_tokens(tokens, plan), plan.segment_ends)
-        y = combine_rows(rows, routing.expert_weights.detach(), plan)
-        results.append((y, *torch.autograd.grad(y.square().sum(), list(layer.experts.parameters()))))
-    for other in results[1:]:
-        for actual, expected in zip(other, results[0], strict=True):
-            assert_close(actual, expected, atol=1e-5, rtol=1e-4)  # float32 sums in another order
-
-
-def test_experts_pass_gradcheck_in_float64():
-    """Dispatch, experts and combine together have the gradient of finite differences, for every input."""
-    torch.manual_seed(0)
-    experts = Experts(tiny_config(n_experts=3, d_model=5, d_ff=3)).double()
-    plan = plan_dispatch(torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]]), n_experts=3, alignment=4)
-
-    def layer(x, expert_weights, gate_up, down):
-        state = {"gate_up": gate_up, "down": down}
-        rows = torch.func.functional_call(experts, state, (dispatch_tokens(x, plan), plan.segment_ends))
-        return combine_rows(rows, expert_weights, plan)
-
-    shapes = [(4, 5), (4, 2), (3, 6, 5), (3, 5, 3)]
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    # central differences at 1e-6 are good to 1e-9; the sum over choices is float32 by design, good to 1e-7
-    assert torch.autograd.gradcheck(layer, inputs, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_feed_forward_is_swiglu(dtype):
     """FeedForward is down(silu(gate) * up), the gate's rows above the up projection's, with its gradients."""
@@ -162,7 +110,7 @@ def test_feed_forward_is_swiglu(dtype):
     copies = [tensor.detach().clone().requires_grad_() for tensor in (x, network.gate_up.weight, network.down.weight)]
     gate, up = copies[1][:16], copies[1][16:]
     expected = (F.silu(copies[0] @ gate.T) * (copies[0] @ up.T)) @ copies[2].T
-    y = network(x)
+    y, _ = network(x)
     assert_close(y, expected, atol=1e-6, rtol=1e-5)  # float32 rounding
     upstream = torch.randn_like(y)
     actual = torch.autograd.grad(y, [x, network.gate_up.weight, network.down.weight], upstream)
@@ -172,13 +120,14 @@ def test_feed_forward_is_swiglu(dtype):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_one_expert_is_the_dense_feed_forward(path):
-    """Experts with one segment are FeedForward with the same two matrices."""
+    """One expert with weight 1 is FeedForward with the same two matrices."""
     torch.manual_seed(0)
     network = FeedForward(tiny_config(**PATHS[path]))
     experts = Experts(tiny_config(n_experts=1, top_k=1, **PATHS[path]))
     experts.load_state_dict(
         {"gate_up": network.gate_up.weight.detach()[None], "down": network.down.weight.detach()[None]}
     )
-    rows = torch.randn(9, PATHS[path]["d_model"])
-    answers = experts(rows, torch.tensor([9], dtype=torch.int32))
-    assert_close(answers, network(rows), atol=1e-5, rtol=1e-5)  # float32 sums in another order
+    x = torch.randn(9, PATHS[path]["d_model"])
+    only = torch.zeros(9, 1, dtype=torch.int64)
+    answers = ops.mix_experts(x, only, torch.ones(9, 1), experts.gate_up, experts.down)
+    assert_close(answers, network(x)[0], atol=1e-5, rtol=1e-5)  # float32 sums in another order

@@ -5,8 +5,8 @@ import torch
 from tiny_models import random_layer, tiny_config
 from torch.testing import assert_close
 
-from moe_gpt.model import moe, paths
-from moe_gpt.model.moe import MoE
+from moe_gpt.model.losses import RouterStats, router_stats
+from moe_gpt.model.moe import MoE, within_capacity
 
 
 def steered_layer(n_experts: int = 4, **changes: object) -> MoE:
@@ -21,6 +21,13 @@ def steered_layer(n_experts: int = 4, **changes: object) -> MoE:
     return layer
 
 
+def run(layer: MoE, x: torch.Tensor, valid_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats]:
+    """Return the layer's output and the statistics of this one layer, as the model makes them."""
+    y, routing = layer(x, valid_mask)
+    stats = router_stats([routing], valid_mask, layer.training and layer.capacity_ratio is not None)
+    return y, RouterStats(*(value[0] for value in stats))
+
+
 def tokens_for(experts: list[int], n_experts: int = 4) -> torch.Tensor:
     """Return one sequence (1, T, D) whose tokens choose these experts."""
     return torch.eye(n_experts)[torch.tensor(experts)][None]
@@ -30,7 +37,7 @@ def test_moe_drops_beyond_capacity_by_hand():
     """Eight tokens, four experts, factor 1: two slots each; the third and fourth token of expert 0 get nothing."""
     layer = steered_layer(capacity_factor=1.0)
     x = tokens_for([0, 0, 0, 1, 0, 2, 3, 3])
-    y, stats = layer(x)
+    y, stats = run(layer, x)
     kept, _ = layer.eval()(x)
     dropped = [2, 4]
     assert stats.dropped_tokens == len(dropped)
@@ -49,7 +56,7 @@ def test_moe_capacity_is_the_factor_times_the_even_share_rounded_up(
 ):
     """An expert has ceil(capacity_factor · N · K / E) slots; 1.1 of an even share of 10 is 11."""
     layer = steered_layer(n_experts, capacity_factor=capacity_factor)
-    _, stats = layer(tokens_for([0] * n_tokens, n_experts))
+    _, stats = run(layer, tokens_for([0] * n_tokens, n_experts))
     assert stats.dropped_tokens == n_tokens - expert_capacity
 
 
@@ -58,7 +65,7 @@ def test_moe_capacity_grows_with_top_k():
     layer = steered_layer(top_k=2, capacity_factor=1.0)
     with torch.no_grad():
         layer.router.weight.zero_()  # ties: every token goes to experts 0 and 1
-    _, stats = layer(tokens_for([0] * 8))
+    _, stats = run(layer, tokens_for([0] * 8))
     assert stats.dropped_tokens == 2 * (8 - 4)
 
 
@@ -66,16 +73,16 @@ def test_moe_drops_in_training_only():
     """Evaluation answers every token whatever the capacity factor, as a layer without one does."""
     layer, dropless = random_layer(capacity_factor=0.3), random_layer()
     x = torch.randn(2, 20, 32)
-    _, training_stats = layer(x)
+    _, training_stats = run(layer, x)
     assert training_stats.dropped_tokens > 0
-    y, stats = layer.eval()(x)
+    y, stats = run(layer.eval(), x)
     assert stats.dropped_tokens == 0
     assert_close(y, dropless(x)[0], atol=0, rtol=0)  # the same operations
 
 
 def test_moe_without_capacity_factor_drops_nothing_in_training():
     """Dropless by default, even when every token wants the same expert."""
-    y, stats = steered_layer()(tokens_for([0] * 50))
+    y, stats = run(steered_layer(), tokens_for([0] * 50))
     assert stats.dropped_tokens == 0
     assert y.norm(dim=-1).min() > 0
 
@@ -86,7 +93,7 @@ def test_moe_does_not_rescale_the_weights_that_are_kept():
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([[4.0, 4, 4, 4], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2]]))
     x = tokens_for([1, 2, 3])  # each to expert 0 and to its own; expert 0 has two slots
-    y, stats = layer(x)
+    y, stats = run(layer, x)
     routing = layer.router(x[0])
     gate, up = (layer.experts.gate_up[3] @ x[0, 2]).chunk(2)
     own_answer = layer.experts.down[3] @ (torch.nn.functional.silu(gate) * up)
@@ -98,7 +105,7 @@ def test_moe_does_not_rescale_the_weights_that_are_kept():
 def test_moe_counts_assignments_before_dropping():
     """tokens_per_expert is what the router chose, N · K in all, whatever was dropped."""
     layer = steered_layer(capacity_factor=0.5)
-    _, stats = layer(tokens_for([0, 0, 0, 1, 0, 2, 3, 3]))
+    _, stats = run(layer, tokens_for([0, 0, 0, 1, 0, 2, 3, 3]))
     assert stats.tokens_per_expert.tolist() == [4, 1, 1, 2]
     assert stats.dropped_tokens == 4
 
@@ -109,7 +116,7 @@ def test_moe_dropping_never_lets_a_later_token_evict_an_earlier_one():
     x = torch.randn(1, 24, 32)
     changed = x.clone()
     changed[:, 10:] = torch.randn(1, 14, 32)
-    y, stats = layer(x)
+    y, stats = run(layer, x)
     y_changed, _ = layer(changed)
     assert stats.dropped_tokens > 0
     assert_close(y_changed[:, :10], y[:, :10], atol=1e-5, rtol=0)  # float32 products of other shapes
@@ -122,11 +129,11 @@ def test_moe_padding_changes_no_statistic_no_output_and_no_slot(side, capacity_f
     """Padding is not counted in losses, statistics or capacity: the valid tokens cannot tell it is there."""
     layer = random_layer(capacity_factor=capacity_factor)
     x, padding = torch.randn(1, 12, 32), torch.randn(1, 9, 32)
-    y, stats = layer(x)
+    y, stats = run(layer, x)
     padded = torch.cat([padding, x] if side == "left" else [x, padding], dim=1)
     valid_mask = torch.zeros(1, 21, dtype=torch.bool)
     valid_mask[:, slice(9, None) if side == "left" else slice(12)] = True
-    y_padded, stats_padded = layer(padded, valid_mask)
+    y_padded, stats_padded = run(layer, padded, valid_mask)
     assert_close(y_padded[valid_mask], y[0], atol=1e-5, rtol=0)  # float32 products of other shapes
     for actual, expected in zip(stats_padded, stats, strict=True):
         assert_close(actual, expected, atol=1e-6, rtol=1e-5)  # float32 means; counts are whole numbers
@@ -135,7 +142,7 @@ def test_moe_padding_changes_no_statistic_no_output_and_no_slot(side, capacity_f
 
 def test_moe_statistics_carry_gradients_only_where_they_are_losses():
     """The two losses are differentiable, the two sums are whole numbers without a graph."""
-    _, stats = random_layer(capacity_factor=0.5)(torch.randn(2, 8, 32))
+    _, stats = run(random_layer(capacity_factor=0.5), torch.randn(2, 8, 32))
     assert stats.load_balancing_loss.requires_grad
     assert stats.router_z_loss.requires_grad
     assert stats.tokens_per_expert.dtype == stats.dropped_tokens.dtype == torch.int64
@@ -157,32 +164,39 @@ def test_moe_is_equivariant_to_the_order_of_tokens():
     layer = random_layer()
     x = torch.randn(1, 30, 32)
     order = torch.randperm(30)
-    y, stats = layer(x)
-    y_permuted, stats_permuted = layer(x[:, order])
+    y, stats = run(layer, x)
+    y_permuted, stats_permuted = run(layer, x[:, order])
     assert_close(y_permuted, y[:, order], atol=1e-5, rtol=0)  # float32 sums in another order
     assert torch.equal(stats_permuted.tokens_per_expert, stats.tokens_per_expert)
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 1, "normalize_topk": False}, {"top_k": 4}, {"capacity_factor": 0.5}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_few_tokens_get_the_same_without_sorting(changes, dtype, monkeypatch):
-    """Decoding's short cut gives what sorting gives, and no statistics; it never drops, being no training."""
-    layer, x = random_layer(**changes).eval(), torch.randn(3, 2, 32).to(dtype)
-    layer.experts.to(dtype)
-    short, stats = layer(x, with_stats=False)
-    monkeypatch.setattr(moe, "visits_experts_one_by_one", lambda *_: False)
-    whole, no_stats = layer(x, with_stats=False)
-    assert stats is no_stats is None
-    assert_close(short, whole, atol=1e-5 if dtype == torch.float32 else 0.05, rtol=1e-4)
-    assert_close(whole, layer(x)[0], atol=0, rtol=0)
+def random_choices(n_tokens: int, top_k: int, n_experts: int, seed: int = 0) -> torch.Tensor:
+    """Return (N, K) distinct experts per token, unevenly loaded."""
+    scores = torch.rand(n_tokens, n_experts, generator=torch.Generator().manual_seed(seed))
+    return (scores * torch.arange(1, n_experts + 1)).topk(top_k).indices
 
 
-def test_short_cut_is_taken_for_few_tokens_without_gradients_only():
-    """It has a loop over tokens, and what it does is cut out of no graph."""
-    cpu = torch.device("cpu")
-    with torch.no_grad():
-        assert paths.visits_experts_one_by_one(16, cpu)
-        assert not paths.visits_experts_one_by_one(17, cpu)
-        assert not paths.visits_experts_one_by_one(2, torch.device("cuda"))
-    assert not paths.visits_experts_one_by_one(2, cpu)
+def test_within_capacity_is_token_first_by_hand():
+    """Two slots per expert go to the earliest tokens, a first choice having no precedence over an earlier second."""
+    choices = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 0]])
+    kept = within_capacity(choices, 3, expert_capacity=2)
+    assert kept.tolist() == [[True, True], [True, True], [False, False], [True, False]]
+
+
+@pytest.mark.parametrize("expert_capacity", [1, 3, 6])
+def test_within_capacity_never_lets_a_later_token_evict_an_earlier_one(expert_capacity):
+    """Whatever comes later, the first tokens keep or lose their slots as if they were alone."""
+    first, last = random_choices(20, 2, 4, seed=0), random_choices(20, 2, 4, seed=1)
+    alone = within_capacity(first, 4, expert_capacity)
+    followed = within_capacity(torch.cat([first, last]), 4, expert_capacity)
+    assert torch.equal(followed[:20], alone)
+    assert not alone.all()
+
+
+def test_within_capacity_fills_every_slot_before_it_drops():
+    """An expert keeps exactly the smaller of its assignments and its capacity."""
+    choices = random_choices(40, 2, 4)
+    kept = within_capacity(choices, 4, expert_capacity=15)
+    for expert in range(4):
+        chosen = choices == expert
+        assert (kept & chosen).sum() == min(int(chosen.sum()), 15)

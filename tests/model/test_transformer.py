@@ -20,11 +20,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.model.attention import Attention, KVCache, rotary_angles
+from moe_gpt.model.attention import Attention, rotary_angles
+from moe_gpt.model.cache import KVCache
 from moe_gpt.model.experts import FeedForward
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.router import Router, Routing
 from moe_gpt.model.transformer import Block, MoEGPT, RMSNorm
+from moe_gpt.ops import Visible
 
 ROUNDING = {"atol": 1e-4, "rtol": 1e-4}
 """Logits have size 10 and are float32 sums whose order depends on the shapes; a leak changes them by 0.1."""
@@ -346,9 +348,9 @@ def test_block_without_projections_into_the_residual_is_the_identity():
     nn.init.zeros_(block.attention.out.weight)
     nn.init.zeros_(block.feed_forward.down.weight)
     x = torch.randn(2, 5, 32)
-    y, stats = block(x, rotary_angles(torch.arange(5)[None], 8, 10_000.0))
+    y, routing = block(x, rotary_angles(torch.arange(5)[None], 8, 10_000.0), Visible())
     assert torch.equal(y, x)
-    assert stats is None
+    assert routing is None
 
 
 def test_block_normalises_before_each_half():
@@ -358,7 +360,8 @@ def test_block_normalises_before_each_half():
     block, rotary = MoEGPT(config).blocks[0], rotary_angles(torch.arange(5)[None], 8, 10_000.0)
     nn.init.zeros_(block.attention.out.weight)
     x = torch.randn(2, 5, 32)
-    assert_close(block(10 * x, rotary)[0] - 10 * x, block(x, rotary)[0] - x, atol=1e-5, rtol=1e-4)  # float32 rounding
+    large, small = (block(scale * x, rotary, Visible())[0] - scale * x for scale in (10, 1))
+    assert_close(large, small, atol=1e-5, rtol=1e-4)  # float32 rounding
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -21,7 +21,7 @@ from moe_gpt.files.durable import replace_file
 from moe_gpt.inference.generate import SamplingConfig, generate
 from moe_gpt.measure import routing
 from moe_gpt.measure.health import Gradients
-from moe_gpt.model.moe import MoE, RouterStats
+from moe_gpt.model.losses import RouterStats
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
 from moe_gpt.training.evaluation import Examined
@@ -60,7 +60,7 @@ def observe_routing(model: MoEGPT, batch: MicroBatch, precision: Precision) -> R
     n_sequences = max(1, _OBSERVED_TOKENS // batch.inputs.shape[1])
     document_ids = None if batch.document_ids is None else batch.document_ids[:n_sequences]
     with evaluating(model), autocast(batch.inputs.device, precision):
-        routings = model.routings(batch.inputs[:n_sequences], document_ids)
+        _, routings = model.hidden(batch.inputs[:n_sequences], document_ids=document_ids)
     probs = torch.stack([routing.router_probs for routing in routings])  # (L, N, E)
     first = torch.stack([routing.expert_indices[:, :1] for routing in routings])
     first_probs = probs.gather(2, first)
@@ -114,7 +114,7 @@ def cross_entropy_gradients(
 
     With ``end_of_text_id`` documents are kept apart, as in training with ``data.document_masking``.
     """
-    layers = [block.feed_forward for block in model.blocks if isinstance(block.feed_forward, MoE)]
+    layers = model.moe_layers()
     device = model.embedding.weight.device
     (batch,) = split_batch(Batch(inputs, targets), inputs.size, device, end_of_text_id)
     with evaluating(model), torch.enable_grad(), autocast(device, precision), torch.compiler.set_stance("force_eager"):
@@ -141,7 +141,7 @@ def choices_on(
     device = model.embedding.weight.device
     (batch,) = split_batch(Batch(tokens, tokens), tokens.size, device, end_of_text_id)
     with evaluating(model), autocast(device, precision):
-        routings = model.routings(batch.inputs, batch.document_ids)
+        _, routings = model.hidden(batch.inputs, document_ids=batch.document_ids)
     dtype = np.uint8 if model.config.n_experts <= 256 else np.uint16
     choices = [r.expert_indices.cpu().numpy().astype(dtype).reshape(*tokens.shape, -1) for r in routings]
     return np.stack(choices) if choices else np.zeros((0, *tokens.shape, model.config.top_k), dtype)

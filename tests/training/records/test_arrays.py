@@ -34,7 +34,7 @@ def test_sample_of_routing_follows_its_formulas(changes):
     model, tokens = tiny_model(**changes), random_tokens(3, 5)
     sample = observe_routing(model, MicroBatch(tokens, tokens), "fp32")
     assert model.training
-    for layer, chosen in enumerate(model.eval().routings(tokens)):
+    for layer, chosen in enumerate(model.eval().hidden(tokens)[1]):
         entropy = first = margin = 0.0
         for row in range(15):
             probs, best = chosen.router_probs[row].tolist(), int(chosen.expert_indices[row, 0])
@@ -52,7 +52,7 @@ def test_sample_is_of_whole_sequences_and_of_few_tokens():
     model, tokens = tiny_model(), random_tokens(80, 32)
     documents = (tokens == 3).long().cumsum(1)
     sample = observe_routing(model, MicroBatch(tokens, tokens, documents), "fp32")
-    routings = model.eval().routings(tokens[:32], documents[:32])
+    routings = model.eval().hidden(tokens[:32], document_ids=documents[:32])[1]
     torch.testing.assert_close(sample.mean_probabilities[1], routings[1].router_probs.mean(0))
 
 
@@ -115,7 +115,8 @@ def test_documents_are_kept_apart_where_training_does_so():
     """Choices and gradients are those with each document by itself, and not those across its end."""
     model, tokens = tiny_model().eval(), random_tokens(3, 32)
     apart = keep_documents_apart(tokens, tokens, 7)
-    expected = torch.stack([routing.expert_indices for routing in model.routings(tokens, apart.document_ids)])
+    _, routings = model.hidden(tokens, document_ids=apart.document_ids)
+    expected = torch.stack([routing.expert_indices for routing in routings])
     found = choices_on(model, tokens.numpy(), "fp32", end_of_text_id=7)
     assert np.array_equal(found.reshape(2, -1, 2), expected.numpy())
     assert not np.array_equal(found, choices_on(model, tokens.numpy(), "fp32"))

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_gpt.config import LossConfig, RunConfig, ScheduleConfig, StageConfig
 from moe_gpt.data.stream import Batch
-from moe_gpt.model import experts
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.ops import cuda
 from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.step import TrainState, split_batch, train_step
 
@@ -61,7 +61,7 @@ class NoOptimizer:
 
 def operations_of_a_step(monkeypatch: pytest.MonkeyPatch, bf16: bool, **changes: object) -> Counter:
     """Take one training step of two micro-batches on the meta device, by the paths that CUDA takes."""
-    monkeypatch.setattr(experts, "fits_grouped_mm", lambda rows, *widths: rows.dtype == torch.bfloat16)
+    monkeypatch.setattr(cuda, "fits_grouped_mm", lambda rows, *widths: rows.dtype == torch.bfloat16)
     device = torch.device("meta")
     with device:
         model = MoEGPT(tiny_config(**changes))

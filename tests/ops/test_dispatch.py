@@ -4,14 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moe_gpt.model.dispatch import (
-    combine_rows,
-    count_assignments,
-    dispatch_tokens,
-    plan_dispatch,
-    within_capacity,
-)
-from moe_gpt.model.paths import segment_alignment
+from moe_gpt.ops.dispatch import combine_rows, dispatch_tokens, plan_dispatch, segment_alignment
 
 SIZES = [(1, 1, 2, 4), (7, 2, 5, 8), (33, 3, 4, 1), (200, 2, 8, 64)]
 """Tokens, choices, experts, alignment."""
@@ -29,7 +22,6 @@ def test_plan_dispatch_of_one_choice_by_hand():
     assert plan.segment_ends.tolist() == [2, 4, 4]
     assert plan.row_of_assignment.tolist() == [[2], [0], [3]]
     assert plan.token_of_row.tolist() == [1, 0, 0, 2, 0, 0]  # rows 1, 4 and 5 are filled with token 0
-    assert plan.rank_in_expert.tolist() == [[0], [0], [1]]
     assert plan.segment_ends.dtype == torch.int32
 
 
@@ -39,7 +31,6 @@ def test_plan_dispatch_of_two_choices_by_hand():
     assert plan.segment_ends.tolist() == [2, 4]
     assert plan.row_of_assignment.tolist() == [[0, 2], [3, 1]]
     assert plan.token_of_row.tolist() == [0, 1, 0, 1]
-    assert plan.rank_in_expert.tolist() == [[0, 0], [1, 1]]
 
 
 @pytest.mark.parametrize(("n_tokens", "top_k", "n_experts", "alignment"), SIZES)
@@ -52,7 +43,6 @@ def test_plan_dispatch_preserves_token_order_within_an_expert(n_tokens, top_k, n
         rows = plan.row_of_assignment[token, choice]
         assert (rows.diff() == 1).all()
         assert torch.equal(plan.token_of_row[rows], token)
-        assert plan.rank_in_expert[token, choice].tolist() == list(range(len(token)))
 
 
 @pytest.mark.parametrize(("n_tokens", "top_k", "n_experts", "alignment"), SIZES)
@@ -115,13 +105,6 @@ def test_segments_are_aligned_by_what_experts_get(float32_by_mkl):
     assert segment_alignment(4096, 2, cpu, torch.float32) == 64
 
 
-def test_count_assignments_counts_valid_tokens_only():
-    """Three tokens choose (0, 2), (2, 1), (2, 0): counts 2, 1, 3; without the last token 1, 1, 2."""
-    choices = torch.tensor([[0, 2], [2, 1], [2, 0]])
-    assert count_assignments(choices, 4).tolist() == [2, 1, 3, 0]
-    assert count_assignments(choices, 4, torch.tensor([True, True, False])).tolist() == [1, 1, 2, 0]
-
-
 @pytest.mark.parametrize(("n_tokens", "top_k", "n_experts", "alignment"), SIZES)
 def test_dispatch_and_combine_with_weights_of_sum_one_is_the_identity(n_tokens, top_k, n_experts, alignment):
     """Experts that do nothing return every token as it was, and its gradient too: nothing is lost on the way."""
@@ -175,29 +158,3 @@ def test_dispatch_tokens_sums_gradients_in_float32():
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     dispatch_tokens(x, plan).backward(torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16))
     assert x.grad.item() == 258
-
-
-def test_within_capacity_is_token_first_by_hand():
-    """Two slots per expert go to the earliest tokens, a first choice having no precedence over an earlier second."""
-    choices = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 0]])
-    kept = within_capacity(plan_dispatch(choices, 3, alignment=1), expert_capacity=2)
-    assert kept.tolist() == [[True, True], [True, True], [False, False], [True, False]]
-
-
-@pytest.mark.parametrize("expert_capacity", [1, 3, 6])
-def test_within_capacity_never_lets_a_later_token_evict_an_earlier_one(expert_capacity):
-    """Whatever comes later, the first tokens keep or lose their slots as if they were alone."""
-    first, last = random_choices(20, 2, 4, seed=0), random_choices(20, 2, 4, seed=1)
-    alone = within_capacity(plan_dispatch(first, 4, alignment=1), expert_capacity)
-    followed = within_capacity(plan_dispatch(torch.cat([first, last]), 4, alignment=1), expert_capacity)
-    assert torch.equal(followed[:20], alone)
-    assert not alone.all()
-
-
-def test_within_capacity_fills_every_slot_before_it_drops():
-    """An expert keeps exactly the smaller of its assignments and its capacity."""
-    choices = random_choices(40, 2, 4)
-    kept = within_capacity(plan_dispatch(choices, 4, alignment=1), expert_capacity=15)
-    for expert in range(4):
-        chosen = choices == expert
-        assert (kept & chosen).sum() == min(int(chosen.sum()), 15)

@@ -10,9 +10,11 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from moe_gpt.model import documents
-from moe_gpt.model.attention import attend, attend_by_products, causal_mask
-from moe_gpt.model.documents import DocumentSpans, document_blocks, document_mask, positions_within
+from moe_gpt import ops
+from moe_gpt.ops import Visible, cpu_attention, cuda, plain
+from moe_gpt.ops.cpu_attention import DocumentSpans
+from moe_gpt.ops.cuda import DocumentBlocks
+from moe_gpt.ops.visible import positions_within
 
 
 def packed(B: int, T: int, mean_length: int, device: str = "cpu") -> torch.Tensor:
@@ -34,31 +36,40 @@ def one_document_at_a_time(queries, keys, values, ids) -> torch.Tensor:
         for number in row_ids.unique():
             (place,) = torch.where(row_ids == number)
             q, k, v = (x[row : row + 1, :, place] for x in (queries, keys, values))
-            mask = causal_mask(len(place), len(place), q.device)[None, None]
-            result[row, :, place] = attend_by_products(q, k, v, mask)[0]
+            result[row, :, place] = plain.attend(q, k, v, Visible().matrix(len(place), q.device))[0]
     return result
 
 
 SHAPES = [(4, 1, 200, 30), (4, 2, 130, 1000), (4, 4, 300, 3), (2, 1, 1, 1)]
 
 
+def attend(queries, keys, values, ids) -> torch.Tensor:
+    """Attend as the model does, in the form that suits the device and the length."""
+    visible = ops.prepare(Visible(document_ids=ids), ids.shape[1], ids.device)
+    return ops.attend(queries, keys, values, visible)
+
+
 @pytest.mark.parametrize(("H", "G", "T", "mean_length"), SHAPES)
-@pytest.mark.parametrize("make_mask", [document_mask, DocumentSpans, document_blocks])
-def test_documents_attend_to_themselves_only(make_mask, H, G, T, mean_length):
+@pytest.mark.parametrize("way", ["plain", "cpu", "cuda"])
+def test_documents_attend_to_themselves_only(way, H, G, T, mean_length):
     """Each form of the mask gives what each document gives by itself (FlexAttention uncompiled, on a CPU)."""
     ids, qkv = packed(3, T, mean_length), heads(3, H, G, T)
-    torch.testing.assert_close(attend(*qkv, make_mask(ids)), one_document_at_a_time(*qkv, ids), atol=1e-5, rtol=0)
+    expected = one_document_at_a_time(*qkv, ids)
+    with ops.using(way):
+        torch.testing.assert_close(attend(*qkv, ids), expected, atol=1e-5, rtol=0)
+    for y in (cpu_attention.attend(*qkv, DocumentSpans(ids), True), cuda.attend(*qkv, DocumentBlocks(ids))):
+        torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
 
 
 def test_long_sequences_take_no_matrix():
     """On a CPU it would grow with the square of their length; gradients flow to each document's own positions."""
     ids = packed(2, 1025, 300)
-    mask = document_mask(ids)
-    assert isinstance(mask, DocumentSpans)
-    assert [sum(lengths) for lengths in mask.lengths()] == [1025, 1025]
+    form = ops.prepare(Visible(document_ids=ids), 1025, ids.device).form
+    assert isinstance(form, DocumentSpans)
+    assert [sum(lengths) for lengths in form.lengths()] == [1025, 1025]
     queries, keys, values = heads(2, 2, 1, 1025)
     keys.requires_grad_()
-    attend(queries, keys, values, mask)[0, :, ids[0] == 1].square().sum().backward()
+    attend(queries, keys, values, ids)[0, :, ids[0] == 1].square().sum().backward()
     assert ((keys.grad != 0).any(-1)[:, 0] == (ids == 1) * torch.tensor([[True], [False]])).all()
 
 
@@ -68,7 +79,7 @@ def test_documents_attend_to_themselves_only_on_a_gpu(H, G, T, mean_length):
     """Forward and backward, compiled, as training does."""
     ids, qkv = packed(3, T, mean_length, "cuda"), heads(3, H, G, T, "cuda")
     gradients = []
-    for result in (lambda x: attend(*x, document_mask(ids)), lambda x: one_document_at_a_time(*x, ids)):
+    for result in (lambda x: attend(*x, ids), lambda x: one_document_at_a_time(*x, ids)):
         leaves = [x.clone().requires_grad_() for x in qkv]
         y = result(leaves)
         gradients.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
@@ -80,34 +91,33 @@ def test_documents_attend_to_themselves_only_on_a_gpu(H, G, T, mean_length):
 def test_mask_of_long_sequences_takes_little_memory_on_a_gpu():
     """65,536 positions: the matrix would take 4.3 GB."""
     ids = packed(1, 65_536, 1000, "cuda")
-    document_mask(ids)
+    DocumentBlocks(ids)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    document_mask(ids)
+    DocumentBlocks(ids)
     assert torch.cuda.max_memory_allocated() - before < 100e6
 
 
 @pytest.fixture
-def compiled_flex_attention(monkeypatch):
-    """FlexAttention compiled as for a GPU, but for this CPU, which has no gradients of it; nothing compiled so far."""
-    monkeypatch.setattr(documents, "compiles_flex_attention", lambda device: True)
+def nothing_compiled():
+    """FlexAttention compiles for this CPU, too, which has no gradients of it; nothing is compiled so far."""
     torch.compiler.reset()
     counters.clear()
-    documents._flex_attention.cache_clear()
+    cuda._flex_attention.cache_clear()
     yield
-    documents._flex_attention.cache_clear()
+    cuda._flex_attention.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.usefixtures("compiled_flex_attention")
+@pytest.mark.usefixtures("nothing_compiled")
 @torch.no_grad()
 def test_compiled_blocks_are_right_and_compiled_for_no_new_documents():
     """Mask and attention compile for a few shapes, then for all; never for where the documents end."""
     n_graphs = []
     for B, T, mean_length in ((2, 256, 50), (2, 256, 9), (2, 512, 50), (3, 512, 70), (3, 1024, 70), (4, 1024, 300)):
         ids, qkv = packed(B, T, mean_length), heads(B, 4, 1, T)
-        y = attend(*qkv, document_blocks(ids))
+        y = cuda.attend(*qkv, DocumentBlocks(ids, is_compiled=True))
         torch.testing.assert_close(y, one_document_at_a_time(*qkv, ids), atol=1e-5, rtol=0)
         n_graphs.append(counters["stats"]["unique_graphs"])
     assert n_graphs[0] == n_graphs[1] > 0
@@ -117,12 +127,12 @@ def test_compiled_blocks_are_right_and_compiled_for_no_new_documents():
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(platform.system() != "Linux", reason="ru_maxrss is in kilobytes on Linux")
-@pytest.mark.usefixtures("compiled_flex_attention")
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_mask_of_long_sequences_takes_little_memory():
     """32,768 positions: the matrix would take 1.07 GB."""
-    document_blocks(packed(1, 1024, 300))  # what compiling takes
+    DocumentBlocks(packed(1, 1024, 300), is_compiled=True)  # what compiling takes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    document_blocks(packed(1, 32_768, 1000))
+    DocumentBlocks(packed(1, 32_768, 1000), is_compiled=True)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
@@ -137,11 +147,15 @@ def test_other_documents_do_not_compile_again():
     """What is compiled knows the shape of the batch and not where its documents end."""
     counter = CompileCounter()
     torch.compiler.reset()
-    compiled = torch.compile(lambda q, k, v, mask: attend(q * 2, k, v, mask) + 1, backend=counter)
+
+    def attend_twice_as_sharply(q, k, v, form):
+        return cpu_attention.attend(q * 2, k, v, form, False) + 1
+
+    compiled = torch.compile(attend_twice_as_sharply, backend=counter)
     n_frames = []
     for mean_length in (5, 30, 300, 11):
-        ids, (q, k, v) = packed(2, 1100, mean_length), heads(2, 4, 1, 1100)
-        result = compiled(q, k, v, document_mask(ids))
-        torch.testing.assert_close(result, attend(q * 2, k, v, document_mask(ids)) + 1)
+        ids, qkv = packed(2, 1100, mean_length), heads(2, 4, 1, 1100)
+        result = compiled(*qkv, DocumentSpans(ids))
+        torch.testing.assert_close(result, attend_twice_as_sharply(*qkv, DocumentSpans(ids)))
         n_frames.append(counter.frame_count)
     assert n_frames[-1] == n_frames[0]
