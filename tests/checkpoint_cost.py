@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from moe_gpt.training.saving.checkpoint import (
-    RunFacts,
+    RunIdentity,
     list_checkpoints,
     load_training_state,
     open_checkpoint,
@@ -29,7 +29,7 @@ def main(run: str, folder: str) -> None:
     state = build_state(saved.config, torch.device("cpu"))
     load_training_state(state, saved.path)
     shutil.rmtree(folder, ignore_errors=True)
-    saver = CheckpointSaver(Path(folder), RunFacts(saved.config, saved.tokenizer, {}, {}), saved.config.checkpoint)
+    saver = CheckpointSaver(Path(folder), RunIdentity(saved.config, saved.tokenizer, {}, {}), saved.config.checkpoint)
     for state.step in range(5):
         times = [time.perf_counter()]
         for action in (lambda: saver.save(state), saver.wait, lambda: verify_checkpoint(newest(folder))):

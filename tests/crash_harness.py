@@ -27,6 +27,7 @@ import torch
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin
+from moe_gpt.training.display import Silent
 from moe_gpt.training.loop import Limits, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.checkpoint import list_checkpoints
@@ -39,14 +40,6 @@ VARIANTS = {
     "dense": {"n_experts": 1, "top_k": 1},
 }
 _DISK_CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "truncate")
-
-
-class _Silent:
-    def progress(self, tokens_seen, line) -> None: ...
-
-    def scores(self, step, scores) -> None: ...
-
-    def warn(self, text) -> None: ...
 
 
 def make_config(corpus: Path, model: dict, unit: int) -> RunConfig:
@@ -99,8 +92,8 @@ def live(config: RunConfig, run_dir: Path, cache: Path, die_at_call: int | None 
         _slow_and_deadly_disk(die_at_call)
         run = set_up_run(config, run_dir, torch.device("cpu"), resume=True)
         if not run.is_finished:
-            with open_run_folder(run_dir, run.facts, run.resumed_from, run.damaged):
-                train(run, Limits(), _Silent())
+            with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
+                train(run, Limits(), Silent())
         os._exit(0)
     except BaseException:
         import traceback

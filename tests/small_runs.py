@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from moe_gpt.config import RunConfig
-from moe_gpt.training.loop import Limits, train
+from moe_gpt.training.display import Silent
+from moe_gpt.training.loop import Limits, pretraining_step, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.setup import Run, set_up_run
@@ -17,26 +18,20 @@ from moe_gpt.training.setup import Run, set_up_run
 CPU = torch.device("cpu")
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def progress(self, tokens_seen, line):
-        """Show nothing."""
-
-    def scores(self, step, scores):
-        """Show nothing."""
-
-    def warn(self, text):
-        """Show nothing."""
-
-
 def run_training(
-    config: RunConfig, run_dir: Path, display=None, resume=False, init_from=None, allow_changes=(), **limits
+    config: RunConfig,
+    run_dir: Path,
+    display=None,
+    resume=False,
+    init_from=None,
+    allow_changes=(),
+    take_step=pretraining_step,
+    **limits,
 ) -> tuple[Run, str]:
     """Train in a folder; return the run and how it ended."""
     run = set_up_run(config, run_dir, CPU, resume, init_from, allow_changes, say=lambda text: None)
-    with open_run_folder(run_dir, run.facts, run.resumed_from, run.damaged):
-        outcome = train(run, Limits(**limits), display or Silent())
+    with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
+        outcome = train(run, Limits(**limits), display or Silent(), take_step)
     return run, outcome
 
 

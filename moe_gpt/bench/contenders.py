@@ -131,8 +131,9 @@ class Ours(Contender):
 
     def compute_gradients(self, tokens: Tensor) -> None:
         """Go forward and backward as ``train_step`` does."""
+        from moe_gpt.data.batches import split_batch
         from moe_gpt.data.stream import Batch
-        from moe_gpt.training.step import accumulate_gradients, split_batch
+        from moe_gpt.training.step import accumulate_gradients
 
         batch = Batch(tokens[:, :-1].numpy(force=True), tokens[:, 1:].numpy(force=True))
         micro_batches = split_batch(batch, self.workload.micro_batch_tokens, self.device)

@@ -17,6 +17,7 @@ from moe_gpt.bench.rounds import take_turns
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import InputError
 from moe_gpt.model.experts import Experts, FeedForward
+from moe_gpt.model.losses import router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.router import Router
 from moe_gpt.ops.device import autocast, synchronize, tune_process
@@ -62,8 +63,9 @@ def _make_pass(workload: Workload, name: str) -> Callable[[], float]:
         synchronize(device)
         started = time.perf_counter()
         with autocast(device, workload.precision):
-            y = layer(x)
-        torch.autograd.grad(y[0] if isinstance(y, tuple) else y, leaves, upstream, allow_unused=True)
+            y, routing = layer(x)
+            router_stats([routing] if routing else [])  # part of what a layer costs in training
+        torch.autograd.grad(y, leaves, upstream, allow_unused=True)
         synchronize(device)
         return time.perf_counter() - started
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cProfile
+import inspect
 import pstats
 import time
 from collections.abc import Callable
@@ -13,26 +14,38 @@ import torch
 
 from moe_gpt.bench.processes import measure
 from moe_gpt.config import RunConfig
+from moe_gpt.data.batches import split_batch
 from moe_gpt.data.prepare import prepare_data
+from moe_gpt.data.stream import TrainingStream
+from moe_gpt.measure.observation import observe_routing
+from moe_gpt.training.display import Silent
+from moe_gpt.training.evaluation import Evaluator
+from moe_gpt.training.loop import Limits, pretraining_step, train
+from moe_gpt.training.records import norms
+from moe_gpt.training.records.lines import describe_norms, describe_routing
+from moe_gpt.training.records.run_log import RunLog
+from moe_gpt.training.recovery import Recovery
+from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.schedule import StepPlan
+from moe_gpt.training.setup import Run, set_up_run
+from moe_gpt.training.step import StepResult, train_step
 
-_PARTS = {
-    "reading data": [("stream", "batch"), ("step", "split_batch")],
+_PARTS: dict[str, list[Callable]] = {
+    "reading data": [TrainingStream.batch, split_batch],
     "recording in steps": [
-        ("recording", "observe_routing"),
-        ("norms", "gradient_norms"),
-        ("norms", "parameter_norms"),
-        ("norms", "update_norms"),
-        ("recording", "describe_routing"),
-        ("recording", "describe_norms"),
+        observe_routing, norms.gradient_norms, norms.parameter_norms, norms.update_norms, describe_routing,
+        describe_norms,
     ],
-    "recording at evaluations": [("recording", "write_evaluation")],
-    "samples at evaluations": [("diary", "sample")],
-    "scoring at evaluations": [("evaluation", "examine")],
-    "metrics, display, health": [("loop", "fetch_metrics")],
-    "waiting for saves": [("loop", "save")],
-    "training steps": [("step", "train_step")],
-}
-"""Functions by file and name whose time is that part's; they do not call each other within a part."""
+    "recording at evaluations": [RunLog.keep_arrays],
+    "samples at evaluations": [RunLog.sample],
+    "scoring at evaluations": [Evaluator.evaluate],
+    "metrics, display, health": [RunLog.fetch, RunLog.show_and_track],
+    "waiting for saves": [Recovery.save],
+    "training steps": [train_step],
+}  # fmt: skip
+"""Functions whose time is that part's; they do not call each other within a part."""
+_IN_STEPS: list[Callable] = [norms.gradient_norms, norms.parameter_norms, norms.update_norms]
+"""What is counted apart, though ``train_step`` calls it."""
 
 
 class Profile(NamedTuple):
@@ -70,40 +83,29 @@ def bench_loop(config: RunConfig, n_steps: int, folder: Path, say: Callable[[str
 
 
 def _profile(config: RunConfig, n_steps: int, folder: Path) -> Profile:
-    from moe_gpt.training import loop
-    from moe_gpt.training.saving.run_folder import open_run_folder
-    from moe_gpt.training.setup import set_up_run
-
     first_step_at = 0.0
 
-    class Silent:
-        def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-            pass
-
-        def scores(self, step: int, scores: dict) -> None:
-            pass
-
-        def warn(self, text: str) -> None:
-            pass
-
-    def train_step(*arguments: Any) -> Any:
+    def take_step(run: Run, plan: StepPlan, should_record: bool) -> StepResult:
         nonlocal first_step_at
-        result = real(*arguments)
+        result = pretraining_step(run, plan, should_record)
         first_step_at = first_step_at or time.time()
         return result
 
-    real, loop.train_step = loop.train_step, train_step  # type: ignore[assignment]
     run = set_up_run(config, folder, torch.device("cpu"), say=lambda text: None)
     profiler = cProfile.Profile()
-    with open_run_folder(folder, run.facts, run.resumed_from, run.damaged), profiler:
-        loop.train(run, loop.Limits(max_steps=n_steps), Silent())
-    times: dict[tuple[str, str], float] = {}
-    for (file, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
-        if "moe_gpt" in file:
-            key = (Path(file).stem, name)
-            times[key] = max(times.get(key, 0.0), cumulative)
-    seconds = {part: sum(times.get(key, 0.0) for key in keys) for part, keys in _PARTS.items()}
-    seconds["training steps"] -= sum(
-        times.get(("norms", name), 0.0) for name in ("gradient_norms", "parameter_norms", "update_norms")
-    )
-    return Profile(first_step_at, {**seconds, "train": times["loop", "train"]})
+    with open_run_folder(folder, run.identity, run.resumed_from, run.damaged), profiler:
+        train(run, Limits(max_steps=n_steps), Silent(), take_step)
+    times = {place: values[3] for place, values in pstats.Stats(profiler).stats.items()}  # type: ignore[attr-defined]
+
+    def seconds_in(functions: list[Callable]) -> float:
+        return sum(times.get(_place(function), 0.0) for function in functions)
+
+    seconds = {part: seconds_in(functions) for part, functions in _PARTS.items()}
+    seconds["training steps"] -= seconds_in(_IN_STEPS)
+    return Profile(first_step_at, {**seconds, "train": seconds_in([train])})
+
+
+def _place(function: Callable) -> tuple[str, int, str]:
+    """Return how the profiler names a function: file, line, name; those of what decorators wrapped."""
+    code = inspect.unwrap(function).__code__
+    return code.co_filename, code.co_firstlineno, code.co_name

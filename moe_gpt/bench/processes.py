@@ -7,11 +7,11 @@ import platform
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from moe_gpt.data.encode import available_cores
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
 
     seconds: float
     peak_memory_bytes: int | None
-    """Of the process and all it started, sampled; memory that they share counts once. None but on Linux."""
+    """Of the process and all it started, sampled; on Linux memory that they share counts once."""
     value: Any
     """What it returned."""
 
@@ -71,40 +71,25 @@ def _work(sender: Connection, work: Callable[..., Any], arguments: tuple) -> Non
 
 
 def memory_of_tree(pid: int) -> int:
-    """Return the proportional set size of a process and all below it in bytes; 0 where /proc does not tell."""
-    total = 0
-    for process in (pid, *_descendants(pid)):
-        try:
-            text = Path(f"/proc/{process}/smaps_rollup").read_text()
-        except OSError:  # it has ended, or this is not Linux
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
-    return total
+    """Return the memory of a process and all below it in bytes: proportional set size where the system tells it."""
+    try:
+        process = psutil.Process(pid)
+        tree = [process, *process.children(recursive=True)]
+    except psutil.Error:  # it has ended
+        return 0
+    return sum(_memory_of(process) for process in tree)
 
 
-def _descendants(pid: int) -> Iterator[int]:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = path.read_text().split()
-        except OSError:
-            continue
-        for child in map(int, children):
-            yield child
-            yield from _descendants(child)
+def _memory_of(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_full_info()
+    except (psutil.Error, OSError):  # it has ended meanwhile
+        return 0
+    return getattr(memory, "pss", memory.rss)
 
 
 def describe_machine() -> str:
     """Return processor, cores, system and versions, for a figure's caption."""
-    names = [
-        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
-    ]
-    processor = names[0] if names else platform.processor() or platform.machine()
+    processor = str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{available_cores()} cores of {processor}, {platform.system()}, {versions}"
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

@@ -6,12 +6,13 @@ import contextlib
 import importlib
 import multiprocessing
 import resource
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from moe_gpt.errors import InputError
@@ -113,14 +114,12 @@ def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[]
     if name.startswith("transformers"):  # its own size is no part of what training takes
         with contextlib.suppress(ImportError):
             importlib.import_module("transformers")
-    before = _resident_bytes()
+    before = psutil.Process().memory_info().rss
     contender = None
     for request in _requests(connection):
         try:
             contender = contender or build(name)
-            answer = _peak_bytes() - before if request == 0 else [contender() for _ in range(request)]
-            if request == 0 and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-                answer = torch.cuda.max_memory_allocated()
+            answer = [contender() for _ in range(request)] if request else _peak_memory_beyond(before)
             connection.send(("", answer))
         except InputError as error:
             connection.send((str(error), None))
@@ -135,14 +134,9 @@ def _requests(connection: Connection) -> Iterator[int]:
             yield request
 
 
-def _resident_bytes() -> int:
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    import sys
-
+def _peak_memory_beyond(before: int) -> int:
+    """Return the most that was allocated on a GPU, or the most that this process held beyond what it held before."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return (peak if sys.platform == "darwin" else peak * 1024) - before

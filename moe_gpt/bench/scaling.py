@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_gpt.bench.contenders import StepTimes, Workload, build
-from moe_gpt.bench.rounds import take_turns
+from moe_gpt.bench.rounds import Turns, take_turns
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import InputError
 from moe_gpt.ops.device import Precision
@@ -72,40 +72,46 @@ def bench_scaling(
         say: told the table, line by line.
         axes: only these; None is all.
     """
-    results = []
-    everything = points(device, precision)
-    there = list(dict.fromkeys(point.axis for point in everything))
-    if unknown := [axis for axis in axes or [] if axis not in there]:
-        raise InputError(f"axes must be of {', '.join(there)}, got {', '.join(unknown)}")
-    for axis in axes or there:
-        mine = {str(point.value): point.workload for point in everything if point.axis == axis}
+    results: list[dict[str, Any]] = []
+    of_axis: dict[str, dict[str, Workload]] = {}
+    for point in points(device, precision):
+        of_axis.setdefault(point.axis, {})[str(point.value)] = point.workload
+    if unknown := set(axes or []) - of_axis.keys():
+        raise InputError(f"axes must be of {', '.join(of_axis)}, got {', '.join(sorted(unknown))}")
+    for axis in axes or of_axis:
+        mine = of_axis[axis]
         make = functools.partial(_make_step, mine)
         turns = take_turns(list(mine), make, rounds, steps, warmup=2, at_once=device == "cpu", say=say)
-        rows = []
-        for value, workload in mine.items():
-            if not turns[value].values:
-                continue
-            gradients = statistics.median(step.total - step.optimizer for step in turns[value].values)
-            result = {
-                "name": f"scaling/{axis}",
-                "value": int(value),
-                "seconds_per_token": gradients / workload.batch_tokens,
-                "optimizer_seconds": statistics.median(step.optimizer for step in turns[value].values),
-                "rows_per_expert": workload.batch_tokens * workload.model.top_k / workload.model.n_experts,
-                "peak_memory_bytes": turns[value].peak_memory_bytes,
-            }
-            rows.append(
-                (
-                    f"{int(value):,}",
-                    f"{result['rows_per_expert']:,.0f}",
-                    f"{1e6 * result['seconds_per_token']:.1f}",
-                    f"{1000 * result['optimizer_seconds']:.1f} ms",
-                    f"{result['peak_memory_bytes'] / 1e9:.2f} GB",
-                )
-            )
-            results.append(result)
-        say(format_table((axis, "rows/expert", "us/token", "optimizer", "memory"), rows))
+        found = [_result(axis, value, mine[value], turns[value]) for value in mine if turns[value].values]
+        say(_format(axis, found))
+        results += found
     return results
+
+
+def _result(axis: str, value: str, workload: Workload, turns: Turns) -> dict[str, Any]:
+    gradients = statistics.median(step.total - step.optimizer for step in turns.values)
+    return {
+        "name": f"scaling/{axis}",
+        "value": int(value),
+        "seconds_per_token": gradients / workload.batch_tokens,
+        "optimizer_seconds": statistics.median(step.optimizer for step in turns.values),
+        "rows_per_expert": workload.batch_tokens * workload.model.top_k / workload.model.n_experts,
+        "peak_memory_bytes": turns.peak_memory_bytes,
+    }
+
+
+def _format(axis: str, results: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            f"{result['value']:,}",
+            f"{result['rows_per_expert']:,.0f}",
+            f"{1e6 * result['seconds_per_token']:.1f}",
+            f"{1000 * result['optimizer_seconds']:.1f} ms",
+            f"{result['peak_memory_bytes'] / 1e9:.2f} GB",
+        )
+        for result in results
+    ]
+    return format_table((axis, "rows/expert", "us/token", "optimizer", "memory"), rows)
 
 
 def _make_step(workloads: dict[str, Workload], name: str) -> Callable[[], StepTimes]:

@@ -37,10 +37,8 @@ def bench_train(
         steps: optimizer steps in a turn, after five to warm up.
         say: told the table, line by line.
     """
-    names = ["moe_gpt", *(name for group in against for name in PEERS.get(group, [group]))]
+    names = _contenders(against)
     at_once = torch.device(workload.device).type == "cpu"
-    if unknown := [name for name in names if name not in CONTENDERS]:
-        raise InputError(f"--against must be of {', '.join([*PEERS, *CONTENDERS])}, got {', '.join(unknown)}")
     make = functools.partial(_make_step, workload)
     turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=5, at_once=at_once, say=say)
     if not turns["moe_gpt"].values:
@@ -54,6 +52,13 @@ def bench_train(
         for name, reason in NOT_COMPARED.items():
             say(f"{name} is left out: it {reason}")
     return results
+
+
+def _contenders(against: Sequence[str]) -> list[str]:
+    names = ["moe_gpt", *(name for group in against for name in PEERS.get(group, [group]))]
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise InputError(f"--against must be of {', '.join([*PEERS, *CONTENDERS])}, got {', '.join(unknown)}")
+    return names
 
 
 def _make_step(workload: Workload, name: str) -> Callable[[], StepTimes] | Callable[[], float]:

@@ -95,8 +95,9 @@ def score_files(arguments: argparse.Namespace, device: torch.device, precision: 
     from moe_gpt.config import SourceConfig
     from moe_gpt.data.corpus import iterate_documents
     from moe_gpt.interop import hugging_face
-    from moe_gpt.training.evaluation import format_scores, score_documents
+    from moe_gpt.training.evaluation import format_scores
     from moe_gpt.training.saving.checkpoint import LoadedRun, load_model
+    from moe_gpt.training.score_text import score_documents
 
     loaded: hugging_face.LoadedFolder | LoadedRun
     if hugging_face.is_model_folder(arguments.model):

@@ -62,8 +62,8 @@ def main() -> int:
     from moe_gpt.ops.device import pick_device
     from moe_gpt.training.display import TerminalDisplay
     from moe_gpt.training.loop import Limits, train
-    from moe_gpt.training.records.arrays import generate_samples
-    from moe_gpt.training.records.watch import TrainingStopped
+    from moe_gpt.training.records.samples import generate_samples
+    from moe_gpt.training.recovery import TrainingStopped
     from moe_gpt.training.saving.checkpoint import resolve_checkpoint
     from moe_gpt.training.saving.run_folder import open_run_folder
     from moe_gpt.training.setup import set_up_run
@@ -80,7 +80,7 @@ def main() -> int:
     if run.is_finished:
         print(f"this run is finished; next: {next_command}")
         return 0
-    with open_run_folder(run_dir, run.facts, run.resumed_from, run.damaged):
+    with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
         display = TerminalDisplay(run.schedule.total_tokens, run.state.tokens_seen)
         try:
             outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)

@@ -23,7 +23,7 @@ from moe_gpt.data.encode import Encoder, encode_documents, refuse_in_starting_pr
 from moe_gpt.data.token_store import FORMAT_VERSION, SPLITS, TokenStore, build_store, verify_store
 from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.files.durable import delete_leftovers, read_facts, replace_file
+from moe_gpt.files.durable import delete_leftovers, read_digest, replace_file
 from moe_gpt.terminal.progress import ProgressBar
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
@@ -102,8 +102,8 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
                 _training_texts(config), wanted.vocab_size, wanted.end_of_text, wanted.special_tokens
             )
         replace_file(path, tokenizer.to_json())
-        replace_file(digest_path, read_facts(path).sha256)
-    if read_facts(path).sha256 != digest_path.read_text(encoding="utf-8"):
+        replace_file(digest_path, read_digest(path).sha256)
+    if read_digest(path).sha256 != digest_path.read_text(encoding="utf-8"):
         raise InputError(
             f"{path} is not the tokenizer that was trained: its SHA-256 differs; delete it to train it again"
         )

@@ -22,7 +22,7 @@ import numpy as np
 from moe_gpt.data.encode import EncodedDocument
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.files.durable import complete_folder, read_facts, write_file
+from moe_gpt.files.durable import complete_folder, read_digest, write_file
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
@@ -114,7 +114,7 @@ class TokenStore:
         """
         if not self._ends_checked:
             path = self._folder / f"{self._split}_ends.npy"
-            if read_facts(path).sha256 != self.meta["digest_of_ends"][self._split]:
+            if read_digest(path).sha256 != self.meta["digest_of_ends"][self._split]:
                 raise InputError(f"{path} is not what was written: its SHA-256 differs; {_ADVICE}")
             self._ends_checked = True
         document = int(np.searchsorted(self.document_ends, position, side="right"))
@@ -138,6 +138,12 @@ class _SplitWriter:
         np.append(ids, self.end_of_text_id).astype(self.dtype).tofile(self.file)
         self.ends.append(self.n_tokens + len(ids) + 1)
         self.n_bytes += n_bytes
+
+    def replace(self, tokens: np.ndarray, ends: list[int], n_bytes: int) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        tokens.tofile(self.file)
+        self.ends, self.n_bytes = array("q", ends), n_bytes
 
 
 def build_store(
@@ -199,10 +205,9 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
     total = sum(writer.n_tokens for writer in writers.values())
     if not total:
         raise InputError(f"source {name} has no documents with text; give it some, or remove the source")
-    train, validation = writers["train"], writers["validation"]
-    if train.ends and validation.ends:
+    if all(writer.ends for writer in writers.values()):
         return
-    full = train if train.ends else validation
+    full = writers["train"] if writers["train"].ends else writers["validation"]
     cut = total - max(1, int(total * validation_fraction))
     if cut < 2 or total - cut < 2:
         raise InputError(
@@ -210,17 +215,10 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
             "give it more text, or raise data.validation_fraction"
         )
     full.file.seek(0)
-    tokens = np.fromfile(full.file, dtype=full.dtype)
-    n_bytes = full.n_bytes
-    for writer, part, ends in (
-        (train, tokens[:cut], [end for end in full.ends if end < cut] + [cut]),
-        (validation, tokens[cut:], [end - cut for end in full.ends if end > cut]),
-    ):
-        writer.file.seek(0)
-        writer.file.truncate()
-        part.tofile(writer.file)
-        writer.ends = array("q", ends)
-        writer.n_bytes = round(n_bytes * len(part) / total)
+    tokens, ends, n_bytes = np.fromfile(full.file, dtype=full.dtype), np.array(full.ends), full.n_bytes
+    writers["train"].replace(tokens[:cut], [*ends[ends < cut].tolist(), cut], round(n_bytes * cut / total))
+    rest = (ends[ends > cut] - cut).tolist()
+    writers["validation"].replace(tokens[cut:], rest, round(n_bytes * (total - cut) / total))
 
 
 def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype) -> None:
@@ -271,16 +269,24 @@ def verify_store(folder: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{folder}: meta.json cannot be used ({error!r}); {_ADVICE}") from None
     for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if found != size:
-            raise InputError(f"{folder}: {name} has {found:,} bytes, written were {size:,}; {_ADVICE}")
+        _verify_size(folder / name, size)
     for name, count in n_ends.items():
-        try:
-            ends = np.load(folder / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{folder}: {name} cannot be used ({error}); {_ADVICE}") from None
-        if len(ends) != count:
-            raise InputError(f"{folder}: {name} has {len(ends)} documents, written were {count}; {_ADVICE}")
+        _verify_ends(folder / name, count)
     for name, digest in wanted.items():
-        if not (folder / name).is_file() or read_facts(folder / name).sha256 != digest:
+        if not (folder / name).is_file() or read_digest(folder / name).sha256 != digest:
             raise InputError(f"{folder}: {name} is missing or not what was written; {_ADVICE}")
+
+
+def _verify_size(file: Path, size: int) -> None:
+    found = file.stat().st_size if file.is_file() else 0
+    if found != size:
+        raise InputError(f"{file.parent}: {file.name} has {found:,} bytes, written were {size:,}; {_ADVICE}")
+
+
+def _verify_ends(file: Path, count: int) -> None:
+    try:
+        ends = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file.parent}: {file.name} cannot be used ({error}); {_ADVICE}") from None
+    if len(ends) != count:
+        raise InputError(f"{file.parent}: {file.name} has {len(ends)} documents, written were {count}; {_ADVICE}")

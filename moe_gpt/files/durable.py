@@ -20,14 +20,14 @@ from typing import NamedTuple
 TEMPORARY = ".tmp-"
 
 
-class FileFacts(NamedTuple):
+class FileDigest(NamedTuple):
     """What identifies a file's contents."""
 
     bytes: int
     sha256: str
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
     """Write a new file, force it to the disk, and return its size and digest, computed on the way.
 
     SHA-256 because it also tells a file that somebody changed on purpose; processors that compute it in hardware do
@@ -45,7 +45,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
         if error.errno and not error.filename:  # a full disk does not say where
             error.filename = str(path)
         raise
-    return FileFacts(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
 def _write_all(file: io.FileIO, rest: memoryview) -> None:
@@ -53,10 +53,10 @@ def _write_all(file: io.FileIO, rest: memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def read_facts(path: Path) -> FileFacts:
+def read_digest(path: Path) -> FileDigest:
     """Return the size and digest of a file that is there."""
     with open(path, "rb") as file:
-        return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return FileDigest(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

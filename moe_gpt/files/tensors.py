@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_gpt.errors import InputError
-from moe_gpt.files.durable import FileFacts, write_file
+from moe_gpt.files.durable import FileDigest, write_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -100,7 +100,7 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> FileFacts:
+def write_tensors(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> FileDigest:
     """Write one file, in order, each tensor read, converted and written before the next is read.
 
     Equal tensors give equal files.

@@ -6,9 +6,9 @@ import contextlib
 import ctypes
 import os
 import platform
-from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -129,13 +129,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def available_memory_bytes(device: torch.device) -> int | None:
-    """Return the memory of the device that is free; on a CPU without swapping, as Linux says; None if unknown."""
+    """Return the memory of the device that is free; on a CPU what can be had without swapping; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if device.type == "cpu" else []
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return None
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

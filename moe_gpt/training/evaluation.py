@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from moe_gpt.data.batches import MicroBatch, split_batch
 from moe_gpt.data.prepare import PreparedSource
 from moe_gpt.data.stream import Batch, ValidationRows, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.errors import InputError
-from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
+from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
 from moe_gpt.terminal.tables import format_table
-from moe_gpt.training.step import MicroBatch, split_batch
 
 
 class Score(NamedTuple):
@@ -47,7 +44,7 @@ class PositionScore(NamedTuple):
     """Mean cross entropy in nats per token."""
 
 
-class Examined(NamedTuple):
+class SourceEvaluation(NamedTuple):
     """One source's held-out tokens, position by position of the sequences they were cut into."""
 
     nats: np.ndarray
@@ -103,22 +100,22 @@ class Evaluator:
 
     def __call__(self, model: MoEGPT, precision: Precision) -> dict[str, Score]:
         """Return each source's score. The model's mode and all random generators are left as they were."""
-        return {name: examined.score for name, examined in self.examine(model, precision).items()}
+        return {name: evaluation.score for name, evaluation in self.evaluate(model, precision).items()}
 
     def by_position(self, model: MoEGPT, precision: Precision) -> dict[str, list[PositionScore]]:
         """Return each source's mean cross entropy for positions 0 to 63, 64 to 127, 128 to 255 and so on.
 
         In a model that uses its context, later positions are predicted better.
         """
-        return {name: examined.by_position() for name, examined in self.examine(model, precision).items()}
+        return {name: evaluation.by_position() for name, evaluation in self.evaluate(model, precision).items()}
 
     @torch.inference_mode()
-    def examine(self, model: MoEGPT, precision: Precision) -> dict[str, Examined]:
+    def evaluate(self, model: MoEGPT, precision: Precision) -> dict[str, SourceEvaluation]:
         """Return everything that one pass over each source's held-out tokens tells; the mode is left as it was."""
         with evaluating(model):
-            return {name: self._examine(model, rows, precision) for name, rows in self._rows.items()}
+            return {name: self._evaluate(model, rows, precision) for name, rows in self._rows.items()}
 
-    def _examine(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> Examined:
+    def _evaluate(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> SourceEvaluation:
         device, length = model.embedding.weight.device, rows.inputs.shape[1]
         nats, counts, tokens_per_expert, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), None, 0
         for batch in self._micro_batches(rows, device):
@@ -134,7 +131,7 @@ class Evaluator:
             if stats:
                 new = stats.tokens_per_expert.cpu().numpy()
                 tokens_per_expert = new if tokens_per_expert is None else tokens_per_expert + new
-        return Examined(nats, counts, n_bytes, tokens_per_expert)
+        return SourceEvaluation(nats, counts, n_bytes, tokens_per_expert)
 
     def slices(self, max_tokens: int) -> dict[str, np.ndarray]:
         """Return the first whole sequences (B, T) of each source's held-out tokens, about ``max_tokens`` of them."""
@@ -142,84 +139,6 @@ class Evaluator:
 
     def _micro_batches(self, rows: ValidationRows, device: torch.device) -> list[MicroBatch]:
         return split_batch(Batch(rows.inputs, rows.targets), self._batch_tokens, device, self._end)
-
-
-@torch.inference_mode()
-def score_documents(
-    model: MoEGPT,
-    tokenizer: Tokenizer,
-    documents: Iterable[str],
-    precision: Precision,
-    stride: int,
-    batch_tokens: int = 16_384,
-) -> Score:
-    """Score any text with a window that moves by ``stride`` tokens.
-
-    Every token of a document is predicted once, from at least the model's context minus ``stride`` tokens before it
-    where the document has them; the first from end-of-text, which is not itself scored. So the bits per byte can be
-    compared with those of other tokenizers and code.
-
-    Args:
-        model: put into evaluation mode; its mode is restored.
-        tokenizer: of the model.
-        documents: texts; each is scored by itself.
-        precision: compute type.
-        stride: from 1 (slowest, most context) to the model's context.
-        batch_tokens: tokens of one forward pass.
-
-    Raises:
-        InputError: where the stride is not in that range, or there is no text.
-    """
-    length, device = model.config.max_seq_len, model.embedding.weight.device
-    if not 1 <= stride <= length:
-        raise InputError(f"the stride must be from 1 to the model's context of {length} tokens, got {stride}")
-    nats, n_tokens, n_bytes = 0.0, 0, 0
-    with evaluating(model):
-        for batch in _batches(_windows(tokenizer, documents, length, stride), max(1, batch_tokens // length)):
-            inputs, targets = (_padded([getattr(window, name) for window in batch]) for name in ("inputs", "targets"))
-            with autocast(device, precision):
-                logits = model(inputs.clamp(min=0).to(device)).logits
-            ce = cross_entropy(logits, targets.to(device))
-            nats, n_tokens = nats + float(ce.total), n_tokens + int(ce.n_valid)
-            n_bytes += sum(window.n_bytes for window in batch)
-    if not n_tokens:
-        raise InputError("there is no text to score")
-    return Score(nats / n_tokens, nats / math.log(2) / n_bytes, n_tokens)
-
-
-class _Window(NamedTuple):
-    inputs: list[int]
-    targets: list[int]
-    """What is scored; IGNORED_TARGET where a window before did it."""
-    n_bytes: int
-    """Bytes of the document, counted with its first window."""
-
-
-def _windows(tokenizer: Tokenizer, documents: Iterable[str], length: int, stride: int) -> Iterator[_Window]:
-    for text in documents:
-        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
-        n_scored = 0
-        for start in range(0, len(ids) - 1, stride):
-            end = min(start + length, len(ids) - 1)
-            n_known = n_scored - start
-            targets = [IGNORED_TARGET] * n_known + ids[n_scored + 1 : end + 1]
-            yield _Window(ids[start:end], targets, 0 if start else len(text.encode()))
-            n_scored = end
-            if end == len(ids) - 1:
-                break
-
-
-def _batches(windows: Iterable[_Window], size: int) -> Iterator[list[_Window]]:
-    iterator = iter(windows)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _padded(rows: list[list[int]]) -> Tensor:
-    """Fill rows up on the right; nothing looks ahead, so what stands there does not matter."""
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=IGNORED_TARGET
-    )
 
 
 def format_scores(scores: dict[str, Score]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_gpt.config import OptimizerConfig
+from moe_gpt.model.transformer import MoEGPT
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -15,11 +16,28 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     (a tied output matrix counts as the embedding). The balancing bias is a buffer and not optimised at all.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decaying = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
-    others = [p for p in parameters if p.dim() < 2 or id(p) in embeddings]
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() >= 2 and id(parameter) not in embeddings
+            (decaying if decays else others).append(parameter)
     groups = [
         {"params": decaying, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+@torch.no_grad()
+def update_expert_bias(model: MoEGPT, tokens_per_expert: Tensor, rate: float | Tensor) -> None:
+    """Move each expert's balancing bias by ``rate`` towards an even load (arXiv 2408.15664, algorithm 1).
+
+    Args:
+        model: with ``balance: bias``.
+        tokens_per_expert: counts (L, E) of the whole batch, all micro-batches and ranks together.
+        rate: the paper's u.
+    """
+    for layer, counts in zip(model.moe_layers(), tokens_per_expert, strict=True):
+        error = counts.float().mean() - counts.float()
+        layer.router.expert_bias += rate * error.sign()

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
+from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.parallelize import apply_execution
 from moe_gpt.errors import InputError
 from moe_gpt.measure.memory import needed_memory
@@ -26,7 +27,7 @@ from moe_gpt.training.records.tracking import require_tracker
 from moe_gpt.training.saving.changes import check_changes, describe_environment, find_changes
 from moe_gpt.training.saving.checkpoint import (
     UPCYCLED,
-    RunFacts,
+    RunIdentity,
     load_training_state,
     read_config,
     read_state,
@@ -57,10 +58,10 @@ class Run:
     stream: TrainingStream
     evaluator: Evaluator
     state: TrainState
-    facts: RunFacts
+    identity: RunIdentity
     resumed_from: Path | None
     """The checkpoint of this run that ``state`` was restored from."""
-    damaged: list[Damaged]
+    damaged: Sequence[Damaged]
     """Newer checkpoints that cannot be used."""
     changes: list[dict[str, Any]]
     """What is not as it was when the run was saved."""
@@ -68,9 +69,29 @@ class Run:
     """How often the whole schedule visits each source's training tokens."""
 
     @property
+    def document_end_id(self) -> int | None:
+        """The id after which documents are kept apart; None where they are not."""
+        return self.data.tokenizer.end_of_text_id if self.config.data.document_masking else None
+
+    @property
     def is_finished(self) -> bool:
         """Whether the schedule's last token has been seen."""
         return self.state.tokens_seen >= self.schedule.total_tokens
+
+
+class Start(NamedTuple):
+    """What a run begins with, as far as its folder and ``--init-from`` tell."""
+
+    saved: Path | None = None
+    """The checkpoint to go on from."""
+    damaged: Sequence[Damaged] = ()
+    """Newer checkpoints that cannot be used."""
+    initial: InitialWeights | None = None
+    """A trained model to start with."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer of either."""
+    vocab_size: int | None = None
+    """The vocabulary of either."""
 
 
 def set_up_run(
@@ -103,38 +124,50 @@ def set_up_run(
     check_writable(run_dir)
     check_not_in_use(run_dir)
     check_checkpoints_are_there(run_dir)
+    start = find_start(config, run_dir, init_from, say)
+    return assemble(config, run_dir, device, start, allow_changes, say)
+
+
+def find_start(config: RunConfig, run_dir: Path, init_from: str | None, say: Callable[[str], None]) -> Start:
+    """Return what the run begins with: its newest good checkpoint, else the model of ``init_from``, else nothing."""
     saved, damaged = _newest_good_checkpoint(run_dir, say)
-    initial = open_initial_weights(init_from, config.model.max_seq_len) if init_from and not saved else None
-    tokenizer, vocab_size = None, None
     if saved:
-        saved_config = read_config(saved)
-        tokenizer = read_tokenizer(saved, saved_config.data.tokenizer.end_of_text)
-        vocab_size = saved_config.model.vocab_size
-    elif initial:
-        check_fits(initial, config)
-        _say_what_differs(initial, config, say)
-        tokenizer, vocab_size = initial.tokenizer, initial.model.vocab_size
-    data = prepare_data(config.data, tokenizer, say)
-    config, schedule, shares = fill_in(config, data, vocab_size)
+        config = read_config(saved)
+        tokenizer = read_tokenizer(saved, config.data.tokenizer.end_of_text)
+        return Start(saved, damaged, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
+    if not init_from:
+        return Start()
+    initial = open_initial_weights(init_from, config.model.max_seq_len)
+    check_fits(initial, config)
+    _say_what_differs(initial, config, say)
+    return Start(initial=initial, tokenizer=initial.tokenizer, vocab_size=initial.model.vocab_size)
+
+
+def assemble(
+    config: RunConfig,
+    run_dir: Path,
+    device: torch.device,
+    start: Start,
+    allow_changes: Collection[str],
+    say: Callable[[str], None],
+) -> Run:
+    """Prepare data, check what changed since the checkpoint, build the model and restore or copy its weights.
+
+    Arguments and errors are those of ``set_up_run``.
+    """
+    data = prepare_data(config.data, start.tokenizer, say)
+    config, schedule, shares = fill_in(config, data, start.vocab_size)
     precision = pick_precision(config.train.precision, device)
     tune_process(device, config.train.deterministic)
-    facts = RunFacts(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
-    changes: list[dict[str, Any]] = []
-    if saved:
-        before = read_state(saved)
-        changes = check_changes(find_changes(saved_config, before, facts), allow_changes, say)
-        history = tuple(before["changes"]) + tuple({"after_step": before["step"], **change} for change in changes)
-        facts = facts._replace(initialised_from=before["initialised_from"], changes=history)
-    elif initial:
-        how = UPCYCLED if initial.is_upcycled_into(config.model) else ""
-        facts = facts._replace(initialised_from=f"{initial.path}{how}")
+    identity = RunIdentity(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
+    identity, changes = _with_history(identity, start, allow_changes, say)
     require_tracker(config.tracking)
     _warn_of_memory(config, device, precision, say)
     state = build_state(config, device)
-    if saved:
-        load_training_state(state, saved)
-    elif initial:
-        initial.copy_into(state.model)
+    if start.saved:
+        load_training_state(state, start.saved)
+    elif start.initial:
+        start.initial.copy_into(state.model)
     apply_execution(state.model, config.train)
     return Run(
         config=config,
@@ -146,15 +179,30 @@ def set_up_run(
         stream=build_stream(config, data, shares),
         evaluator=build_evaluator(config, data),
         state=state,
-        facts=facts,
-        resumed_from=saved,
-        damaged=damaged,
+        identity=identity,
+        resumed_from=start.saved,
+        damaged=start.damaged,
         changes=changes,
         passes={
             source.config.name: schedule.total_tokens * share / sum(shares) / len(source.train)
             for source, share in zip(data.sources, shares, strict=True)
         },
     )
+
+
+def _with_history(
+    identity: RunIdentity, start: Start, allow_changes: Collection[str], say: Callable[[str], None]
+) -> tuple[RunIdentity, list[dict[str, Any]]]:
+    """Return the run's identity with where it comes from, and the changes since the checkpoint that were allowed."""
+    if start.initial:
+        how = UPCYCLED if start.initial.is_upcycled_into(identity.config.model) else ""
+        return identity._replace(initialised_from=f"{start.initial.path}{how}"), []
+    if not start.saved:
+        return identity, []
+    before = read_state(start.saved)
+    changes = check_changes(find_changes(read_config(start.saved), before, identity), allow_changes, say)
+    history = (*before["changes"], *({"after_step": before["step"], **change} for change in changes))
+    return identity._replace(initialised_from=before["initialised_from"], changes=history), changes
 
 
 def _warn_of_memory(config: RunConfig, device: torch.device, precision: Precision, say: Callable[[str], None]) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from moe_gpt.config import LossConfig, RunConfig
-from moe_gpt.data.stream import Batch
+from moe_gpt.data.batches import MicroBatch
+from moe_gpt.measure.observation import RoutingSample
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine_losses
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.training.optimizer import update_expert_bias
 from moe_gpt.training.records.norms import gradient_norms, parameter_norms, total_norm, update_norms
 from moe_gpt.training.schedule import StepPlan
 
@@ -34,15 +36,6 @@ class TrainState:
     """How often the run went back."""
     is_updating: bool = False
     """Whether the optimizer is at work: an error then leaves weights that are neither old nor new."""
-
-
-class MicroBatch(NamedTuple):
-    """Inputs and targets on the device, (B, T) each."""
-
-    inputs: Tensor
-    targets: Tensor
-    document_ids: Tensor | None = None
-    """A number for each position, the same within a document; None where documents are not kept apart."""
 
 
 class StepMetrics(NamedTuple):
@@ -70,35 +63,8 @@ class StepResult(NamedTuple):
     """Of the whole batch, by layer; None for a dense model."""
     norms: dict[str, Tensor] | None
     """By group of parameters, where they were asked for: see ``norms``."""
-
-
-def keep_documents_apart(inputs: Tensor, targets: Tensor, end_of_text_id: int) -> MicroBatch:
-    """Number the documents of each sequence, and take out the targets that lie beyond a document's end."""
-    is_end = inputs == end_of_text_id
-    document_ids = is_end.cumsum(dim=1) - is_end.long()  # end-of-text is the last of its own document
-    return MicroBatch(inputs, targets.masked_fill(is_end, IGNORED_TARGET), document_ids)
-
-
-def split_batch(
-    batch: Batch, micro_batch_tokens: int, device: torch.device, end_of_text_id: int | None = None
-) -> list[MicroBatch]:
-    """Cut a batch into as few micro-batches as fit under ``micro_batch_tokens``, all full but the last.
-
-    Args:
-        batch: of one optimizer step.
-        micro_batch_tokens: at most this many in one forward pass.
-        device: where they go.
-        end_of_text_id: given, documents are kept apart.
-    """
-    per_micro = max(1, micro_batch_tokens // batch.inputs.shape[1])
-    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-    micro_batches = [
-        MicroBatch(i.to(device, non_blocking=True), t.to(device, non_blocking=True))
-        for i, t in zip(inputs.split(per_micro), targets.split(per_micro), strict=True)
-    ]
-    if end_of_text_id is None:
-        return micro_batches
-    return [keep_documents_apart(micro.inputs, micro.targets, end_of_text_id) for micro in micro_batches]
+    sample: RoutingSample | None = None
+    """What the routers made of some tokens of the batch, where the step is recorded in full."""
 
 
 def accumulate_gradients(
@@ -206,20 +172,6 @@ def update_weights(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, skipped
-
-
-@torch.no_grad()
-def update_expert_bias(model: MoEGPT, tokens_per_expert: Tensor, rate: float | Tensor) -> None:
-    """Move each expert's balancing bias by ``rate`` towards an even load (arXiv 2408.15664, algorithm 1).
-
-    Args:
-        model: with ``balance: bias``.
-        tokens_per_expert: counts (L, E) of the whole batch, all micro-batches and ranks together.
-        rate: the paper's u.
-    """
-    for layer, counts in zip(model.moe_layers(), tokens_per_expert, strict=True):
-        error = counts.float().mean() - counts.float()
-        layer.router.expert_bias += rate * error.sign()
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:

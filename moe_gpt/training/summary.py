@@ -25,11 +25,7 @@ def describe_run(run: Run) -> str:
             f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
             f"this run passes over it {run.passes[name]:.2f} times"
         )
-    big_epoch = sum((source.config.epochs or 1.0) * len(source.train) for source in run.data.sources)
-    epochs = "" if any(source.config.weight for source in run.data.sources) else (
-        f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"
-    )  # fmt: skip
-    lines.append(f"schedule   {run.schedule.total_tokens:,} tokens{epochs}")
+    lines.append(f"schedule   {run.schedule.total_tokens:,} tokens{_big_epochs(run)}")
     for stage in run.schedule.stages:
         first, last = stage.config.batch_range
         batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"
@@ -37,9 +33,17 @@ def describe_run(run: Run) -> str:
     lines.append(_describe_cost(run, counts))
     lines.append(f"device     {describe_device(run.device)}, {run.precision}")
     lines.append(f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""))
-    if run.facts.initialised_from:
-        lines.append(f"           started with the weights of {run.facts.initialised_from}")
+    if run.identity.initialised_from:
+        lines.append(f"           started with the weights of {run.identity.initialised_from}")
     return "\n".join(lines)
+
+
+def _big_epochs(run: Run) -> str:
+    """Return how many big epochs the schedule is; nothing where sources have weights instead of epochs."""
+    if any(source.config.weight for source in run.data.sources):
+        return ""
+    big_epoch = sum((source.config.epochs or 1.0) * len(source.train) for source in run.data.sources)
+    return f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"
 
 
 def _describe_cost(run: Run, counts: ParameterCounts) -> str:

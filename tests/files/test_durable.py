@@ -8,13 +8,20 @@ import os
 import pytest
 
 from moe_gpt.files import durable
-from moe_gpt.files.durable import complete_folder, delete_folder, delete_leftovers, read_facts, replace_file, write_file
+from moe_gpt.files.durable import (
+    complete_folder,
+    delete_folder,
+    delete_leftovers,
+    read_digest,
+    replace_file,
+    write_file,
+)
 
 
 def test_write_file_returns_what_it_wrote(tmp_path):
     """Size and digest are those of the file."""
     facts = write_file(tmp_path / "x", [b"one", memoryview(b"two")])
-    assert facts == (6, hashlib.sha256(b"onetwo").hexdigest()) == read_facts(tmp_path / "x")
+    assert facts == (6, hashlib.sha256(b"onetwo").hexdigest()) == read_digest(tmp_path / "x")
 
 
 def test_everything_is_forced_to_the_disk_before_the_name_appears(tmp_path, monkeypatch):

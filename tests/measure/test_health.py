@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from moe_gpt.config import FaultConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from moe_gpt.data.batches import MicroBatch
 from moe_gpt.measure.health import Gradients, find_problems
+from moe_gpt.measure.observation import cross_entropy_gradients, observe_routing
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.optimizer import build_optimizer
-from moe_gpt.training.records.arrays import cross_entropy_gradients, describe_routing, observe_routing
+from moe_gpt.training.records.lines import describe_routing
 from moe_gpt.training.schedule import StepPlan
-from moe_gpt.training.step import MicroBatch, TrainState, train_step
+from moe_gpt.training.step import TrainState, train_step
 
 EVERY, SEQ_LEN, N_SEQUENCES = 5, 32, 16
 MODEL = ModelConfig(

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_gpt.config import LossConfig, RunConfig, ScheduleConfig, StageConfig
+from moe_gpt.data.batches import split_batch
 from moe_gpt.data.stream import Batch
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops import cuda
 from moe_gpt.training.schedule import StepPlan
-from moe_gpt.training.step import TrainState, split_batch, train_step
+from moe_gpt.training.step import TrainState, train_step
 
 aten = torch.ops.aten
 REFUSED_ON_CUDA = {

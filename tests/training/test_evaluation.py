@@ -12,7 +12,8 @@ from tiny_models import tiny_model
 
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.training.evaluation import Evaluator, Score, format_positions, score_documents
+from moe_gpt.training.evaluation import Evaluator, Score, format_positions
+from moe_gpt.training.score_text import score_documents
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 3, "a", "na\u00efve caf\u00e9", "", "x" * 31]
 

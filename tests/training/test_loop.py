@@ -15,11 +15,11 @@ from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
 from moe_gpt.errors import InputError
 from moe_gpt.training import setup
-from moe_gpt.training.loop import stop_signals
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, resolve_checkpoint
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.setup import build_evaluator, set_up_run
+from moe_gpt.training.signals import stop_signals
 
 
 def step_lines(run_dir) -> list[dict]:
@@ -197,7 +197,7 @@ def test_run_folder_that_holds_a_run_is_refused(small_config, tmp_path):
 def test_run_folder_in_use_is_refused(small_config, tmp_path):
     """Two processes never train in one folder."""
     run = set_up_run(small_config, tmp_path, CPU, resume=True, say=lambda text: None)
-    with open_run_folder(tmp_path, run.facts, None), pytest.raises(InputError, match="in use by another"):
+    with open_run_folder(tmp_path, run.identity, None), pytest.raises(InputError, match="in use by another"):
         run_training(small_config, tmp_path, resume=True)
 
 
@@ -208,7 +208,7 @@ def test_run_folder_that_changed_meanwhile_is_refused(small_config, tmp_path):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with (
         pytest.raises(InputError, match="changed while this run was being prepared"),
-        open_run_folder(tmp_path, slow.facts, slow.resumed_from),
+        open_run_folder(tmp_path, slow.identity, slow.resumed_from),
     ):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -341,7 +341,7 @@ def test_resume_of_a_run_in_training_says_that_it_is_in_use(small_config, tmp_pa
     """Before anything in the folder is read."""
     run, _ = run_training(small_config, tmp_path, max_steps=2)
     with (
-        open_run_folder(tmp_path, run.facts, list_checkpoints(tmp_path)[-1]),
+        open_run_folder(tmp_path, run.identity, list_checkpoints(tmp_path)[-1]),
         pytest.raises(InputError, match="is in use by another training process"),
     ):
         set_up_run(small_config, tmp_path, CPU, resume=True)

@@ -15,9 +15,9 @@ from moe_gpt.data import prepare
 from moe_gpt.errors import InputError
 from moe_gpt.files import durable
 from moe_gpt.files import tensors as tensor_files
-from moe_gpt.training import loop
+from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.records import metrics
-from moe_gpt.training.records.watch import TrainingStopped
+from moe_gpt.training.recovery import TrainingStopped
 from moe_gpt.training.saving import checkpoint
 from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model
 
@@ -124,20 +124,17 @@ def test_run_folder_that_is_removed_stops_the_run_with_a_checkpoint(small_config
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_memory_that_runs_out_names_the_setting_and_saves(small_config, tmp_path, monkeypatch, error):
+def test_memory_that_runs_out_names_the_setting_and_saves(small_config, tmp_path, error):
     """The weights after the last step are saved; resumed, the run ends as if nothing had happened."""
     run_training(small_config, tmp_path / "plain")
-    real = loop.train_step
 
-    def train_step(state, *arguments):
-        if state.step == 8:
+    def take_step(run, plan, should_record):
+        if run.state.step == 8:
             raise error
-        return real(state, *arguments)
+        return pretraining_step(run, plan, should_record)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", train_step)
-        with pytest.raises(TrainingStopped, match=r"out of memory in step 9 .*lower train.micro_batch_tokens .now 192"):
-            run_training(small_config, tmp_path / "run")
+    with pytest.raises(TrainingStopped, match=r"out of memory in step 9 .*lower train.micro_batch_tokens .now 192"):
+        run_training(small_config, tmp_path / "run", take_step=take_step)
     assert load_model(tmp_path / "run").step == 8
     run_training(small_config, tmp_path / "run", resume=True)
     assert weights(tmp_path / "run") == weights(tmp_path / "plain")
@@ -161,15 +158,14 @@ def test_weights_that_are_neither_old_nor_new_are_not_saved(small_config, tmp_pa
         run_training(config, tmp_path)
 
 
-def test_other_errors_are_not_taken_for_memory(small_config, tmp_path, monkeypatch):
+def test_other_errors_are_not_taken_for_memory(small_config, tmp_path):
     """A mistake in the code stays visible as one."""
 
     def broken(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        run_training(small_config, tmp_path)
+        run_training(small_config, tmp_path, take_step=broken)
 
 
 def test_clock_that_jumps_changes_nothing(small_config, tmp_path, monkeypatch):
@@ -251,9 +247,11 @@ def test_run_whose_checkpoints_vanished_is_not_started_over(small_config, tmp_pa
 def test_way_back_survives_another_interval(small_config, tmp_path, poison):
     """What was scheduled when it was saved stays a place to go back to."""
     config = change(change(small_config, "checkpoint", every_steps=4), "faults", max_skips_in_a_row=2)
-    run_training(config, tmp_path, max_steps=8)
+    run_training(config, tmp_path, max_steps=8, take_step=poison.take_step)
     poison.append(range(2000, 2500))
-    run, outcome = run_training(change(config, "checkpoint", every_steps=100), tmp_path, resume=True)
+    run, outcome = run_training(
+        change(config, "checkpoint", every_steps=100), tmp_path, resume=True, take_step=poison.take_step
+    )
     assert outcome == "finished"
     assert run.state.rollbacks > 0
 
@@ -266,11 +264,11 @@ def test_stopped_run_leaves_metrics_and_the_good_checkpoint(small_config, tmp_pa
     with pytest.raises(
         TrainingStopped, match="3 steps in a row not finite, up to step 10.*the newest checkpoint is .*07"
     ):
-        run_training(config, tmp_path)
+        run_training(config, tmp_path, take_step=poison.take_step)
     lines = steps(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert sum(event["kind"] == "non_finite_step" for event in events(tmp_path)) == 3
     poison.clear()
-    run, outcome = run_training(config, tmp_path, resume=True)
+    run, outcome = run_training(config, tmp_path, resume=True, take_step=poison.take_step)
     assert outcome == "finished"
     assert run.state.rollbacks == 0

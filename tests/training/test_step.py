@@ -8,22 +8,14 @@ import pytest
 import torch
 
 from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig
+from moe_gpt.data.batches import MicroBatch, keep_documents_apart, split_batch
 from moe_gpt.data.stream import Batch
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training import step
-from moe_gpt.training.optimizer import build_optimizer
+from moe_gpt.training.optimizer import build_optimizer, update_expert_bias
 from moe_gpt.training.schedule import StepPlan
-from moe_gpt.training.step import (
-    MicroBatch,
-    TrainState,
-    accumulate_gradients,
-    keep_documents_apart,
-    max_violation,
-    split_batch,
-    train_step,
-    update_expert_bias,
-)
+from moe_gpt.training.step import TrainState, accumulate_gradients, max_violation, train_step
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 64, "n_layers": 2, "d_model": 32, "n_heads": 2, "head_dim": 16, "d_ff": 32, "n_experts": 4}

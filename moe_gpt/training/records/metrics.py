@@ -1,4 +1,4 @@
-"""The run's diary: ``metrics.jsonl`` has a JSON object per optimizer step, per recording and per evaluation.
+"""The run's log: ``metrics.jsonl`` has a JSON object per optimizer step, per recording and per evaluation.
 
 ``events.jsonl`` has what happened besides: starts, resumes, warnings, faults. It is only ever appended to.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_gpt.files.durable import replace_file
-from moe_gpt.training.records.arrays import RoutingSample, describe_norms, describe_routing
+from moe_gpt.training.records.lines import describe_norms, describe_routing
 from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.step import StepMetrics, StepResult
 
@@ -117,16 +117,14 @@ class MetricsLog(JsonLines):
         _keep_until(path, step)
         super().__init__(path)
         self._pending: list[tuple[dict[str, Any], StepMetrics]] = []
-        self._recorded: list[tuple[dict[str, Any], StepResult, RoutingSample | None]] = []
+        self._recorded: list[tuple[dict[str, Any], StepResult]] = []
 
-    def add(
-        self, step: int, tokens_seen: int, plan: StepPlan, result: StepResult, sample: RoutingSample | None = None
-    ) -> None:
+    def add(self, step: int, tokens_seen: int, plan: StepPlan, result: StepResult) -> None:
         """Remember a step; nothing is fetched from the device yet. Where it has norms, it is recorded in full."""
         place = {"step": step, "tokens_seen": tokens_seen}
         self._pending.append(({**place, **plan._asdict()}, result.metrics))
         if result.norms is not None:
-            self._recorded.append((place, result, sample))
+            self._recorded.append((place, result))
 
     def fetch(self, started_at: float) -> Fetched:
         """Fetch the metrics of the steps since the last call, append their lines, and return them.
@@ -162,10 +160,10 @@ class MetricsLog(JsonLines):
         self._open()
 
 
-def _record(place: dict[str, Any], result: StepResult, sample: RoutingSample | None) -> dict[str, Any]:
+def _record(place: dict[str, Any], result: StepResult) -> dict[str, Any]:
     record = {**place, "groups": describe_norms(result.norms or {})}
-    if result.router_stats and sample:
-        record["routing"] = describe_routing(result.router_stats, sample)
+    if result.router_stats and result.sample:
+        record["routing"] = describe_routing(result.router_stats, result.sample)
     return record
 
 

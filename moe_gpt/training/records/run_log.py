@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
+import statistics
 import time
 from typing import Any
 
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.training.display import Display
-from moe_gpt.training.evaluation import Examined
-from moe_gpt.training.records.arrays import generate_samples, remove_later_evaluations, score_line, write_evaluation
+from moe_gpt.training.evaluation import SourceEvaluation
+from moe_gpt.training.records.arrays import remove_later_evaluations, write_evaluation
+from moe_gpt.training.records.lines import score_line
 from moe_gpt.training.records.metrics import Fetched, JsonLines, MetricsLog, read_metrics
+from moe_gpt.training.records.samples import generate_samples
 from moe_gpt.training.records.tracking import Tracker, open_tracker, tracked_values
 from moe_gpt.training.records.watch import Finding, HealthWatch, SpikeDetector
 from moe_gpt.training.setup import Run
@@ -24,12 +28,12 @@ class RunFolderGone(Exception):  # noqa: N818 (the loop makes an account of it)
     """Somebody removed the folder of the run while it was training."""
 
 
-class Diary:
+class RunLog:
     """A run's files that only grow, its warnings and its trackers."""
 
     def __init__(self, run: Run, display: Display) -> None:
         self.run, self.state, self.config, self.display = run, run.state, run.config, display
-        self.log = MetricsLog(run.run_dir / "metrics.jsonl", run.state.step if run.resumed_from else -1)
+        self.metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.state.step if run.resumed_from else -1)
         self.events = JsonLines(run.run_dir / "events.jsonl")
         self.spikes = SpikeDetector(run.config.faults)
         self.health = self.watch_from(run.state.step)
@@ -39,7 +43,7 @@ class Diary:
 
     def close(self) -> None:
         """Close the files."""
-        self.log.close()
+        self.metrics.close()
         self.events.close()
         self.tracker.close()
 
@@ -49,7 +53,7 @@ class Diary:
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step: it is done again."""
-        self.log.rewind(step)
+        self.metrics.rewind(step)
         self.spikes = SpikeDetector(self.config.faults)
         self.health = self.watch_from(step)
         self.tracker.close()
@@ -67,6 +71,16 @@ class Diary:
         settings = to_plain(self.config)
         return open_tracker(self.config.tracking, self.run.run_dir, settings, self.display.warn, resumed_at)
 
+    def record_start(self) -> None:
+        """Write down that the run starts or goes on, with what changed and what was damaged."""
+        run = self.run
+        self.record(
+            "resume" if run.resumed_from else "start",
+            changes=[change["key"] for change in run.changes],
+            damaged=[f"{path.name}: {problem}" for path, problem in run.damaged],
+        )
+        self.warn_of_missing_metrics()
+
     def warn_of_missing_metrics(self) -> None:
         """Say where metrics.jsonl has not every step that was done: somebody removed or changed it."""
         lines = read_metrics(self.run.run_dir / "metrics.jsonl")
@@ -82,7 +96,7 @@ class Diary:
         Raises:
             RunFolderGone: where the run folder is gone.
         """
-        fetched = self.log.fetch(self.group_started_at)
+        fetched = self.metrics.fetch(self.group_started_at)
         self.restart_clock()
         for line in fetched.steps:
             if line["skipped"]:
@@ -92,7 +106,7 @@ class Diary:
         self.write_log()
         return fetched
 
-    def tell(self, fetched: Fetched) -> None:
+    def show_and_track(self, fetched: Fetched) -> None:
         """Show, track and judge new metrics."""
         for finding in self.health.read(fetched.records):
             self.warn(finding)
@@ -104,7 +118,7 @@ class Diary:
     def write_log(self) -> None:
         """Write the metrics, or keep them where that is not possible now."""
         try:
-            self.log.write()
+            self.metrics.write()
         except OSError as error:
             if not self.run.run_dir.is_dir():
                 raise RunFolderGone from error
@@ -131,35 +145,42 @@ class Diary:
             f"step {line['step']}: loss or gradient not finite; the weights stay as they were (its data: events.jsonl)"
         )
 
-    def add_evaluation(self, examined: dict[str, Examined]) -> None:
-        """Write, show and track an evaluation of the model as it is, with samples and what reports draw.
+    def evaluate(self) -> float | None:
+        """Evaluate the model as it is; write, show and track what comes out, with samples and what reports draw.
+
+        Returns:
+            the mean validation loss of the sources, None where it is not finite.
 
         Raises:
             RunFolderGone: where the run folder is gone.
         """
+        evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision)
         step, texts = self.state.step, self.sample()
-        line = {"step": step, "tokens_seen": self.state.tokens_seen, **score_line(examined, texts)}
-        self.log.append(line)
+        line = {"step": step, "tokens_seen": self.state.tokens_seen, **score_line(evaluations, texts)}
+        self.metrics.append(line)
         self.write_log()
-        self.keep_arrays(examined)
-        self.display.scores(step, {name: found.score for name, found in examined.items()})
+        self.keep_arrays(evaluations)
+        self.display.scores(step, {name: found.score for name, found in evaluations.items()})
         self.tracker.log(step, tracked_values(line))
         for name, text in texts.items():
             self.tracker.text(step, f"samples/{name}", text)
         self.restart_clock()
+        mean = statistics.fmean(found.score.ce_loss for found in evaluations.values())
+        return mean if math.isfinite(mean) else None
 
     def sample(self) -> dict[str, str]:
         """Return a generated text for each source's prompt, unless none is wanted."""
         n_tokens = self.config.train.sample_tokens
         return dict(generate_samples(self.run, n_tokens)) if n_tokens else {}
 
-    def keep_arrays(self, examined: dict[str, Examined]) -> None:
+    def keep_arrays(self, evaluations: dict[str, SourceEvaluation]) -> None:
         """Write what only reports read; where that fails, warn and train on."""
         run, step, n_tokens = self.run, self.state.step, self.config.train.record_tokens
         slices = run.evaluator.slices(n_tokens) if n_tokens else {}
-        end = run.data.tokenizer.end_of_text_id if self.config.data.document_masking else None
         try:
-            gradients = write_evaluation(run.run_dir, step, run.state.model, examined, slices, run.precision, end)
+            gradients = write_evaluation(
+                run.run_dir, step, run.state.model, evaluations, slices, run.precision, run.document_end_id
+            )
         except OSError as error:
             self.warn(Finding("cannot_record", step, f"evaluation {step} is not kept for reports: {error}"))
             return

@@ -203,20 +203,21 @@ def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:
     ``routing/layer_03/...``, ``routing/layer_03/load/expert_07`` and ``norms/<group>/...``. ``step`` is the x axis, not
     a value. A flag is 0 or 1. What is missing, not a number or not finite is left out.
     """
-    is_optimizer_step = not any(key in ("routing", "groups") or key.startswith("val/") for key in line)
-    values: dict[str, Any] = {}
-    for key, value in line.items():
-        if key == "routing" and isinstance(value, Mapping):
-            for name, layers in value.items():
-                values.update(_by_layer(name, layers))
-        elif key == "groups" and isinstance(value, Mapping):
-            for group, norms in value.items():
-                values.update({f"norms/{group}/{name}": norm for name, norm in (norms or {}).items()})
-        elif key.startswith("val/"):
-            values[key] = value
-        elif key != "step" and (is_optimizer_step or key != "tokens_seen"):  # the step's own line has it already
-            values[f"train/{key}"] = value
+    values = {key: value for key, value in line.items() if key.startswith("val/")}
+    for name, layers in _mapping(line, "routing").items():
+        values.update(_by_layer(name, layers))
+    for group in _mapping(line, "groups"):
+        values.update({f"norms/{group}/{name}": norm for name, norm in _mapping(line["groups"], group).items()})
+    others = line.keys() - {"step", "routing", "groups", *values}
+    if len(others) < len(line) - 1:  # no optimizer step, whose own line has the tokens
+        others -= {"tokens_seen"}
+    values.update({f"train/{key}": line[key] for key in others})
     return {name: float(value) for name, value in values.items() if _is_finite_number(value)}
+
+
+def _mapping(line: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = line.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _by_layer(name: str, layers: Any) -> Iterator[tuple[str, Any]]:

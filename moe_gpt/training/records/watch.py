@@ -1,32 +1,14 @@
-"""Watching for numerical faults: steps that are not finite, loss spikes, routers that are not healthy.
-
-A step whose loss or gradient is not finite moves nothing (``train_step``). After a series of them the run goes back to
-its last good checkpoint and past all tokens since: the skipped steps moved nothing, so going back to any later point
-would be no change at all. (PaLM, arXiv 2204.02311, section 5.1, does the same by hand: it restarts about 100 steps
-before a spike and skips the data around it.)
-"""
+"""Watching a run: loss spikes and routers that are not healthy, each told once, when it begins."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from moe_gpt.config import FaultConfig, RunConfig
 from moe_gpt.measure.health import Gradients, find_problems
-
-
-class TrainingStopped(RuntimeError):
-    """Training could not go on. The message says why, what is saved, and what to do. Scripts exit with status 3."""
-
-
-class TooManySkips(Exception):  # noqa: N818 (a turn of events inside the loop, not an error)
-    """So many steps in a row were not finite that the run must go back."""
-
-    def __init__(self, step: int, tokens_seen: int, n_steps: int) -> None:
-        super().__init__(step, tokens_seen, n_steps)
-        self.step, self.tokens_seen, self.n_steps = step, tokens_seen, n_steps
 
 
 class Finding(NamedTuple):
@@ -35,14 +17,6 @@ class Finding(NamedTuple):
     kind: str
     step: int
     text: str
-
-
-def past_skipped(windows: Sequence[tuple[int, int]], tokens_seen: int) -> int:
-    """Return the first place at or after ``tokens_seen`` that lies in none of the windows [start, end)."""
-    for start, end in sorted(windows):
-        if start <= tokens_seen < end:
-            tokens_seen = end
-    return tokens_seen
 
 
 class SpikeDetector:

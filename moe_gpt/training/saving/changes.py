@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy
 import tokenizers
@@ -17,7 +17,7 @@ import moe_gpt
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import InputError, shown
-from moe_gpt.training.saving.checkpoint import RunFacts
+from moe_gpt.training.saving.checkpoint import RunIdentity
 
 _MAY_DIFFER = (
     "checkpoint.",
@@ -53,6 +53,25 @@ class Change(NamedTuple):
     needs_permission: bool
     """Whether the results would be another run's, rather than merely not the same to the bit."""
 
+    def is_of(self, key: str) -> bool:
+        """Whether it is the change of ``key`` or of something below it."""
+        return self.key == key or self.key.startswith(f"{key}.")
+
+    def is_permitted(self, allowed: Collection[str]) -> bool:
+        """Whether the run may go on with it."""
+        return not self.needs_permission or any(self.is_of(key) for key in allowed)
+
+    @property
+    def effect(self) -> str:
+        """What it means for the run that goes on all the same."""
+        if self.needs_permission:
+            return ", as allowed; from here on this is another run than it would have been"
+        return ": the run goes on in the same data order, but not bit-identically"
+
+    def shown(self) -> str:
+        """Return it in words."""
+        return f"{self.key} was {shown(self.old)} and is now {shown(self.new)}"
+
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Return what bit-identical resume depends on besides config and data."""
@@ -78,18 +97,18 @@ def _code_digests() -> dict[str, str]:
     return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
-def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], facts: RunFacts) -> list[Change]:
+def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity: RunIdentity) -> list[Change]:
     """Compare a checkpoint with what it would be continued with.
 
     Args:
         saved_config: of the checkpoint.
         saved_state: its state.json.
-        facts: of the process that wants to go on.
+        identity: of the process that wants to go on.
     """
     return [
-        *_changed_settings(saved_config, facts.config),
-        *_changed_data(saved_state["data_fingerprint"], facts.data_fingerprint),
-        *_changed_environment(saved_state["environment"], facts.environment),
+        *_changed_settings(saved_config, identity.config),
+        *_changed_data(saved_state["data_fingerprint"], identity.data_fingerprint),
+        *_changed_environment(saved_state["environment"], identity.environment),
     ]
 
 
@@ -132,36 +151,32 @@ def check_changes(
     Raises:
         InputError: with a line for each change that is not allowed, and what to add to allow them.
     """
-
-    def is_allowed(key: str) -> bool:
-        return any(key == other or key.startswith(f"{other}.") for other in allowed)
-
-    refused = [change for change in changes if change.needs_permission and not is_allowed(change.key)]
-    impossible = [change for change in changes if change.key.startswith(_FIXED)]
+    refused = [change for change in changes if not change.is_permitted(allowed)]
+    impossible = [c for c in changes if c.key.startswith(_FIXED)]
     if impossible or refused:
-        lines = [
-            f"{c.key} was {shown(c.old)} and is now {shown(c.new)}" for c in dict.fromkeys([*impossible, *refused])
-        ]
-        # an entry of a list stands for the list: stages that come and go have no value of their own to allow
-        keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in refused)])
-        remedy = f"go on all the same with --allow-changes {','.join(keys)}"
-        if impossible:
-            remedy = f"{impossible[0].key} cannot change within a run"
-        raise InputError(
-            "--resume continues the same run, but some of it is not what it was:\n"
-            + "\n".join(lines)
-            + f"\nrestore it; or {remedy}; or start a new run with --init-from"
-        )
-    for key in allowed:
-        if not any(change.key == key or change.key.startswith(f"{key}.") for change in changes):
-            say(f"note: --allow-changes {key} was not needed: it is what it was")
+        _refuse(impossible, refused, allowed)
+    for key in _without_effect(allowed, changes):
+        say(f"note: --allow-changes {key} had no effect: {key} is unchanged since the checkpoint")
     for change in changes:
-        was = f"{change.key} was {shown(change.old)} and is now {shown(change.new)}"
-        if change.needs_permission:
-            say(f"note: {was}, as allowed; from here on this is another run than it would have been")
-        else:
-            say(f"note: {was}: the run goes on in the same data order, but not bit-identically")
+        say(f"note: {change.shown()}{change.effect}")
     return [change._asdict() for change in changes]
+
+
+def _without_effect(allowed: Collection[str], changes: Collection[Change]) -> list[str]:
+    return [key for key in allowed if not any(change.is_of(key) for change in changes)]
+
+
+def _refuse(impossible: Sequence[Change], refused: Sequence[Change], allowed: Collection[str]) -> NoReturn:
+    # an entry of a list stands for the list: stages that come and go have no value of their own to allow
+    keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in refused)])
+    remedy = f"go on all the same with --allow-changes {','.join(keys)}"
+    if impossible:
+        remedy = f"{impossible[0].key} cannot change within a run"
+    raise InputError(
+        "--resume continues the same run, but something has changed since the checkpoint:\n"
+        + "\n".join(change.shown() for change in dict.fromkeys([*impossible, *refused]))
+        + f"\nrestore it; or {remedy}; or start a new run with --init-from"
+    )
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

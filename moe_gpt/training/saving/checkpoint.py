@@ -21,7 +21,7 @@ from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
-from moe_gpt.files.durable import FileFacts, complete_folder, read_facts, write_file
+from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
@@ -48,7 +48,7 @@ _ADDED_IN_VERSION_2: dict[str, Any] = {
 }
 
 
-class RunFacts(NamedTuple):
+class RunIdentity(NamedTuple):
     """What stays the same while a process trains and is saved with every checkpoint."""
 
     config: RunConfig
@@ -154,7 +154,7 @@ def _generator_states(state: TrainState) -> dict[str, Tensor]:
     return states
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, facts: RunFacts) -> None:
+def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) -> None:
     """Write a checkpoint; one of the same name is replaced. Equal state gives equal files.
 
     Raises:
@@ -166,22 +166,22 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, facts: RunFacts) -> None:
         state = {
             "format_version": FORMAT_VERSION,
             **snapshot.progress,
-            "data_fingerprint": facts.data_fingerprint,
-            "environment": facts.environment,
-            "initialised_from": facts.initialised_from,
-            "changes": list(facts.changes),
+            "data_fingerprint": identity.data_fingerprint,
+            "environment": identity.environment,
+            "initialised_from": identity.initialised_from,
+            "changes": list(identity.changes),
         }
         texts = {
             _STATE: json.dumps(state, indent=2),
-            _CONFIG: to_yaml(facts.config),
-            _TOKENIZER: facts.tokenizer.to_json(),
+            _CONFIG: to_yaml(identity.config),
+            _TOKENIZER: identity.tokenizer.to_json(),
         }
         written |= {name: write_file(temporary / name, [text.encode("utf-8")]) for name, text in texts.items()}
         manifest = {name: file._asdict() for name, file in written.items()}
         write_file(temporary / MANIFEST, [json.dumps(manifest, indent=2).encode()])
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileFacts:
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileDigest:
     specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     return write_tensors(path, specs, tensors.__getitem__)
 
@@ -203,7 +203,7 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
         if size != manifest[name].bytes:
             raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, saved were {manifest[name].bytes:,}")
     for name in names:
-        if read_facts(path / name) != manifest[name]:
+        if read_digest(path / name) != manifest[name]:
             raise InputError(f"checkpoint {path}: {name} is not the file that was saved: its SHA-256 differs")
     step = read_state(path)["step"]
     if re.fullmatch(r"step_\d+", path.name) and int(path.name[5:]) != step:
@@ -212,7 +212,7 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
         )
 
 
-def _read_manifest(path: Path) -> dict[str, FileFacts]:
+def _read_manifest(path: Path) -> dict[str, FileDigest]:
     file = path / MANIFEST
     try:
         if file.stat().st_size > _LARGEST_MANIFEST:
@@ -220,8 +220,8 @@ def _read_manifest(path: Path) -> dict[str, FileFacts]:
         values = json.loads(file.read_text(encoding="utf-8"))
         if set(values) != set(FILES):
             raise ValueError(f"it must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
-        manifest = {name: FileFacts(**facts) for name, facts in values.items()}
-        if not all(isinstance(facts.bytes, int) and isinstance(facts.sha256, str) for facts in manifest.values()):
+        manifest = {name: FileDigest(**digest) for name, digest in values.items()}
+        if not all(isinstance(digest.bytes, int) and isinstance(digest.sha256, str) for digest in manifest.values()):
             raise ValueError("every file must have a whole number of bytes and the digest as text")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None

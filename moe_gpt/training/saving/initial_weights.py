@@ -122,14 +122,7 @@ def check_fits(initial: InitialWeights, config: RunConfig) -> None:
 
 def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
     """Yield each key that must agree and does not, with its value there and here."""
-    there, here = to_plain(initial.model), to_plain(config.model)
-    here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null follows the weights
-    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if initial.is_upcycled_into(config.model) else ()))
-    if initial.model.balance != "bias":  # a bias that starts at zero changes nothing
-        ignored += ("balance",)
-    for key in there:
-        if key not in ignored and there[key] != here[key]:
-            yield f"model.{key}", there[key], here[key]
+    yield from _differences_of_models(initial, config)
     saved, wanted = initial.tokenizer_config, config.data.tokenizer
     if wanted.file and wanted.file != saved.file:
         if Tokenizer.load(wanted.file, wanted.end_of_text).to_json() == initial.tokenizer.to_json():
@@ -139,3 +132,14 @@ def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[s
     for key in to_plain(saved):
         if getattr(saved, key) != getattr(wanted, key):
             yield f"data.tokenizer.{key}", getattr(saved, key), getattr(wanted, key)
+
+
+def _differences_of_models(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
+    there, here = to_plain(initial.model), to_plain(config.model)
+    here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null follows the weights
+    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if initial.is_upcycled_into(config.model) else ()))
+    if initial.model.balance != "bias":  # a bias that starts at zero changes nothing
+        ignored += ("balance",)
+    for key in there:
+        if key not in ignored and there[key] != here[key]:
+            yield f"model.{key}", there[key], here[key]

@@ -12,7 +12,7 @@ import filelock
 from moe_gpt.config.yaml import to_yaml
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_leftovers, replace_file
-from moe_gpt.training.saving.checkpoint import RunFacts, list_checkpoints
+from moe_gpt.training.saving.checkpoint import RunIdentity, list_checkpoints
 from moe_gpt.training.saving.store import Damaged, set_aside
 
 
@@ -41,7 +41,7 @@ def check_writable(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def open_run_folder(
-    run_dir: Path, facts: RunFacts, resumed_from: Path | None, damaged: Collection[Damaged] = ()
+    run_dir: Path, identity: RunIdentity, resumed_from: Path | None, damaged: Collection[Damaged] = ()
 ) -> Iterator[None]:
     """Hold a run folder for this process, with the run's config and tokenizer in it.
 
@@ -49,7 +49,7 @@ def open_run_folder(
 
     Args:
         run_dir: made where it is missing.
-        facts: what is written into it.
+        identity: what is written into it.
         resumed_from: the checkpoint that the run goes on from.
         damaged: newer checkpoints that cannot be used.
 
@@ -66,8 +66,8 @@ def open_run_folder(
         for path in unusable:
             set_aside(path)
         delete_leftovers(run_dir, "")
-        replace_file(run_dir / "config.yaml", to_yaml(facts.config))
-        replace_file(run_dir / "tokenizer.json", facts.tokenizer.to_json())
+        replace_file(run_dir / "config.yaml", to_yaml(identity.config))
+        replace_file(run_dir / "tokenizer.json", identity.tokenizer.to_json())
         yield
 
 

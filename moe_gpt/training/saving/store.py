@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_gpt.config import CheckpointConfig
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_folder, delete_leftovers
 from moe_gpt.training.saving.checkpoint import (
-    RunFacts,
+    RunIdentity,
     list_checkpoints,
     read_state,
     take_snapshot,
@@ -84,23 +84,31 @@ def checkpoints_not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """
     checkpoints = list_checkpoints(run_dir)
     kept = set(checkpoints[-config.keep_last :])
-    scores: dict[Path, float] = {}
-    ways_back: dict[bool, Path] = {}
-    for path in checkpoints:
-        try:
-            state = read_state(path)
-        except (InputError, OSError):
-            continue
-        if state["score"] is not None:
-            scores[path] = state["score"]
-        if not state["skips_in_a_row"]:
-            ways_back[state["is_scheduled"]] = path
-        if config.keep_every_steps and state["step"] % config.keep_every_steps == 0:
-            kept.add(path)
-    kept.update(ways_back.values())
-    if config.keep_best and scores:
-        kept.add(min(scores, key=lambda path: scores[path]))
+    states = {path: state for path in checkpoints if (state := _readable_state(path))}
+    kept.update(_ways_back(states))
+    if config.keep_best:
+        kept.update(_best(states))
+    if config.keep_every_steps:
+        kept.update(path for path, state in states.items() if state["step"] % config.keep_every_steps == 0)
     return [path for path in checkpoints if path not in kept]
+
+
+def _ways_back(states: Mapping[Path, dict[str, Any]]) -> Iterable[Path]:
+    """Return the newest checkpoints, scheduled and not, that were not saved within a series of non-finite steps."""
+    return {state["is_scheduled"]: path for path, state in states.items() if not state["skips_in_a_row"]}.values()
+
+
+def _best(states: Mapping[Path, dict[str, Any]]) -> list[Path]:
+    """Return the checkpoint with the lowest validation loss; none where none was evaluated."""
+    scored = [path for path, state in states.items() if state["score"] is not None]
+    return sorted(scored, key=lambda path: states[path]["score"])[:1]
+
+
+def _readable_state(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_state(path)
+    except (InputError, OSError):
+        return None
 
 
 def prunable_checkpoints(run_dir: Path, config: CheckpointConfig) -> list[Path]:
@@ -144,12 +152,12 @@ class CheckpointSaver:
 
     Args:
         run_dir: the run.
-        facts: saved with every checkpoint.
+        identity: saved with every checkpoint.
         config: which to keep.
     """
 
-    def __init__(self, run_dir: Path, facts: RunFacts, config: CheckpointConfig) -> None:
-        self._run_dir, self._facts, self._config = run_dir, facts, config
+    def __init__(self, run_dir: Path, identity: RunIdentity, config: CheckpointConfig) -> None:
+        self._run_dir, self._identity, self._config = run_dir, identity, config
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.has_saved = False
@@ -182,7 +190,7 @@ class CheckpointSaver:
         def write() -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             delete_leftovers(folder.parent, "step_")
-            write_checkpoint(folder, snapshot, self._facts)
+            write_checkpoint(folder, snapshot, self._identity)
             self.has_saved = True
             for path in checkpoints_not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)

@@ -12,20 +12,15 @@ from safetensors.numpy import load_file
 from small_runs import change, run_training
 from tiny_models import VARIANTS, random_tokens, run_and_record_choices, tiny_model
 
+from moe_gpt.data.batches import MicroBatch, keep_documents_apart
 from moe_gpt.measure import routing
+from moe_gpt.measure.observation import RoutingSample, choices_on, cross_entropy_gradients, observe_routing
 from moe_gpt.model.losses import cross_entropy
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.training.records.arrays import (
-    RoutingSample,
-    choices_on,
-    cross_entropy_gradients,
-    describe_routing,
-    evaluation_file,
-    observe_routing,
-)
+from moe_gpt.training.records.arrays import evaluation_file
+from moe_gpt.training.records.lines import describe_routing
 from moe_gpt.training.records.metrics import read_metrics
-from moe_gpt.training.step import MicroBatch, keep_documents_apart
 
 
 @pytest.mark.parametrize("changes", [{}, {"balance": "bias"}, {"top_k": 1, "normalize_topk": False}, {"top_k": 4}])

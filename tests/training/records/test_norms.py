@@ -9,10 +9,11 @@ import torch
 from tiny_models import VARIANTS, random_tokens, tiny_model
 
 from moe_gpt.config import OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
+from moe_gpt.data.batches import MicroBatch
 from moe_gpt.training.optimizer import build_optimizer
 from moe_gpt.training.records.norms import group_of, parameter_norms, update_norms
 from moe_gpt.training.schedule import StepPlan
-from moe_gpt.training.step import MicroBatch, TrainState, train_step
+from moe_gpt.training.step import TrainState, train_step
 
 
 def take_steps(n_steps: int, spoil: bool = False, **changes) -> tuple[dict, dict]:

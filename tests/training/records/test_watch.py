@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from small_runs import Listening, change, events, run_training, steps
 
 from moe_gpt.config import FaultConfig
-from moe_gpt.training import loop
+from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.records.metrics import read_metrics
-from moe_gpt.training.records.watch import HealthWatch, SpikeDetector, TrainingStopped, past_skipped
+from moe_gpt.training.records.watch import HealthWatch, SpikeDetector
+from moe_gpt.training.recovery import TrainingStopped, past_skipped
 from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, read_state
 
 
@@ -21,7 +22,7 @@ def test_single_faults_are_skipped_counted_and_located(small_config, tmp_path, p
     """The run goes on; the tokens count as seen; events.jsonl says where in the data the batch was."""
     poison.append(range(1500, 1501))
     display = Listening()
-    run, outcome = run_training(small_config, tmp_path, display)
+    run, outcome = run_training(small_config, tmp_path, display, take_step=poison.take_step)
     assert outcome == "finished"
     lines = steps(tmp_path)
     (skipped,) = [line for line in lines if line["skipped"]]
@@ -44,7 +45,7 @@ def test_series_of_faults_goes_back_and_past_them(small_config, tmp_path, poison
     config = change(change(small_config, "checkpoint", every_steps=3), "faults", max_skips_in_a_row=3)
     poison.append(range(2000, 2500))
     display = Listening()
-    run, outcome = run_training(config, tmp_path, display)
+    run, outcome = run_training(config, tmp_path, display, take_step=poison.take_step)
     assert outcome == "finished"
     assert run.state.rollbacks == 1
     ((start, end),) = run.state.skipped_windows
@@ -64,9 +65,9 @@ def test_series_of_faults_ends_the_same_when_interrupted(small_config, tmp_path,
     """Stopped before, within or after the series and resumed: bit for bit the run that was not."""
     config = change(change(small_config, "checkpoint", every_steps=3), "faults", max_skips_in_a_row=3)
     poison.append(range(2000, 2500))
-    run_training(config, tmp_path / "whole")
-    run_training(config, tmp_path / "pieces", max_steps=stop_at)
-    run, outcome = run_training(config, tmp_path / "pieces", resume=True)
+    run_training(config, tmp_path / "whole", take_step=poison.take_step)
+    run_training(config, tmp_path / "pieces", max_steps=stop_at, take_step=poison.take_step)
+    run, outcome = run_training(config, tmp_path / "pieces", resume=True, take_step=poison.take_step)
     assert (outcome, run.state.rollbacks) == ("finished", 1)
     whole, pieces = (
         [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in steps(tmp_path / name)]
@@ -84,7 +85,7 @@ def test_run_that_never_recovers_stops_with_an_account(small_config, tmp_path, p
     config = change(config, "faults", max_skips_in_a_row=2, max_rollbacks=2)
     poison.append(range(700, 10**9))
     with pytest.raises(TrainingStopped, match="the run went back 2 times .faults.max_rollbacks=2.*lower optimizer.lr"):
-        run_training(config, tmp_path)
+        run_training(config, tmp_path, take_step=poison.take_step)
     good = list_checkpoints(tmp_path)[0]
     assert read_state(good)["skips_in_a_row"] == 0
     assert torch.isfinite(load_model(good).model.output.weight).all()
@@ -96,18 +97,18 @@ def test_faults_before_the_first_checkpoint_stop_the_run(small_config, tmp_path,
     poison.append(range(10**9))
     config = change(small_config, "faults", max_skips_in_a_row=4)
     with pytest.raises(TrainingStopped, match="no good checkpoint to go back to"):
-        run_training(config, tmp_path)
+        run_training(config, tmp_path, take_step=poison.take_step)
 
 
 def test_faults_up_to_the_end_finish_the_run(small_config, tmp_path, poison):
     """The window that is passed over reaches the end: the run is finished with what it had."""
     config = change(change(small_config, "checkpoint", every_steps=2), "faults", max_skips_in_a_row=2)
     poison.append(range(5000, 10**9))
-    run, outcome = run_training(config, tmp_path)
+    run, outcome = run_training(config, tmp_path, take_step=poison.take_step)
     assert outcome == "finished"
     assert run.state.tokens_seen == 6144
     assert "val/code/ce_loss" in read_metrics(tmp_path / "metrics.jsonl")[-1]
-    again, outcome = run_training(config, tmp_path, resume=True)
+    again, outcome = run_training(config, tmp_path, resume=True, take_step=poison.take_step)
     assert (outcome, again.is_finished) == ("finished", True)
 
 
@@ -138,18 +139,16 @@ def test_spike_is_found_once():
     assert read_all(SpikeDetector(config), noise[:50] + [None, math.nan] + noise) == []
 
 
-def test_spike_is_warned_of_in_a_run(small_config, tmp_path, monkeypatch):
+def test_spike_is_warned_of_in_a_run(small_config, tmp_path):
     """On the terminal and in events.jsonl, with what to try."""
     display = Listening()
-    real = loop.train_step
 
-    def train_step(state, *arguments):
-        result = real(state, *arguments)
-        factor = 5.0 if state.step == 15 else 1.0
+    def take_step(run, plan, should_record):
+        result = pretraining_step(run, plan, should_record)
+        factor = 5.0 if run.state.step == 15 else 1.0
         return result._replace(metrics=result.metrics._replace(ce_loss=result.metrics.ce_loss * factor))
 
-    monkeypatch.setattr(loop, "train_step", train_step)
-    run_training(change(small_config, "faults", spike_window=8), tmp_path, display)
+    run_training(change(small_config, "faults", spike_window=8), tmp_path, display, take_step=take_step)
     (text,) = [text for text in display.warnings if "standard deviations above the mean" in text]
     assert "at step 15" in text
     assert "lower optimizer.lr" in text

@@ -24,8 +24,8 @@ from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, loa
 )
 def test_checkpoint_restores_everything(tmp_path, settings):
     """Weights, bias, moments, progress and torch's generator come back bit for bit."""
-    state, facts = make_run(0, **settings)
-    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run(0, **settings)
+    path = save_checkpoint(tmp_path, state, identity, keep_last=1)
     expected_random = torch.rand(3)
     other, _ = make_run(1, **settings)
     load_training_state(other, path)
@@ -39,23 +39,23 @@ def test_checkpoint_restores_everything(tmp_path, settings):
 
 def test_checkpoint_of_equal_state_has_equal_files(tmp_path):
     """Saving the same state twice gives the same bytes."""
-    state, facts = make_run()
-    first, second = (save_checkpoint(tmp_path / name, state, facts, keep_last=1) for name in "ab")
+    state, identity = make_run()
+    first, second = (save_checkpoint(tmp_path / name, state, identity, keep_last=1) for name in "ab")
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
 
 
 def test_checkpoint_holds_no_pickle(tmp_path):
     """Every file is safetensors, JSON or YAML."""
-    state, facts = make_run()
-    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run()
+    path = save_checkpoint(tmp_path, state, identity, keep_last=1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
 @pytest.mark.parametrize("n_written", range(7))
 def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypatch, n_written):
     """An error while writing leaves no new folder, no temporary one, and the previous checkpoint intact."""
-    state, facts = make_run()
-    first = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run()
+    first = save_checkpoint(tmp_path, state, identity, keep_last=1)
     state.step += 1
 
     real = durable.write_file
@@ -70,15 +70,15 @@ def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypa
     for module in (checkpoint, tensor_files):
         monkeypatch.setattr(module, "write_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, state, facts, keep_last=1)
+        save_checkpoint(tmp_path, state, identity, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
     checkpoint.verify_checkpoint(first)
 
 
 def test_checkpoint_under_another_name_is_not_found(tmp_path):
     """Neither what is being written nor what was set aside is taken for a checkpoint."""
-    state, facts = make_run()
-    first = save_checkpoint(tmp_path, state, facts, keep_last=3)
+    state, identity = make_run()
+    first = save_checkpoint(tmp_path, state, identity, keep_last=3)
     for name in ("step_00000009.tmp-x1", "step_00000008.damaged-1", "step_7", "other"):
         shutil.copytree(first, first.with_name(name))
     assert list_checkpoints(tmp_path) == [first]
@@ -87,9 +87,9 @@ def test_checkpoint_under_another_name_is_not_found(tmp_path):
 
 def test_checkpoint_keeps_the_last_ones(tmp_path):
     """keep_last: 2 leaves the two newest."""
-    state, facts = make_run()
+    state, identity = make_run()
     for state.step in (1, 2, 10, 100):
-        save_checkpoint(tmp_path, state, facts, keep_last=2)
+        save_checkpoint(tmp_path, state, identity, keep_last=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010", "step_00000100"]
 
 
@@ -106,8 +106,8 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_checkpoint_damage_is_named(tmp_path, name, damage):
     """Each file, damaged in each way, is found by the manifest and named."""
-    state, facts = make_run()
-    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run()
+    path = save_checkpoint(tmp_path, state, identity, keep_last=1)
     file = path / name
     content = bytearray(file.read_bytes())
     if damage == "delete":
@@ -131,10 +131,10 @@ def test_checkpoint_damage_is_named(tmp_path, name, damage):
 
 def test_older_checkpoint_is_recommended_where_the_newest_is_damaged(tmp_path):
     """Using a model never falls back by itself; the error says what there is."""
-    state, facts = make_run()
-    first = save_checkpoint(tmp_path, state, facts)
+    state, identity = make_run()
+    first = save_checkpoint(tmp_path, state, identity)
     state.step += 1
-    second = save_checkpoint(tmp_path, state, facts)
+    second = save_checkpoint(tmp_path, state, identity)
     (second / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=f"model.safetensors has 0 bytes.*; an older one is {first}"):
         load_model(tmp_path)
@@ -142,8 +142,8 @@ def test_older_checkpoint_is_recommended_where_the_newest_is_damaged(tmp_path):
 
 def test_renamed_checkpoint_is_named(tmp_path):
     """A checkpoint of another step than its name says is not used."""
-    state, facts = make_run()
-    path = save_checkpoint(tmp_path, state, facts)
+    state, identity = make_run()
+    path = save_checkpoint(tmp_path, state, identity)
     path = path.rename(path.with_name("step_00000099"))
     with pytest.raises(InputError, match=r"state\.json is of step 1; if the folder was renamed, call it step_00000001"):
         checkpoint.verify_checkpoint(path)
@@ -151,8 +151,8 @@ def test_renamed_checkpoint_is_named(tmp_path):
 
 def test_checkpoint_of_another_format_is_refused(tmp_path):
     """The error names both versions."""
-    state, facts = make_run()
-    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run()
+    path = save_checkpoint(tmp_path, state, identity, keep_last=1)
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format_version": 7}))
     with pytest.raises(InputError, match="format version 7, this code reads 1 and 2"):
@@ -161,8 +161,8 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
 
 def test_checkpoint_of_the_first_format_is_read(tmp_path):
     """What it does not have begins as it does in a new run."""
-    state, facts = make_run()
-    path = save_checkpoint(tmp_path, state, facts)
+    state, identity = make_run()
+    path = save_checkpoint(tmp_path, state, identity)
     values = json.loads((path / "state.json").read_text())
     old = {key: values[key] for key in ("step", "tokens_seen", "data_fingerprint", "environment", "initialised_from")}
     (path / "state.json").write_text(json.dumps({**old, "format_version": 1}))
@@ -173,8 +173,8 @@ def test_checkpoint_of_the_first_format_is_read(tmp_path):
 
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     """The error names a tensor with both shapes, and tensors that are missing."""
-    state, facts = make_run()
-    path = save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run()
+    path = save_checkpoint(tmp_path, state, identity, keep_last=1)
     wider, _ = make_run(d_ff=48)
     with pytest.raises(InputError, match=r"down has shape \(4, 32, 32\), the model wants \(4, 32, 48\)"):
         checkpoint.read_weights(path, wider.model.config)
@@ -185,8 +185,8 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 def test_load_model_gives_the_trained_model(tmp_path):
     """load_model returns the same function, in evaluation mode, with its tokenizer."""
-    state, facts = make_run()
-    save_checkpoint(tmp_path, state, facts, keep_last=1)
+    state, identity = make_run()
+    save_checkpoint(tmp_path, state, identity, keep_last=1)
     loaded = load_model(tmp_path)
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded.model(tokens).logits, state.model.eval()(tokens).logits)

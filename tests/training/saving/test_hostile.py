@@ -51,7 +51,7 @@ def path(saved, tmp_path):
 
 def make_manifest_fit(path) -> None:
     """Give a changed checkpoint a manifest that agrees with it, as a stranger would."""
-    manifest = {name: checkpoint.read_facts(path / name)._asdict() for name in FILES}
+    manifest = {name: checkpoint.read_digest(path / name)._asdict() for name in FILES}
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -233,9 +233,9 @@ def test_configs_survive_their_file(n_layers, lr, prompt, batch_tokens):
 @given(
     st.dictionaries(st.sampled_from(FILES), st.tuples(st.integers(0, 10**15), st.text("0123456789abcdef", max_size=64)))
 )
-def test_manifest_is_read_as_it_was_written(facts):
+def test_manifest_is_read_as_it_was_written(identity):
     """All six files with size and digest, or it is refused."""
-    values = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in facts.items()}
+    values = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in identity.items()}
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MANIFEST).write_text(json.dumps(values))

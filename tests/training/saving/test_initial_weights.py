@@ -58,8 +58,8 @@ def test_dense_weights_start_a_mixture(form, small_config, dense_run, tmp_path):
     assert first == pytest.approx(first_and_last_loss(dense_run)[1], abs=1e-4)
     assert last < first - 0.2
     assert run.state.model.config.n_experts == 4
-    assert str(run.facts.initialised_from).startswith(str(origin))
-    assert "every expert as its feed-forward" in run.facts.initialised_from
+    assert str(run.identity.initialised_from).startswith(str(origin))
+    assert "every expert as its feed-forward" in run.identity.initialised_from
 
 
 def test_rescaling_is_needed_to_start_from_a_dense_model(small_config, dense_run, tmp_path):

@@ -94,8 +94,8 @@ def test_policy_never_loses_what_it_promises(tmp_path_factory, states, keep_last
 
 def test_pruning_by_hand_never_leaves_only_damaged_ones(tmp_path):
     """The newest is damaged: the older one is not deleted."""
-    state, facts = make_run()
-    saver = CheckpointSaver(tmp_path, facts, CheckpointConfig(keep_last=5))
+    state, identity = make_run()
+    saver = CheckpointSaver(tmp_path, identity, CheckpointConfig(keep_last=5))
     for state.step in (1, 2):
         saver.save(state, wait=True)
     first, second = list_checkpoints(tmp_path)
@@ -107,8 +107,8 @@ def test_pruning_by_hand_never_leaves_only_damaged_ones(tmp_path):
 
 def test_fallback_skips_damaged_checkpoints(tmp_path):
     """The newest good one, with the problem of each newer one; set aside, those are never found again."""
-    state, facts = make_run()
-    saver = CheckpointSaver(tmp_path, facts, CheckpointConfig(keep_last=5))
+    state, identity = make_run()
+    saver = CheckpointSaver(tmp_path, identity, CheckpointConfig(keep_last=5))
     for state.step in (1, 2, 3):
         saver.save(state, wait=True)
     first, second, third = list_checkpoints(tmp_path)
@@ -125,8 +125,8 @@ def test_fallback_skips_damaged_checkpoints(tmp_path):
 
 def test_way_back_avoids_series_of_faults_and_damage(tmp_path):
     """Step 2 was saved within a series, step 3 is damaged."""
-    state, facts = make_run()
-    saver = CheckpointSaver(tmp_path, facts, CheckpointConfig(keep_last=5))
+    state, identity = make_run()
+    saver = CheckpointSaver(tmp_path, identity, CheckpointConfig(keep_last=5))
     for state.step, state.skips_in_a_row in ((1, 0), (2, 3), (3, 0)):
         saver.save(state, wait=True)
     first, _, third = list_checkpoints(tmp_path)
@@ -136,19 +136,19 @@ def test_way_back_avoids_series_of_faults_and_damage(tmp_path):
 
 def test_background_save_is_of_the_moment_it_began(tmp_path, monkeypatch):
     """Training changes the weights while they are being written; the next save waits for the first."""
-    state, facts = make_run()
+    state, identity = make_run()
     expected = state.model.output.weight.detach().clone()
     may_write, order = threading.Event(), []
     real = checkpoint_store.write_checkpoint
 
-    def slow(folder, snapshot, facts):
+    def slow(folder, snapshot, identity):
         order.append(f"begin {folder.name}")
         assert may_write.wait(20)
-        real(folder, snapshot, facts)
+        real(folder, snapshot, identity)
         order.append(f"end {folder.name}")
 
     monkeypatch.setattr(checkpoint_store, "write_checkpoint", slow)
-    saver = CheckpointSaver(tmp_path, facts, CheckpointConfig(keep_last=5))
+    saver = CheckpointSaver(tmp_path, identity, CheckpointConfig(keep_last=5))
     began = time.perf_counter()
     saver.save(state)
     assert time.perf_counter() - began < 5  # it did not wait
@@ -165,9 +165,9 @@ def test_background_save_is_of_the_moment_it_began(tmp_path, monkeypatch):
 
 def test_background_and_foreground_write_the_same(tmp_path):
     """Byte for byte."""
-    state, facts = make_run()
+    state, identity = make_run()
     for name, in_background in (("a", True), ("b", False)):
-        saver = CheckpointSaver(tmp_path / name, facts, CheckpointConfig(in_background=in_background))
+        saver = CheckpointSaver(tmp_path / name, identity, CheckpointConfig(in_background=in_background))
         saver.save(state)
         saver.wait()
     first, second = (list_checkpoints(tmp_path / name)[0] for name in "ab")
@@ -176,8 +176,8 @@ def test_background_and_foreground_write_the_same(tmp_path):
 
 def test_failure_in_the_background_is_raised_later_once(tmp_path, monkeypatch):
     """By the next call; after that the saver works again."""
-    state, facts = make_run()
-    saver = CheckpointSaver(tmp_path, facts, CheckpointConfig())
+    state, identity = make_run()
+    saver = CheckpointSaver(tmp_path, identity, CheckpointConfig())
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -195,11 +195,11 @@ def test_failure_in_the_background_is_raised_later_once(tmp_path, monkeypatch):
 
 def test_leftovers_of_killed_processes_go_with_the_next_save(tmp_path):
     """A half-written checkpoint does not stay for ever."""
-    state, facts = make_run()
+    state, identity = make_run()
     leftover = tmp_path / "checkpoints" / "step_00000007.tmp-abc"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
-    CheckpointSaver(tmp_path, facts, CheckpointConfig()).save(state, wait=True)
+    CheckpointSaver(tmp_path, identity, CheckpointConfig()).save(state, wait=True)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 

@@ -1,0 +1,195 @@
+"""What a run does when something goes wrong: bad steps, full disks, no memory, a folder that is gone.
+
+A step whose loss or gradient is not finite moves nothing (``train_step``). After a series of them the run goes back to
+its last good checkpoint and past all tokens since: the skipped steps moved nothing, so going back to any later point
+would be no change at all. (PaLM, arXiv 2204.02311, section 5.1, does the same by hand: it restarts about 100 steps
+before a spike and skips the data around it.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from moe_gpt.files.durable import delete_folder
+from moe_gpt.training.records.metrics import Fetched
+from moe_gpt.training.records.run_log import RunFolderGone, RunLog
+from moe_gpt.training.records.watch import Finding
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_training_state
+from moe_gpt.training.saving.store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
+from moe_gpt.training.setup import Run
+
+
+class TrainingStopped(RuntimeError):
+    """Training could not go on. The message says why, what is saved, and what to do. Commands exit with status 3."""
+
+
+class TooManySkips(Exception):  # noqa: N818 (a turn of events inside the loop, not an error)
+    """So many steps in a row were not finite that the run must go back."""
+
+    def __init__(self, step: int, tokens_seen: int, n_steps: int) -> None:
+        super().__init__(step, tokens_seen, n_steps)
+        self.step, self.tokens_seen, self.n_steps = step, tokens_seen, n_steps
+
+
+def past_skipped(windows: Sequence[tuple[int, int]], tokens_seen: int) -> int:
+    """Return the first place at or after ``tokens_seen`` that lies in none of the windows [start, end)."""
+    for start, end in sorted(windows):
+        if start <= tokens_seen < end:
+            tokens_seen = end
+    return tokens_seen
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    signs = ("can't allocate memory", "out of memory", "could not create a primitive", "could not create a memory")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+class Recovery:
+    """Saves a run, and brings it back to a good state or to an end that says what is saved."""
+
+    def __init__(self, run: Run, log: RunLog) -> None:
+        self.run, self.state, self.config, self.log = run, run.state, run.config, log
+        self.saver = CheckpointSaver(run.run_dir, run.identity, run.config.checkpoint)
+        self._has_recorded_save = False
+
+    def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
+        """Save a checkpoint; where that fails, warn and train on, unless it is the last.
+
+        Args:
+            score: mean validation loss at this step, where it was evaluated.
+            is_last: wait until it is on the disk.
+            is_scheduled: whether ``checkpoint.every_steps`` asked for it.
+
+        Raises:
+            TrainingStopped: where the last one cannot be written.
+        """
+        self.wait_for_save()
+        try:
+            self.log.metrics.sync()
+            self.saver.save(self.state, score, wait=is_last, is_scheduled=is_scheduled)
+        except OSError as error:
+            if is_last:
+                raise TrainingStopped(f"step {self.state.step} could not be saved: {error}; {self.saved()}") from error
+            self._warn("cannot_save", f"step {self.state.step} is not saved: {error}")
+        self.log.restart_clock()
+
+    def wait_for_save(self) -> None:
+        """Return when nothing is being saved; a save that failed is a warning."""
+        try:
+            self.saver.wait()
+        except OSError as error:
+            self._warn("cannot_save", f"a checkpoint could not be saved: {error}")
+
+    def look_at_save(self) -> None:
+        """Note how the save in the background went, if it has ended."""
+        if self.saver.has_failed:
+            self.wait_for_save()
+        if self.saver.has_saved and not self._has_recorded_save:
+            self.log.record("first_checkpoint")  # says later that there was one
+            self._has_recorded_save = True
+
+    def check_skips(self, fetched: Fetched) -> None:
+        """Count the steps in a row that were not finite.
+
+        Raises:
+            TooManySkips: where the run must go back.
+        """
+        failure = None
+        for line in fetched.steps:
+            self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
+            if self.state.skips_in_a_row >= self.config.faults.max_skips_in_a_row and not failure:
+                failure = TooManySkips(line["step"], line["tokens_seen"], self.state.skips_in_a_row)
+        if failure:
+            raise failure
+
+    def go_back(self, skips: TooManySkips) -> None:
+        """Return to the last good checkpoint, and pass over all tokens from there to the steps that failed.
+
+        Raises:
+            TrainingStopped: where there is none, or the run went back too often.
+        """
+        state, limit = self.state, self.config.faults.max_rollbacks
+        self.wait_for_save()
+        place = find_checkpoint_to_go_back_to(self.run.run_dir)
+        account = f"{_count(skips.n_steps, 'step')} in a row not finite, up to step {skips.step}"
+        advice = "events.jsonl has the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
+        if place is None or state.rollbacks >= limit:
+            for path in self._later_than(place):  # saved within the series: a resumed run must not start there
+                set_aside(path)
+            why = f"the run went back {_count(limit, 'time')}" if place else "there is no good checkpoint to go back to"
+            self.log.record("stopped", reason=account)
+            raise TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
+        windows, rollbacks = list(state.skipped_windows), state.rollbacks
+        for path in self._later_than(place):
+            delete_folder(path)
+        load_training_state(state, place)
+        window = (state.tokens_seen, skips.tokens_seen)
+        state.skipped_windows = [w for w in windows if not window[0] <= w[0] < window[1]] + [window]
+        state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
+        state.rollbacks, state.skips_in_a_row = rollbacks + 1, 0
+        self.log.rewind(state.step)
+        self._warn("went_back", f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}")
+
+    def _later_than(self, place: Path | None) -> list[Path]:
+        return [path for path in list_checkpoints(self.run.run_dir) if place and path.name > place.name]
+
+    @contextlib.contextmanager
+    def explaining_failures(self) -> Iterator[None]:
+        """Save what can be saved when memory runs out or the run folder goes away, and say what to do.
+
+        Raises:
+            TrainingStopped: instead of what was raised.
+        """
+        try:
+            yield
+        except RunFolderGone as error:
+            raise TrainingStopped(self._account_of_no_folder()) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingStopped(self._account_of_no_memory(error)) from error
+
+    def _account_of_no_memory(self, error: Exception) -> str:
+        state, train = self.state, self.config.train
+        account = f"out of memory in step {state.step + 1} ({' '.join(str(error).split())[:200]})"
+        advice = f"lower train.micro_batch_tokens (now {train.micro_batch_tokens})"
+        if not train.activation_checkpointing:
+            advice += " or set train.activation_checkpointing=true"
+        if not state.is_updating:  # the weights are those after the last step
+            state.optimizer.zero_grad(set_to_none=True)
+            with contextlib.suppress(TooManySkips, RunFolderGone):
+                self.check_skips(fetched := self.log.fetch())
+                self.log.show_and_track(fetched)
+                self.save(None, is_last=True)
+        return f"{account}; {advice}, with --resume and --allow-changes train; {self.saved()}"
+
+    def _account_of_no_folder(self) -> str:
+        account = f"{self.run.run_dir} was removed while the run was training; its metrics and checkpoints are gone"
+        with contextlib.suppress(OSError):
+            self.saver.wait()
+        try:
+            self.saver.save(self.state, wait=True, is_scheduled=False)
+        except OSError as error:
+            return f"{account}, and step {self.state.step} could not be saved: {error}"
+        return f"{account}; {self.saved()}"
+
+    def saved(self) -> str:
+        """Say where the run can go on from, once a save in the background is on the disk."""
+        self.wait_for_save()
+        checkpoints = list_checkpoints(self.run.run_dir)
+        return f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"
+
+    def _warn(self, kind: str, text: str) -> None:
+        self.log.warn(Finding(kind, self.state.step, text))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,96 @@
+"""Loss and bits per byte of any text, with a window that slides over it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.errors import InputError
+from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
+from moe_gpt.model.transformer import MoEGPT, evaluating
+from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.training.evaluation import Score
+
+
+@torch.inference_mode()
+def score_documents(
+    model: MoEGPT,
+    tokenizer: Tokenizer,
+    documents: Iterable[str],
+    precision: Precision,
+    stride: int,
+    batch_tokens: int = 16_384,
+) -> Score:
+    """Score any text with a window that moves by ``stride`` tokens.
+
+    Every token of a document is predicted once, from at least the model's context minus ``stride`` tokens before it
+    where the document has them; the first from end-of-text, which is not itself scored. So the bits per byte can be
+    compared with those of other tokenizers and code.
+
+    Args:
+        model: put into evaluation mode; its mode is restored.
+        tokenizer: of the model.
+        documents: texts; each is scored by itself.
+        precision: compute type.
+        stride: from 1 (slowest, most context) to the model's context.
+        batch_tokens: tokens of one forward pass.
+
+    Raises:
+        InputError: where the stride is not in that range, or there is no text.
+    """
+    length, device = model.config.max_seq_len, model.embedding.weight.device
+    if not 1 <= stride <= length:
+        raise InputError(f"the stride must be from 1 to the model's context of {length} tokens, got {stride}")
+    nats, n_tokens, n_bytes = 0.0, 0, 0
+    with evaluating(model):
+        for batch in _batches(_windows(tokenizer, documents, length, stride), max(1, batch_tokens // length)):
+            inputs, targets = (_padded([getattr(window, name) for window in batch]) for name in ("inputs", "targets"))
+            with autocast(device, precision):
+                logits = model(inputs.clamp(min=0).to(device)).logits
+            ce = cross_entropy(logits, targets.to(device))
+            nats, n_tokens = nats + float(ce.total), n_tokens + int(ce.n_valid)
+            n_bytes += sum(window.n_bytes for window in batch)
+    if not n_tokens:
+        raise InputError("there is no text to score")
+    return Score(nats / n_tokens, nats / math.log(2) / n_bytes, n_tokens)
+
+
+class _Window(NamedTuple):
+    inputs: list[int]
+    targets: list[int]
+    """What is scored; IGNORED_TARGET where a window before did it."""
+    n_bytes: int
+    """Bytes of the document, counted with its first window."""
+
+
+def _windows(tokenizer: Tokenizer, documents: Iterable[str], length: int, stride: int) -> Iterator[_Window]:
+    for text in documents:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+        n_scored = 0
+        for start in range(0, len(ids) - 1, stride):
+            end = min(start + length, len(ids) - 1)
+            n_known = n_scored - start
+            targets = [IGNORED_TARGET] * n_known + ids[n_scored + 1 : end + 1]
+            yield _Window(ids[start:end], targets, 0 if start else len(text.encode()))
+            n_scored = end
+            if end == len(ids) - 1:
+                break
+
+
+def _batches(windows: Iterable[_Window], size: int) -> Iterator[list[_Window]]:
+    iterator = iter(windows)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    """Fill rows up on the right; nothing looks ahead, so what stands there does not matter."""
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=IGNORED_TARGET
+    )

@@ -1,0 +1,43 @@
+"""Signals as requests: training finishes its step, saves and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+StopSignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+@dataclass
+class StopRequest:
+    """What was asked for so far."""
+
+    name: StopSignalName | None = None
+    """The first signal that came, if one did."""
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; a second SIGINT interrupts at once."""
+    stop = StopRequest()
+
+    def request(number: int, frame: Any) -> None:
+        if stop.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.name = names[number]
+        with contextlib.suppress(OSError):  # the terminal may be gone; print may be interrupted
+            os.write(2, b"\nfinishing this step and saving; interrupt again to stop at once\n")
+
+    names: dict[int, StopSignalName] = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+    if hasattr(signal, "SIGHUP"):  # a terminal was closed
+        names[signal.SIGHUP] = "SIGHUP"
+    previous = {number: signal.signal(number, request) for number in names}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
