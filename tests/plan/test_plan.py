@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import json
 import subprocess
 
@@ -10,8 +12,10 @@ from run_scripts import script
 
 from moe_gpt.config.yaml import CONFIGS, load_run_config
 from moe_gpt.plan.hardware import Parallelism, find_gpu
-from moe_gpt.plan.plan import PlanOptions, describe, plan_run
-from moe_gpt.plan.quantities import to_json
+from moe_gpt.plan.options import PlanOptions
+from moe_gpt.plan.plan import describe, plan_run
+from moe_gpt.plan.quantities import catalogue, to_json
+from moe_gpt.plan.scaling_laws import extrapolate
 
 REPORTED = ["--config", "gpt4.yaml", "--n-gpus", "25000", "--tensor", "8", "--pipeline", "15", "--mfu", "0.34"]
 
@@ -23,11 +27,10 @@ def plan_script(*arguments: str) -> subprocess.CompletedProcess:
 
 def options(**changes) -> PlanOptions:
     """Return those of one A100."""
-    one = Parallelism(1)
-    return PlanOptions(**({"gpu": find_gpu("a100-80gb"), "layout": one, "serving": one, "tokens": 1e9} | changes))
+    return PlanOptions(**({"gpu": find_gpu("a100-80gb"), "tokens": 1e9} | changes))
 
 
-@pytest.mark.parametrize("path", CONFIGS.glob("*.yaml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_a_plan(path):
     """Each number has a name of its own in its section, a formula and a source, and can be shown."""
     sections = plan_run(load_run_config(str(path)), options(duration_seconds=1e6, budget=1e4))
@@ -39,6 +42,18 @@ def test_every_config_has_a_plan(path):
     text = describe(sections)
     assert "parameters.total" in text
     assert {"mfu_from_duration", "tokens_from_budget", "memory", "communication"} <= set(to_json(sections))
+
+
+def test_every_word_of_the_file_is_used():
+    """quantities.yaml describes no number that no plan has."""
+    a100, cpu, gpt4 = find_gpu("a100-80gb"), dataclasses.replace(find_gpu("h100"), name="cpu"), load_run_config("gpt4")
+    asked = options(duration_seconds=1, budget=1)
+    plans = [plan_run(gpt4, dataclasses.replace(asked, layout=Parallelism(2, zero=zero))) for zero in (0, 1)]
+    plans += [plan_run(load_run_config("tiny"), options(gpu=gpu)) for gpu in (a100, cpu)] + [[extrapolate()]]
+    found = {f"{section.name}.{q.name}" for sections in plans for section in sections for q in section.quantities}
+    for key, section in catalogue().sections.items():
+        for name in section.quantities:
+            assert fnmatch.filter(found, f"{section.name or key}.{name}"), f"{key}.{name}"
 
 
 def test_reported_system():
@@ -91,7 +106,7 @@ def test_forecast_of_2020():
         ([*REPORTED, "--pipeline", "7"], "model.n_layers=120 must be a multiple of pipeline, got pipeline=7"),
         ([*REPORTED, "--gpu", "h900"], "there is no GPU 'h900'; choose one of a100-40gb"),
         ([*REPORTED, "--mfu", "-1"], "mfu"),
-        ([*REPORTED, "--mfu", "34"], "mfu must be at most 1"),
+        ([*REPORTED, "--mfu", "34"], "at most 1 (34 % is 0.34), got '34'"),
         ([*REPORTED, "--price", "0"], "price"),
         ([*REPORTED, "--zero", "5"], "zero must be one of 0, 1, 2, 3, fsdp, got 5"),
         ([*REPORTED, "--tokens", "0"], "tokens"),
@@ -101,7 +116,7 @@ def test_forecast_of_2020():
         ([*REPORTED, "--explain", "totl"], "nearest: "),
         ([*REPORTED, "--set", "a=1"], "--set is for --extrapolate"),
         (["--extrapolate", "--set", "gpt5=1"], "there is no input 'gpt5'; choose one of "),
-        (["--extrapolate", "--set", "gpt3_parameters=many"], "--set takes NAME=NUMBER"),
+        (["--extrapolate", "--set", "gpt3_parameters=many"], "gpt3_parameters must be a number above 0, got 'many'"),
         (["--extrapolate", "--set", "gpt3_parameters=-1"], "gpt3_parameters"),
         (["--json"], "--config is needed for a plan"),
         ([*REPORTED, "--tokens", "0.3"], "tokens must be from 1 to 1e+20, got 0.3"),
