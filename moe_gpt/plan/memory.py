@@ -237,17 +237,13 @@ def _section_for_gpus(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> P
         values,
         {"experts": spread.expert > 1},
         gpu=gpu,
-        layout=spread,
-        each=each,
+        layout=layout,
         own="" if each is MIXED_PRECISION else "; this project's own training is float32",
-        tokens=layout.tokens,
-        element=layout.element,
         feed_forward="b (D + 3 F)" if model.is_dense else "4 D + 8 E + b K (2 D + 3 F)",
         kept="their inputs and one whole layer" if layout.recompute else "whole",
         stage=stage,
         with_or_without="With" if layout.recompute else "Without",
         in_flight=min(spread.pipeline - stage, layout.micro_batches),
-        micro_batches=layout.micro_batches,
     )
     advice = [] if values["fits"] else advise(model, layout, gpu)
     return dataclasses.replace(section, notes=[*section.notes, *advice])

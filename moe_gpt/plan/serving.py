@@ -227,9 +227,7 @@ def _memory_section(config: ModelConfig, options: PlanOptions, context: int) -> 
         "serving_memory",
         values,
         {"weights": not has_room, "cache": has_room and not values["fits"]},
-        gpu=gpu,
-        layout=layout,
-        batch=batch,
+        options=options,
         context=context,
         in_flight=batch * layout.pipeline,
         stage=f"the fullest stage, {stage_layers} of {config.n_layers} layers, over {layout.tensor} GPUs",
@@ -263,8 +261,7 @@ def _speed_section(config: ModelConfig, options: PlanOptions, context: int, fits
         "cost_per_million_tokens": 1000 * cost,
     }
     applies = {"does_not_fit": not fits, "spares": layout.spares > 0, "too_long": context > config.max_seq_len}
-    words = {"gpu": gpu, "layout": layout, "batch": batch, "context": context, "price": options.price}
-    return plan_section("serving_speed", values, applies, model=config, **words)
+    return plan_section("serving_speed", values, applies, options=options, model=config, context=context)
 
 
 def _experts_touched(config: ModelConfig, batch: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ decoding one token; ``speculative_speedup_on`` counts what it costs.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.config.section import NonNegative, Rate
@@ -72,9 +71,10 @@ def speculation_section(config: ModelConfig, options: PlanOptions, context: int)
     """Return the section ``speculative_decoding``: the paper's gain, the best gamma, and the gain on this hardware."""
     acceptance, draft_cost, gamma, batch = options.acceptance, options.draft_cost, options.gamma, options.batch
     best = best_gamma(acceptance, draft_cost)
-    words: dict[str, Any] = {"acceptance": acceptance, "draft_cost": draft_cost, "gamma": gamma}
     values = {
-        **words,
+        "acceptance": acceptance,
+        "draft_cost": draft_cost,
+        "gamma": gamma,
         "tokens_per_step": expected_tokens_per_step(acceptance, gamma),
         "speedup": speculative_speedup(acceptance, draft_cost, gamma),
         "best_gamma": best,
@@ -83,4 +83,4 @@ def speculation_section(config: ModelConfig, options: PlanOptions, context: int)
         "speedup_at_64": speculative_speedup_on(config, options, 64, context),
         "speedup_at_batch": speculative_speedup_on(config, options, batch, context),
     }
-    return plan_section("speculative_decoding", values, batch=batch, **words)
+    return plan_section("speculative_decoding", values, options=options)

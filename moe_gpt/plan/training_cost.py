@@ -72,8 +72,7 @@ def compute_section(config: RunConfig, options: PlanOptions) -> PlanSection:
         **_time_and_cost(work.training_flops / speed, options, "_with_scores"),
     }
     applies = {"idle": layout.batch_ranks > micro_batches, "spares": layout.spares > 0}
-    words = {"layout": layout, "gpu": gpu, "context": context, "micro_batches": micro_batches}
-    return plan_section("compute", values, applies, **words)
+    return plan_section("compute", values, applies, options=options, context=context, micro_batches=micro_batches)
 
 
 def _stage_flops(model: ModelConfig, stages: list[StageTokens]) -> dict[str, Member]:
@@ -103,7 +102,7 @@ def mfu_from_duration(config: RunConfig, options: PlanOptions, duration_seconds:
         "mfu_with_scores": work.training_flops / peak,
     }
     applies = {"spares": layout.spares > 0, "impossible": work.training_flops > peak}
-    return plan_section("mfu_from_duration", values, applies, layout=layout)
+    return plan_section("mfu_from_duration", values, applies, options=options)
 
 
 def tokens_from_budget(config: RunConfig, options: PlanOptions, dollars: float) -> PlanSection:
@@ -118,7 +117,7 @@ def tokens_from_budget(config: RunConfig, options: PlanOptions, dollars: float) 
         "tokens_with_scores": _tokens_for(flops, model, config.schedule),
         "duration": gpu_seconds / layout.n_gpus,
     }
-    return plan_section("tokens_from_budget", values, {"spares": layout.spares > 0}, layout=layout)
+    return plan_section("tokens_from_budget", values, {"spares": layout.spares > 0}, options=options)
 
 
 def _tokens_for(flops: float, model: ModelConfig, schedule: ScheduleConfig) -> float:
@@ -161,7 +160,7 @@ def failures_section(options: PlanOptions, duration_seconds: float) -> PlanSecti
         "duration_with_failures": total,
         "cost_with_failures": total * layout.n_gpus / _HOUR * options.price,
     }
-    return plan_section("failures", values, {"not_counted": useful > 0, "never_ends": useful == 0}, layout=layout)
+    return plan_section("failures", values, {"not_counted": useful > 0, "never_ends": useful == 0}, options=options)
 
 
 def best_interval(seconds_between_failures: float, checkpoint_seconds: float) -> float:

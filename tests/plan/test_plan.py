@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import re
 import subprocess
 
 import pytest
@@ -12,7 +13,7 @@ from run_scripts import script
 
 from moe_gpt.config.yaml import CONFIGS, load_run_config
 from moe_gpt.plan.hardware import Parallelism, find_gpu
-from moe_gpt.plan.options import PlanOptions
+from moe_gpt.plan.options import Failures, PlanOptions
 from moe_gpt.plan.plan import describe, plan_run
 from moe_gpt.plan.quantities import catalogue, to_json
 from moe_gpt.plan.scaling_laws import extrapolate
@@ -45,15 +46,29 @@ def test_every_config_has_a_plan(path):
 
 
 def test_every_word_of_the_file_is_used():
-    """quantities.yaml describes no number that no plan has."""
-    a100, cpu, gpt4 = find_gpu("a100-80gb"), dataclasses.replace(find_gpu("h100"), name="cpu"), load_run_config("gpt4")
-    asked = options(duration_seconds=1, budget=1)
-    plans = [plan_run(gpt4, dataclasses.replace(asked, layout=Parallelism(2, zero=zero))) for zero in (0, 1)]
-    plans += [plan_run(load_run_config("tiny"), options(gpu=gpu)) for gpu in (a100, cpu)] + [[extrapolate()]]
-    found = {f"{section.name}.{q.name}" for sections in plans for section in sections for q in section.quantities}
+    """quantities.yaml has no number and no note that no plan shows."""
+    a100, h100, gpt4, tiny = find_gpu("a100-80gb"), find_gpu("h100"), load_run_config("gpt4"), load_run_config("tiny")
+    reported = options(layout=Parallelism(25_000, 8, 15, zero=0), serving=Parallelism(300, 8, 16), tokens=None)
+    far = dataclasses.replace(reported, batch=4096, context=40_000, duration_seconds=1, budget=1)
+    cpu = dataclasses.replace(h100, name="cpu", memory_bytes=1)
+    sharing = load_run_config("tiny", ["model.attention_sharing=2"])
+    plans = [
+        plan_run(gpt4, far),
+        plan_run(gpt4, options(layout=Parallelism(6, expert=2), failures=Failures(gpu_hours_between=1e-6))),
+        plan_run(tiny, options(layout=Parallelism(1000))),
+        plan_run(tiny, options(gpu=cpu)),
+        plan_run(sharing, options(gpu=a100)),
+        [extrapolate()],
+    ]
+    sections = [section for found in plans for section in found]
+    names = {f"{section.name}.{q.name}" for section in sections for q in section.quantities}
+    notes = {f"{section.name}: {note}" for section in sections for note in section.notes}
     for key, section in catalogue().sections.items():
         for name in section.quantities:
-            assert fnmatch.filter(found, f"{section.name or key}.{name}"), f"{key}.{name}"
+            assert fnmatch.filter(names, f"{section.name or key}.{name}"), f"{key}.{name}"
+        for name, text in section.notes.items():
+            pattern = re.escape(f"{section.name or key}: ") + re.sub(r"\\{.*?\\}", ".*", re.escape(text))
+            assert any(re.fullmatch(pattern, note) for note in notes), f"{key}.notes.{name}"
 
 
 def test_reported_system():

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from moe_gpt.errors import InputError
 from moe_gpt.plan.hardware import GPUS, Parallelism
+from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.quantities import Catalogue, Member, PlanSection, Quantity, explain, plan_section, to_json
 from moe_gpt.terminal.numbers import format_value
 
@@ -70,7 +71,7 @@ def test_explanations_have_formula_and_source():
 
 def test_section_has_the_words_of_the_file():
     """Each value gets its unit, label, formula and source; braces are filled in; a family has words for each member."""
-    words = {"gpu": GPUS["h100"], "layout": Parallelism(121, 8, 15), "context": 4096, "micro_batches": 1}
+    words = {"options": PlanOptions(gpu=GPUS["h100"], layout=Parallelism(121, 8, 15)), "context": 4096}
     values = {
         "forward_attention_scores": 5,
         "stage_1_flops": Member(7, {"index": 1, "tokens": "12 billion", "seq_len": 2048}),
