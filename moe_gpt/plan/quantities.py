@@ -106,11 +106,12 @@ def plan_section(
         applies: whether a note does, by its key, for those that do not always.
         words: what the texts of the file name in braces.
     """
-    section, papers = catalogue().sections[key], catalogue().papers
+    section, papers, applies = catalogue().sections[key], catalogue().papers, applies or {}
+    assert applies.keys() <= section.notes.keys(), f"{key} lacks a note of {', '.join(applies)}"
 
     def quantity(name: str, value: Any) -> Quantity:
         value, own = value if isinstance(value, Member) else (value, {})
-        pattern = name if name in section.quantities else next(p for p in section.quantities if fnmatchcase(name, p))
+        pattern = next((pattern for pattern in section.quantities if fnmatchcase(name, pattern)), name)
         unit, *texts = section.quantities[pattern]
         label, formula, source = (text.format(**papers, **words, **own) for text in texts)
         return Quantity(name, value, unit, label, formula, source)
@@ -119,7 +120,7 @@ def plan_section(
         section.name or key,
         section.title.format(**words),
         [quantity(name, value) for name, value in values.items()],
-        [note.format(**words) for name, note in section.notes.items() if (applies or {}).get(name, True)],
+        [note.format(**words) for name, note in section.notes.items() if applies.get(name, True)],
     )
 
 
