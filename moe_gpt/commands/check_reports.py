@@ -15,7 +15,7 @@ def main() -> None:
     ArgumentParser(description=__doc__).parse_args()
 
     from moe_gpt.files.durable import replace_file
-    from moe_gpt.plan.reported import write_page
+    from moe_gpt.plan.claims import write_page
 
     replace_file(PAGE, write_page(load_run_config("gpt4")))
     print(f"wrote {PAGE}")

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from moe_gpt.commands.cli import ArgumentParser, count_argument
+from moe_gpt.commands.cli import ArgumentParser
+from moe_gpt.config.section import Section, default_of, field_docs
 from moe_gpt.config.yaml import load_run_config
+from moe_gpt.errors import InputError
+from moe_gpt.plan.hardware import Parallelism, find_gpu
+from moe_gpt.plan.options import Failures, PlanOptions
+
+_OF_TRAINING = {name: name for name in ("mfu", "price", "context", "tokens", "budget", "micro_batch_sequences")}
+_OF_FAILURES = {
+    "gpu_hours_between": "gpu_hours_between_failures",
+    "restart_seconds": "restart_seconds",
+    "checkpoint_seconds": "checkpoint_seconds",
+    "interval_seconds": "checkpoint_interval_seconds",
+}
+_OF_SERVING = {name: name for name in ("batch", "acceptance", "draft_cost", "gamma")}
+"""Fields of the plan's options that are arguments, and the arguments' names."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,43 +53,42 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
         help="a name of the table, cpu (measured), or name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,"
         "network=5e10 (default: a100-80gb)",
     )
-    group.add_argument("--n-gpus", type=int, help="(default: tensor x pipeline x expert)")
+    group.add_argument("--n-gpus", type=int, help="GPUs of the cluster (default: tensor x pipeline x expert)")
     for name in ("tensor", "pipeline", "expert"):
         group.add_argument(f"--{name}", type=int, default=1, help=f"{name}-parallel GPUs (default: 1)")
     group.add_argument("--zero", default="1", help="0, 1, 2, 3 or fsdp (default: 1)")
-    group.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation (default: 0.4)")
-    group.add_argument("--price", type=float, default=1.0, help="dollars per GPU-hour (default: 1)")
-    group.add_argument("--context", type=count_argument, help="of FLOPs per token and of serving (default: last stage)")
-    group.add_argument("--tokens", type=float, help="training tokens (default: the schedule's)")
-    group.add_argument("--days", type=float, help="also: the MFU of a run that took so many days")
-    group.add_argument("--budget", type=float, help="also: the tokens that so many dollars pay for")
-    group.add_argument(
-        "--recompute", action=argparse.BooleanOptionalAction, help="activations (default: as the config)"
-    )
-    group.add_argument("--micro-batch-sequences", type=count_argument, default=1, help="(default: 1)")
-    group.add_argument("--gpu-hours-between-failures", type=float, default=50_000.0, help="(default: 50,000)")
-    group.add_argument("--restart-seconds", type=float, default=900.0, help="after a failure (default: 900)")
-    group.add_argument(
-        "--checkpoint-seconds", type=float, default=60.0, help="that a save stops training (default: 60)"
-    )
-    group.add_argument("--checkpoint-interval-seconds", type=float, help="(default: the best)")
+    group.add_argument("--days", type=float, help="Also say the MFU of a run that took so many days.")
+    group.add_argument("--recompute", action=argparse.BooleanOptionalAction, help=field_docs(PlanOptions)["recompute"])
+    _add_options(group, PlanOptions, _OF_TRAINING)
+    _add_options(group, Failures, _OF_FAILURES)
 
 
 def _serving_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--serve-gpus", type=int, help="GPUs of the cluster (default: those of one copy)")
-    group.add_argument("--serve-tensor", type=int, help="(default: as in training)")
-    group.add_argument("--serve-pipeline", type=int, help="(default: as in training)")
-    group.add_argument("--batch", type=count_argument, default=64, help="sequences served together (default: 64)")
-    group.add_argument("--acceptance", type=float, default=0.8, help="of drafted tokens (default: 0.8)")
-    group.add_argument("--draft-cost", type=float, default=0.05, help="draft step over model step (default: 0.05)")
-    group.add_argument("--gamma", type=int, default=4, help="tokens drafted at a time (default: 4)")
+    group.add_argument("--serve-tensor", type=int, help="GPUs that share a layer (default: as in training)")
+    group.add_argument("--serve-pipeline", type=int, help="stages of a copy (default: as in training)")
+    _add_options(group, PlanOptions, _OF_SERVING)
+
+
+def _add_options(group: argparse._ArgumentGroup, section: type[Section], arguments: Mapping[str, str]) -> None:
+    """Add an argument for each of the fields, described by the field's docstring; the section checks the values."""
+    docs, fields = field_docs(section), {field.name: field for field in dataclasses.fields(section)}
+    for name, argument in arguments.items():
+        default = default_of(fields[name])
+        shown = "" if default is None else f" (default: {default:,g})"
+        group.add_argument(f"--{argument.replace('_', '-')}", help=(docs[name] + shown).replace("%", "%%"))
+
+
+def _given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields whose arguments were given; the others keep the section's defaults."""
+    values = {name: getattr(arguments, argument) for name, argument in names.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def main() -> None:
     """Print the plan, the forecast, or the explanation of a number."""
     arguments = parse_arguments()
 
-    from moe_gpt.errors import InputError
     from moe_gpt.plan.plan import describe
     from moe_gpt.plan.quantities import explain, to_json
 
@@ -93,61 +107,52 @@ def main() -> None:
 
 def plan(arguments: argparse.Namespace) -> list:
     """Return the sections of a config's plan."""
-    from moe_gpt.errors import InputError
-    from moe_gpt.plan.hardware import Parallelism, find_gpu
-    from moe_gpt.plan.plan import PlanOptions, plan_run
-    from moe_gpt.plan.training_cost import Failures
+    from moe_gpt.plan.plan import plan_run
 
     if not arguments.config:
         raise InputError("--config is needed for a plan; --extrapolate works without one")
     if arguments.set:
         raise InputError(f"--set is for --extrapolate, got {arguments.set[0]}; settings of the config go without it")
-    a = arguments
-    zero: Any = int(a.zero) if a.zero.isdecimal() else a.zero
-    n_gpus = a.tensor * a.pipeline * a.expert if a.n_gpus is None else a.n_gpus
-    layout = Parallelism(n_gpus, a.tensor, a.pipeline, a.expert, zero)
-    tensor = a.tensor if a.serve_tensor is None else a.serve_tensor
-    pipeline = a.pipeline if a.serve_pipeline is None else a.serve_pipeline
+    options = PlanOptions(
+        gpu=find_gpu(arguments.gpu),
+        layout=_training_layout(arguments),
+        serving=_serving_layout(arguments),
+        recompute=arguments.recompute,
+        duration_seconds=None if arguments.days is None else arguments.days * 86_400,
+        failures=Failures(**_given(arguments, _OF_FAILURES)),
+        **_given(arguments, _OF_TRAINING | _OF_SERVING),
+    )
+    return plan_run(load_run_config(arguments.config, arguments.overrides), options)
+
+
+def _training_layout(arguments: argparse.Namespace) -> Parallelism:
+    tensor, pipeline, expert = arguments.tensor, arguments.pipeline, arguments.expert
+    n_gpus = tensor * pipeline * expert if arguments.n_gpus is None else arguments.n_gpus
+    zero: Any = int(arguments.zero) if arguments.zero.isdecimal() else arguments.zero
+    return Parallelism(n_gpus, tensor, pipeline, expert, zero)
+
+
+def _serving_layout(arguments: argparse.Namespace) -> Parallelism:
+    tensor = arguments.tensor if arguments.serve_tensor is None else arguments.serve_tensor
+    pipeline = arguments.pipeline if arguments.serve_pipeline is None else arguments.serve_pipeline
     try:
-        serving = Parallelism(tensor * pipeline if a.serve_gpus is None else a.serve_gpus, tensor, pipeline)
+        return Parallelism(
+            tensor * pipeline if arguments.serve_gpus is None else arguments.serve_gpus, tensor, pipeline
+        )
     except InputError as error:
         raise InputError(f"--serve-gpus, --serve-tensor, --serve-pipeline: {error}") from None
-    options = PlanOptions(
-        gpu=find_gpu(a.gpu),
-        layout=layout,
-        serving=serving,
-        mfu=a.mfu,
-        price=a.price,
-        context=a.context,
-        tokens=a.tokens,
-        recompute=a.recompute,
-        micro_batch_sequences=a.micro_batch_sequences,
-        failures=Failures(
-            a.gpu_hours_between_failures, a.restart_seconds, a.checkpoint_seconds, a.checkpoint_interval_seconds
-        ),
-        duration_seconds=None if a.days is None else a.days * 86_400,
-        budget=a.budget,
-        batch=a.batch,
-        acceptance=a.acceptance,
-        draft_cost=a.draft_cost,
-        gamma=a.gamma,
-    )
-    return plan_run(load_run_config(a.config, a.overrides), options)
 
 
 def forecast(given: list[str]) -> list:
     """Return the forecast of 2020 with the inputs that were given."""
-    from moe_gpt.errors import InputError
-    from moe_gpt.plan.scaling_laws import extrapolate
+    from moe_gpt.plan.scaling_laws import ForecastInputs, extrapolate
 
-    known = list(inspect.signature(extrapolate).parameters)
-    inputs: dict[str, float] = {}
-    for text in given:
-        name, _, value = text.partition("=")
-        try:
-            inputs[name] = float(value)
-        except ValueError:
-            raise InputError(f"--set takes NAME=NUMBER, got {text}") from None
+    known = [field.name for field in dataclasses.fields(ForecastInputs)]
+    inputs: dict[str, Any] = dict(text.partition("=")[::2] for text in given)
+    for name in inputs:
         if name not in known:
             raise InputError(f"--set: there is no input {name!r}; choose one of {', '.join(known)}")
-    return [extrapolate(**inputs)]
+    try:
+        return [extrapolate(ForecastInputs(**inputs))]
+    except InputError as error:
+        raise InputError(f"--set NAME=NUMBER: {error}") from None

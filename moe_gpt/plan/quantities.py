@@ -1,13 +1,22 @@
-"""Numbers that know their name, unit, formula and source, so that a plan can be read, parsed and questioned."""
+"""Numbers that know their name, unit, formula and source, so that a plan can be read, parsed and questioned.
+
+A section's function computes ``{name: value}``; ``quantities.yaml`` says what each name means.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
 
 from moe_gpt.errors import InputError
+from moe_gpt.plan.checks import read_data
 from moe_gpt.terminal.numbers import Unit, format_value
 
 
@@ -48,6 +57,73 @@ class PlanSection:
         return next(quantity.value for quantity in self.quantities if quantity.name == name)
 
 
+class _Words(NamedTuple):
+    """A row of quantities.yaml."""
+
+    unit: Unit
+    label: str
+    formula: str
+    source: str
+
+
+class _SectionWords(BaseModel, extra="forbid"):
+    title: str
+    quantities: dict[str, _Words]
+    notes: dict[str, str] = {}
+    name: str | None = None
+    """The section's name in a plan, where it is not the key."""
+
+
+class Catalogue(BaseModel, extra="forbid"):
+    """The content of quantities.yaml; raises ``ValidationError``, with the place, where that is malformed."""
+
+    papers: dict[str, str]
+    sections: dict[str, _SectionWords]
+
+
+@cache
+def catalogue() -> Catalogue:
+    """Return what quantities.yaml says."""
+    return Catalogue.model_validate(read_data("quantities.yaml"))
+
+
+class Member(NamedTuple):
+    """The value of a quantity, with words for its label and formula that the rest of its section does not have."""
+
+    value: Any
+    words: Mapping[str, Any]
+
+
+def plan_section(
+    key: str, values: Mapping[str, Any], applies: Mapping[str, bool] | None = None, **words: Any
+) -> PlanSection:
+    """Put the computed numbers of a section beside what quantities.yaml says about them.
+
+    Args:
+        key: of the section in quantities.yaml.
+        values: name to value (or ``Member``), in the order of the plan. A name that is not in the file must match one
+            with a ``*``.
+        applies: whether a note does, by its key, for those that do not always.
+        words: what the texts of the file name in braces.
+    """
+    section, papers, applies = catalogue().sections[key], catalogue().papers, applies or {}
+    assert applies.keys() <= section.notes.keys(), f"{key} lacks a note of {', '.join(applies)}"
+
+    def quantity(name: str, value: Any) -> Quantity:
+        value, own = value if isinstance(value, Member) else (value, {})
+        pattern = next((pattern for pattern in section.quantities if fnmatchcase(name, pattern)), name)
+        unit, *texts = section.quantities[pattern]
+        label, formula, source = (text.format(**papers, **words, **own) for text in texts)
+        return Quantity(name, value, unit, label, formula, source)
+
+    return PlanSection(
+        section.name or key,
+        section.title.format(**words),
+        [quantity(name, value) for name, value in values.items()],
+        [note.format(**words) for name, note in section.notes.items() if applies.get(name, True)],
+    )
+
+
 def to_json(sections: Iterable[PlanSection]) -> dict[str, dict[str, Any]]:
     """Return ``{section: {name: value}}`` in base units; what is not finite is null, as JSON has no infinity.
 
@@ -71,8 +147,6 @@ def explain(sections: Sequence[PlanSection], name: str) -> str:
     Raises:
         InputError: where there is none, with the names that are like it.
     """
-    import difflib
-
     known = {f"{section.name}.{q.name}": q for section in sections for q in section.quantities}
     found = {key: q for key, q in known.items() if name in (key, q.name)}
     if not found:

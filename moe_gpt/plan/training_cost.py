@@ -7,309 +7,160 @@ every matrix product of every stage, attention scores at the stage's own length 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig
-from moe_gpt.errors import InputError
-from moe_gpt.measure.flops import (
-    FlopsPerToken,
-    StageTokens,
-    count_flops,
-    multiplied_parameters,
-    stage_tokens,
-    training_flops,
-)
-from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
-from moe_gpt.plan.hardware import Gpu, Parallelism, check_positive
-from moe_gpt.plan.quantities import PlanSection, Quantity
+from moe_gpt.measure.flops import StageTokens, count_flops, multiplied_parameters, stage_tokens, training_flops
+from moe_gpt.measure.parameters import model_of
+from moe_gpt.plan.options import PlanOptions
+from moe_gpt.plan.parameters import counts_of
+from moe_gpt.plan.quantities import Member, PlanSection, plan_section
 from moe_gpt.terminal.numbers import format_value
 
 _HOUR = 3600.0
-_PALM = "PaLM, arXiv 2204.02311, appendix B, with the causal half of the scores"
-_KAPLAN = "Kaplan et al., arXiv 2001.08361, section 2.1 (C = 6 N B S)"
-_MFU = "PaLM, arXiv 2204.02311, section 4.1; here of all GPUs paid for, spares included"
-_DALY = "Daly 2006 (Future Generation Computer Systems 22), complete model for exponential failures"
 
 
-@dataclasses.dataclass(frozen=True)
-class Failures:
-    """How often a run breaks, and what it then takes. The times are our assumptions; give your own.
+class TrainingWork(NamedTuple):
+    """What a run computes."""
 
-    The default time between failures rounds that of Llama 3's 54 days (arXiv 2407.21783, table 5: 419 unexpected
-    interruptions on 16,384 GPUs, one in 50,700 GPU hours).
-    """
-
-    gpu_hours_between: float = 50_000.0
-    restart_seconds: float = 900.0
-    """From a failure to the next useful step, besides the work that is lost."""
-    checkpoint_seconds: float = 60.0
-    """That training stands still for each checkpoint."""
-    interval_seconds: float | None = None
-    """Between the ends of checkpoints; None is the one that loses least."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                check_positive(field.name, value)
+    stages: list[StageTokens]
+    tokens: int
+    six_n_d: int
+    training_flops: int
+    """All matrix products."""
 
 
-def compute_section(
-    config: RunConfig,
-    gpu: Gpu,
-    layout: Parallelism,
-    mfu: float,
-    price_per_gpu_hour: float,
-    tokens: float | None = None,
-    context: int | None = None,
-    counts: ParameterCounts | None = None,
-) -> PlanSection:
+def training_work(config: RunConfig, tokens: float | None = None) -> TrainingWork:
+    """Count what a run computes, on the schedule's tokens or on so many."""
+    model, stages = model_of(config), stage_tokens(config.schedule, tokens)
+    counts, total = counts_of(model), sum(stage.tokens for stage in stages)
+    six_n_d = 6 * multiplied_parameters(model, counts) * total
+    return TrainingWork(stages, total, six_n_d, training_flops(model, stages, counts))
+
+
+def compute_section(config: RunConfig, options: PlanOptions) -> PlanSection:
     """Count what a run computes, and say how long it takes and what it costs.
 
-    Args:
-        config: model and schedule.
-        gpu: each of them.
-        layout: how many there are.
-        mfu: share of all GPUs' peak that 6 N D per second comes to.
-        price_per_gpu_hour: dollars.
-        tokens: to train on, instead of the schedule's.
-        context: positions at which FLOPs per token are shown; None is the last stage's. The totals always use each
-            stage's own.
-        counts: of the model, where they are known already.
+    ``options.context`` only decides at how many positions FLOPs per token are shown (None: the last stage's). The
+    totals always use each stage's own.
     """
-    model = model_of(config)
+    model, gpu, layout = model_of(config), options.gpu, options.layout
     layout.check(model)
-    price = check_positive("price", price_per_gpu_hour)
-    counts = counts or count_parameters(model)
-    stages = stage_tokens(config.schedule, tokens)
-    context = stages[-1].seq_len if context is None else round(check_positive("context", context))
-    total_tokens = sum(stage.tokens for stage in stages)
-    six_n_d, exact = 6 * multiplied_parameters(model, counts) * total_tokens, training_flops(model, stages, counts)
-    speed = layout.n_gpus * gpu.bf16_flops * check_mfu(mfu)
-    duration = six_n_d / speed
-    return PlanSection(
-        "compute",
-        f"Compute, time and cost on {layout.n_gpus:,} {gpu.name}",
-        [
-            *_per_token(count_flops(model, context, counts), context),
-            Quantity("tokens", total_tokens, "tokens", "Tokens", "sum over the stages", "schedule"),
-            *_stage_flops(model, stages, counts),
-            Quantity("six_n_d", six_n_d, "FLOPs", "6 N D", "6 tokens (active - an untied embedding)", _KAPLAN),
-            Quantity(
-                "training_flops", exact, "FLOPs", "All matrix products, attention scores included",
-                "sum over stages of tokens x training FLOPs per token at the stage's seq_len", _PALM,
-            ),
-            Quantity("flops_over_6nd", exact / six_n_d, "ratio", "All matrix products to 6 N D",
-                     "training_flops / six_n_d", "computed"),
-            Quantity("gpu_flops", gpu.bf16_flops, "FLOP/s", f"Peak of one {gpu.name}", "bf16, dense", gpu.source),
-            Quantity("mfu", mfu, "fraction", "MFU, counting 6 N D", "six_n_d / (duration n_gpus gpu_flops)", _MFU),
-            Quantity("mfu_with_scores", mfu * exact / six_n_d, "fraction", "The same, counting all matrix products",
-                     "mfu training_flops / six_n_d", _MFU),
-            Quantity("tokens_per_second", total_tokens / duration, "tokens/s", "Speed", "tokens / duration",
-                     "computed"),
-            *_time_and_cost(duration, layout.n_gpus, price, "", "6 N D"),
-            *_time_and_cost(exact / speed, layout.n_gpus, price, "_with_scores", "all matrix products"),
-        ],
-        [
-            *_spares(layout),
-            "duration and cost take the MFU to count 6 N D, as the reports do; those with scores take it to count all "
-            "matrix products, as PaLM does: the same percentage is then a longer run.",
-            "Recomputed activations count in neither. MFU counts failures only if the MFU that is given does.",
-        ],
-    )  # fmt: skip
-
-
-def check_mfu(mfu: float) -> float:
-    """Return the utilisation; InputError unless it is above 0 and at most 1."""
-    if check_positive("mfu", mfu) > 1:
-        raise InputError(f"mfu must be at most 1 (34 % is 0.34), got {mfu}")
-    return float(mfu)
-
-
-def _per_token(flops: FlopsPerToken, context: int) -> Iterator[Quantity]:
-    labels = {
-        "attention_projections": ("Attention projections", "2 attention parameters met"),
-        "attention_scores": (f"Attention scores at {context:,} positions", "2 n_layers n_heads head_dim (context + 1)"),
-        "feed_forward": ("Experts", "2 top_k per_expert"),
-        "router": ("Routers", "2 router"),
-        "output": ("Output matrix", "2 d_model vocab_size"),
+    work, last = training_work(config, options.tokens), config.schedule.stages[-1]
+    context = work.stages[-1].seq_len if options.context is None else options.context
+    flops = count_flops(model, context, counts_of(model))
+    speed = layout.n_gpus * gpu.bf16_flops * options.mfu
+    duration = work.six_n_d / speed
+    micro_batches = max(last.batch_range) / (options.micro_batch_sequences * last.seq_len)
+    values = {
+        "context": context,
+        **{f"forward_{part}": value for part, value in flops._asdict().items()},
+        "forward": flops.forward,
+        "backward": flops.backward,
+        "training": flops.training,
+        "tokens": work.tokens,
+        **_stage_flops(model, work.stages),
+        "six_n_d": work.six_n_d,
+        "training_flops": work.training_flops,
+        "flops_over_6nd": work.training_flops / work.six_n_d,
+        "gpu_flops": gpu.bf16_flops,
+        "mfu": options.mfu,
+        "mfu_with_scores": options.mfu * work.training_flops / work.six_n_d,
+        "tokens_per_second": work.tokens / duration,
+        **_time_and_cost(duration, options),
+        **_time_and_cost(work.training_flops / speed, options, "_with_scores"),
     }
-    yield Quantity(
-        "context", context, "tokens", "Context of the FLOPs per token", "given, or the last stage's", "given"
-    )
-    for part, (label, formula) in labels.items():
-        yield Quantity(f"forward_{part}", getattr(flops, part), "FLOPs/token", f"Forward: {label}", formula, _PALM)
-    yield Quantity("forward", flops.forward, "FLOPs/token", "Forward", "sum of the parts", _PALM)
-    yield Quantity("backward", flops.backward, "FLOPs/token", "Backward, each part", "2 forward", _PALM)
-    yield Quantity("training", flops.training, "FLOPs/token", "Forward and backward", "3 forward", _PALM)
+    applies = {"idle": layout.batch_ranks > micro_batches, "spares": layout.spares > 0}
+    return plan_section("compute", values, applies, options=options, context=context, micro_batches=micro_batches)
 
 
-def _stage_flops(model: ModelConfig, stages: list[StageTokens], counts: ParameterCounts) -> Iterator[Quantity]:
+def _stage_flops(model: ModelConfig, stages: list[StageTokens]) -> dict[str, Member]:
+    found = {}
     for index, stage in enumerate(stages):
-        yield Quantity(
-            f"stage_{index}_flops",
-            training_flops(model, [stage], counts),
-            "FLOPs",
-            f"Stage {index}: {format_value(stage.tokens, 'tokens')} tokens at {stage.seq_len:,} positions",
-            f"tokens x training FLOPs per token at {stage.seq_len} positions",
-            _PALM,
-        )
+        words = {"index": index, "tokens": format_value(stage.tokens, "tokens"), "seq_len": stage.seq_len}
+        found[f"stage_{index}_flops"] = Member(training_flops(model, [stage], counts_of(model)), words)
+    return found
 
 
-def _time_and_cost(duration: float, n_gpus: int, price: float, suffix: str, counted: str) -> list[Quantity]:
-    source = f"computed from the MFU, counting {counted}"
-    return [
-        Quantity(f"duration{suffix}", duration, "seconds", f"Duration ({counted})", "FLOPs / (n_gpus gpu_flops mfu)",
-                 source),
-        Quantity(f"gpu_hours{suffix}", duration * n_gpus / _HOUR, "count", f"GPU hours ({counted})",
-                 "duration n_gpus / 3600", source),
-        Quantity(f"cost{suffix}", duration * n_gpus / _HOUR * price, "dollars", f"Cost ({counted})",
-                 "gpu_hours price_per_gpu_hour", source),
-    ]  # fmt: skip
+def _time_and_cost(duration: float, options: PlanOptions, suffix: str = "") -> dict[str, float]:
+    gpu_hours = duration * options.layout.n_gpus / _HOUR
+    return {
+        f"duration{suffix}": duration,
+        f"gpu_hours{suffix}": gpu_hours,
+        f"cost{suffix}": gpu_hours * options.price,
+    }
 
 
-def _spares(layout: Parallelism) -> list[str]:
-    if not layout.spares:
-        return []
-    return [
-        f"{layout.n_gpus:,} GPUs = {layout.data_parallel:,} x {layout.model_gpus:,} + {layout.spares:,}: the last "
-        f"{layout.spares:,} are spares. MFU and cost count all that are paid for, the spares, too."
-    ]
-
-
-def mfu_from_duration(
-    config: RunConfig,
-    gpu: Gpu,
-    layout: Parallelism,
-    duration_seconds: float,
-    tokens: float | None = None,
-    counts: ParameterCounts | None = None,
-) -> PlanSection:
+def mfu_from_duration(config: RunConfig, options: PlanOptions, duration_seconds: float) -> PlanSection:
     """Return the utilisation that a run of a known duration had, over all GPUs paid for."""
-    model = model_of(config)
-    counts = counts or count_parameters(model)
-    stages = stage_tokens(config.schedule, tokens)
-    peak = layout.n_gpus * gpu.bf16_flops * check_positive("duration", duration_seconds)
-    total_tokens = sum(stage.tokens for stage in stages)
-    six_n_d, exact = 6 * multiplied_parameters(model, counts) * total_tokens, training_flops(model, stages, counts)
-    is_possible = exact <= peak
-    return PlanSection(
-        "mfu_from_duration",
-        "MFU from a duration",
-        [
-            Quantity("duration", float(duration_seconds), "seconds", "Duration", "given", "given"),
-            Quantity("mfu", six_n_d / peak, "fraction", "MFU, counting 6 N D", "six_n_d / (duration n_gpus gpu_flops)",
-                     _MFU),
-            Quantity("mfu_with_scores", exact / peak, "fraction", "MFU, counting all matrix products",
-                     "training_flops / (duration n_gpus gpu_flops)", _MFU),
-        ],
-        _spares(layout) + ([] if is_possible else ["No hardware is that fast: it would be more than its peak."]),
-    )  # fmt: skip
+    layout, work = options.layout, training_work(config, options.tokens)
+    peak = layout.n_gpus * options.gpu.bf16_flops * duration_seconds
+    values = {
+        "duration": float(duration_seconds),
+        "mfu": work.six_n_d / peak,
+        "mfu_with_scores": work.training_flops / peak,
+    }
+    applies = {"spares": layout.spares > 0, "impossible": work.training_flops > peak}
+    return plan_section("mfu_from_duration", values, applies, options=options)
 
 
-def tokens_from_budget(
-    config: RunConfig,
-    gpu: Gpu,
-    layout: Parallelism,
-    mfu: float,
-    price_per_gpu_hour: float,
-    dollars: float,
-    counts: ParameterCounts | None = None,
-) -> PlanSection:
+def tokens_from_budget(config: RunConfig, options: PlanOptions, dollars: float) -> PlanSection:
     """Return the tokens that a sum of money trains on, by 6 N D and by the stages' own FLOPs."""
-    model = model_of(config)
-    counts = counts or count_parameters(model)
-    gpu_seconds = check_positive("budget", dollars) / check_positive("price", price_per_gpu_hour) * _HOUR
-    flops = gpu_seconds * gpu.bf16_flops * check_mfu(mfu)
-    return PlanSection(
-        "tokens_from_budget",
-        "Tokens from a budget",
-        [
-            Quantity("budget", float(dollars), "dollars", "Budget", "given", "given"),
-            Quantity("flops", flops, "FLOPs", "FLOPs it pays for", "budget / price 3600 gpu_flops mfu", _MFU),
-            Quantity("tokens", flops / (6 * multiplied_parameters(model, counts)), "tokens", "Tokens (6 N D)",
-                     "flops / (6 N)", _KAPLAN),
-            Quantity("tokens_with_scores", _tokens_for(flops, model, config.schedule, counts), "tokens",
-                     "Tokens (all matrix products)",
-                     "the tokens at which training_flops is flops; the last stage is prolonged", _PALM),
-            Quantity("duration", gpu_seconds / layout.n_gpus, "seconds", f"Duration on {layout.n_gpus:,} GPUs",
-                     "budget / price 3600 / n_gpus", "computed"),
-        ],
-        _spares(layout),
-    )  # fmt: skip
+    model, layout = model_of(config), options.layout
+    gpu_seconds = dollars / options.price * _HOUR
+    flops = gpu_seconds * options.gpu.bf16_flops * options.mfu
+    values = {
+        "budget": float(dollars),
+        "flops": flops,
+        "tokens": flops / (6 * multiplied_parameters(model, counts_of(model))),
+        "tokens_with_scores": _tokens_for(flops, model, config.schedule),
+        "duration": gpu_seconds / layout.n_gpus,
+    }
+    return plan_section("tokens_from_budget", values, {"spares": layout.spares > 0}, options=options)
 
 
-def _tokens_for(flops: float, model: ModelConfig, schedule: ScheduleConfig, counts: ParameterCounts) -> float:
+def _tokens_for(flops: float, model: ModelConfig, schedule: ScheduleConfig) -> float:
     start = 0
     for stage in schedule.stages[:-1]:
-        each = count_flops(model, stage.seq_len, counts).training
+        each = count_flops(model, stage.seq_len, counts_of(model)).training
         assert stage.until_tokens is not None, "only the last stage may be open"
         if flops <= (stage.until_tokens - start) * each:
             return start + flops / each
         flops -= (stage.until_tokens - start) * each
         start = stage.until_tokens
-    return start + flops / count_flops(model, schedule.stages[-1].seq_len, counts).training
+    return start + flops / count_flops(model, schedule.stages[-1].seq_len, counts_of(model)).training
 
 
-def failures_section(
-    layout: Parallelism,
-    mfu: float,
-    price_per_gpu_hour: float,
-    duration_seconds: float,
-    failures: Failures | None = None,
-) -> PlanSection:
+def failures_section(options: PlanOptions, duration_seconds: float) -> PlanSection:
     """Say what failures cost a run, and how often to save.
 
     Any failure of a GPU that works stops all of them; they come independently of each other, at a constant rate.
 
     Args:
-        layout: how many work, and how many are paid for.
-        mfu: of the run without failures.
-        price_per_gpu_hour: dollars.
+        options: whose MFU is that of the run without failures.
         duration_seconds: of the run without failures and checkpoints.
-        failures: how often, and how long.
     """
-    failures = failures or Failures()
+    layout, failures = options.layout, options.failures
     between = failures.gpu_hours_between * _HOUR / layout.used
     best = best_interval(between, failures.checkpoint_seconds)
     interval = failures.interval_seconds or best
     useful = goodput(interval, between, failures.checkpoint_seconds, failures.restart_seconds)
-    price = check_positive("price", price_per_gpu_hour)
-    duration = check_positive("duration", duration_seconds)
-    total = duration / useful if useful else math.inf
-    ours = "assumption, to be given"
-    return PlanSection(
-        "failures",
-        f"Failures on {layout.used:,} working GPUs",
-        [
-            Quantity("gpu_seconds_between_failures", failures.gpu_hours_between * _HOUR, "seconds",
-                     "Mean time between failures of one GPU", "given",
-                     "Llama 3, arXiv 2407.21783, table 5: 54 days x 24 h x 16,384 / 419 = 50,700 GPU hours; "
-                     "rounded to 50,000"),
-            Quantity("seconds_between_failures", between, "seconds", "Mean time between failures of the run",
-                     "gpu_seconds_between_failures / working GPUs", "independent failures"),
-            Quantity("expected_failures", total / between, "count", "Expected failures",
-                     "duration_with_failures / seconds_between_failures", "independent failures"),
-            Quantity("restart", failures.restart_seconds, "seconds", "Restart after a failure", "given", ours),
-            Quantity("checkpoint", failures.checkpoint_seconds, "seconds", "Standstill for a checkpoint", "given",
-                     ours),
-            Quantity("best_interval", best, "seconds", "Interval between checkpoints that loses least, to first order",
-                     "sqrt(2 checkpoint seconds_between_failures)", "Young 1974; first order of Daly 2006"),
-            Quantity("interval", interval, "seconds", "Interval between checkpoints",
-                     "given, or best_interval", "given"),
-            Quantity("goodput", useful, "fraction", "Goodput: useful share of the time",
-                     "interval / (M exp(restart / M) (exp((interval + checkpoint) / M) - 1)), "
-                     "M = seconds_between_failures", _DALY),
-            Quantity("effective_mfu", mfu * useful, "fraction", "MFU with failures", "mfu goodput", _DALY),
-            Quantity("duration_with_failures", total, "seconds", "Duration with failures", "duration / goodput", _DALY),
-            Quantity("cost_with_failures", total * layout.n_gpus / _HOUR * price, "dollars", "Cost with failures",
-                     "duration_with_failures n_gpus price_per_gpu_hour / 3600", _DALY),
-        ],
-        ["The given duration has no failures in it. An MFU measured over a whole run has, and needs none of this."
-         if useful else "The run fails faster than it can be restarted: it never ends."],
-    )  # fmt: skip
+    total = duration_seconds / useful if useful else math.inf
+    values = {
+        "gpu_seconds_between_failures": failures.gpu_hours_between * _HOUR,
+        "seconds_between_failures": between,
+        "expected_failures": total / between,
+        "restart": failures.restart_seconds,
+        "checkpoint": failures.checkpoint_seconds,
+        "best_interval": best,
+        "interval": interval,
+        "goodput": useful,
+        "effective_mfu": options.mfu * useful,
+        "duration_with_failures": total,
+        "cost_with_failures": total * layout.n_gpus / _HOUR * options.price,
+    }
+    return plan_section("failures", values, {"not_counted": useful > 0, "never_ends": useful == 0}, options=options)
 
 
 def best_interval(seconds_between_failures: float, checkpoint_seconds: float) -> float:

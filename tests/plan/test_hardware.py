@@ -6,8 +6,8 @@ import time
 import pytest
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.errors import InputError
-from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, parse_gpu
+from moe_gpt.errors import ConfigError, InputError
+from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, parse_gpu, read_gpus
 
 OWN = "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
 MODEL = ModelConfig(vocab_size=10, n_layers=6, n_heads=4, n_experts=8)
@@ -39,11 +39,36 @@ def test_links_are_one_direction_and_faster_than_networks():
 
 
 def test_find_gpu_lists_all_where_there_is_none():
-    """An unknown name is refused with every name there is, a user's own included."""
-    mine = parse_gpu(OWN)
-    with pytest.raises(InputError, match="no GPU 'a1000'.*a100-40gb, a100-80gb, h100, h200, b200, rtx-4090, mine, cpu"):
-        find_gpu("a1000", {"mine": mine})
-    assert find_gpu("mine", {"mine": mine}) is mine
+    """An unknown name is refused with every name there is."""
+    with pytest.raises(InputError, match="no GPU 'a1000'.*a100-40gb, a100-80gb, h100, h200, b200, rtx-4090, cpu"):
+        find_gpu("a1000")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bandwidth": "fast"}, "mine.bandwidth must be a number above 0, got 'fast'"),
+        ({"link": -1}, "mine.link must be a number above 0, got -1"),
+        ({"networks": 5e10}, "mine.networks is not a known key; did you mean network?"),
+        ({"source": None}, "mine.source must be text"),
+        ({"per_node": 0}, "mine.per_node must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_malformed_table_of_gpus_is_refused(changes, message):
+    """The error names the GPU and the figure, and a good entry stays good."""
+    good = {
+        "memory_bytes": "96e9",
+        "bf16_flops": 4e14,
+        "bandwidth": 2e12,
+        "link": 4e11,
+        "network": 5e10,
+        "source": "me",
+    }
+    assert read_gpus({"mine": good})["mine"] == Gpu("mine", 96e9, 4e14, 2e12, 4e11, 5e10, "me")
+    with pytest.raises(ConfigError, match=message):
+        read_gpus({"mine": good | changes})
+    with pytest.raises(ConfigError, match="mine.memory_bytes is required"):
+        read_gpus({"mine": {key: value for key, value in good.items() if key != "memory_bytes"}})
 
 
 def test_parse_gpu_reads_a_users_figures():
@@ -55,22 +80,23 @@ def test_parse_gpu_reads_a_users_figures():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("memory=96e9", "memory=0", "memory must be a number above 0, got 0"),
-        ("flops=4e14", "flops=-4e14", "flops must be a number above 0, got -4e14"),
-        ("link=4e11", "link=fast", "link must be a number above 0, got fast"),
-        ("link=4e11", "link=inf", "link must be a number above 0, got inf"),
-        (",network=5e10", "", "network must be given"),
-        ("bandwidth=2e12", "band=2e12", "'band' is none of name, memory, flops, bandwidth, link, network, per_node"),
-        ("bandwidth=2e12", "link=2e12", "link is given twice"),
-        ("bandwidth=2e12", "bandwidth", "bandwidth has no value"),
-        ("name=mine", "per_node=2.5", "per_node must be a whole number, got 2.5"),
+        ("memory=96e9", "memory=0", "; memory must be a number above 0, got '0'"),
+        ("flops=4e14", "flops=-4e14", "; flops must be a number above 0, got '-4e14'"),
+        ("link=4e11", "link=fast", "; link must be a number above 0, got 'fast'"),
+        ("link=4e11", "link=inf", "; link must be a number above 0, got 'inf'"),
+        (",network=5e10", "", "; network is required"),
+        ("memory=96e9,", "", "; memory is required"),
+        ("bandwidth=2e12", "band=2e12", "; band is not a known key; did you mean bandwidth?"),
+        ("bandwidth=2e12", "link=2e12", "; link is given twice"),
+        ("bandwidth=2e12", "bandwidth", "; bandwidth must be a number above 0, got ''"),
+        ("name=mine", "per_node=2.5", "; per_node must be a whole number of at least 1, got '2.5'"),
     ],
 )
 def test_parse_gpu_names_the_key_that_is_wrong(old, new, message):
     """Every wrong figure is refused by its key, with its value, on one line."""
     with pytest.raises(InputError) as error:
         parse_gpu(OWN.replace(old, new))
-    assert message in str(error.value)
+    assert message in str(error.value).replace(": ", "; ")
     assert "\n" not in str(error.value)
 
 
@@ -112,6 +138,15 @@ def test_parallelism_refuses_what_cannot_be(changes, message):
     with pytest.raises(InputError) as error:
         dataclasses.replace(Parallelism(64, tensor=2, pipeline=2, expert=2), **changes)
     assert message in str(error.value)
+
+
+def test_parallelism_check_of_serving_lets_stages_differ():
+    """Six layers go over four stages when serving, not in training, and never over seven; heads divide in both."""
+    Parallelism(64, tensor=2, pipeline=4).check(MODEL, serving=True)
+    with pytest.raises(InputError, match="^when serving, model.n_layers=6 must be at least pipeline, got pipeline=7$"):
+        Parallelism(64, pipeline=7).check(MODEL, serving=True)
+    with pytest.raises(InputError, match="^when serving, model.n_heads=4 must be a multiple of tensor, got tensor=3;"):
+        Parallelism(64, tensor=3).check(MODEL, serving=True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from moe_gpt.plan.memory import (
     FLOAT32,
     MIXED_PRECISION,
     GpuMemory,
-    Setting,
+    TrainingLayout,
     gpu_memory,
     layer_activation_bytes,
     memory_section,
@@ -36,16 +36,16 @@ def gpt4() -> RunConfig:
     return load_run_config("gpt4.yaml")
 
 
-def setting(**changes: object) -> Setting:
-    layout = Parallelism(8, **{k: changes.pop(k) for k in ("tensor", "pipeline", "expert", "zero") if k in changes})
+def layout_of(**changes: object) -> TrainingLayout:
+    spread = Parallelism(8, **{k: changes.pop(k) for k in ("tensor", "pipeline", "expert", "zero") if k in changes})
     values = {"recompute": False, "micro_batch_sequences": 1, "seq_len": 16, "batch_tokens": 256}
-    return Setting(**({"layout": layout, "per_parameter": MIXED_PRECISION} | values | changes))
+    return TrainingLayout(**({"parallelism": spread} | values | changes))
 
 
 @pytest.mark.parametrize(("zero", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.88), ("fsdp", 1.88)])
 def test_zero_bytes_are_those_of_the_paper(zero, gigabytes):
     """ZeRO, arXiv 1910.02054, figure 1: 7.5e9 parameters, N_d = 64, K = 12."""
-    assert sum(zero_bytes(7.5e9, 64, zero)) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    assert sum(zero_bytes(7.5e9, 64, Parallelism(1, zero=zero).zero_level)) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_zero_bytes_of_float32_training_are_sixteen():
 def test_stage_parameters_are_all_there_are(pipeline):
     """Without tensor parallelism the stages' parameters add up to the model's."""
     layout = Parallelism(4, pipeline=pipeline)
-    stages = [stage_parameters(MODEL, layout, stage, COUNTS) for stage in range(pipeline)]
+    stages = [stage_parameters(MODEL, layout, stage) for stage in range(pipeline)]
     assert sum(stage.shared + stage.experts for stage in stages) == COUNTS.total
 
 
@@ -86,8 +86,8 @@ def test_stage_parameters_by_hand():
     """
     layout = Parallelism(16, tensor=4, pipeline=2, expert=2)
     layer = 32 + 32 + 32 + 16
-    assert stage_parameters(MODEL, layout, 0, COUNTS)[:2] == (2 * layer + 80, 2 * 72)
-    assert stage_parameters(MODEL, layout, 1, COUNTS)[:2] == (2 * layer + 80 + 8, 2 * 72)
+    assert stage_parameters(MODEL, layout, 0)[:2] == (2 * layer + 80, 2 * 72)
+    assert stage_parameters(MODEL, layout, 1)[:2] == (2 * layer + 80 + 8, 2 * 72)
 
 
 @pytest.mark.parametrize(("pipeline", "copies"), [(1, 1), (2, 2)])
@@ -131,28 +131,28 @@ def test_layer_activation_bytes_by_hand():
 def test_gpu_memory_first_stage_holds_a_micro_batch_for_each_stage():
     """Korthikanti et al., equation 5: the first of any number of stages keeps what L layers of a micro-batch do."""
     for pipeline in (1, 2, 4):
-        memory = gpu_memory(MODEL, setting(pipeline=pipeline), 0, COUNTS)
+        memory = gpu_memory(MODEL, layout_of(pipeline=pipeline), 0)
         assert memory.activations == 4 * layer_activation_bytes(MODEL, 16)
-    last = gpu_memory(MODEL, setting(pipeline=4), 3, COUNTS)
+    last = gpu_memory(MODEL, layout_of(pipeline=4), 3)
     assert last.activations == layer_activation_bytes(MODEL, 16)
     assert last.logits == 16 * (4 * 40 + 2 * 2 * 8)
 
 
 def test_gpu_memory_holds_no_more_micro_batches_than_there_are():
     """A step of one micro-batch keeps one, also on the first of four stages."""
-    memory = gpu_memory(MODEL, setting(pipeline=4, batch_tokens=32), 0, COUNTS)
+    memory = gpu_memory(MODEL, layout_of(pipeline=4, batch_tokens=32), 0)
     assert memory.activations == layer_activation_bytes(MODEL, 16)
 
 
 def test_gpu_memory_recomputing_keeps_inputs_and_one_layer():
     """2 s b h for each layer in flight (section 5), and the layer that is being computed again."""
-    memory = gpu_memory(MODEL, setting(pipeline=2, recompute=True), 0, COUNTS)
+    memory = gpu_memory(MODEL, layout_of(pipeline=2, recompute=True), 0)
     assert memory.activations == 4 * 2 * 16 * 8 + layer_activation_bytes(MODEL, 16)
 
 
 def test_gpu_memory_zero_splits_experts_over_their_copies():
     """Eight GPUs, experts over 2: optimizers of experts over 4 copies, of all else over 8 ranks."""
-    memory = gpu_memory(MODEL, setting(expert=2), 0, COUNTS)
+    memory = gpu_memory(MODEL, layout_of(expert=2), 0)
     experts = 4 * COUNTS.per_expert / 2
     assert memory.weights == 2 * (COUNTS.total - experts)
     assert memory.optimizer == 12 * (experts / 4 + (COUNTS.total - 2 * experts) / 8)
@@ -160,7 +160,7 @@ def test_gpu_memory_zero_splits_experts_over_their_copies():
 
 def test_gpu_memory_fsdp_gathers_two_layers():
     """With split weights the layer that computes and the next are there whole."""
-    memory = gpu_memory(MODEL, setting(zero="fsdp"), 0, COUNTS)
+    memory = gpu_memory(MODEL, layout_of(zero="fsdp"), 0)
     layer = (COUNTS.total - COUNTS.embedding - 8) / 4
     assert memory == GpuMemory(
         weights=2 * COUNTS.total / 8,

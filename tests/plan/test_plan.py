@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import json
+import re
 import subprocess
 
 import pytest
@@ -10,8 +13,10 @@ from run_scripts import script
 
 from moe_gpt.config.yaml import CONFIGS, load_run_config
 from moe_gpt.plan.hardware import Parallelism, find_gpu
-from moe_gpt.plan.plan import PlanOptions, describe, plan_run
-from moe_gpt.plan.quantities import to_json
+from moe_gpt.plan.options import Failures, PlanOptions
+from moe_gpt.plan.plan import describe, plan_run
+from moe_gpt.plan.quantities import catalogue, to_json
+from moe_gpt.plan.scaling_laws import extrapolate
 
 REPORTED = ["--config", "gpt4.yaml", "--n-gpus", "25000", "--tensor", "8", "--pipeline", "15", "--mfu", "0.34"]
 
@@ -23,11 +28,10 @@ def plan_script(*arguments: str) -> subprocess.CompletedProcess:
 
 def options(**changes) -> PlanOptions:
     """Return those of one A100."""
-    one = Parallelism(1)
-    return PlanOptions(**({"gpu": find_gpu("a100-80gb"), "layout": one, "serving": one, "tokens": 1e9} | changes))
+    return PlanOptions(**({"gpu": find_gpu("a100-80gb"), "tokens": 1e9} | changes))
 
 
-@pytest.mark.parametrize("path", CONFIGS.glob("*.yaml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_has_a_plan(path):
     """Each number has a name of its own in its section, a formula and a source, and can be shown."""
     sections = plan_run(load_run_config(str(path)), options(duration_seconds=1e6, budget=1e4))
@@ -39,6 +43,32 @@ def test_every_config_has_a_plan(path):
     text = describe(sections)
     assert "parameters.total" in text
     assert {"mfu_from_duration", "tokens_from_budget", "memory", "communication"} <= set(to_json(sections))
+
+
+def test_every_word_of_the_file_is_used():
+    """quantities.yaml has no number and no note that no plan shows."""
+    a100, h100, gpt4, tiny = find_gpu("a100-80gb"), find_gpu("h100"), load_run_config("gpt4"), load_run_config("tiny")
+    reported = options(layout=Parallelism(25_000, 8, 15, zero=0), serving=Parallelism(300, 8, 16), tokens=None)
+    far = dataclasses.replace(reported, batch=4096, context=40_000, duration_seconds=1, budget=1)
+    cpu = dataclasses.replace(h100, name="cpu", memory_bytes=1)
+    sharing = load_run_config("tiny", ["model.attention_sharing=2"])
+    plans = [
+        plan_run(gpt4, far),
+        plan_run(gpt4, options(layout=Parallelism(6, expert=2), failures=Failures(gpu_hours_between=1e-6))),
+        plan_run(tiny, options(layout=Parallelism(1000))),
+        plan_run(tiny, options(gpu=cpu)),
+        plan_run(sharing, options(gpu=a100)),
+        [extrapolate()],
+    ]
+    sections = [section for found in plans for section in found]
+    names = {f"{section.name}.{q.name}" for section in sections for q in section.quantities}
+    notes = {f"{section.name}: {note}" for section in sections for note in section.notes}
+    for key, section in catalogue().sections.items():
+        for name in section.quantities:
+            assert fnmatch.filter(names, f"{section.name or key}.{name}"), f"{key}.{name}"
+        for name, text in section.notes.items():
+            pattern = re.escape(f"{section.name or key}: ") + re.sub(r"\\{.*?\\}", ".*", re.escape(text))
+            assert any(re.fullmatch(pattern, note) for note in notes), f"{key}.notes.{name}"
 
 
 def test_reported_system():
@@ -91,7 +121,7 @@ def test_forecast_of_2020():
         ([*REPORTED, "--pipeline", "7"], "model.n_layers=120 must be a multiple of pipeline, got pipeline=7"),
         ([*REPORTED, "--gpu", "h900"], "there is no GPU 'h900'; choose one of a100-40gb"),
         ([*REPORTED, "--mfu", "-1"], "mfu"),
-        ([*REPORTED, "--mfu", "34"], "mfu must be at most 1"),
+        ([*REPORTED, "--mfu", "34"], "at most 1 (34 % is 0.34), got '34'"),
         ([*REPORTED, "--price", "0"], "price"),
         ([*REPORTED, "--zero", "5"], "zero must be one of 0, 1, 2, 3, fsdp, got 5"),
         ([*REPORTED, "--tokens", "0"], "tokens"),
@@ -101,7 +131,7 @@ def test_forecast_of_2020():
         ([*REPORTED, "--explain", "totl"], "nearest: "),
         ([*REPORTED, "--set", "a=1"], "--set is for --extrapolate"),
         (["--extrapolate", "--set", "gpt5=1"], "there is no input 'gpt5'; choose one of "),
-        (["--extrapolate", "--set", "gpt3_parameters=many"], "--set takes NAME=NUMBER"),
+        (["--extrapolate", "--set", "gpt3_parameters=many"], "gpt3_parameters must be a number above 0, got 'many'"),
         (["--extrapolate", "--set", "gpt3_parameters=-1"], "gpt3_parameters"),
         (["--json"], "--config is needed for a plan"),
         ([*REPORTED, "--tokens", "0.3"], "tokens must be from 1 to 1e+20, got 0.3"),

@@ -6,9 +6,12 @@ import json
 import math
 
 import pytest
+from pydantic import ValidationError
 
 from moe_gpt.errors import InputError
-from moe_gpt.plan.quantities import PlanSection, Quantity, explain, to_json
+from moe_gpt.plan.hardware import GPUS, Parallelism
+from moe_gpt.plan.options import PlanOptions
+from moe_gpt.plan.quantities import Catalogue, Member, PlanSection, Quantity, explain, plan_section, to_json
 from moe_gpt.terminal.numbers import format_value
 
 SECTIONS = [
@@ -64,3 +67,49 @@ def test_explanations_have_formula_and_source():
     assert "ZeRO, table 1" in text
     with pytest.raises(InputError, match="no 'totl' in the plan; nearest: .*total"):
         explain(SECTIONS, "totl")
+
+
+def test_section_has_the_words_of_the_file():
+    """Each value gets its unit, label, formula and source; braces are filled in; a family has words for each member."""
+    words = {"options": PlanOptions(gpu=GPUS["h100"], layout=Parallelism(121, 8, 15)), "context": 4096}
+    values = {
+        "forward_attention_scores": 5,
+        "stage_1_flops": Member(7, {"index": 1, "tokens": "12 billion", "seq_len": 2048}),
+    }
+    section = plan_section("compute", values, {"idle": False, "spares": True}, **words)
+    assert section.title == "Compute, time and cost on 121 h100"
+    scores, stage = section.quantities
+    assert (scores.value, scores.unit) == (5, "FLOPs/token")
+    assert "4,096 positions" in scores.label
+    assert "PaLM, arXiv 2204.02311" in scores.source
+    assert (stage.name, stage.value) == ("stage_1_flops", 7)
+    assert "Stage 1: 12 billion tokens at 2,048 positions" in stage.label
+    assert "121 GPUs = 1 x 120 + 1" in section.notes[0]
+    assert len(section.notes) == 3
+
+
+GOOD = {"papers": {}, "sections": {"a": {"title": "A", "quantities": {"x": ["bytes", "X", "y + z", "paper"]}}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        (["furlongs", "X", "y + z", "paper"], "sections.a.quantities.x.0"),
+        (["bytes", "X", "y + z"], "sections.a.quantities.x.3"),
+        (["bytes", "X", 3, "paper"], "sections.a.quantities.x.2"),
+        (["bytes", "X", "y", "z", "paper"], "sections.a.quantities.x"),
+    ],
+)
+def test_malformed_row_is_refused(row, place):
+    """An unknown unit, a missing column, a number where words belong: the error names the place."""
+    assert Catalogue.model_validate(GOOD)
+    section = GOOD["sections"]["a"] | {"quantities": {"x": row}}
+    with pytest.raises(ValidationError) as error:
+        Catalogue.model_validate(GOOD | {"sections": {"a": section}})
+    assert ".".join(map(str, error.value.errors()[0]["loc"])).startswith(place)
+
+
+def test_unknown_key_of_the_file_is_refused():
+    """A note under a key of another name would never be read."""
+    with pytest.raises(ValidationError, match="sections.a.remarks"):
+        Catalogue.model_validate(GOOD | {"sections": {"a": GOOD["sections"]["a"] | {"remarks": {}}}})

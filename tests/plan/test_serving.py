@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import math
-from collections import Counter
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -13,32 +11,36 @@ from hypothesis import strategies as st
 from moe_gpt.config import ModelConfig
 from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import InputError
-from moe_gpt.plan.hardware import GPUS
-from moe_gpt.plan.inference_cost import (
-    Layout,
-    best_gamma,
+from moe_gpt.plan.hardware import GPUS, Parallelism
+from moe_gpt.plan.options import PlanOptions
+from moe_gpt.plan.quantities import PlanSection, to_json
+from moe_gpt.plan.serving import (
     cache_share,
     compute_bound_batch,
-    cost_per_thousand_tokens,
     decoding_step,
     expected_experts_touched,
-    expected_tokens_per_step,
-    experts_touched_distribution,
     kv_cache_bytes_per_token,
-    speculative_speedup,
-    speculative_speedup_on,
-    tokens_per_expert,
+    serving_sections,
     weight_bytes_per_gpu,
 )
-from moe_gpt.plan.inference_plan import inference_sections
-from moe_gpt.plan.quantities import to_json
+from moe_gpt.plan.speculation import (
+    best_gamma,
+    expected_tokens_per_step,
+    speculation_section,
+    speculative_speedup,
+    speculative_speedup_on,
+)
 
 GPT4 = load_run_config("gpt4.yaml").model
 TINY = ModelConfig(vocab_size=10, n_layers=2, d_model=4, n_heads=2, head_dim=2, d_ff=3, n_experts=3, top_k=2)
-TINY_PLAN = {"n_gpus": 2, "tensor": 1, "pipeline": 2, "batch": 3, "context": 5}
-
-
 A100 = GPUS["a100-80gb"]
+REPORTED = PlanOptions(gpu=A100, serving=Parallelism(128, tensor=8, pipeline=16), batch=4096)
+SMALL = PlanOptions(gpu=A100, serving=Parallelism(2, pipeline=2), batch=3)
+
+
+def sections_of(config: ModelConfig, options: PlanOptions, context: int) -> list[PlanSection]:
+    """Return all that a plan says about serving."""
+    return [*serving_sections(config, options, context), speculation_section(config, options, context)]
 
 
 def test_reported_cache_sizes_come_out():
@@ -50,30 +52,28 @@ def test_reported_cache_sizes_come_out():
     assert full * 32_768 == pytest.approx(338e9, rel=0.001)
 
 
-def test_cache_scales_with_heads_and_element_size():
-    """Eight heads take eight times one; 8-bit takes half of bfloat16, 4-bit a quarter."""
-    one = kv_cache_bytes_per_token(GPT4)
-    assert kv_cache_bytes_per_token(GPT4, 8) == 8 * one
-    assert kv_cache_bytes_per_token(GPT4, bytes_per_element=1) == one / 2
-    assert kv_cache_bytes_per_token(GPT4, bytes_per_element=0.5) == one / 4
+def test_cache_scales_with_heads():
+    """Eight heads take eight times one."""
+    assert kv_cache_bytes_per_token(GPT4, 8) == 8 * kv_cache_bytes_per_token(GPT4)
     assert kv_cache_bytes_per_token(TINY) == 2 * 2 * 1 * 2 * 2  # two tensors, layers, one head, width 2, 2 bytes
 
 
 def test_reported_weights_per_gpu_come_out():
     """recipe.md: 30.5 GB at 8 x 15; at 8 x 16 the fullest stage has 8 layers of 120 too, at 8 x 20 only 6."""
-    assert weight_bytes_per_gpu(GPT4, Layout(8, 15)) == pytest.approx(30.5e9, rel=0.02)  # and the matrix at an end
-    assert weight_bytes_per_gpu(GPT4, Layout(8, 16)) == pytest.approx(30.5e9, rel=0.002)
-    assert weight_bytes_per_gpu(GPT4, Layout(8, 20)) == pytest.approx(30.5e9 * 6 / 8, rel=0.02)
+    assert weight_bytes_per_gpu(GPT4, Parallelism(120, 8, 15)) == pytest.approx(30.5e9, rel=0.02)  # with a matrix
+    assert weight_bytes_per_gpu(GPT4, Parallelism(128, 8, 16)) == pytest.approx(30.5e9, rel=0.002)
+    assert weight_bytes_per_gpu(GPT4, Parallelism(160, 8, 20)) == pytest.approx(30.5e9 * 6 / 8, rel=0.02)
 
 
 def test_weights_per_gpu_by_hand():
     """436 parameters, 80 of them embedding and output: whole on one GPU; with a stage per layer half and one matrix."""
     layer = (436 - 80) / 2
-    assert weight_bytes_per_gpu(TINY, Layout(1, 1), 1) == 436
-    assert weight_bytes_per_gpu(TINY, Layout(1, 2), 1) == layer + 40
-    assert weight_bytes_per_gpu(TINY, Layout(2, 2), 4) == (layer + 40) * 4 / 2
+    assert weight_bytes_per_gpu(TINY, Parallelism(1)) == 2 * 436
+    assert weight_bytes_per_gpu(TINY, Parallelism(2, pipeline=2)) == 2 * (layer + 40)
+    assert weight_bytes_per_gpu(TINY, Parallelism(4, tensor=2, pipeline=2)) == 2 * (layer + 40) / 2
     three = dataclasses.replace(TINY, n_layers=3)  # two stages of 2 and 1 layers: either end has a matrix
-    assert weight_bytes_per_gpu(three, Layout(1, 2), 1) == pytest.approx(2 * layer + 40, abs=2)  # the final norm's 4
+    fullest = weight_bytes_per_gpu(three, Parallelism(2, pipeline=2)) / 2
+    assert fullest == pytest.approx(2 * layer + 40, abs=2)  # the final norm's 4
 
 
 @pytest.mark.parametrize(
@@ -89,27 +89,23 @@ def test_cache_share_of_the_fullest_gpu(heads, sequences, tensor, share):
     ("n_experts", "top_k", "n_tokens"), [(2, 1, 3), (3, 2, 3), (4, 2, 4), (5, 3, 2), (4, 1, 5), (3, 3, 2), (6, 2, 0)]
 )
 def test_experts_touched_is_what_counting_all_outcomes_gives(n_experts, top_k, n_tokens):
-    """Every way in which the tokens can choose, counted: the distribution is exact and so is its mean."""
+    """Every way in which the tokens can choose, counted: the mean is exact."""
     choices = [set(choice) for choice in itertools.combinations(range(n_experts), top_k)]
-    outcomes = list(itertools.product(choices, repeat=n_tokens))
-    counted = Counter(len(set().union(*outcome)) for outcome in outcomes)
-    probabilities = experts_touched_distribution(n_experts, top_k, n_tokens)
-    assert probabilities == tuple(Fraction(counted[m], len(outcomes)) for m in range(n_experts + 1))
-    mean = sum(m * p for m, p in enumerate(probabilities))
-    assert expected_experts_touched(n_experts, top_k, n_tokens) == pytest.approx(float(mean))
+    touched = [len(set().union(*outcome)) for outcome in itertools.product(choices, repeat=n_tokens)]
+    assert expected_experts_touched(n_experts, top_k, n_tokens) == pytest.approx(sum(touched) / len(touched))
 
 
 def test_experts_touched_agrees_with_the_chain():
-    """16 experts, 2 a token, 30 tokens: the Markov chain from one token to the next gives the same fractions."""
-    chain = [Fraction(1)] + [Fraction(0)] * 16
+    """16 experts, 2 a token, 30 tokens: the Markov chain from one token to the next gives the same mean."""
+    chain = [1.0] + [0.0] * 16
     for _ in range(30):
-        after = [Fraction(0)] * 17
+        after = [0.0] * 17
         for m, p in enumerate(chain):
             for new in range(3):
                 if m + new <= 16:
-                    after[m + new] += p * Fraction(math.comb(16 - m, new) * math.comb(m, 2 - new), math.comb(16, 2))
+                    after[m + new] += p * math.comb(16 - m, new) * math.comb(m, 2 - new) / math.comb(16, 2)
         chain = after
-    assert experts_touched_distribution(16, 2, 30) == tuple(chain)
+    assert expected_experts_touched(16, 2, 30) == pytest.approx(sum(m * p for m, p in enumerate(chain)))
 
 
 @given(st.integers(1, 64), st.data())
@@ -120,12 +116,6 @@ def test_experts_touched_grows_with_the_batch(n_experts, data):
     assert expected_experts_touched(n_experts, top_k, 1) == pytest.approx(top_k)
     assert top_k - 1e-9 <= touched <= min(n_experts, n_tokens * top_k) + 1e-9
     assert touched <= expected_experts_touched(n_experts, top_k, n_tokens + 1)
-
-
-def test_tokens_per_expert_at_the_reported_batch():
-    """recipe.md: batch 4k+ is about 500 tokens per expert; 60 M in training is 7.5 M."""
-    assert tokens_per_expert(16, 2, 4096) == 512
-    assert tokens_per_expert(16, 2, 60_000_000) == 7_500_000
 
 
 def test_decoding_step_reads_and_multiplies_by_hand():
@@ -212,40 +202,42 @@ def test_drafting_pays_where_acceptance_exceeds_the_cost(acceptance, draft_cost)
 
 def test_verification_costs_experts_and_products():
     """One sequence touches 7.8 experts instead of 2 and gains nothing; 64 touch all and gain it all; 4096 lose."""
-    gains = [
-        speculative_speedup_on(GPT4, A100, n, 1024, 8, acceptance=0.8, draft_cost=0.05, gamma=4) for n in (1, 64, 4096)
-    ]
+    gains = [speculative_speedup_on(GPT4, REPORTED, n, 1024) for n in (1, 64, 4096)]
     assert expected_experts_touched(16, 2, 5) == pytest.approx(7.79, abs=0.01)
     assert gains == [pytest.approx(0.96, abs=0.01), pytest.approx(2.80, abs=0.01), pytest.approx(0.65, abs=0.01)]
     dense = dataclasses.replace(GPT4, n_experts=1, top_k=1)
-    gain = speculative_speedup_on(dense, A100, 1, 1024, 8, acceptance=0.8, draft_cost=0.05, gamma=4)
-    assert gain == pytest.approx(speculative_speedup(0.8, 0.05, 4))
+    assert speculative_speedup_on(dense, REPORTED, 1, 1024) == pytest.approx(speculative_speedup(0.8, 0.05, 4))
 
 
-def test_cost_per_thousand_tokens_by_hand():
-    """128 GPUs at $1 an hour and 1000 tokens/s: 128 / 3600 dollars."""
-    assert cost_per_thousand_tokens(1, 128, 1000) == pytest.approx(128 / 3600)
+@pytest.mark.parametrize("n_gpus", [128, 300])
+def test_cost_is_the_price_of_all_gpus_over_the_speed(n_gpus):
+    """A cluster's price an hour buys an hour of tokens: dollars per token times tokens per second, spares included."""
+    options = dataclasses.replace(REPORTED, serving=Parallelism(n_gpus, 8, 16), price=1.5)
+    speed = serving_sections(GPT4, options, 8192)[2]
+    per_second = speed["cost_per_thousand_tokens"] / 1000 * speed["tokens_per_second_cluster"]
+    assert per_second == pytest.approx(1.5 * n_gpus / 3600)
+    assert speed["cost_per_million_tokens"] == 1000 * speed["cost_per_thousand_tokens"]
 
 
 def test_sections_of_the_reported_cluster():
     """128 A100 of 80 GB: one copy of 30.5 GB a GPU; 4096 a stage fit at no more than context_that_fits."""
-    cache, memory, speed, speculation = inference_sections(GPT4, A100)
-    assert [s.name for s in (cache, memory, speed, speculation)] == [
-        "kv_cache", "serving_memory", "serving_speed", "speculative_decoding",
-    ]  # fmt: skip
+    sections = sections_of(GPT4, REPORTED, 8192)
+    assert [s.name for s in sections] == ["kv_cache", "serving_memory", "serving_speed", "speculative_decoding"]
+    cache, memory, speed, speculation = sections
     assert (cache["full_over_this"], speed["copies"], speed["spare_gpus"], memory["fits"]) == (168, 1, 0, False)
     assert any("does not fit" in note for note in memory.notes)
     assert any("does not fit" in note for note in speed.notes)
     longest = memory["context_that_fits"]
-    fits = [inference_sections(GPT4, A100, context=context)[1]["fits"] for context in (longest, longest + 1)]
+    fits = [serving_sections(GPT4, REPORTED, context)[1]["fits"] for context in (longest, longest + 1)]
     assert fits == [True, False]
-    assert speed["tokens_per_expert"] == 512
+    assert speed["tokens_per_expert"] == 512  # recipe.md: batch 4k+ is about 500 tokens per expert
     assert speculation["speedup"] == pytest.approx(2.80, abs=0.01)
 
 
 def test_sections_count_spare_gpus():
     """300 GPUs are two copies of 128 and 44 spares, which are paid for: twice the speed, more dollars a token."""
-    one, two = (inference_sections(GPT4, A100, n_gpus=n)[2] for n in (128, 300))
+    more = dataclasses.replace(REPORTED, serving=Parallelism(300, tensor=8, pipeline=16))
+    one, two = (serving_sections(GPT4, options, 8192)[2] for options in (REPORTED, more))
     assert (two["copies"], two["spare_gpus"]) == (2, 44)
     assert any("44 GPUs are spare" in note for note in two.notes)
     assert two["tokens_per_second_cluster"] == pytest.approx(2 * one["tokens_per_second_cluster"])
@@ -256,7 +248,7 @@ def test_section_names_are_unique_and_values_plain():
     """Names do not repeat, values are numbers, truth values or text; dense models have no experts to touch."""
     dense = dataclasses.replace(TINY, n_experts=1, top_k=1)
     for config in (TINY, dense):
-        sections = inference_sections(config, A100, **TINY_PLAN)
+        sections = sections_of(config, SMALL, 5)
         plan = to_json(sections)
         for section in sections:
             values = plan[section.name]
@@ -265,36 +257,26 @@ def test_section_names_are_unique_and_values_plain():
         assert ("tokens_per_expert" in to_json(sections)["serving_speed"]) is not config.is_dense
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_gpus": 1}, "n_gpus must be at least tensor x pipeline = 1 x 2 = 2, got 1"),
-        ({"tensor": 3, "n_gpus": 9}, "tensor must divide n_heads=2, got 3; choose one of 1, 2"),
-        ({"pipeline": 3, "n_gpus": 3}, "pipeline must be at most n_layers=2, got 3"),
-        ({"pipeline": 0}, "pipeline must be a whole number of at least 1, got 0"),
-        ({"batch": -4}, "batch must be a whole number of at least 1, got -4"),
-        ({"context": 0}, "context must be a whole number of at least 1, got 0"),
-        ({"price_per_gpu_hour": 0}, "price_per_gpu_hour must be a number above 0, got 0"),
-        ({"acceptance": 1.2}, "acceptance must be a probability from 0 to 1, got 1.2"),
-        ({"draft_cost": -0.1}, "draft_cost must be a number of at least 0, got -0.1"),
-        ({"gamma": -1}, "gamma must be a whole number from 0 to 1000, got -1"),
-    ],
-)
-def test_bad_plans_are_refused_in_one_line(changes, message):
-    """The error names the argument, the value and what is right."""
-    with pytest.raises(InputError) as error:
-        inference_sections(TINY, A100, **{**TINY_PLAN, **changes})
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
-
-
 def test_bad_numbers_are_refused_by_name():
     """Functions check what they are given, too."""
     with pytest.raises(InputError, match="n_kv_heads must divide n_heads=2, got 3"):
         kv_cache_bytes_per_token(TINY, 3)
-    with pytest.raises(InputError, match="bytes_per_element must be a number above 0, got 0"):
-        kv_cache_bytes_per_token(TINY, bytes_per_element=0)
     with pytest.raises(InputError, match="top_k must be at most n_experts=2, got 3"):
         expected_experts_touched(2, 3, 1)
-    with pytest.raises(InputError, match="tokens_per_second must be a number above 0, got 0"):
-        cost_per_thousand_tokens(1, 1, 0)
+    with pytest.raises(InputError, match="n_sequences must be a whole number of at least 1, got 0"):
+        decoding_step(TINY, 0, 1, 1)
+    with pytest.raises(InputError, match="context must be a whole number of at least 1, got 0"):
+        serving_sections(TINY, SMALL, 0)
+    with pytest.raises(InputError, match="acceptance must be a number from 0 to 1, got 1.2"):
+        speculative_speedup(1.2, 0.1, 4)
+    with pytest.raises(InputError, match="draft_cost must be a number of at least 0, got -0.1"):
+        best_gamma(0.8, -0.1)
+    with pytest.raises(InputError, match="gamma must be a whole number from 0 to 1000, got 1001"):
+        expected_tokens_per_step(0.8, 1001)
+
+
+def test_cluster_that_does_not_divide_the_model_is_refused():
+    """Heads by tensor; no more stages than layers."""
+    for serving, message in ((Parallelism(9, tensor=3), "tensor=3"), (Parallelism(3, pipeline=3), "pipeline=3")):
+        with pytest.raises(InputError, match=f"^when serving, model.* got {message}"):
+            serving_sections(TINY, dataclasses.replace(SMALL, serving=serving), 5)
