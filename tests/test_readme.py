@@ -43,12 +43,16 @@ def test_readme_example_runs():
     assert [line.split()[0] for line in printed.getvalue().splitlines()] == ["Router", "FrozenRouter"]
 
 
-def test_no_placeholder_is_left():
-    """README and benchmarks have their numbers."""
-    text = README + (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    assert re.findall(r"\b(?:TINY_|RESULTS?_|[A-Z_]+_RESULT)\w*\b", text) == []
-
-
 def test_readme_stays_short():
     """Under 1,200 words."""
     assert len(README.split()) < 1200
+
+
+def test_documents_name_files_that_are_there():
+    """Every file and test that a page of docs/ names exists."""
+    for page in (ROOT / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"(?<![\w/.-])((?:moe_gpt|scripts|configs|tests|docs)/[\w./-]*\w)", text)
+        assert [path for path in named if not (ROOT / path).exists()] == [], page.name
+        tests = re.findall(r"(?<![\w/])test_\w+\.py", text)
+        assert [name for name in tests if not any((ROOT / "tests").rglob(name))] == [], page.name
