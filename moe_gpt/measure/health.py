@@ -61,7 +61,7 @@ def find_problems(
     """
     if model.is_dense:
         return []
-    window = max(1, faults.routing_window // max(1, record_every_steps))
+    window = recorded_window(faults, record_every_steps)
     problems: list[RouterProblem] = []
     if len(records) >= window:
         problems += _problems_of_load(records[-window:], model, faults)
@@ -71,6 +71,11 @@ def find_problems(
     if gradients is not None:
         problems += _problems_of_learning(gradients, model)
     return problems
+
+
+def recorded_window(faults: FaultConfig, record_every_steps: int) -> int:
+    """Return how many recorded steps are looked at together; growth is judged over three times as many."""
+    return max(1, faults.routing_window // max(1, record_every_steps))
 
 
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

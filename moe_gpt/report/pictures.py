@@ -1,8 +1,8 @@
 """Pictures for reports: matplotlib figures that read well in light and dark, on paper, and without seeing them.
 
 A picture is an SVG whose ink takes the page's colour, the same as PNG on white, a sentence that says what is in it, and
-the numbers it was drawn from. Lines and maps use colours that remain apart for colour-blind readers: Okabe and Ito's
-palette (https://jfly.uni-koeln.de/color/) and matplotlib's cividis and (diverging) PuOr.
+the numbers it was drawn from. Colour-blind readers can tell the colours apart: lines have Okabe and Ito's palette
+(https://jfly.uni-koeln.de/color/), maps matplotlib's diverging PuOr.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import html
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_gpt.terminal.numbers import format_count
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b3a600")
 """For lines, in this order; beyond them line styles change."""
+WIDTH = 5.6
+"""Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
 _LINE_STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
 """What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
@@ -59,6 +61,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    @classmethod
+    def of(cls, columns: Mapping[str, Iterable[Any]]) -> Table:
+        """Return the table of equally long columns by their headings."""
+        return cls(tuple(columns), list(zip(*columns.values(), strict=True)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -86,7 +93,7 @@ def line_look(index: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def drawing(
-    n_rows: int = 1, n_columns: int = 1, width: float = 7.2, height: float = 3.2, **options: Any
+    n_rows: int = 1, n_columns: int = 1, width: float = WIDTH, height: float = 3.2, **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Open a figure in our style, with its axes as matplotlib's ``subplots`` gives them; sizes in inches."""
     import matplotlib
@@ -100,6 +107,40 @@ def drawing(
             yield figure, axes
         finally:
             pyplot.close(figure)
+
+
+@contextlib.contextmanager
+def panels(
+    titles: Sequence[str], n_columns: int, height: float, row_height: float, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Open a figure with a panel for each title, as an array of axes; ``height`` is what is there besides the rows."""
+    n_rows = -(-len(titles) // n_columns)
+    total = height + row_height * n_rows
+    with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
+        for axes in grid.flat[len(titles) :]:
+            axes.set_visible(False)
+        for axes, title in zip(grid.flat, titles, strict=False):
+            axes.set_title(title)
+        yield figure, grid.flat[: len(titles)]
+
+
+def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], label_x: Callable[[Axes], Any]) -> None:
+    """Label the lowest panels' horizontal axes, and a vertical one where it is the first or has a unit of its own."""
+    for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
+        if index % n_columns == 0 or unit != units[index - index % n_columns]:
+            axes.set_ylabel(unit)
+        if index + n_columns >= len(units):
+            axes.tick_params(labelbottom=True)
+            label_x(axes)
+
+
+def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
+    """Name the labelled lines of some axes below all of them, which keep their height; long names are cut."""
+    found = dict(pair for axes in named for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    labels = [label if len(label) <= 48 else f"{label[:47]}…" for label in found.values()]
+    n_columns = max(1, min(len(labels), 72 // (max(map(len, labels), default=0) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // n_columns))
+    figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
 
 
 def finish(figure: Figure, name: str, title: str, alt: str, caption: str, table: Table) -> Picture:

@@ -5,15 +5,13 @@ Each function reads ``RunRecords`` alone, and raises ``NotRecorded`` where the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
+from moe_gpt.report.missing import NotRecorded
 from moe_gpt.report.run_records import EvaluationArrays, RunRecords
-
-
-class NotRecorded(ValueError):
-    """The run has not recorded what a picture or table needs; the message says what, in words."""
 
 
 def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
@@ -22,9 +20,11 @@ def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
     return sorted(sources, key=lambda source: places.get(source, len(places)))
 
 
-def tokens_at_evaluations(run: RunRecords) -> dict[int, int]:
-    """Return ``tokens_seen`` by the step of an evaluation."""
-    return {line["step"]: line["tokens_seen"] for line in run.evaluations if "tokens_seen" in line}
+def over_training(run: RunRecords, has: Callable[[EvaluationArrays], Any]) -> tuple[np.ndarray, list[EvaluationArrays]]:
+    """Return the evaluations that have something, and how many tokens had been seen at each."""
+    tokens = {line["step"]: line["tokens_seen"] for line in run.evaluations if "tokens_seen" in line}
+    found = [arrays for arrays in run.arrays if has(arrays) and arrays.step in tokens]
+    return np.array([tokens[arrays.step] for arrays in found], dtype=float), found
 
 
 def n_experts_of(run: RunRecords) -> int:
@@ -33,10 +33,8 @@ def n_experts_of(run: RunRecords) -> int:
     Raises:
         NotRecorded: where neither is there.
     """
-    for arrays in reversed(run.arrays):
-        for counts in arrays.tokens_per_expert.values():
-            return counts.shape[-1]
-    n_experts = (run.config.get("model") or {}).get("n_experts")
+    counted = [counts.shape[-1] for arrays in run.arrays for counts in arrays.tokens_per_expert.values()]
+    n_experts = counted[-1] if counted else run.section("model").get("n_experts")
     if not isinstance(n_experts, int):
         raise NotRecorded("the number of experts is not recorded")
     return n_experts
@@ -48,10 +46,7 @@ def last_with_counts(run: RunRecords) -> EvaluationArrays:
     Raises:
         NotRecorded: where there is none.
     """
-    found = [arrays for arrays in run.arrays if arrays.tokens_per_expert]
-    if not found:
-        raise NotRecorded("no evaluation has kept how many tokens each expert gets")
-    return found[-1]
+    return _last(run, lambda arrays: arrays.tokens_per_expert, "how many tokens each expert gets")
 
 
 def last_with_choices(run: RunRecords) -> EvaluationArrays:
@@ -60,10 +55,14 @@ def last_with_choices(run: RunRecords) -> EvaluationArrays:
     Raises:
         NotRecorded: where there is none.
     """
-    found = [arrays for arrays in run.arrays if n_choices(arrays)]
-    if not found:
-        raise NotRecorded("no evaluation has kept which experts a slice of text went to (train.record_tokens)")
-    return found[-1]
+    return _last(run, n_choices, "which experts a slice of text went to (train.record_tokens)")
+
+
+def _last(run: RunRecords, has: Callable[[EvaluationArrays], Any], what: str) -> EvaluationArrays:
+    found = next(filter(has, reversed(run.arrays)), None)
+    if found is None:
+        raise NotRecorded(f"no evaluation has kept {what}")
+    return found
 
 
 def total_counts(arrays: EvaluationArrays) -> np.ndarray:
@@ -72,7 +71,7 @@ def total_counts(arrays: EvaluationArrays) -> np.ndarray:
 
 
 def counts_by_source(run: RunRecords) -> tuple[list[str], np.ndarray]:
-    """Return the sources that have assignments in every layer at the last evaluation, and their counts (S, L, E).
+    """Return the sources with assignments in every layer at the last evaluation, and their counts (n_sources, L, E).
 
     Raises:
         NotRecorded: where there is none.

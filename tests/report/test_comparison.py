@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.report import comparison as comparison_module
-from moe_gpt.report.comparison import Comparison, compare_runs
+from moe_gpt.report.comparison import curves
+from moe_gpt.report.comparison.compare import Comparison, compare_runs
 from moe_gpt.report.pictures import Picture
 from moe_gpt.report.run_records import RunRecords
 
@@ -41,7 +41,7 @@ def _render_on_request(request, monkeypatch):
         def without_rendering(figure, name, title, alt, caption, table) -> Picture:
             return Picture(name, title, alt, caption, "", b"", table)
 
-        monkeypatch.setattr(comparison_module, "finish", without_rendering)
+        monkeypatch.setattr(curves, "finish", without_rendering)
 
 
 def make_run(folder="runs/a", nats=NATS_AFTER_STEP, steps=STEPS, source="prose", digest="d", **settings) -> RunRecords:

@@ -1,0 +1,219 @@
+"""Pictures of what one run's routers did over training, a line for each layer: balance, certainty, settling.
+
+Each function draws from ``RunRecords`` alone, and raises ``NotRecorded`` where the run lacks what it needs. The
+quantities are those of ``moe_gpt.measure.routing``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from moe_gpt.measure import routing
+from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.pictures import (
+    Picture,
+    Table,
+    count_axis,
+    finish,
+    label_panels,
+    legend_below,
+    line_look,
+    log_axis,
+    panels,
+)
+from moe_gpt.report.recorded_routing import (
+    has_same_text,
+    joined_choices,
+    n_choices,
+    n_experts_of,
+    over_training,
+    total_counts,
+)
+from moe_gpt.report.run_records import RunRecords
+from moe_gpt.report.series import Series, spread
+from moe_gpt.terminal.numbers import format_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_LAYERS = 8
+"""Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
+
+
+class _Panel(NamedTuple):
+    """Lines by layer over tokens."""
+
+    title: str
+    unit: str
+    series: Series
+    """Its values are (n_records, L)."""
+
+    @property
+    def name(self) -> str:
+        """The title, or the unit of a panel that stands alone."""
+        return self.title or self.unit
+
+
+def draw_violation(run: RunRecords) -> Picture:
+    """Draw how far the busiest expert is above the mean: in training batches and on held-out text."""
+    tokens, arrays = over_training(run, lambda arrays: arrays.tokens_per_expert)
+    held_out = Series(tokens, np.array([routing.max_violation(total_counts(found)) for found in arrays]))
+    found = {"in training batches": run.routing_values("max_violation"), "on held-out text": held_out}
+    drawn = [_Panel(title, "largest load - 1", series) for title, series in found.items() if series.is_there]
+    if not drawn:
+        raise NotRecorded("neither a step nor an evaluation has recorded the balance of experts")
+    return _lines_by_layer(
+        drawn,
+        "violation",
+        "Imbalance: how far the busiest expert is above the mean",
+        "Largest load minus 1 (MaxVio) by layer: 0 is perfectly even, 1 means that the busiest expert has twice the "
+        "mean load. A single batch scatters more than all held-out text, and a small batch more than a large one.",
+    )
+
+
+def draw_entropies(run: RunRecords) -> Picture:
+    """Draw how sure the router is of single tokens, and how even its probabilities are over all of them."""
+    unit = "fraction of the maximum"
+    drawn = [
+        _Panel("of a token's probabilities", unit, run.routing_values("token_entropy")),
+        _Panel("of the mean probabilities", unit, run.routing_values("mean_probability_entropy")),
+    ]
+    return _lines_by_layer(
+        drawn,
+        "entropies",
+        "Entropies of the router's probabilities",
+        "Both as a fraction of the largest possible, ln(number of experts). Left: how unsure the router is of a single "
+        "token; it falls as experts become distinct. Right: how even the router is over all tokens; it should stay "
+        "near 1. Where both are equal, the router ignores its input.",
+    )
+
+
+def draw_router(run: RunRecords) -> Picture:
+    """Draw first choice's weight, margin, largest logit and z loss."""
+    drawn = [
+        _Panel("weight of the first choice", "mixing weight", run.routing_values("first_weight")),
+        _Panel("margin of the first choice", "probability", run.routing_values("margin")),
+        _Panel("largest logit", "logit", run.routing_values("largest_logit")),
+        _Panel("router z loss", "squared logarithm", run.routing_values("router_z_loss")),
+    ]
+    return _lines_by_layer(
+        drawn,
+        "router",
+        "How decided the routers are",
+        "Means over the tokens of a recorded step: the weight of the first choice; its probability minus the next "
+        "expert's; the largest router logit of any token; and the router z loss, the mean squared logarithm of the "
+        "softmax's denominator, before weighting. Logits that grow without end make training unstable.",
+    )
+
+
+def draw_gradients(run: RunRecords) -> Picture:
+    """Draw the router's gradient from cross entropy alone, relative to the experts'."""
+    tokens, arrays = over_training(run, lambda arrays: arrays.gradients)
+    if not arrays:
+        raise NotRecorded("no evaluation has recorded gradients")
+    routers, experts = np.array([found.gradients for found in arrays], dtype=float).transpose(1, 0, 2)
+    ratio = np.divide(routers, experts, out=np.full_like(routers, np.nan), where=experts > 0)
+    return _lines_by_layer(
+        [_Panel("", "router / experts", Series(tokens, ratio))],
+        "router-gradient",
+        "Do the routers learn from cross entropy?",
+        "Norm of the router's gradient from cross entropy alone, without the auxiliary losses, divided by the norm of "
+        "the same layer's experts' gradient, at every evaluation. Near 0 the router does not learn which expert "
+        "predicts better.",
+        log_scale=bool((np.nan_to_num(ratio) > 0).any()),
+    )
+
+
+def draw_dropped(run: RunRecords) -> Picture:
+    """Draw the share of assignments that found their expert full."""
+    tokens, fractions = run.routing_values("dropped_fraction")
+    return _lines_by_layer(
+        [_Panel("", "% of assignments", Series(tokens, 100 * fractions))],
+        "dropped",
+        "Dropped assignments",
+        "Share of a recorded step's assignments that found their expert full and were left out.",
+    )
+
+
+def draw_saturation(run: RunRecords) -> Picture:
+    """Draw how much of the final routing each evaluation already has."""
+    times, arrays = over_training(run, n_choices)
+    if len(arrays) < 2:
+        raise NotRecorded(f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
+    final, n_experts = joined_choices(arrays[-1]), n_experts_of(run)
+    is_same = np.array([has_same_text(found, arrays[-1]) for found in arrays])
+    same = [joined_choices(arrays[place]) for place in np.flatnonzero(is_same)]
+    series = Series(times[is_same], np.array([routing.saturation(choices, final) for choices in same]))
+    chance = final.shape[-1] / n_experts
+    return _lines_by_layer(
+        [_Panel("", "share of the final experts", series)],
+        "saturation",
+        "Saturation: how early the routing was decided",
+        "Share of the last evaluation's experts of a token that the router already chose earlier, over the kept slices "
+        f"of all sources; the last value is 1 by definition. Dashed: chance with even loads, {chance:.3g}.",
+        chance=chance,
+    )
+
+
+def _lines_by_layer(
+    drawn: list[_Panel],
+    name: str,
+    title: str,
+    caption: str,
+    chance: float | None = None,
+    log_scale: bool = False,
+) -> Picture:
+    """Draw panels of values over tokens, with a line for each layer.
+
+    Raises:
+        NotRecorded: where a panel has no values.
+    """
+    lacking = [panel.name for panel in drawn if not panel.series.is_there]
+    if lacking:
+        raise NotRecorded(f"not recorded: {', '.join(lacking)}")
+    n_layers, n_columns = drawn[0].series.values.shape[1], min(2, len(drawn))
+    shown = spread(n_layers, MOST_LAYERS)
+    with panels([panel.title for panel in drawn], n_columns, 0.6, 1.75, sharex=True) as (figure, grid):
+        for axes, panel in zip(grid, drawn, strict=True):
+            _draw_layers(axes, panel.series, shown)
+            if chance is not None:
+                axes.axhline(chance, color="#888888", linestyle="--", linewidth=1, label="chance")
+            if log_scale:
+                log_axis(axes)
+        label_panels(grid, n_columns, [panel.unit for panel in drawn], count_axis)
+        legend_below(figure, grid[:1])
+        alt = " ".join(_in_words(panel, shown) for panel in drawn)
+        caption = f"{caption} {which_layers(n_layers, shown)}".strip()
+        return finish(figure, name, title, alt, caption, _table_by_layer(drawn, shown))
+
+
+def _draw_layers(axes: Axes, series: Series, shown: list[int]) -> None:
+    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(series.tokens) <= 20 else {}
+    for index, layer in enumerate(shown):
+        line = Series(series.tokens, series.values[:, layer]).shortened(300)
+        axes.plot(*line, label=f"layer {layer}", **line_look(index), **marker)
+
+
+def _in_words(panel: _Panel, shown: list[int]) -> str:
+    values = panel.series.values
+    ends = [f"layer {i} {format_number(values[0, i])} to {format_number(values[-1, i])}" for i in shown]
+    name = ", ".join(filter(None, (panel.title, panel.unit)))
+    return f"{name[:1].upper()}{name[1:]}, from the first to the last value: {'; '.join(ends)}."
+
+
+def _table_by_layer(drawn: list[_Panel], shown: list[int]) -> Table:
+    kept = [(panel.name, panel.series.spread(12)) for panel in drawn]
+    rows = [(name, tokens, *values[shown]) for name, series in kept for tokens, values in zip(*series, strict=True)]
+    return Table(("quantity", "tokens seen", *titles_of(shown)), rows)
+
+
+def titles_of(layers: list[int]) -> list[str]:
+    """Return what the panels or columns of layers are called."""
+    return [f"layer {layer}" for layer in layers]
+
+
+def which_layers(n_layers: int, shown: list[int]) -> str:
+    """Say which layers are drawn, where it is not all of them."""
+    return "" if len(shown) == n_layers else f"Layers shown: {', '.join(map(str, shown))} of 0 to {n_layers - 1}."
