@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_PAIR_COLUMNS = ("layer", "experts", "times as often as by chance", "rank within the layer")
 _FEWEST_MEETINGS = 5
 """Meetings of two experts that chance must give before their ratio means anything."""
 _MOST_COLUMNS = 120
@@ -69,12 +70,11 @@ def draw_load(run: RunRecords) -> Picture:
         return finish(
             figure,
             "load",
-            "Expert load at the end",
-            f"Load of {n_experts} experts in {n_layers} layers at step {arrays.step:,}: {'; '.join(ranges)}.",
-            "Share of the held-out text's assignments that each expert gets, in units of the even share: 1 is even, 0 "
-            "is unused. Colours are logarithmic and end at a quarter and at four times. All sources together, at the "
-            "last evaluation.",
             Table.of({"layer": range(n_layers)} | {f"expert {e}": loads[:, e] for e in range(n_experts)}),
+            n_layers=n_layers,
+            n_experts=n_experts,
+            step=arrays.step,
+            told="; ".join(ranges),
         )
 
 
@@ -116,11 +116,9 @@ def draw_load_over_training(run: RunRecords) -> Picture:
         return finish(
             figure,
             "load-over-training",
-            "Expert load over training",
-            f"Load of the busiest expert in the first and the last recorded step: {'; '.join(told)} (1 is even).",
-            "The load of each expert (row) in the batch of every recorded step. A row that turns dark violet and "
-            f"stays so is an expert that has died. {which_layers(n_layers, shown)}",
             _table_by_expert(drawn.spread(6), shown),
+            told="; ".join(told),
+            layers=which_layers(n_layers, shown),
         )
 
 
@@ -160,15 +158,10 @@ def draw_co_activation(run: RunRecords) -> Picture:
         return finish(
             figure,
             "co-activation",
-            "Pairs of experts",
-            f"Which experts are chosen together. Most above chance: {'; '.join(told)}.",
-            "How often the expert of a row is chosen together with the expert of a column, divided by what their loads "
-            "alone would give; the scale is logarithmic and ends at a quarter and at four times. Grey: an expert with "
-            f"itself, or fewer than {_FEWEST_MEETINGS} meetings to expect. {which_layers(len(choices), shown)}",
-            Table(
-                ("layer", "experts", "times as often as by chance", "rank within the layer"),
-                list(itertools.chain(*pairs)),
-            ),
+            Table(_PAIR_COLUMNS, list(itertools.chain(*pairs))),
+            told="; ".join(told),
+            fewest=_FEWEST_MEETINGS,
+            layers=which_layers(len(choices), shown),
         )
 
 
@@ -215,11 +208,10 @@ def draw_domains(run: RunRecords) -> Picture:
         return finish(
             figure,
             "domains",
-            "Which source goes to which expert",
-            f"Share of each source's assignments by expert. Where sources differ most: {'; '.join(told)}.",
-            "Share of each source's assignments that an expert gets, over all held-out tokens at the last evaluation. "
-            f"Dashed: the even share, {100 / n_experts:.3g} %. {which_layers(n_layers, shown)}",
             Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows),
+            told="; ".join(told),
+            even=100 / n_experts,
+            layers=which_layers(n_layers, shown),
         )
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import html
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from moe_gpt.terminal.numbers import format_count
 
@@ -28,29 +32,22 @@ WIDTH = 5.6
 _LINE_STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
 """What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
+_INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+_EMPTY = ("axes.facecolor", "figure.facecolor", "legend.facecolor")
 _STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _INK,
+    **dict.fromkeys(_INKED, _INK),
+    **dict.fromkeys(_EMPTY, "none"),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
     "axes.axisbelow": True,
-    "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlesize": 10,
-    "figure.facecolor": "none",
     "font.size": 9.5,
     "grid.alpha": 1.0,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
-    "legend.facecolor": "none",
-    "legend.frameon": False,
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",
     "svg.hashsalt": "moe_gpt",
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
 }
 
 
@@ -143,13 +140,32 @@ def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
     figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
 
 
-def finish(figure: Figure, name: str, title: str, alt: str, caption: str, table: Table) -> Picture:
-    """Render a figure that is drawn; call it inside ``drawing``. The same figure gives the same bytes."""
-    svg = io.StringIO()
+@functools.cache
+def words() -> dict[str, dict[str, Any]]:
+    """Return the words of each picture, from words.yaml."""
+    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+
+
+def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
+    """Return the picture of a figure that is drawn; call it inside ``drawing``.
+
+    Args:
+        figure: with everything in it.
+        name: of the picture, in words.yaml.
+        table: the numbers that it was drawn from.
+        facts: what the words have in braces.
+    """
+    told = words()[name]
+    alt, caption = (" ".join(told[kind].format(**facts).split()) for kind in ("alt", "caption"))
+    return Picture(name, told["title"], alt, caption, *render(figure, name), table)
+
+
+def render(figure: Figure, name: str) -> tuple[str, bytes]:
+    """Return a figure as SVG for inside a page, and as PNG. The same figure gives the same bytes."""
+    svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return Picture(name, title, alt, caption, _inline(svg.getvalue(), name), png.getvalue(), table)
+    return _inline(svg.getvalue(), name), png.getvalue()
 
 
 def _inline(svg: str, name: str) -> str:

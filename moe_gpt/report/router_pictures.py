@@ -22,6 +22,7 @@ from moe_gpt.report.pictures import (
     line_look,
     log_axis,
     panels,
+    words,
 )
 from moe_gpt.report.recorded_routing import (
     has_same_text,
@@ -64,48 +65,21 @@ def draw_violation(run: RunRecords) -> Picture:
     drawn = [_Panel(title, "largest load - 1", series) for title, series in found.items() if series.is_there]
     if not drawn:
         raise NotRecorded("neither a step nor an evaluation has recorded the balance of experts")
-    return _lines_by_layer(
-        drawn,
-        "violation",
-        "Imbalance: how far the busiest expert is above the mean",
-        "Largest load minus 1 (MaxVio) by layer: 0 is perfectly even, 1 means that the busiest expert has twice the "
-        "mean load. A single batch scatters more than all held-out text, and a small batch more than a large one.",
-    )
+    return _lines_by_layer("violation", drawn)
 
 
 def draw_entropies(run: RunRecords) -> Picture:
     """Draw how sure the router is of single tokens, and how even its probabilities are over all of them."""
-    unit = "fraction of the maximum"
-    drawn = [
-        _Panel("of a token's probabilities", unit, run.routing_values("token_entropy")),
-        _Panel("of the mean probabilities", unit, run.routing_values("mean_probability_entropy")),
-    ]
-    return _lines_by_layer(
-        drawn,
-        "entropies",
-        "Entropies of the router's probabilities",
-        "Both as a fraction of the largest possible, ln(number of experts). Left: how unsure the router is of a single "
-        "token; it falls as experts become distinct. Right: how even the router is over all tokens; it should stay "
-        "near 1. Where both are equal, the router ignores its input.",
-    )
+    return _lines_by_layer("entropies", _recorded_panels(run, "entropies"))
 
 
 def draw_router(run: RunRecords) -> Picture:
     """Draw first choice's weight, margin, largest logit and z loss."""
-    drawn = [
-        _Panel("weight of the first choice", "mixing weight", run.routing_values("first_weight")),
-        _Panel("margin of the first choice", "probability", run.routing_values("margin")),
-        _Panel("largest logit", "logit", run.routing_values("largest_logit")),
-        _Panel("router z loss", "squared logarithm", run.routing_values("router_z_loss")),
-    ]
-    return _lines_by_layer(
-        drawn,
-        "router",
-        "How decided the routers are",
-        "Means over the tokens of a recorded step: the weight of the first choice; its probability minus the next "
-        "expert's; the largest router logit of any token; and the router z loss, the mean squared logarithm of the "
-        "softmax's denominator, before weighting. Logits that grow without end make training unstable.",
-    )
+    return _lines_by_layer("router", _recorded_panels(run, "router"))
+
+
+def _recorded_panels(run: RunRecords, name: str) -> list[_Panel]:
+    return [_Panel(title, unit, run.routing_values(key)) for title, unit, key in words()[name]["panels"]]
 
 
 def draw_gradients(run: RunRecords) -> Picture:
@@ -115,26 +89,14 @@ def draw_gradients(run: RunRecords) -> Picture:
         raise NotRecorded("no evaluation has recorded gradients")
     routers, experts = np.array([found.gradients for found in arrays], dtype=float).transpose(1, 0, 2)
     ratio = np.divide(routers, experts, out=np.full_like(routers, np.nan), where=experts > 0)
-    return _lines_by_layer(
-        [_Panel("", "router / experts", Series(tokens, ratio))],
-        "router-gradient",
-        "Do the routers learn from cross entropy?",
-        "Norm of the router's gradient from cross entropy alone, without the auxiliary losses, divided by the norm of "
-        "the same layer's experts' gradient, at every evaluation. Near 0 the router does not learn which expert "
-        "predicts better.",
-        log_scale=bool((np.nan_to_num(ratio) > 0).any()),
-    )
+    panel = _Panel("", "router / experts", Series(tokens, ratio))
+    return _lines_by_layer("router-gradient", [panel], log_scale=bool((np.nan_to_num(ratio) > 0).any()))
 
 
 def draw_dropped(run: RunRecords) -> Picture:
     """Draw the share of assignments that found their expert full."""
     tokens, fractions = run.routing_values("dropped_fraction")
-    return _lines_by_layer(
-        [_Panel("", "% of assignments", Series(tokens, 100 * fractions))],
-        "dropped",
-        "Dropped assignments",
-        "Share of a recorded step's assignments that found their expert full and were left out.",
-    )
+    return _lines_by_layer("dropped", [_Panel("", "% of assignments", Series(tokens, 100 * fractions))])
 
 
 def draw_saturation(run: RunRecords) -> Picture:
@@ -146,25 +108,11 @@ def draw_saturation(run: RunRecords) -> Picture:
     is_same = np.array([has_same_text(found, arrays[-1]) for found in arrays])
     same = [joined_choices(arrays[place]) for place in np.flatnonzero(is_same)]
     series = Series(times[is_same], np.array([routing.saturation(choices, final) for choices in same]))
-    chance = final.shape[-1] / n_experts
-    return _lines_by_layer(
-        [_Panel("", "share of the final experts", series)],
-        "saturation",
-        "Saturation: how early the routing was decided",
-        "Share of the last evaluation's experts of a token that the router already chose earlier, over the kept slices "
-        f"of all sources; the last value is 1 by definition. Dashed: chance with even loads, {chance:.3g}.",
-        chance=chance,
-    )
+    panel = _Panel("", "share of the final experts", series)
+    return _lines_by_layer("saturation", [panel], chance=final.shape[-1] / n_experts)
 
 
-def _lines_by_layer(
-    drawn: list[_Panel],
-    name: str,
-    title: str,
-    caption: str,
-    chance: float | None = None,
-    log_scale: bool = False,
-) -> Picture:
+def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None, log_scale: bool = False) -> Picture:
     """Draw panels of values over tokens, with a line for each layer.
 
     Raises:
@@ -184,9 +132,8 @@ def _lines_by_layer(
                 log_axis(axes)
         label_panels(grid, n_columns, [panel.unit for panel in drawn], count_axis)
         legend_below(figure, grid[:1])
-        alt = " ".join(_in_words(panel, shown) for panel in drawn)
-        caption = f"{caption} {which_layers(n_layers, shown)}".strip()
-        return finish(figure, name, title, alt, caption, _table_by_layer(drawn, shown))
+        told, layers = " ".join(_in_words(panel, shown) for panel in drawn), which_layers(n_layers, shown)
+        return finish(figure, name, _table_by_layer(drawn, shown), told=told, chance=chance, layers=layers)
 
 
 def _draw_layers(axes: Axes, series: Series, shown: list[int]) -> None:

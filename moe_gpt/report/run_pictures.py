@@ -33,6 +33,7 @@ from moe_gpt.terminal.numbers import format_count, format_number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NORM_COLUMNS = ("group", "tokens seen", "parameters", "gradient", "update / parameters")
 _MOST_ROWS = 40
 """Rows of the table behind a line."""
 
@@ -60,11 +61,10 @@ def draw_losses(run: RunRecords) -> Picture:
         return finish(
             figure,
             "losses",
-            "Loss",
-            f"Cross entropy over {format_count(run.last('tokens_seen'))} tokens: {'; '.join(told)} nats per token.",
-            "Cross entropy in nats per token, lower is better: of the training batches (the faint line is every step) "
-            f"and of each source's held-out text, at every evaluation. {describe_stages(run)}",
             _table_of_losses(smooth, scores),
+            tokens=format_count(run.last("tokens_seen")),
+            told="; ".join(told),
+            stages=describe_stages(run),
         )
 
 
@@ -101,12 +101,12 @@ def draw_schedule(run: RunRecords) -> Picture:
         return finish(
             figure,
             "schedule",
-            "Learning rate, batch size and sequence length",
-            f"The learning rate rises to {rate.values.max():.2e} and ends at {rate.values[-1]:.2e}; a step has "
-            f"{batch.values[0]:,.0f} tokens at the start and {batch.values[-1]:,.0f} at the end; sequences grow from "
-            f"{length.values[0]:.0f} to {length.values[-1]:.0f}.",
-            f"What every optimizer step used. {describe_stages(run)}",
             Table.of({"tokens seen": rate.spread(_MOST_ROWS).tokens} | columns),
+            peak=rate.values.max(),
+            rate=rate.values[-1],
+            batch=batch.values[[0, -1]],
+            length=length.values[[0, -1]],
+            stages=describe_stages(run),
         )
 
 
@@ -137,16 +137,13 @@ def draw_positions(run: RunRecords) -> Picture:
         count_axis(axes, "place in the sequence (tokens before it)")
         legend_below(figure, [axes])
         table = Table.of(columns)
-        told = [f"{row[0]}: {format_number(row[-1])}" for row in table.rows]
         return finish(
             figure,
             "loss-by-position",
-            "Loss by position",
-            f"Loss by place in the sequence at steps {' and '.join(f'{step:,}' for step in chosen)}. "
-            f"{table.columns[-1]}, by positions: {'; '.join(told)}.",
-            "Held-out loss by the number of tokens that the model saw before. A model that uses its context predicts "
-            "later tokens better, so its line falls; a line that rises at the end says that the context is too long.",
             table,
+            steps=" and ".join(f"{step:,}" for step in chosen),
+            last=table.columns[-1],
+            told="; ".join(f"{row[0]}: {format_number(row[-1])}" for row in table.rows),
         )
 
 
@@ -179,17 +176,7 @@ def draw_norms(run: RunRecords) -> Picture:
         columns[0].set_ylabel("Euclidean norm")
         columns[2].set_ylabel("ratio of norms")
         legend_below(figure, columns[:1])
-        return finish(
-            figure,
-            "norms",
-            "Size of weights, gradients and updates",
-            f"Norms of {len(groups)} groups of parameters over training. Last update relative to the parameters: "
-            f"{', '.join(last)}.",
-            "Euclidean norms over a group's parameters, at recorded steps, on logarithmic axes: of the parameters, "
-            "of the gradient before clipping, and of the last update divided by the parameters. An update of about a "
-            "thousandth is usual while the learning rate is high.",
-            Table(("group", "tokens seen", "parameters", "gradient", "update / parameters"), rows),
-        )
+        return finish(figure, "norms", Table(_NORM_COLUMNS, rows), n_groups=len(groups), told=", ".join(last))
 
 
 def _relative(update: Series, size: Series) -> Series:
@@ -212,15 +199,10 @@ def draw_speed(run: RunRecords) -> Picture:
         axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
         count_axis(axes)
         _show_stages(axes, run)
+        table = Table.of(dict(zip(("tokens seen", "tokens per second"), speed.spread(_MOST_ROWS), strict=True)))
         middle, least, greatest = (format_count(float(f(speed.values))) for f in (np.median, np.min, np.max))
         return finish(
-            figure,
-            "speed",
-            "Speed",
-            f"Tokens per second: median {middle}, from {least} to {greatest}.",
-            "Tokens trained on per second, as a mean over the steps that were logged together; evaluations and saving "
-            f"do not count. {describe_stages(run)}",
-            Table.of(dict(zip(("tokens seen", "tokens per second"), speed.spread(_MOST_ROWS), strict=True))),
+            figure, "speed", table, middle=middle, least=least, greatest=greatest, stages=describe_stages(run)
         )
 
 

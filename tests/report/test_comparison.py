@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.report.comparison import curves
+from moe_gpt.report import pictures
 from moe_gpt.report.comparison.compare import Comparison, compare_runs
 from moe_gpt.report.pictures import Picture
 from moe_gpt.report.run_records import RunRecords
@@ -37,11 +37,7 @@ def rendered():
 def _render_on_request(request, monkeypatch):
     """Leave out rendering, which takes most of the time, unless a test asks for it."""
     if "rendered" not in request.fixturenames:
-
-        def without_rendering(figure, name, title, alt, caption, table) -> Picture:
-            return Picture(name, title, alt, caption, "", b"", table)
-
-        monkeypatch.setattr(curves, "finish", without_rendering)
+        monkeypatch.setattr(pictures, "render", lambda figure, name: ("", b""))
 
 
 def make_run(folder="runs/a", nats=NATS_AFTER_STEP, steps=STEPS, source="prose", digest="d", **settings) -> RunRecords:

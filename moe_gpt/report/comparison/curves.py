@@ -36,29 +36,18 @@ class Cost(NamedTuple):
     """What curves are drawn over."""
 
     name: str
+    """Of the picture, in words.yaml."""
     quantity: str
     """As ``ComparedRun.spent`` names it."""
     label: str
     units: Units
-    caption: str
 
 
 COSTS = (
-    Cost(
-        "compare-tokens", "tokens", "Text seen", TOKENS,
-        "Tokens seen in training, repeated ones each time: what runs learn from the same amount of text.",
-    ),
-    Cost(
-        "compare-flops", "flops", "Training compute", FLOPS,
-        "Floating-point operations of the matrix products, forward and backward, at the sequence length of each step: "
-        "what runs make of the same compute.",
-    ),
-    Cost(
-        "compare-time", "seconds", "Training time", TIME,
-        "Wall time of the training steps; evaluation and saving are left out. It compares runs only where they had "
-        "the same machine to themselves.",
-    ),
-)  # fmt: skip
+    Cost("compare-tokens", "tokens", "Text seen", TOKENS),
+    Cost("compare-flops", "flops", "Training compute", FLOPS),
+    Cost("compare-time", "seconds", "Training time", TIME),
+)
 
 
 class Curve(NamedTuple):
@@ -107,7 +96,7 @@ def curves_over(cost: Cost, metric: Metric, sources: Sequence[str], groups: Sequ
     return Curves(cost, metric, curves)
 
 
-def draw_curves(found: Curves, groups: Sequence[Group], alt: str) -> Picture:
+def draw_curves(found: Curves, groups: Sequence[Group], told: str) -> Picture:
     """Draw a panel for each source."""
     cost, (size, unit), by_source = found.cost, found.unit, found.by_source
     looks = {g.label: line_look(index) for index, g in enumerate(groups) if set(g.runs) & set(found.runs)}
@@ -120,14 +109,7 @@ def draw_curves(found: Curves, groups: Sequence[Group], alt: str) -> Picture:
             axes.set(xlabel=f"{cost.label} ({unit})", ylabel=f"Validation loss ({found.metric.unit})")
         handles = [grid[0].plot([], [], **look)[0] for look in looks.values()]
         figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
-        return finish(
-            figure,
-            cost.name,
-            title=f"Validation loss over {cost.label.lower()}",
-            alt=alt,
-            caption=f"{cost.caption} Lower is better. A dot ends each curve; its first tenth may lie above the panel.",
-            table=_table(found),
-        )
+        return finish(figure, cost.name, _table(found), told=told)
 
 
 def _draw_panel(axes: Axes, curves: Sequence[Curve], size: float) -> None:
