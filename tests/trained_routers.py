@@ -95,13 +95,14 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "balanced by a bias": {"balance": "bias", "bias_update_rate": 0.01},
     "one expert a token": {"n_experts": 4, "top_k": 1, "normalize_topk": False},
 }
+_BRIEFLY = {"n_steps": 120, "window": 20}
 BROKEN: dict[str, dict[str, Any]] = {
-    "routing_collapsed": {"router": Favourites},
-    "dead_experts": {"router": Shunned},
-    "router_not_learning": {"router": Frozen},
-    "routing_ignores_input": {"router": Blind},
-    "imbalance_growing": {"router": Drifting},
-    "z_growing": {"after_step": grow_logits},
+    "routing_collapsed": {"router": Favourites, **_BRIEFLY},
+    "dead_experts": {"router": Shunned, **_BRIEFLY},
+    "router_not_learning": {"router": Frozen, **_BRIEFLY},
+    "routing_ignores_input": {"router": Blind, **_BRIEFLY},
+    "imbalance_growing": {"router": Drifting, **_BRIEFLY},
+    "z_growing": {"after_step": grow_logits, **_BRIEFLY},
 }
 """By the problem that each has."""
 
@@ -110,7 +111,8 @@ class RecordedRun(NamedTuple):
     """What the check of routers looks at."""
 
     model: ModelConfig
-    n_steps: int
+    window: int
+    """Steps that are looked at together (``faults.routing_window``)."""
     records: list[dict[str, Any]]
     """Of every fifth step."""
     gradients: Gradients
@@ -118,13 +120,13 @@ class RecordedRun(NamedTuple):
 
     def problems(self) -> Iterator[RouterProblem]:
         """Yield what is found on the way, after each record, and at the end."""
-        faults = FaultConfig(routing_window=self.n_steps // 6)
+        faults = FaultConfig(routing_window=self.window)
         for n_records in range(1, len(self.records) + 1):
             yield from find_problems(self.records[:n_records], None, self.model, faults, EVERY)
         yield from find_problems(self.records, self.gradients, self.model, faults, EVERY)
 
 
-def train(router=Router, after_step=lambda model: None, seed=0, n_steps=240, **changes) -> RecordedRun:
+def train(router=Router, after_step=lambda model: None, seed=0, n_steps=240, window=40, **changes) -> RecordedRun:
     """Train on text as bytes."""
     torch.manual_seed(seed)
     model = MoEGPT(dataclasses.replace(MODEL, **changes), make_router=router)
@@ -136,16 +138,16 @@ def train(router=Router, after_step=lambda model: None, seed=0, n_steps=240, **c
     records = []
     for step in range(1, n_steps + 1):
         starts = torch.randint(len(text) - SEQ_LEN - 1, (N_SEQUENCES,))
-        window = text[starts[:, None] + torch.arange(SEQ_LEN + 1)]
+        tokens = text[starts[:, None] + torch.arange(SEQ_LEN + 1)]
         plan = StepPlan(SEQ_LEN, N_SEQUENCES * SEQ_LEN, LR * min(1, step / 20))
-        batch = MicroBatch(window[:, :-1], window[:, 1:])
+        batch = MicroBatch(tokens[:, :-1], tokens[:, 1:])
         sample = observe_routing(model, batch, "fp32") if step % EVERY == 0 else None
         result = train_step(state, [batch], plan, config, "fp32")
         after_step(model)
         if sample is not None:
             records.append(describe_routing(result.router_stats, sample))
-    gradients = cross_entropy_gradients(model, window[:, :-1].numpy(), window[:, 1:].numpy(), "fp32")
-    return RecordedRun(model.config, n_steps, records, gradients)
+    gradients = cross_entropy_gradients(model, tokens[:, :-1].numpy(), tokens[:, 1:].numpy(), "fp32")
+    return RecordedRun(model.config, window, records, gradients)
 
 
 def read_recorded() -> dict[str, RecordedRun]:
@@ -154,18 +156,18 @@ def read_recorded() -> dict[str, RecordedRun]:
     for name, found in json.loads(FIXTURE.read_text()).items():
         records = [dict(zip(LOOKED_AT, values, strict=True)) for values in found["records"]]
         model = dataclasses.replace(MODEL, **found["model"])
-        runs[name] = RecordedRun(model, found["n_steps"], records, Gradients(*map(np.array, found["gradients"])))
+        runs[name] = RecordedRun(model, found["window"], records, Gradients(*map(np.array, found["gradients"])))
     return runs
 
 
 def write_recorded() -> None:
     """Train each kind once and write what it recorded."""
     runs = {}
-    for name, case in (HEALTHY | {name: case | {"n_steps": 120} for name, case in BROKEN.items()}).items():
+    for name, case in (HEALTHY | BROKEN).items():
         run = train(**case)
         runs[name] = {
             "model": {key: value for key, value in case.items() if hasattr(MODEL, key)},
-            "n_steps": run.n_steps,
+            "window": run.window,
             "records": [[np.round(record[key], 4).tolist() for key in LOOKED_AT] for record in run.records],
             "gradients": [norms.tolist() for norms in run.gradients],
         }
