@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_gpt.measure import routing
-from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import (
     COLOURS,
     Picture,
@@ -74,7 +74,7 @@ def draw_load(run: RunRecords) -> Picture:
             n_layers=n_layers,
             n_experts=n_experts,
             step=arrays.step,
-            told="; ".join(ranges),
+            told=ranges,
         )
 
 
@@ -100,8 +100,7 @@ def _write_cells(axes: Axes, values: np.ndarray) -> None:
 def draw_load_over_training(run: RunRecords) -> Picture:
     """Draw each expert's load in the recorded steps' batches, a panel for each layer."""
     series = run.routing_values("load")
-    if not series.is_there:
-        raise NotRecorded("no step has recorded expert loads")
+    need(series.is_there, "no step has recorded expert loads")
     _, n_layers, n_experts = series.values.shape
     shown, drawn = spread(n_layers, MOST_LAYERS), series.spread(_MOST_COLUMNS)
     with panels(titles_of(shown), 2, 0.9, 1.35, sharex=True, sharey=True) as (figure, grid):
@@ -117,7 +116,7 @@ def draw_load_over_training(run: RunRecords) -> Picture:
             figure,
             "load-over-training",
             _table_by_expert(drawn.spread(6), shown),
-            told="; ".join(told),
+            told=told,
             layers=which_layers(n_layers, shown),
         )
 
@@ -140,8 +139,7 @@ def _edges(centres: np.ndarray) -> np.ndarray:
 def draw_co_activation(run: RunRecords) -> Picture:
     """Draw which pairs of experts meet more or less often than their loads alone would give."""
     choices, n_experts = joined_choices(last_with_choices(run)), n_experts_of(run)
-    if choices.shape[-1] < 2:
-        raise NotRecorded("every token goes to a single expert, so there are no pairs")
+    need(choices.shape[-1] >= 2, "every token goes to a single expert, so there are no pairs")
     shown = spread(len(choices), MOST_LAYERS)
     lifts = [_lift(choices[layer], n_experts) for layer in shown]
     n_columns, places = min(4, len(shown)), np.arange(n_experts + 1) - 0.5
@@ -159,7 +157,7 @@ def draw_co_activation(run: RunRecords) -> Picture:
             figure,
             "co-activation",
             Table(_PAIR_COLUMNS, list(itertools.chain(*pairs))),
-            told="; ".join(told),
+            told=told,
             fewest=_FEWEST_MEETINGS,
             layers=which_layers(len(choices), shown),
         )
@@ -209,7 +207,7 @@ def draw_domains(run: RunRecords) -> Picture:
             figure,
             "domains",
             Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows),
-            told="; ".join(told),
+            told=told,
             even=100 / n_experts,
             layers=which_layers(n_layers, shown),
         )

@@ -7,7 +7,7 @@ Whatever finds a picture, a table or an answer in ``RunRecords`` may assume that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moe_gpt.report.run_records import RunRecords
 
@@ -18,6 +18,17 @@ _UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, Runtim
 
 class NotRecorded(ValueError):
     """The run has not recorded what a picture or table needs; the message says what, in words."""
+
+
+def need(found: Any, otherwise: str) -> None:
+    """Refuse to go on without something.
+
+    Args:
+        found: what must be there: true, or not empty.
+        otherwise: the message of ``NotRecorded``.
+    """
+    if not found:
+        raise NotRecorded(otherwise)
 
 
 def attempt(find: Callable[[RunRecords], T], run: RunRecords) -> tuple[T | None, str]:

@@ -153,9 +153,9 @@ def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
         figure: with everything in it.
         name: of the picture, in words.yaml.
         table: the numbers that it was drawn from.
-        facts: what the words have in braces.
+        facts: what the words have in braces; parts of a list are set off by semicolons.
     """
-    told = words()[name]
+    told, facts = words()[name], {key: "; ".join(f) if isinstance(f, list) else f for key, f in facts.items()}
     alt, caption = (" ".join(told[kind].format(**facts).split()) for kind in ("alt", "caption"))
     return Picture(name, told["title"], alt, caption, *render(figure, name), table)
 

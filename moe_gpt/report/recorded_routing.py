@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.missing import need
 from moe_gpt.report.run_records import EvaluationArrays, RunRecords
 
 
@@ -22,47 +22,33 @@ def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
 
 def over_training(run: RunRecords, has: Callable[[EvaluationArrays], Any]) -> tuple[np.ndarray, list[EvaluationArrays]]:
     """Return the evaluations that have something, and how many tokens had been seen at each."""
-    tokens = {line["step"]: line["tokens_seen"] for line in run.evaluations if "tokens_seen" in line}
-    found = [arrays for arrays in run.arrays if has(arrays) and arrays.step in tokens]
+    tokens = {line["step"]: line.get("tokens_seen") for line in run.evaluations}
+    found = [arrays for arrays in filter(has, run.arrays) if arrays.step in tokens]
     return np.array([tokens[arrays.step] for arrays in found], dtype=float), found
 
 
 def n_experts_of(run: RunRecords) -> int:
-    """Return the number of experts: that of the counts, or else the config's.
-
-    Raises:
-        NotRecorded: where neither is there.
-    """
+    """Return the number of experts: that of the counts, or else the config's."""
     counted = [counts.shape[-1] for arrays in run.arrays for counts in arrays.tokens_per_expert.values()]
     n_experts = counted[-1] if counted else run.section("model").get("n_experts")
-    if not isinstance(n_experts, int):
-        raise NotRecorded("the number of experts is not recorded")
-    return n_experts
+    need(isinstance(n_experts, int), "the number of experts is not recorded")
+    return int(n_experts or 0)
 
 
 def last_with_counts(run: RunRecords) -> EvaluationArrays:
-    """Return the newest evaluation that has counted assignments.
-
-    Raises:
-        NotRecorded: where there is none.
-    """
+    """Return the newest evaluation that has counted assignments."""
     return _last(run, lambda arrays: arrays.tokens_per_expert, "how many tokens each expert gets")
 
 
 def last_with_choices(run: RunRecords) -> EvaluationArrays:
-    """Return the newest evaluation that has kept which experts a slice of text went to.
-
-    Raises:
-        NotRecorded: where there is none.
-    """
+    """Return the newest evaluation that has kept which experts a slice of text went to."""
     return _last(run, n_choices, "which experts a slice of text went to (train.record_tokens)")
 
 
 def _last(run: RunRecords, has: Callable[[EvaluationArrays], Any], what: str) -> EvaluationArrays:
-    found = next(filter(has, reversed(run.arrays)), None)
-    if found is None:
-        raise NotRecorded(f"no evaluation has kept {what}")
-    return found
+    found = list(filter(has, run.arrays))
+    need(found, f"no evaluation has kept {what}")
+    return found[-1]
 
 
 def total_counts(arrays: EvaluationArrays) -> np.ndarray:
@@ -71,15 +57,10 @@ def total_counts(arrays: EvaluationArrays) -> np.ndarray:
 
 
 def counts_by_source(run: RunRecords) -> tuple[list[str], np.ndarray]:
-    """Return the sources with assignments in every layer at the last evaluation, and their counts (n_sources, L, E).
-
-    Raises:
-        NotRecorded: where there is none.
-    """
+    """Return the sources with assignments in every layer at the last evaluation, and their counts (n_sources, L, E)."""
     found = last_with_counts(run).tokens_per_expert
     sources = [source for source in in_order(run, found) if (found[source].sum(axis=-1) > 0).all()]
-    if not sources:
-        raise NotRecorded("no source has an assignment")
+    need(sources, "no source has an assignment")
     return sources, np.stack([found[source] for source in sources])
 
 

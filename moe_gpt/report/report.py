@@ -20,7 +20,7 @@ import yaml
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import replace_file
 from moe_gpt.report import expert_pictures, router_pictures, run_pictures
-from moe_gpt.report.missing import NotRecorded, attempt
+from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Picture, Table, standalone
 from moe_gpt.report.recorded_routing import counts_by_source, in_order
 from moe_gpt.report.routed_text import (
@@ -154,8 +154,7 @@ def _validation_table(run: RunRecords) -> tuple[str, Table]:
         bits = dict(zip(*run.scores(source, "bits_per_byte"), strict=True))
         for tokens, loss in zip(*losses.spread(2), strict=True):
             rows.append((source, tokens, loss, perplexity(float(loss)), bits.get(tokens)))
-    if not rows:
-        raise NotRecorded("there is no evaluation, so there are no scores on held-out text")
+    need(rows, "there is no evaluation, so there are no scores on held-out text")
     columns = ("source", "tokens seen", "loss (nats per token)", "perplexity", "bits per byte")
     return "Held-out text at the first and the last evaluation", Table(columns, rows)
 
@@ -171,8 +170,7 @@ def _pictures_of_drops(run: RunRecords) -> list[Picture]:
 
 def _differences_in_words(run: RunRecords) -> list[str]:
     _, counts = counts_by_source(run)
-    if len(counts) < 2:
-        raise NotRecorded("there is one source of text only, so there is no domain information")
+    need(len(counts) >= 2, "there is one source of text only, so there is no domain information")
     return [
         "Domain information is how much the expert of an assignment tells about the source of its token: 0 where all "
         "sources use the experts alike, 100 % where no two sources share an expert. All sources count equally.",
@@ -195,8 +193,7 @@ def _generated(run: RunRecords) -> list[Sample]:
     for line in run.evaluations:
         for name, text in (line.get("samples") or {}).items():
             found[name].append(Sample(name, line["step"], show_controls(str(text))))
-    if not found:
-        raise NotRecorded("no evaluation has kept a generated text (train.sample_tokens)")
+    need(found, "no evaluation has kept a generated text (train.sample_tokens)")
     return [found[name][i] for name in in_order(run, found) for i in spread(len(found[name]), _MOST_SAMPLES)]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure import routing
-from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Table
 from moe_gpt.report.recorded_routing import (
     in_order,
@@ -138,8 +138,7 @@ def concentration_table(run: RunRecords) -> Table:
 def _locality(arrays: EvaluationArrays, layer: int) -> np.ndarray:
     """Return how often neighbours have the same first expert, and chance (2,): the means over the sources' slices."""
     parts = [part.choices[layer] for part in arrays.slices.values() if part.choices.shape[2] > 1]
-    if not parts:
-        raise NotRecorded("the kept slices are single tokens")
+    need(parts, "the kept slices are single tokens")
     return np.mean([routing.routing_locality(part) for part in parts], axis=0)
 
 

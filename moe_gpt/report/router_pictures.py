@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from moe_gpt.measure import routing
-from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import (
     Picture,
     Table,
@@ -63,8 +63,7 @@ def draw_violation(run: RunRecords) -> Picture:
     held_out = Series(tokens, np.array([routing.max_violation(total_counts(found)) for found in arrays]))
     found = {"in training batches": run.routing_values("max_violation"), "on held-out text": held_out}
     drawn = [_Panel(title, "largest load - 1", series) for title, series in found.items() if series.is_there]
-    if not drawn:
-        raise NotRecorded("neither a step nor an evaluation has recorded the balance of experts")
+    need(drawn, "neither a step nor an evaluation has recorded the balance of experts")
     return _lines_by_layer("violation", drawn)
 
 
@@ -85,8 +84,7 @@ def _recorded_panels(run: RunRecords, name: str) -> list[_Panel]:
 def draw_gradients(run: RunRecords) -> Picture:
     """Draw the router's gradient from cross entropy alone, relative to the experts'."""
     tokens, arrays = over_training(run, lambda arrays: arrays.gradients)
-    if not arrays:
-        raise NotRecorded("no evaluation has recorded gradients")
+    need(arrays, "no evaluation has recorded gradients")
     routers, experts = np.array([found.gradients for found in arrays], dtype=float).transpose(1, 0, 2)
     ratio = np.divide(routers, experts, out=np.full_like(routers, np.nan), where=experts > 0)
     panel = _Panel("", "router / experts", Series(tokens, ratio))
@@ -102,8 +100,7 @@ def draw_dropped(run: RunRecords) -> Picture:
 def draw_saturation(run: RunRecords) -> Picture:
     """Draw how much of the final routing each evaluation already has."""
     times, arrays = over_training(run, n_choices)
-    if len(arrays) < 2:
-        raise NotRecorded(f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
+    need(len(arrays) >= 2, f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
     final, n_experts = joined_choices(arrays[-1]), n_experts_of(run)
     is_same = np.array([has_same_text(found, arrays[-1]) for found in arrays])
     same = [joined_choices(arrays[place]) for place in np.flatnonzero(is_same)]
@@ -113,14 +110,9 @@ def draw_saturation(run: RunRecords) -> Picture:
 
 
 def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None, log_scale: bool = False) -> Picture:
-    """Draw panels of values over tokens, with a line for each layer.
-
-    Raises:
-        NotRecorded: where a panel has no values.
-    """
-    lacking = [panel.name for panel in drawn if not panel.series.is_there]
-    if lacking:
-        raise NotRecorded(f"not recorded: {', '.join(lacking)}")
+    """Draw panels of values over tokens, with a line for each layer."""
+    lacking = ", ".join(panel.name for panel in drawn if not panel.series.is_there)
+    need(not lacking, f"not recorded: {lacking}")
     n_layers, n_columns = drawn[0].series.values.shape[1], min(2, len(drawn))
     shown = spread(n_layers, MOST_LAYERS)
     with panels([panel.title for panel in drawn], n_columns, 0.6, 1.75, sharex=True) as (figure, grid):

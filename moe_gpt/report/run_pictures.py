@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_gpt.measure.positions import position_buckets
-from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import (
     COLOURS,
     Picture,
@@ -41,14 +41,12 @@ _MOST_ROWS = 40
 def draw_losses(run: RunRecords) -> Picture:
     """Draw the training loss, raw and smoothed, and each source's validation loss."""
     training, scores = run.step_values("ce_loss"), run.all_scores()
-    if not training.is_there and not scores:
-        raise NotRecorded("neither a training step nor an evaluation is recorded")
+    need(training.is_there or scores, "neither a training step nor an evaluation is recorded")
     window = max(1, len(training.values) // 60)
     smooth = training.smoothed(window)
-    told = [f"{source} from {s.values[0]:.3f} to {s.values[-1]:.3f}" for source, s in scores.items()]
+    named = {"training": smooth, **scores} if training.is_there else scores
     with drawing(height=3.0) as (figure, axes):
         if training.is_there:
-            told.insert(0, f"training from {smooth.values[0]:.3f} to {smooth.values[-1]:.3f}")
             axes.plot(*training.shortened(), color=COLOURS[6], alpha=0.35, linewidth=0.7)
             label = f"training, mean of {window} steps" if window > 1 else "training"
             axes.plot(*smooth.shortened(), color=COLOURS[6], label=label)
@@ -63,7 +61,7 @@ def draw_losses(run: RunRecords) -> Picture:
             "losses",
             _table_of_losses(smooth, scores),
             tokens=format_count(run.last("tokens_seen")),
-            told="; ".join(told),
+            told=[f"{name} from {line.values[0]:.3f} to {line.values[-1]:.3f}" for name, line in named.items()],
             stages=describe_stages(run),
         )
 
@@ -83,21 +81,18 @@ def _table_of_losses(smooth: Series, scores: dict[str, Series]) -> Table:
 
 def draw_schedule(run: RunRecords) -> Picture:
     """Draw learning rate, tokens of a step and sequence length, one above the other."""
-    rate, batch, length = series = [run.step_values(key) for key in ("lr", "batch_tokens", "seq_len")]
-    if not all(line.is_there for line in series):
-        raise NotRecorded("no training step is recorded")
+    rate, batch, length = (run.step_values(key) for key in ("lr", "batch_tokens", "seq_len"))
+    need(rate.is_there and batch.is_there and length.is_there, "no training step is recorded")
+    lines = {"learning rate": rate, "tokens per step": batch, "tokens per sequence": length}
     with drawing(3, 1, height=4.0, sharex=True) as (figure, rows):
-        for axes, line, label in zip(
-            rows, series, ("learning rate", "tokens per step", "tokens per\nsequence"), strict=True
-        ):
+        for axes, (name, line) in zip(rows, lines.items(), strict=True):
             axes.plot(*line.shortened(), drawstyle="steps-pre", color=COLOURS[0])
-            axes.set_ylabel(label)
+            axes.set_ylabel(name.replace(" seq", "\nseq"))
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: format_count(value) if value >= 1 else f"{value:g}")
             _show_stages(axes, run, with_numbers=axes is rows[0])
         count_axis(rows[-1])
-        names = ("learning rate", "tokens per step", "tokens per sequence")
-        columns = {name: line.spread(_MOST_ROWS).values for name, line in zip(names, series, strict=True)}
+        columns = {name: line.spread(_MOST_ROWS).values for name, line in lines.items()}
         return finish(
             figure,
             "schedule",
@@ -119,32 +114,28 @@ def mean_by_position(arrays: EvaluationArrays, source: str, buckets: Sequence[tu
 
 def draw_positions(run: RunRecords) -> Picture:
     """Draw the loss by place in the sequence, at the first evaluation after a step and at the last."""
-    arrays = [found for found in run.arrays if found.nats and found.counts]
-    if not arrays:
-        raise NotRecorded("no evaluation has kept its losses by position")
-    last = arrays[-1]
-    first = next((found for found in arrays if found.step > 0), last)
-    chosen = {found.step: found for found in sorted((first, last), key=lambda found: found.step)}
-    buckets = position_buckets(max(map(len, last.nats.values())))
-    columns = dict[str, list]({"positions": [f"{start} to {end - 1}" for start, end in buckets]})
+    chosen = _first_and_last([arrays for arrays in run.arrays if arrays.nats and arrays.counts])
+    need(chosen, "no evaluation has kept its losses by position")
+    buckets = position_buckets(max(map(len, chosen[-1].nats.values())))
+    columns: dict[str, list] = {"positions": [f"{start} to {end - 1}" for start, end in buckets]}
     with drawing(height=3.0) as (figure, axes):
-        for step, found in chosen.items():
-            for index, source in enumerate(in_order(run, [name for name in found.nats if name in found.counts])):
-                style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if found is last else "--"}
-                axes.plot(*_by_place(found, source), label=f"{source} at step {step:,}", **style)
-                columns[f"{source}, step {step:,} (nats)"] = mean_by_position(found, source, buckets)
+        for arrays, style in zip(chosen, ("--", "-")[-len(chosen) :], strict=True):
+            for index, source in enumerate(in_order(run, arrays.nats)):
+                look = {"color": COLOURS[index % len(COLOURS)], "linestyle": style}
+                axes.plot(*_by_place(arrays, source), label=f"{source} at step {arrays.step:,}", **look)
+                columns[f"{source}, step {arrays.step:,} (nats)"] = mean_by_position(arrays, source, buckets)
         axes.set_ylabel("cross entropy (nats per token)")
         count_axis(axes, "place in the sequence (tokens before it)")
         legend_below(figure, [axes])
-        table = Table.of(columns)
-        return finish(
-            figure,
-            "loss-by-position",
-            table,
-            steps=" and ".join(f"{step:,}" for step in chosen),
-            last=table.columns[-1],
-            told="; ".join(f"{row[0]}: {format_number(row[-1])}" for row in table.rows),
-        )
+        steps, table = [f"{arrays.step:,}" for arrays in chosen], Table.of(columns)
+        told = [f"{place}: {format_number(values[-1])}" for place, *values in table.rows]
+        return finish(figure, "loss-by-position", table, steps=" and ".join(steps), last=table.columns[-1], told=told)
+
+
+def _first_and_last(arrays: Sequence[EvaluationArrays]) -> list[EvaluationArrays]:
+    """Return the first after a step and the last, or the only one."""
+    after_steps = [found for found in arrays if found.step > 0] or arrays
+    return [after_steps[place] for place in spread(len(after_steps), 2)]
 
 
 def _by_place(arrays: EvaluationArrays, source: str) -> tuple[list[float], list[float]]:
@@ -157,8 +148,7 @@ def _by_place(arrays: EvaluationArrays, source: str) -> tuple[list[float], list[
 def draw_norms(run: RunRecords) -> Picture:
     """Draw each group's parameter norm, gradient norm, and update relative to its parameters."""
     groups = list(dict.fromkeys(group for line in run.records for group in line["groups"]))
-    if not groups:
-        raise NotRecorded("no step has recorded norms")
+    need(groups, "no step has recorded norms")
     rows, last = [], []
     with drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
         for index, group in enumerate(groups):
@@ -190,8 +180,7 @@ def _relative(update: Series, size: Series) -> Series:
 def draw_speed(run: RunRecords) -> Picture:
     """Draw tokens per second."""
     speed = run.step_values("tokens_per_second")
-    if not speed.is_there:
-        raise NotRecorded("no step has recorded its speed")
+    need(speed.is_there, "no step has recorded its speed")
     with drawing(height=2.4) as (figure, axes):
         axes.plot(*speed.shortened(), color=COLOURS[0])
         axes.set_ylim(bottom=0)

@@ -13,7 +13,7 @@ from moe_gpt.config import FaultConfig, ModelConfig
 from moe_gpt.config.section import Section
 from moe_gpt.measure import routing
 from moe_gpt.measure.health import Gradients, find_problems, recorded_window
-from moe_gpt.report.missing import NotRecorded, attempt, sentence
+from moe_gpt.report.missing import attempt, need, sentence
 from moe_gpt.report.pictures import Table
 from moe_gpt.report.recorded_routing import counts_by_source, last_with_counts, total_counts
 from moe_gpt.report.run_records import RunRecords
@@ -76,8 +76,7 @@ def _what_was_trained(run: RunRecords) -> Answer:
 
 
 def _shape_of_the_model(run: RunRecords) -> str:
-    if not run.section("model"):
-        raise NotRecorded("the shape of the model is not known")
+    need(run.section("model"), "the shape of the model is not known")
     from moe_gpt.measure.parameters import count_parameters
 
     model = known_settings(ModelConfig, run.section("model"))
@@ -101,8 +100,7 @@ def known_settings(section: type[SectionType], values: dict[str, Any]) -> Sectio
 
 def _whether_it_learned(run: RunRecords) -> Answer:
     losses = {source: series.values for source, series in run.all_scores().items()}
-    if not losses:
-        raise NotRecorded("there is no evaluation")
+    need(losses, "there is no evaluation")
     guess, n_evaluations = _loss_of_guessing(run), max(map(len, losses.values()))
     because = [_losses_in_words(run, source, values) for source, values in losses.items()]
     if math.isfinite(guess):
@@ -157,8 +155,7 @@ def _whether_experts_are_used(run: RunRecords) -> Answer:
 
 def _whether_experts_differ(run: RunRecords) -> Answer:
     sources, _ = counts_by_source(run)
-    if len(sources) < 2:
-        raise NotRecorded("there is only one source of text, so there is nothing to tell apart")
+    need(len(sources) >= 2, "there is only one source of text, so there is nothing to tell apart")
     percents = [row[2] for row in domain_table(run).rows]
     low, high = min(percents), max(percents)
     short = ("Hardly", "Somewhat", "Clearly")[(high >= _HARDLY) + (high > _CLEARLY)]
@@ -172,11 +169,7 @@ def _whether_experts_differ(run: RunRecords) -> Answer:
 
 
 def domain_table(run: RunRecords) -> Table:
-    """Return the domain information of each layer: nats, and percent of the maximum.
-
-    Raises:
-        NotRecorded: where no evaluation has counted assignments.
-    """
+    """Return the domain information of each layer: nats, and percent of the maximum."""
     _, counts = counts_by_source(run)
     found = [routing.domain_information(counts[:, layer]) for layer in range(counts.shape[1])]
     rows = [(layer, float(f"{f.nats:.3g}"), float(f"{100 * f.fraction:.3g}")) for layer, f in enumerate(found)]
@@ -185,22 +178,22 @@ def domain_table(run: RunRecords) -> Table:
 
 def _whether_the_router_is_healthy(run: RunRecords) -> Answer:
     records = [line["routing"] for line in run.records if "routing" in line]
-    gradients = next((a.gradients for a in reversed(run.arrays) if a.step > 0 and a.gradients), None)
-    if not records and gradients is None:
-        raise NotRecorded("no step has recorded its routing, and no evaluation its gradients")
-    if not run.section("model"):
-        raise NotRecorded("the model's config is not known, so there is nothing to judge by")
-    faults = known_settings(FaultConfig, run.section("faults"))
+    gradients = next(filter(None, (a.gradients for a in reversed(run.arrays) if a.step)), None)
+    need(records or gradients, "no step has recorded its routing, and no evaluation its gradients")
+    need(run.section("model"), "the model's config is not known, so there is nothing to judge by")
+    model, faults = (
+        known_settings(ModelConfig, run.section("model")),
+        known_settings(FaultConfig, run.section("faults")),
+    )
     every = run.section("train").get("record_every_steps") or 1
     window = recorded_window(faults, every)
+    problems = find_problems(records, gradients, model, faults, every)
     limits = list(_limits_of_the_check(len(records), window, gradients))
-    problems = find_problems(records, gradients, known_settings(ModelConfig, run.section("model")), faults, every)
     if problems:
         told = [f"Layer {p.layer}: {p.text}. What to try: {p.advice}." for p in problems]
         return f"{plural(len(problems), 'problem')} found", told + limits
-    if len(records) < window:
-        return "Too early to say", limits
-    return "No problem found", limits or ["Load, growth of imbalance and logits, entropies and gradients were checked."]
+    short = "Too early to say" if len(records) < window else "No problem found"
+    return short, limits or ["Load, growth of imbalance and logits, entropies and gradients were checked."]
 
 
 def _limits_of_the_check(n_records: int, window: int, gradients: Gradients | None) -> Iterator[str]:

@@ -12,6 +12,7 @@ from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_i
 from moe_gpt.report.comparison.groups import Group, group_runs, table_of_differences
 from moe_gpt.report.comparison.notes import (
     choose_metric,
+    note_broken,
     note_costs,
     note_group,
     note_left_out,
@@ -70,6 +71,7 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
         notes_on_metric,
         *map(note_group, groups),
         note_scores(runs, sources),
+        *map(note_broken, runs),
         note_other_text(runs),
         *(note_left_out(found, members) for found in all_curves),
     )

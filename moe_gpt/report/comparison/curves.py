@@ -75,8 +75,7 @@ class Curves(NamedTuple):
     @property
     def by_source(self) -> dict[str, list[Curve]]:
         """The curves of each source."""
-        sources = dict.fromkeys(curve.source for curve in self.curves)
-        return {source: [curve for curve in self.curves if curve.source == source] for source in sources}
+        return {source: list(of) for source, of in itertools.groupby(self.curves, lambda curve: curve.source)}
 
     @property
     def unit(self) -> tuple[float, str]:

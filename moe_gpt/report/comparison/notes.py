@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from moe_gpt.measure.metric_names import MetricName
 from moe_gpt.report.comparison.curves import BITS, NATS, Curves, Metric
 from moe_gpt.report.comparison.groups import Group, differing_keys
 from moe_gpt.report.comparison.runs import ComparedRun
@@ -51,18 +52,22 @@ def note_group(group: Group) -> Iterator[str]:
 
 
 def note_scores(runs: Sequence[ComparedRun], sources: Sequence[str]) -> Iterator[str]:
-    """Note runs without evaluations, runs without a common source, and losses that are not finite."""
-    scored = [run for run in runs if run.scored_at is not None]
-    without = ", ".join(run.label for run in runs if run not in scored)
+    """Note runs without evaluations, and runs without a common source."""
+    without = ", ".join(run.label for run in runs if run.scored_at is None)
     if without:
         yield f"no evaluations, so no curves: {without}"
-    if sources and not set(sources).intersection(*(run.records.all_scores() for run in scored)):
+    scored = [run.records.all_scores() for run in runs if run.scored_at is not None]
+    if scored and not set(sources).intersection(*scored):
         yield "the runs have no source in common; a panel has the runs that were scored on its source"
-    for run in scored:
-        last = run.records.evaluations[-1]
-        broken = ", ".join(source for source in sources if last.get(f"val/{source}/ce_loss", 0.0) is None)
-        if broken:
-            yield f"{run.label}: the last loss on {broken} is not finite; the one before is shown"
+
+
+def note_broken(run: ComparedRun) -> Iterator[str]:
+    """Note losses of the last evaluation that are not finite."""
+    keys = {str(MetricName(source, NATS.key)): source for source in run.records.all_scores()}
+    last = run.records.evaluations[-1] if keys else {}
+    broken = ", ".join(source for key, source in keys.items() if last.get(key, 0.0) is None)
+    if broken:
+        yield f"{run.label}: the last loss on {broken} is not finite; the one before is shown"
 
 
 def note_other_text(runs: Sequence[ComparedRun]) -> Iterator[str]:
