@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_gpt.measure.health import Gradients
 from moe_gpt.report.missing import need
 from moe_gpt.report.run_records import EvaluationArrays, RunRecords
 
@@ -49,6 +50,11 @@ def _last(run: RunRecords, has: Callable[[EvaluationArrays], Any], what: str) ->
     found = list(filter(has, run.arrays))
     need(found, f"no evaluation has kept {what}")
     return found[-1]
+
+
+def newest_gradients(run: RunRecords) -> Gradients | None:
+    """Return the gradients of the newest evaluation after a step that has them."""
+    return next(filter(None, (arrays.gradients for arrays in reversed(run.arrays) if arrays.step)), None)
 
 
 def total_counts(arrays: EvaluationArrays) -> np.ndarray:

@@ -141,11 +141,8 @@ def _template() -> Any:
 def _sections_of(run: RunRecords) -> Iterator[Section]:
     """Yield the sections of one run, in the page's order."""
     yield Section("summary", "Summary", findings=summarise(run))
-    yield from (plan.carry_out(run) for plan in _LEARNING)
-    yield from (plan.carry_out(run) for plan in (_DENSE if run.is_dense else _ROUTING))
-    yield from (plan.carry_out(run) for plan in _REST)
-    if run.config:
-        yield _Plan("settings", "Settings", {"settings": (_settings,)}).carry_out(run)
+    routing, settings = _DENSE if run.is_dense else _ROUTING, _SETTINGS if run.config else ()
+    yield from (plan.carry_out(run) for plan in (*_LEARNING, *routing, *_REST, *settings))
 
 
 def _validation_table(run: RunRecords) -> tuple[str, Table]:
@@ -266,6 +263,7 @@ _REST = (
     _Plan("speed", "Speed", {"pictures": (run_pictures.draw_speed,)}),
     _Plan("events", "Events", {"text": (_number_of_events,), "tables": (_table_of_events,)}),
 )
+_SETTINGS = (_Plan("settings", "Settings", {"settings": (_settings,)}),)
 
 
 def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:

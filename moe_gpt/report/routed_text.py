@@ -164,6 +164,12 @@ def _decode(tokenizer: Tokenizer | None, token: int) -> str:
 
 
 _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_SHOWN = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) != "\n"},
+    **{ord(character): f"U+{ord(character):04X}" for character in _DIRECTIONS},
+    ord("\t"): "⇥",
+    0x7F: "␡",
+}
 
 
 def show_controls(text: str) -> str:
@@ -171,5 +177,4 @@ def show_controls(text: str) -> str:
 
     Characters that turn the direction of text are shown by their numbers: they would turn the page around them.
     """
-    shown = (chr(0x2400 + ord(c)) if c < " " and c != "\n" else c for c in text.replace("\t", "⇥"))
-    return "".join(f"U+{ord(c):04X}" if c in _DIRECTIONS else c for c in shown).replace("\x7f", "␡")
+    return text.translate(_SHOWN)

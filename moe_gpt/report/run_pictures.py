@@ -152,12 +152,12 @@ def draw_norms(run: RunRecords) -> Picture:
     rows, last = [], []
     with drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
         for index, group in enumerate(groups):
-            size, gradient, update = (run.norms(group, f"{kind}_norm") for kind in ("parameter", "gradient", "update"))
-            ratio = _relative(update, size)
-            for axes, series, label in zip(columns, (size, gradient, ratio), (group, None, None), strict=True):
-                axes.plot(*series.shortened(300), label=label, **line_look(index))
-            kept = [series.spread(6).values for series in (size, gradient, ratio)]
-            rows += [(group, *row) for row in zip(ratio.spread(6).tokens, *kept, strict=False)]
+            size, gradient = run.norms(group, "parameter_norm"), run.norms(group, "gradient_norm")
+            ratio = _relative(run.norms(group, "update_norm"), size)
+            for axes, series in zip(columns, (size, gradient, ratio), strict=True):
+                axes.plot(*series.shortened(300), label=group, **line_look(index))
+            kept = (ratio.spread(6).tokens, *(series.spread(6).values for series in (size, gradient, ratio)))
+            rows += [(group, *row) for row in zip(*kept, strict=False)]
             last += [f"{group} {format_number(float(value))}" for value in ratio.values[-1:]]
         for axes, label in zip(columns, ("parameters", "gradients", "update / param."), strict=True):
             axes.set_title(label, fontsize=9.5)

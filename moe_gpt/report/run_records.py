@@ -56,6 +56,10 @@ class EvaluationArrays:
     slices: dict[str, Slice]
     gradients: Gradients | None
 
+    def have_shape(self, shape: tuple[Any, Any]) -> bool:
+        """Whether all counts are of a model with so many layers and experts."""
+        return all(counts.shape == shape for counts in self.tokens_per_expert.values())
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
@@ -99,8 +103,8 @@ class RunRecords:
     @property
     def sources(self) -> list[str]:
         """The names of the sources, as in the config, or else as evaluated."""
-        named = [source.get("name") for source in self.section("data").get("sources") or ()]
-        return [name for name in named if name] or scored_sources(self.evaluations)
+        sources = self.section("data").get("sources") or ()
+        return [source["name"] for source in sources if source.get("name")] or scored_sources(self.evaluations)
 
     def last(self, key: str) -> int:
         """Return the largest ``step`` or ``tokens_seen`` of all steps and evaluations, 0 where there is none."""
@@ -130,9 +134,17 @@ class RunRecords:
 
 def _series(lines: Sequence[dict[str, Any]], *path: str) -> Series:
     """Return the values at a path of keys over tokens seen, of the lines that have one."""
-    found = [(line.get("tokens_seen"), functools.reduce(_step_into, path, line)) for line in lines]
-    found = [(tokens, value) for tokens, value in found if value is not None]
-    return Series(*(np.array([pair[place] for pair in found], dtype=float) for place in range(2)))
+    kept = [line for line in lines if _at(path, line) is not None]
+    return Series(_column(kept, "tokens_seen"), _column(kept, *path))
+
+
+def _column(lines: Sequence[dict[str, Any]], *path: str) -> np.ndarray:
+    return np.array([_at(path, line) for line in lines], dtype=float)
+
+
+def _at(path: Sequence[str], line: dict[str, Any]) -> Any:
+    """Return what is at a path of keys; None where the path leads nowhere."""
+    return functools.reduce(_step_into, path, line)
 
 
 def _step_into(value: Any, key: str) -> Any:
@@ -257,12 +269,11 @@ def _read_tokenizer(path: Path, config: dict[str, Any], notes: list[str]) -> tup
 
 
 def _read_arrays(folder: Path, model: dict[str, Any], notes: list[str]) -> Iterator[EvaluationArrays]:
-    n_layers, n_experts = (model.get(key) for key in ("n_layers", "n_experts"))
+    shape = (model.get("n_layers"), model.get("n_experts"))
     for path in sorted(folder.glob(_EVALUATION_FILES)):
         arrays = _noted(notes, f"{path.name} cannot be read", functools.partial(_load_arrays, path), None)
-        counts = arrays.tokens_per_expert.values() if arrays else ()
-        if model and any(found.shape != (n_layers, n_experts) for found in counts):
-            reason = f"it has not {n_layers} layers of {n_experts} experts"
+        if arrays and model and not arrays.have_shape(shape):
+            reason = f"it has not {shape[0]} layers of {shape[1]} experts"
             notes.append(f"{path.name} is of another model, and left out: {reason}")
         elif arrays:
             yield arrays

@@ -15,7 +15,7 @@ from moe_gpt.measure import routing
 from moe_gpt.measure.health import Gradients, find_problems, recorded_window
 from moe_gpt.report.missing import attempt, need, sentence
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded_routing import counts_by_source, last_with_counts, total_counts
+from moe_gpt.report.recorded_routing import counts_by_source, last_with_counts, newest_gradients, total_counts
 from moe_gpt.report.run_records import RunRecords
 from moe_gpt.terminal.numbers import format_count, format_number, plural
 
@@ -178,7 +178,7 @@ def domain_table(run: RunRecords) -> Table:
 
 def _whether_the_router_is_healthy(run: RunRecords) -> Answer:
     records = [line["routing"] for line in run.records if "routing" in line]
-    gradients = next(filter(None, (a.gradients for a in reversed(run.arrays) if a.step)), None)
+    gradients = newest_gradients(run)
     need(records or gradients, "no step has recorded its routing, and no evaluation its gradients")
     need(run.section("model"), "the model's config is not known, so there is nothing to judge by")
     model, faults = (

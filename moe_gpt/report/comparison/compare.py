@@ -61,11 +61,10 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
         raise ValueError("compare_runs needs at least one run, got none")
     runs = compared_runs(records)
     groups = group_runs(runs)
-    rows = list(itertools.chain(*(group.by_end() for group in groups)))
+    rows = list(itertools.chain(*map(Group.by_end, groups)))
     sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
     metric, notes_on_metric = choose_metric(runs)
     all_curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
-    members = [run for group in groups for run in group.runs]
     notes = itertools.chain(
         *map(note_costs, runs),
         notes_on_metric,
@@ -73,7 +72,7 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
         note_scores(runs, sources),
         *map(note_broken, runs),
         note_other_text(runs),
-        *(note_left_out(found, members) for found in all_curves),
+        *(note_left_out(found, runs) for found in all_curves),
     )
     return Comparison(
         pictures=[draw_curves(found, groups, curves_in_words(found, rows)) for found in all_curves if found.curves],
@@ -90,12 +89,20 @@ def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Tab
         "Seeds": [str(row.n_seeds) if row.runs[0].settings else "?" for row in rows],
         "State": [row.runs[0].state for row in rows],
     }
-    for source, scored in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
-        columns[f"{source} ({scored.unit})"] = [_spread(_last_scores(row, source, scored)) for row in rows]
+    return Table.of(columns | _columns_of_scores(metric, sources, rows) | _columns_of_costs(rows))
+
+
+def _columns_of_scores(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> dict[str, list[str]]:
+    scored = itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS])
+    return {f"{source} ({m.unit})": [_spread(_last_scores(row, source, m)) for row in rows] for source, m in scored}
+
+
+def _columns_of_costs(rows: Sequence[Group]) -> dict[str, list[str]]:
+    columns = {}
     for quantity, (name, units) in _QUANTITIES.items():
         size, unit = units.fitting(_largest(units, rows))
         columns[f"{name} ({unit})"] = [_spread(_totals(row, quantity) / size) for row in rows]
-    return Table.of(columns)
+    return columns
 
 
 def _last_scores(row: Group, source: str, metric: Metric) -> np.ndarray:

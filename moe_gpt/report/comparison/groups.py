@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -67,9 +68,13 @@ def _together(runs: Sequence[ComparedRun], identity: Callable[[ComparedRun], Any
 
 def differing_keys(runs: Sequence[ComparedRun]) -> list[str]:
     """Return the settings that differ between the runs whose config can be read, in the order of the configs."""
-    first, *others = [run.settings for run in runs if run.settings] or [{}]
-    keys = dict.fromkeys([*first, *(key for settings in others for key in settings)])
-    return [key for key in keys if any(s.get(key, _NOT_THERE) != first.get(key, _NOT_THERE) for s in others)]
+    settings = [run.settings for run in runs if run.settings]
+    keys = dict.fromkeys(itertools.chain(*settings))
+    return [key for key in keys if _differs([found.get(key, _NOT_THERE) for found in settings])]
+
+
+def _differs(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
 
 
 def table_of_differences(runs: Sequence[ComparedRun]) -> Table:

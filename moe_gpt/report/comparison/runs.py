@@ -48,7 +48,7 @@ class ComparedRun:
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of the steps that have all of them."""
         rows = [[line.get(key) for key in _COLUMNS] for line in self.records.steps]
-        complete = [row for row in rows if all(isinstance(value, int | float) and value > 0 for value in row)]
+        complete = [row for row in rows if all(map(_is_positive, row))]
         return dict(zip(_COLUMNS, np.array(complete, dtype=float).reshape(-1, len(_COLUMNS)).T, strict=True))
 
     @functools.cached_property
@@ -110,6 +110,10 @@ class ComparedRun:
             text = f"stopped at {seen} of {TOKENS.format(self.total_tokens or 0)}"
         is_behind = self.scored_at is not None and self.scored_at < self.tokens_seen
         return text + (f", last scored at {TOKENS.format(self.scored_at or 0)}" if is_behind else "")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
 
 
 def compared_runs(runs: Sequence[RunRecords]) -> list[ComparedRun]:
