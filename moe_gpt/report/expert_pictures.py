@@ -13,26 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_gpt.measure import routing
+from moe_gpt.report import pictures
+from moe_gpt.report import recorded_routing as recorded
 from moe_gpt.report.missing import need
-from moe_gpt.report.pictures import (
-    COLOURS,
-    Picture,
-    Table,
-    count_axis,
-    drawing,
-    finish,
-    label_panels,
-    legend_below,
-    panels,
-)
-from moe_gpt.report.recorded_routing import (
-    counts_by_source,
-    joined_choices,
-    last_with_choices,
-    last_with_counts,
-    n_experts_of,
-    total_counts,
-)
+from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.router_pictures import MOST_LAYERS, titles_of, which_layers
 from moe_gpt.report.run_records import RunRecords
 from moe_gpt.report.series import Series, spread
@@ -53,10 +37,10 @@ _RATIO_MAP: dict[str, Any] = {"cmap": "PuOr_r", "vmin": -2, "vmax": 2, "rasteriz
 
 def draw_load(run: RunRecords) -> Picture:
     """Draw each expert's load on held-out text at the last evaluation: layers by experts."""
-    arrays = last_with_counts(run)
-    loads = routing.load(total_counts(arrays))
+    arrays = recorded.last_with_counts(run)
+    loads = routing.load(recorded.total_counts(arrays))
     n_layers, n_experts = loads.shape
-    with drawing(height=1.2 + min(0.28 * max(n_layers, 2), 4.5)) as (figure, axes):
+    with pictures.drawing(height=1.2 + min(0.28 * max(n_layers, 2), 4.5)) as (figure, axes):
         mesh = axes.pcolormesh(_shades(loads), **_RATIO_MAP)
         if loads.size <= 256:
             _write_cells(axes, loads)
@@ -67,7 +51,7 @@ def draw_load(run: RunRecords) -> Picture:
         axes.grid(False)
         _ratio_bar(figure, mesh, axes, "load (1 = even)")
         ranges = [f"layer {i} from {row.min():.2f} to {row.max():.2f}" for i, row in enumerate(loads)]
-        return finish(
+        return pictures.finish(
             figure,
             "load",
             Table.of({"layer": range(n_layers)} | {f"expert {e}": loads[:, e] for e in range(n_experts)}),
@@ -103,16 +87,16 @@ def draw_load_over_training(run: RunRecords) -> Picture:
     need(series.is_there, "no step has recorded expert loads")
     _, n_layers, n_experts = series.values.shape
     shown, drawn = spread(n_layers, MOST_LAYERS), series.spread(_MOST_COLUMNS)
-    with panels(titles_of(shown), 2, 0.9, 1.35, sharex=True, sharey=True) as (figure, grid):
+    with pictures.panels(titles_of(shown), 2, 0.9, 1.35, sharex=True, sharey=True) as (figure, grid):
         for axes, layer in zip(grid, shown, strict=True):
             image = _shades(drawn.values[:, layer].T)
             mesh = axes.pcolormesh(_edges(drawn.tokens), np.arange(n_experts + 1) - 0.5, image, **_RATIO_MAP)
             axes.grid(False)
-        label_panels(grid, 2, ["expert"] * len(shown), count_axis)
+        pictures.label_panels(grid, 2, ["expert"] * len(shown), pictures.count_axis)
         _ratio_bar(figure, mesh, grid.tolist(), "load (1 = even)")
         first, last = (series.values[place].max(axis=-1) for place in (0, -1))
         told = [f"layer {i} {first[i]:.2f}, then {last[i]:.2f}" for i in shown]
-        return finish(
+        return pictures.finish(
             figure,
             "load-over-training",
             _table_by_expert(drawn.spread(6), shown),
@@ -138,22 +122,22 @@ def _edges(centres: np.ndarray) -> np.ndarray:
 
 def draw_co_activation(run: RunRecords) -> Picture:
     """Draw which pairs of experts meet more or less often than their loads alone would give."""
-    choices, n_experts = joined_choices(last_with_choices(run)), n_experts_of(run)
+    choices, n_experts = recorded.joined_choices(recorded.last_with_choices(run)), recorded.n_experts_of(run)
     need(choices.shape[-1] >= 2, "every token goes to a single expert, so there are no pairs")
     shown = spread(len(choices), MOST_LAYERS)
     lifts = [_lift(choices[layer], n_experts) for layer in shown]
     n_columns, places = min(4, len(shown)), np.arange(n_experts + 1) - 0.5
-    with panels(titles_of(shown), n_columns, 0.8, 1.3, sharex=True, sharey=True) as (figure, grid):
+    with pictures.panels(titles_of(shown), n_columns, 0.8, 1.3, sharex=True, sharey=True) as (figure, grid):
         for axes, lift in zip(grid, lifts, strict=True):
             image = axes.pcolormesh(places, places, _shades(lift), **_RATIO_MAP)
             axes.set_facecolor("#9a9a9a")
             axes.set(xlim=(-0.5, n_experts - 0.5), ylim=(n_experts - 0.5, -0.5))
             axes.grid(False)
-        label_panels(grid, n_columns, ["expert"] * len(shown), lambda axes: axes.set_xlabel("with expert"))
+        pictures.label_panels(grid, n_columns, ["expert"] * len(shown), lambda axes: axes.set_xlabel("with expert"))
         _ratio_bar(figure, image, grid.tolist(), "times chance")
         pairs = [_strongest_pairs(*pair) for pair in zip(shown, lifts, strict=True)]
         told = [f"layer {rows[0][0]} experts {rows[0][1]} ({rows[0][2]:.3g} times)" for rows in pairs if rows]
-        return finish(
+        return pictures.finish(
             figure,
             "co-activation",
             Table(_PAIR_COLUMNS, list(itertools.chain(*pairs))),
@@ -185,25 +169,22 @@ def _strongest_pairs(layer: int, lift: np.ndarray) -> list[tuple[int, str, float
 
 def draw_domains(run: RunRecords) -> Picture:
     """Draw each source's share of every expert, grouped bars by layer."""
-    sources, counts = counts_by_source(run)
+    sources, counts = recorded.counts_by_source(run)
     shares = 100 * routing.domain_shares(counts)  # (n_sources, L, E)
     n_sources, n_layers, n_experts = shares.shape
     is_small = n_experts * n_sources <= 64
     n_columns, n_ticks = (2, 6) if is_small else (1, 17)
     shown = spread(n_layers, MOST_LAYERS if is_small else MOST_LAYERS // 2)
-    with panels(titles_of(shown), n_columns, 0.6, 1.45, sharex=True, sharey=True) as (
-        figure,
-        grid,
-    ):
+    with pictures.panels(titles_of(shown), n_columns, 0.6, 1.45, sharex=True, sharey=True) as (figure, grid):
         for axes, layer in zip(grid, shown, strict=True):
             _draw_bars(axes, dict(zip(sources, shares[:, layer], strict=True)))
             axes.set_xticks(spread(n_experts, n_ticks))
             axes.grid(axis="x", visible=False)
-        label_panels(grid, n_columns, ["% of the source"] * len(shown), lambda axes: axes.set_xlabel("expert"))
-        legend_below(figure, grid[:1])
+        pictures.label_panels(grid, n_columns, ["% of the source"] * len(shown), lambda axes: axes.set_xlabel("expert"))
+        pictures.legend_below(figure, grid[:1])
         told = [_largest_difference(layer, sources, shares[:, layer]) for layer in shown]
         rows = [(layer, e, *shares[:, layer, e]) for layer in shown for e in range(n_experts)]
-        return finish(
+        return pictures.finish(
             figure,
             "domains",
             Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows),
@@ -218,7 +199,7 @@ def _draw_bars(axes: Axes, shares: dict[str, np.ndarray]) -> None:
     width = 0.84 / len(shares)
     for index, (source, values) in enumerate(shares.items()):
         places = np.arange(len(values)) + (index - (len(shares) - 1) / 2) * width
-        axes.bar(places, values, width, color=COLOURS[index % len(COLOURS)], label=source)
+        axes.bar(places, values, width, color=pictures.COLOURS[index % len(pictures.COLOURS)], label=source)
     axes.axhline(100 / len(values), color="#888888", linestyle="--", linewidth=1)
 
 

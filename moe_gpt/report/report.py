@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -78,12 +78,11 @@ class Section:
             self.missing.append(reason)
 
 
-class _Plan(NamedTuple):
+class _Plan:
     """What a section has of any run: functions that find it, by the section's lists that take it."""
 
-    name: str
-    title: str
-    finds: dict[str, tuple[Callable[[RunRecords], Any], ...]]
+    def __init__(self, name: str, title: str, **finds: Sequence[Callable[[RunRecords], Any]]) -> None:
+        self.name, self.title, self.finds = name, title, finds
 
     def carry_out(self, run: RunRecords) -> Section:
         """Return the section of a run."""
@@ -230,40 +229,38 @@ def _settings(run: RunRecords) -> str:
 
 
 _LEARNING = (
-    _Plan("loss", "Loss", {"pictures": (run_pictures.draw_losses,), "tables": (_validation_table,)}),
-    _Plan("schedule", "Schedule", {"pictures": (run_pictures.draw_schedule,)}),
+    _Plan("loss", "Loss", pictures=[run_pictures.draw_losses], tables=[_validation_table]),
+    _Plan("schedule", "Schedule", pictures=[run_pictures.draw_schedule]),
 )
-_DENSE = (_Plan("routing", "Routing", {"text": (_without_routing,)}),)
+_DENSE = (_Plan("routing", "Routing", text=[_without_routing]),)
 _ROUTING = (
-    _Plan("load", "Expert load", {"pictures": (expert_pictures.draw_load, expert_pictures.draw_load_over_training)}),
+    _Plan("load", "Expert load", pictures=[expert_pictures.draw_load, expert_pictures.draw_load_over_training]),
     _Plan(
-        "balance",
-        "Balance and certainty",
-        {"pictures": (router_pictures.draw_violation, router_pictures.draw_entropies)},
+        "balance", "Balance and certainty", pictures=[router_pictures.draw_violation, router_pictures.draw_entropies]
     ),
     _Plan(
-        "router",
-        "Routers",
-        {"pictures": (router_pictures.draw_router, router_pictures.draw_gradients, _pictures_of_drops)},
+        "router", "Routers", pictures=[router_pictures.draw_router, router_pictures.draw_gradients, _pictures_of_drops]
     ),
-    _Plan("saturation", "Saturation", {"pictures": (router_pictures.draw_saturation,)}),
-    _Plan("pairs", "Pairs of experts", {"pictures": (expert_pictures.draw_co_activation,)}),
+    _Plan("saturation", "Saturation", pictures=[router_pictures.draw_saturation]),
+    _Plan("pairs", "Pairs of experts", pictures=[expert_pictures.draw_co_activation]),
     _Plan(
         "sources",
         "Sources of text",
-        {"pictures": (expert_pictures.draw_domains,), "text": (_differences_in_words,), "tables": (_domain_tables,)},
+        pictures=[expert_pictures.draw_domains],
+        text=[_differences_in_words],
+        tables=[_domain_tables],
     ),
-    _Plan("tokens", "Which tokens go where", {"favourites": (favourite_tokens,), "tables": (_concentration,)}),
-    _Plan("text", "Text with its experts", {"routed": (routed_samples,), "colours": (colour_names,)}),
+    _Plan("tokens", "Which tokens go where", favourites=[favourite_tokens], tables=[_concentration]),
+    _Plan("text", "Text with its experts", routed=[routed_samples], colours=[colour_names]),
 )
 _REST = (
-    _Plan("positions", "Loss by position", {"pictures": (run_pictures.draw_positions,)}),
-    _Plan("samples", "Generated text over training", {"samples": (_generated,)}),
-    _Plan("norms", "Norms", {"pictures": (run_pictures.draw_norms,)}),
-    _Plan("speed", "Speed", {"pictures": (run_pictures.draw_speed,)}),
-    _Plan("events", "Events", {"text": (_number_of_events,), "tables": (_table_of_events,)}),
+    _Plan("positions", "Loss by position", pictures=[run_pictures.draw_positions]),
+    _Plan("samples", "Generated text over training", samples=[_generated]),
+    _Plan("norms", "Norms", pictures=[run_pictures.draw_norms]),
+    _Plan("speed", "Speed", pictures=[run_pictures.draw_speed]),
+    _Plan("events", "Events", text=[_number_of_events], tables=[_table_of_events]),
 )
-_SETTINGS = (_Plan("settings", "Settings", {"settings": (_settings,)}),)
+_SETTINGS = (_Plan("settings", "Settings", settings=[_settings]),)
 
 
 def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:

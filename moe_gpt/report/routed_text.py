@@ -8,15 +8,9 @@ import numpy as np
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure import routing
+from moe_gpt.report import recorded_routing as recorded
 from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded_routing import (
-    in_order,
-    joined_choices,
-    joined_tokens,
-    last_with_choices,
-    n_experts_of,
-)
 from moe_gpt.report.run_records import EvaluationArrays, RunRecords, Slice
 from moe_gpt.report.series import spread
 
@@ -69,8 +63,8 @@ class Layer:
 
 def favourite_tokens(run: RunRecords) -> list[Layer]:
     """Return for each layer the tokens that its experts see most beyond chance."""
-    arrays, n_experts = last_with_choices(run), n_experts_of(run)
-    tokens, choices = joined_tokens(arrays), joined_choices(arrays)
+    arrays, n_experts = recorded.last_with_choices(run), recorded.n_experts_of(run)
+    tokens, choices = recorded.joined_tokens(arrays), recorded.joined_choices(arrays)
     top, layers = 8 if n_experts <= 32 else 5, []
     for index in spread(len(choices), _MOST_LAYERS):
         shares = routing.vocabulary_specialisation(tokens, choices[index], n_experts, _MIN_COUNT, top)
@@ -89,8 +83,8 @@ def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[Layer]:
         run: with kept slices.
         n_tokens: of each source; fewer where many sources and layers would make the page large.
     """
-    kept = last_with_choices(run).slices
-    sources = [source for source in in_order(run, kept) if kept[source].choices.size]
+    kept = recorded.last_with_choices(run).slices
+    sources = [source for source in recorded.in_order(run, kept) if kept[source].choices.size]
     shown = spread(max(len(kept[source].choices) for source in sources), _MOST_LAYERS)
     n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(sources) * len(shown))))
 
@@ -113,26 +107,20 @@ def _route(tokenizer: Tokenizer | None, token: int, experts: list[int]) -> Route
 
 def colour_names(run: RunRecords) -> list[str]:
     """Return the experts of each colour."""
-    n_experts = n_experts_of(run)
+    n_experts = recorded.n_experts_of(run)
     return [", ".join(map(str, range(c, n_experts, N_COLOURS))) for c in range(min(N_COLOURS, n_experts))]
 
 
 def concentration_table(run: RunRecords) -> Table:
     """Return how far the token alone, and the expert before, decide the expert: by layer, with chance."""
-    arrays, n_experts = last_with_choices(run), n_experts_of(run)
-    tokens, rows = joined_tokens(arrays), []
-    for index, choices in enumerate(joined_choices(arrays)):
+    arrays, n_experts = recorded.last_with_choices(run), recorded.n_experts_of(run)
+    tokens, rows = recorded.joined_tokens(arrays), []
+    for index, choices in enumerate(recorded.joined_choices(arrays)):
         concentration = routing.token_concentration(tokens, choices, n_experts, _MIN_COUNT)
         values = (concentration, choices.shape[-1] / n_experts, *_locality(arrays, index))
         rows.append((index, *(float(f"{100 * value:.3g}") for value in values)))
-    columns = (
-        "layer",
-        "token concentration (%)",
-        "by chance (%)",
-        "neighbours with the same first expert (%)",
-        "by chance (%)",
-    )
-    return Table(columns, rows)
+    places = ("token concentration (%)", "by chance (%)", "neighbours with the same first expert (%)", "by chance (%)")
+    return Table(("layer", *places), rows)
 
 
 def _locality(arrays: EvaluationArrays, layer: int) -> np.ndarray:

@@ -11,27 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from moe_gpt.measure import routing
+from moe_gpt.report import pictures
+from moe_gpt.report import recorded_routing as recorded
 from moe_gpt.report.missing import need
-from moe_gpt.report.pictures import (
-    Picture,
-    Table,
-    count_axis,
-    finish,
-    label_panels,
-    legend_below,
-    line_look,
-    log_axis,
-    panels,
-    words,
-)
-from moe_gpt.report.recorded_routing import (
-    has_same_text,
-    joined_choices,
-    n_choices,
-    n_experts_of,
-    over_training,
-    total_counts,
-)
+from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.run_records import RunRecords
 from moe_gpt.report.series import Series, spread
 from moe_gpt.terminal.numbers import format_number
@@ -59,8 +42,8 @@ class _Panel(NamedTuple):
 
 def draw_violation(run: RunRecords) -> Picture:
     """Draw how far the busiest expert is above the mean: in training batches and on held-out text."""
-    tokens, arrays = over_training(run, lambda arrays: arrays.tokens_per_expert)
-    held_out = Series(tokens, np.array([routing.max_violation(total_counts(found)) for found in arrays]))
+    tokens, arrays = recorded.over_training(run, lambda arrays: arrays.tokens_per_expert)
+    held_out = Series(tokens, np.array([routing.max_violation(recorded.total_counts(found)) for found in arrays]))
     found = {"in training batches": run.routing_values("max_violation"), "on held-out text": held_out}
     drawn = [_Panel(title, "largest load - 1", series) for title, series in found.items() if series.is_there]
     need(drawn, "neither a step nor an evaluation has recorded the balance of experts")
@@ -78,12 +61,12 @@ def draw_router(run: RunRecords) -> Picture:
 
 
 def _recorded_panels(run: RunRecords, name: str) -> list[_Panel]:
-    return [_Panel(title, unit, run.routing_values(key)) for title, unit, key in words()[name]["panels"]]
+    return [_Panel(title, unit, run.routing_values(key)) for title, unit, key in pictures.words()[name]["panels"]]
 
 
 def draw_gradients(run: RunRecords) -> Picture:
     """Draw the router's gradient from cross entropy alone, relative to the experts'."""
-    tokens, arrays = over_training(run, lambda arrays: arrays.gradients)
+    tokens, arrays = recorded.over_training(run, lambda arrays: arrays.gradients)
     need(arrays, "no evaluation has recorded gradients")
     routers, experts = np.array([found.gradients for found in arrays], dtype=float).transpose(1, 0, 2)
     ratio = np.divide(routers, experts, out=np.full_like(routers, np.nan), where=experts > 0)
@@ -99,11 +82,11 @@ def draw_dropped(run: RunRecords) -> Picture:
 
 def draw_saturation(run: RunRecords) -> Picture:
     """Draw how much of the final routing each evaluation already has."""
-    times, arrays = over_training(run, n_choices)
+    times, arrays = recorded.over_training(run, recorded.n_choices)
     need(len(arrays) >= 2, f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
-    final, n_experts = joined_choices(arrays[-1]), n_experts_of(run)
-    is_same = np.array([has_same_text(found, arrays[-1]) for found in arrays])
-    same = [joined_choices(arrays[place]) for place in np.flatnonzero(is_same)]
+    final, n_experts = recorded.joined_choices(arrays[-1]), recorded.n_experts_of(run)
+    is_same = np.array([recorded.has_same_text(found, arrays[-1]) for found in arrays])
+    same = [recorded.joined_choices(arrays[place]) for place in np.flatnonzero(is_same)]
     series = Series(times[is_same], np.array([routing.saturation(choices, final) for choices in same]))
     panel = _Panel("", "share of the final experts", series)
     return _lines_by_layer("saturation", [panel], chance=final.shape[-1] / n_experts)
@@ -115,24 +98,24 @@ def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None,
     need(not lacking, f"not recorded: {lacking}")
     n_layers, n_columns = drawn[0].series.values.shape[1], min(2, len(drawn))
     shown = spread(n_layers, MOST_LAYERS)
-    with panels([panel.title for panel in drawn], n_columns, 0.6, 1.75, sharex=True) as (figure, grid):
+    with pictures.panels([panel.title for panel in drawn], n_columns, 0.6, 1.75, sharex=True) as (figure, grid):
         for axes, panel in zip(grid, drawn, strict=True):
             _draw_layers(axes, panel.series, shown)
             if chance is not None:
                 axes.axhline(chance, color="#888888", linestyle="--", linewidth=1, label="chance")
             if log_scale:
-                log_axis(axes)
-        label_panels(grid, n_columns, [panel.unit for panel in drawn], count_axis)
-        legend_below(figure, grid[:1])
+                pictures.log_axis(axes)
+        pictures.label_panels(grid, n_columns, [panel.unit for panel in drawn], pictures.count_axis)
+        pictures.legend_below(figure, grid[:1])
         told, layers = " ".join(_in_words(panel, shown) for panel in drawn), which_layers(n_layers, shown)
-        return finish(figure, name, _table_by_layer(drawn, shown), told=told, chance=chance, layers=layers)
+        return pictures.finish(figure, name, _table_by_layer(drawn, shown), told=told, chance=chance, layers=layers)
 
 
 def _draw_layers(axes: Axes, series: Series, shown: list[int]) -> None:
     marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(series.tokens) <= 20 else {}
     for index, layer in enumerate(shown):
         line = Series(series.tokens, series.values[:, layer]).shortened(300)
-        axes.plot(*line, label=f"layer {layer}", **line_look(index), **marker)
+        axes.plot(*line, label=f"layer {layer}", **pictures.line_look(index), **marker)
 
 
 def _in_words(panel: _Panel, shown: list[int]) -> str:

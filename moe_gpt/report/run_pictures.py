@@ -12,19 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_gpt.measure.positions import position_buckets
+from moe_gpt.report import pictures
 from moe_gpt.report.missing import need
-from moe_gpt.report.pictures import (
-    COLOURS,
-    Picture,
-    Table,
-    count_axis,
-    drawing,
-    finish,
-    legend_below,
-    line_look,
-    log_axis,
-    mark_stages,
-)
+from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.recorded_routing import in_order
 from moe_gpt.report.run_records import EvaluationArrays, RunRecords
 from moe_gpt.report.series import Series, spread
@@ -45,18 +35,18 @@ def draw_losses(run: RunRecords) -> Picture:
     window = max(1, len(training.values) // 60)
     smooth = training.smoothed(window)
     named = {"training": smooth, **scores} if training.is_there else scores
-    with drawing(height=3.0) as (figure, axes):
+    with pictures.drawing(height=3.0) as (figure, axes):
         if training.is_there:
-            axes.plot(*training.shortened(), color=COLOURS[6], alpha=0.35, linewidth=0.7)
+            axes.plot(*training.shortened(), color=pictures.COLOURS[6], alpha=0.35, linewidth=0.7)
             label = f"training, mean of {window} steps" if window > 1 else "training"
-            axes.plot(*smooth.shortened(), color=COLOURS[6], label=label)
+            axes.plot(*smooth.shortened(), color=pictures.COLOURS[6], label=label)
         for index, (source, score) in enumerate(scores.items()):
-            axes.plot(*score, label=f"validation: {source}", marker="o", markersize=3, **line_look(index))
+            axes.plot(*score, label=f"validation: {source}", marker="o", markersize=3, **pictures.line_look(index))
         axes.set_ylabel("cross entropy (nats per token)")
-        count_axis(axes)
+        pictures.count_axis(axes)
         _show_stages(axes, run)
-        legend_below(figure, [axes])
-        return finish(
+        pictures.legend_below(figure, [axes])
+        return pictures.finish(
             figure,
             "losses",
             _table_of_losses(smooth, scores),
@@ -84,16 +74,16 @@ def draw_schedule(run: RunRecords) -> Picture:
     rate, batch, length = (run.step_values(key) for key in ("lr", "batch_tokens", "seq_len"))
     need(rate.is_there and batch.is_there and length.is_there, "no training step is recorded")
     lines = {"learning rate": rate, "tokens per step": batch, "tokens per sequence": length}
-    with drawing(3, 1, height=4.0, sharex=True) as (figure, rows):
+    with pictures.drawing(3, 1, height=4.0, sharex=True) as (figure, rows):
         for axes, (name, line) in zip(rows, lines.items(), strict=True):
-            axes.plot(*line.shortened(), drawstyle="steps-pre", color=COLOURS[0])
+            axes.plot(*line.shortened(), drawstyle="steps-pre", color=pictures.COLOURS[0])
             axes.set_ylabel(name.replace(" seq", "\nseq"))
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda value, _: format_count(value) if value >= 1 else f"{value:g}")
             _show_stages(axes, run, with_numbers=axes is rows[0])
-        count_axis(rows[-1])
+        pictures.count_axis(rows[-1])
         columns = {name: line.spread(_MOST_ROWS).values for name, line in lines.items()}
-        return finish(
+        return pictures.finish(
             figure,
             "schedule",
             Table.of({"tokens seen": rate.spread(_MOST_ROWS).tokens} | columns),
@@ -118,18 +108,20 @@ def draw_positions(run: RunRecords) -> Picture:
     need(chosen, "no evaluation has kept its losses by position")
     buckets = position_buckets(max(map(len, chosen[-1].nats.values())))
     columns: dict[str, list] = {"positions": [f"{start} to {end - 1}" for start, end in buckets]}
-    with drawing(height=3.0) as (figure, axes):
+    with pictures.drawing(height=3.0) as (figure, axes):
         for arrays, style in zip(chosen, ("--", "-")[-len(chosen) :], strict=True):
             for index, source in enumerate(in_order(run, arrays.nats)):
-                look = {"color": COLOURS[index % len(COLOURS)], "linestyle": style}
+                look = {"color": pictures.COLOURS[index % len(pictures.COLOURS)], "linestyle": style}
                 axes.plot(*_by_place(arrays, source), label=f"{source} at step {arrays.step:,}", **look)
                 columns[f"{source}, step {arrays.step:,} (nats)"] = mean_by_position(arrays, source, buckets)
         axes.set_ylabel("cross entropy (nats per token)")
-        count_axis(axes, "place in the sequence (tokens before it)")
-        legend_below(figure, [axes])
+        pictures.count_axis(axes, "place in the sequence (tokens before it)")
+        pictures.legend_below(figure, [axes])
         steps, table = [f"{arrays.step:,}" for arrays in chosen], Table.of(columns)
         told = [f"{place}: {format_number(values[-1])}" for place, *values in table.rows]
-        return finish(figure, "loss-by-position", table, steps=" and ".join(steps), last=table.columns[-1], told=told)
+        return pictures.finish(
+            figure, "loss-by-position", table, steps=" and ".join(steps), last=table.columns[-1], told=told
+        )
 
 
 def _first_and_last(arrays: Sequence[EvaluationArrays]) -> list[EvaluationArrays]:
@@ -150,23 +142,23 @@ def draw_norms(run: RunRecords) -> Picture:
     groups = list(dict.fromkeys(group for line in run.records for group in line["groups"]))
     need(groups, "no step has recorded norms")
     rows, last = [], []
-    with drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
+    with pictures.drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
         for index, group in enumerate(groups):
             size, gradient = run.norms(group, "parameter_norm"), run.norms(group, "gradient_norm")
             ratio = _relative(run.norms(group, "update_norm"), size)
             for axes, series in zip(columns, (size, gradient, ratio), strict=True):
-                axes.plot(*series.shortened(300), label=group, **line_look(index))
+                axes.plot(*series.shortened(300), label=group, **pictures.line_look(index))
             kept = (ratio.spread(6).tokens, *(series.spread(6).values for series in (size, gradient, ratio)))
             rows += [(group, *row) for row in zip(*kept, strict=False)]
             last += [f"{group} {format_number(float(value))}" for value in ratio.values[-1:]]
         for axes, label in zip(columns, ("parameters", "gradients", "update / param."), strict=True):
             axes.set_title(label, fontsize=9.5)
-            log_axis(axes)
-            count_axis(axes)
+            pictures.log_axis(axes)
+            pictures.count_axis(axes)
         columns[0].set_ylabel("Euclidean norm")
         columns[2].set_ylabel("ratio of norms")
-        legend_below(figure, columns[:1])
-        return finish(figure, "norms", Table(_NORM_COLUMNS, rows), n_groups=len(groups), told=", ".join(last))
+        pictures.legend_below(figure, columns[:1])
+        return pictures.finish(figure, "norms", Table(_NORM_COLUMNS, rows), n_groups=len(groups), told=", ".join(last))
 
 
 def _relative(update: Series, size: Series) -> Series:
@@ -181,16 +173,16 @@ def draw_speed(run: RunRecords) -> Picture:
     """Draw tokens per second."""
     speed = run.step_values("tokens_per_second")
     need(speed.is_there, "no step has recorded its speed")
-    with drawing(height=2.4) as (figure, axes):
-        axes.plot(*speed.shortened(), color=COLOURS[0])
+    with pictures.drawing(height=2.4) as (figure, axes):
+        axes.plot(*speed.shortened(), color=pictures.COLOURS[0])
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens per second")
         axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
-        count_axis(axes)
+        pictures.count_axis(axes)
         _show_stages(axes, run)
         table = Table.of(dict(zip(("tokens seen", "tokens per second"), speed.spread(_MOST_ROWS), strict=True)))
         middle, least, greatest = (format_count(float(f(speed.values))) for f in (np.median, np.min, np.max))
-        return finish(
+        return pictures.finish(
             figure, "speed", table, middle=middle, least=least, greatest=greatest, stages=describe_stages(run)
         )
 
@@ -215,4 +207,4 @@ def _show_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None
     if len(lengths) > 1:
         is_wide = with_numbers & (lengths > 0.02 * last)
         numbers = [str(i) if wide else "" for i, wide in enumerate(is_wide, 1)]
-        mark_stages(axes, ends[: len(lengths)].tolist(), numbers)
+        pictures.mark_stages(axes, ends[: len(lengths)].tolist(), numbers)

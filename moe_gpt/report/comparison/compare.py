@@ -8,17 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_gpt.report.comparison import notes
 from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_in_words, curves_over, draw_curves
 from moe_gpt.report.comparison.groups import Group, group_runs, table_of_differences
-from moe_gpt.report.comparison.notes import (
-    choose_metric,
-    note_broken,
-    note_costs,
-    note_group,
-    note_left_out,
-    note_other_text,
-    note_scores,
-)
 from moe_gpt.report.comparison.runs import compared_runs
 from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.run_records import RunRecords
@@ -63,22 +55,22 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
     groups = group_runs(runs)
     rows = list(itertools.chain(*map(Group.by_end, groups)))
     sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
-    metric, notes_on_metric = choose_metric(runs)
+    metric, notes_on_metric = notes.choose_metric(runs)
     all_curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
-    notes = itertools.chain(
-        *map(note_costs, runs),
+    told = itertools.chain(
+        *map(notes.note_costs, runs),
         notes_on_metric,
-        *map(note_group, groups),
-        note_scores(runs, sources),
-        *map(note_broken, runs),
-        note_other_text(runs),
-        *(note_left_out(found, runs) for found in all_curves),
+        *map(notes.note_group, groups),
+        notes.note_scores(runs, sources),
+        *map(notes.note_broken, runs),
+        notes.note_other_text(runs),
+        *(notes.note_left_out(found, runs) for found in all_curves),
     )
     return Comparison(
         pictures=[draw_curves(found, groups, curves_in_words(found, rows)) for found in all_curves if found.curves],
         final=_final(metric, sources, rows),
         differences=table_of_differences(runs),
-        notes=list(notes),
+        notes=list(told),
     )
 
 
