@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ def read_json_lines(
         OSError: where the file cannot be read.
     """
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = (_parse(text, is_sound) for text in texts)
+    found: Iterable[dict[str, Any] | None] = (_parse(text, is_sound) for text in texts)
     if stops_at_damage:
         found = itertools.takewhile(lambda line: line is not None, found)
     lines = [line for line in found if line is not None]

@@ -111,8 +111,11 @@ def format_number(value: Any) -> str:
         return "–" if value is None else str(value)
     if not math.isfinite(value):
         return "–" if math.isnan(value) else str(value)
-    if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):
-        return f"{int(value):,}"
+    is_whole = isinstance(value, int) or (value == round(value) and abs(value) < 1e15)
+    return f"{int(value):,}" if is_whole else _fraction(value)
+
+
+def _fraction(value: float) -> str:
     size = math.floor(math.log10(abs(value)))
     if -4 <= size < 4:
         return f"{value:.{3 - size}f}".rstrip("0").rstrip(".") if size < 3 else f"{value:.0f}"
