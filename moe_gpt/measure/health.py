@@ -1,6 +1,6 @@
 """Is the router healthy? What the recorded values say, in words, and what to try.
 
-Thresholds were set between healthy tiny runs and runs broken on purpose (tests/measure/test_health.py repeats both);
+Thresholds were set between healthy tiny runs and runs broken on purpose (tests/trained_routers.py trains both);
 docs/healthy-router.md lists them beside the values of published models.
 """
 

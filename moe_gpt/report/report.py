@@ -114,11 +114,15 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     else:
         title, sections = f"Runs {names}", list(_sections_of_several(runs))
     page = _template().render(title=title, sections=sections)
-    folder = path.with_name(f"{path.stem}-pictures")
-    for picture in (picture for section in sections for picture in section.pictures):
+    for section in sections:
+        _write_pictures(section.pictures, path.with_name(f"{path.stem}-pictures"))
+    replace_file(path, page)
+
+
+def _write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
+    for picture in pictures:
         replace_file(folder / f"{picture.name}.svg", standalone(picture))
         replace_file(folder / f"{picture.name}.png", picture.png)
-    replace_file(path, page)
 
 
 @functools.cache
@@ -186,8 +190,8 @@ def _concentration(run: RunRecords) -> tuple[str, Table]:
 
 def _generated(run: RunRecords) -> list[Sample]:
     found = collections.defaultdict[str, list[Sample]](list)
-    for line in run.evaluations:
-        for name, text in (line.get("samples") or {}).items():
+    for line in (line for line in run.evaluations if isinstance(line.get("samples"), dict)):
+        for name, text in line["samples"].items():
             found[name].append(Sample(name, line["step"], show_controls(str(text))))
     need(found, "no evaluation has kept a generated text (train.sample_tokens)")
     return [found[name][i] for name in in_order(run, found) for i in spread(len(found[name]), _MOST_SAMPLES)]

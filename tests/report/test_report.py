@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import yaml
 from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
-from matplotlib.figure import Figure
 
 from moe_gpt.errors import InputError
 from moe_gpt.report.report import write_report
@@ -35,17 +34,13 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def page_of(monkeypatch, tmp_path):
-    """Return a function that gives the page of runs, without rendering pictures, which takes longest."""
-
-    def save(figure, file, format, **options):  # noqa: A002
-        file.write("<svg xmlns='x' width='1pt' height='1pt'></svg>" if format == "svg" else b"png")
+def page_of(tmp_path):
+    """Return a function that gives the page of runs."""
 
     def page_of(*runs: RunRecords) -> str:
         write_report(runs, tmp_path / "report.html")
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
-    monkeypatch.setattr(Figure, "savefig", save)
     return page_of
 
 
@@ -172,7 +167,7 @@ def test_hostile_texts_are_escaped(page_of):
     assert name in text_of(page)
 
 
-def test_hostile_source_name_is_escaped_in_real_pictures():
+def test_hostile_source_name_is_escaped_in_real_pictures(rendered):
     """SVG text is escaped by matplotlib, and dollars are no mathematics."""
     from moe_gpt.report.run_pictures import draw_losses
 

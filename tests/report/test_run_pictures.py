@@ -86,7 +86,7 @@ def test_stages_are_described_and_numbered():
     assert describe_stages(make_run(config={})) == ""
 
 
-def test_stages_not_reached_are_not_drawn():
+def test_stages_not_reached_are_not_drawn(rendered):
     """A run that stopped in its first stage has no line at its end."""
     whole = run_pictures.draw_losses(make_run()).svg
     short = run_pictures.draw_losses(make_run(steps=[make_step(1), make_step(2)], evaluations=[])).svg
@@ -94,7 +94,7 @@ def test_stages_not_reached_are_not_drawn():
     assert ">2</text>" not in short
 
 
-def test_same_run_gives_same_bytes():
+def test_same_run_gives_same_bytes(rendered):
     """A picture depends on the run alone."""
     assert run_pictures.draw_speed(make_run()) == run_pictures.draw_speed(make_run())
 
