@@ -1,6 +1,6 @@
 """Is the router healthy? What the recorded values say, in words, and what to try.
 
-Thresholds were set between healthy tiny runs and runs broken on purpose (tests/analysis/test_health.py repeats both);
+Thresholds were set between healthy tiny runs and runs broken on purpose (tests/trained_routers.py trains both);
 docs/healthy-router.md lists them beside the values of published models.
 """
 
@@ -27,7 +27,7 @@ _ADVICE_ON_BALANCE = {
 }
 
 
-class Problem(NamedTuple):
+class RouterProblem(NamedTuple):
     """Something that is wrong with a layer's router."""
 
     kind: str
@@ -49,7 +49,7 @@ def find_problems(
     model: ModelConfig,
     faults: FaultConfig,
     record_every_steps: int,
-) -> list[Problem]:
+) -> list[RouterProblem]:
     """Return what is wrong at the last of the records; nothing for a healthy router, a dense model or no records.
 
     Args:
@@ -61,8 +61,8 @@ def find_problems(
     """
     if model.is_dense:
         return []
-    window = max(1, faults.routing_window // max(1, record_every_steps))
-    problems: list[Problem] = []
+    window = recorded_window(faults, record_every_steps)
+    problems: list[RouterProblem] = []
     if len(records) >= window:
         problems += _problems_of_load(records[-window:], model, faults)
     if len(records) >= 3 * window:
@@ -73,6 +73,11 @@ def find_problems(
     return problems
 
 
+def recorded_window(faults: FaultConfig, record_every_steps: int) -> int:
+    """Return how many recorded steps are looked at together; growth is judged over three times as many."""
+    return max(1, faults.routing_window // max(1, record_every_steps))
+
+
 def _mean(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """Return the mean over records of a value by layer (L, ...); nan where a step was not finite."""
     return np.mean([np.array(record[key], dtype=float) for record in records], axis=0)
@@ -80,35 +85,41 @@ def _mean(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 def _problems_of_load(
     records: Sequence[Mapping[str, Any]], model: ModelConfig, faults: FaultConfig
-) -> Iterator[Problem]:
+) -> Iterator[RouterProblem]:
     advice = _ADVICE_ON_BALANCE[model.balance]
     for layer, loads in enumerate(_mean(records, "load")):
         dead = np.flatnonzero(loads < faults.dead_expert_load).tolist()
         share = np.sort(loads)[-model.top_k :].sum() / len(loads)
         if dead:
             text = f"experts {', '.join(map(str, dead))} of {len(loads)} are nearly unused"
-            yield Problem("dead_experts", layer, text, advice)
+            yield RouterProblem("dead_experts", layer, text, advice)
         if share > faults.collapsed_share and model.n_experts > model.top_k:
             text = f"{model.top_k} of {len(loads)} experts get {share:.0%} of all assignments"
-            yield Problem("routing_collapsed", layer, text, advice)
+            yield RouterProblem("routing_collapsed", layer, text, advice)
 
 
-def _problems_of_growth(records: Sequence[Mapping[str, Any]], window: int, model: ModelConfig) -> Iterator[Problem]:
+def _problems_of_growth(records: Sequence[Mapping[str, Any]], window: int, model: ModelConfig) -> list[RouterProblem]:
     parts = [records[start : start + window] for start in range(0, 3 * window, window)]
-    severe = _SEVERE_IMBALANCE * (model.n_experts / model.top_k - 1)
-    imbalance, z = ([_mean(part, key) for part in parts] for key in ("max_violation", "router_z_loss"))
-    for layer in range(len(imbalance[0])):
-        first, middle, last = (float(values[layer]) for values in imbalance)
-        if first < middle < last and last > _GROWTH_OF_IMBALANCE * first and last > severe:
-            text = f"imbalance grows: the busiest expert had {1 + first:.1f} times the mean load, now {1 + last:.1f}"
-            yield Problem("imbalance_growing", layer, text, _ADVICE_ON_BALANCE[model.balance])
-        first, middle, last = (float(values[layer]) for values in z)
-        if first < middle < last and last > _GROWTH_OF_Z * first and last > _LARGE_Z:
-            text = f"router logits grow: z loss {first:.0f} before, {last:.0f} now"
-            yield Problem("z_growing", layer, text, "raise loss.router_z_loss_weight, or lower optimizer.lr")
+    severe, problems = _SEVERE_IMBALANCE * (model.n_experts / model.top_k - 1), []
+    for layer, first, last in _grown([_mean(part, "max_violation") for part in parts], _GROWTH_OF_IMBALANCE, severe):
+        text = f"imbalance grows: the busiest expert had {1 + first:.1f} times the mean load, now {1 + last:.1f}"
+        problems.append(RouterProblem("imbalance_growing", layer, text, _ADVICE_ON_BALANCE[model.balance]))
+    for layer, first, last in _grown([_mean(part, "router_z_loss") for part in parts], _GROWTH_OF_Z, _LARGE_Z):
+        text = f"router logits grow: z loss {first:.0f} before, {last:.0f} now"
+        advice = "raise loss.router_z_loss_weight, or lower optimizer.lr"
+        problems.append(RouterProblem("z_growing", layer, text, advice))
+    return sorted(problems, key=lambda problem: problem.layer)
 
 
-def _problems_of_information(records: Sequence[Mapping[str, Any]], model: ModelConfig) -> Iterator[Problem]:
+def _grown(parts: Sequence[np.ndarray], factor: float, limit: float) -> Iterator[tuple[int, float, float]]:
+    """Yield layer, first and last value where a value (L,) rose twice, by ``factor`` in all, beyond ``limit``."""
+    first, middle, last = parts
+    has_grown = (first < middle) & (middle < last) & (last > factor * first) & (last > limit)
+    for layer in np.flatnonzero(has_grown).tolist():
+        yield layer, float(first[layer]), float(last[layer])
+
+
+def _problems_of_information(records: Sequence[Mapping[str, Any]], model: ModelConfig) -> Iterator[RouterProblem]:
     information = _mean(records, "mean_probability_entropy") - _mean(records, "token_entropy")
     for layer, value in enumerate(information):
         if value < _LEAST_INFORMATION:
@@ -117,10 +128,10 @@ def _problems_of_information(records: Sequence[Mapping[str, Any]], model: ModelC
                 "about which token it is"
             )
             advice = "lower loss.load_balancing_loss_weight or loss.router_z_loss_weight, or raise optimizer.lr"
-            yield Problem("routing_ignores_input", layer, text, advice)
+            yield RouterProblem("routing_ignores_input", layer, text, advice)
 
 
-def _problems_of_learning(gradients: Gradients, model: ModelConfig) -> Iterator[Problem]:
+def _problems_of_learning(gradients: Gradients, model: ModelConfig) -> Iterator[RouterProblem]:
     for layer, (router, expert) in enumerate(zip(gradients.routers, gradients.experts, strict=True)):
         if router < _LEAST_GRADIENT_RATIO * expert:
             text = (
@@ -129,4 +140,4 @@ def _problems_of_learning(gradients: Gradients, model: ModelConfig) -> Iterator[
             advice = "see that nothing detaches the weights of the chosen experts"
             if model.top_k == 1:
                 advice += ", and that one expert's weight is not rescaled to 1 (model.normalize_topk=false)"
-            yield Problem("router_not_learning", layer, text, advice)
+            yield RouterProblem("router_not_learning", layer, text, advice)

@@ -10,22 +10,31 @@ The definitions are those of OLMoE (arXiv 2409.02060, section 5 of v2) unless a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Real
 
 
-def max_violation(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
+def max_violation(counts: Any) -> Any:
     """Return how far the busiest expert is above the mean: max / mean - 1 (MaxVio, arXiv 2408.15664).
 
     From 0, exactly balanced, to E - 1, one expert takes all (E / K - 1 with the K different experts of a token); a
     row of zeros gives 0. Chance gives a little more than 0, and the less the more assignments are counted.
-    ``train.step`` has the same for tensors, as a mean over layers.
+
+    Args:
+        counts: (..., E), a numpy array or a torch tensor. The values of a tensor are not checked, as that would wait
+            for its device.
+
+    Returns:
+        (...), of the same kind; a tensor stays on its device, in float32.
 
     Raises:
-        ValueError: if ``counts`` is empty, negative or not finite.
+        ValueError: if an array is empty, negative or not finite.
     """
+    if hasattr(counts, "amax"):  # a tensor
+        counts = counts.float()
+        return (counts.amax(-1) / counts.mean(-1).clamp(min=1e-9) - 1).clamp(min=0)
     return np.asarray(np.nan_to_num(load(counts).max(axis=-1), nan=1.0) - 1)
 
 
@@ -40,21 +49,6 @@ def load(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
     """
     counts = _check_counts(counts)
     return _divide(counts * counts.shape[-1], counts.sum(axis=-1, keepdims=True))
-
-
-def load_entropy(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
-    """Return the entropy of the experts' shares p as a fraction of its maximum: -Σ p ln p / ln E.
-
-    From 0, one expert takes all, to 1, even, which is what chance gives; a single expert gives 1, a row of zeros
-    nan. It is a statement about balance, not about how sure the router is of a single token. ST-MoE (arXiv
-    2202.08906) sets the entropy of each layer's experts against that of uniform routing.
-
-    Raises:
-        ValueError: if ``counts`` is empty, negative or not finite.
-    """
-    entropy = _entropy(_shares(counts))
-    n_experts = np.shape(counts)[-1]
-    return np.asarray(entropy / np.log(n_experts) if n_experts > 1 else entropy + 1)  # 0 of 0 nats counts as even
 
 
 def dead_experts(counts: Real[np.ndarray, "... E"], threshold: float = 0.01) -> Bool[np.ndarray, "... E"]:
@@ -82,24 +76,11 @@ def saturation(choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray,
     Raises:
         ValueError: if the shapes differ or are empty, or the experts of a token are not different.
     """
-    choices, final = _check_pair(choices, final)
+    if np.shape(choices) != np.shape(final):
+        raise ValueError(f"choices and final must have the same shape, got {np.shape(choices)} and {np.shape(final)}")
+    choices, final = (_check_choices(ids, ("L", "N", "K")) for ids in (choices, final))
     shared = sum((choices == final[..., [place]]).sum(axis=-1) for place in range(final.shape[-1]))
     return np.mean(shared, axis=-1) / final.shape[-1]
-
-
-def first_choice_agreement(
-    choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray, "L N K"]
-) -> Float[np.ndarray, " L"]:
-    """Return the share of tokens whose best expert is already the final best one: mean of [e_1 = e_1,final].
-
-    From 0 to 1, 1 for the same first choices; chance is 1 / E where loads are even. It is ``saturation`` for the
-    first choice alone (top-1 in OLMoE, section 5.1), with the same arguments.
-
-    Raises:
-        ValueError: if the shapes differ or are empty, or the experts of a token are not different.
-    """
-    choices, final = _check_pair(choices, final)
-    return np.mean(choices[..., 0] == final[..., 0], axis=-1)
 
 
 def co_activation(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[np.ndarray, "E E"]:
@@ -140,20 +121,20 @@ def co_activation_by_chance(choices: Integer[np.ndarray, "N K"], n_experts: int)
     return chance
 
 
-def domain_shares(counts: Real[np.ndarray, "S ... E"]) -> Float[np.ndarray, "S ... E"]:
+def domain_shares(counts: Real[np.ndarray, "n_sources ... E"]) -> Float[np.ndarray, "n_sources ... E"]:
     """Return the share of each domain's assignments that each expert gets: n_se / Σ_e n_se.
 
     From 0 to 1, summing to 1 over experts; chance is 1 / E; nan for a domain without assignments. OLMoE (section
     5.3) divides by tokens instead: its domain specialization is K times this, with chance K / E.
 
     Args:
-        counts: of S domains (sources of text), which lead; layers may follow.
+        counts: of the domains (sources of text), which lead; layers may follow.
 
     Raises:
         ValueError: if ``counts`` is empty, negative or not finite, or has no axis of domains.
     """
     if np.ndim(counts) < 2:
-        raise ValueError(f"counts must have shape (S, ..., E), domains first, got {np.shape(counts)}")
+        raise ValueError(f"counts must have shape (n_sources, ..., E), domains first, got {np.shape(counts)}")
     return _shares(counts)
 
 
@@ -163,27 +144,27 @@ class DomainInformation(NamedTuple):
     nats: float
     """Mutual information; 0 where all domains use the experts alike."""
     fraction: float
-    """Of the bound min(ln S, ln E)."""
+    """Of the bound min(ln n_sources, ln E)."""
 
 
-def domain_information(counts: Real[np.ndarray, "S E"]) -> DomainInformation:
+def domain_information(counts: Real[np.ndarray, "n_sources E"]) -> DomainInformation:
     """Return the mutual information between domain and expert of an assignment: H(mean of p_s) - mean of H(p_s).
 
-    p_s are the shares of the experts in domain s and H is the entropy. All S domains have equal weight, however many
-    tokens they have, so this is also the Jensen-Shannon divergence of the p_s. From 0, all alike and what chance
-    gives but for a bias of about (S - 1)(E - 1) / (2 · assignments) nats upwards, to at most min(ln S, ln E): what
-    there is to know, and what an expert can tell. ln S is reached by domains that share no expert; the K different
-    experts of a token keep it below ln(E / K). One domain or one expert gives 0 and 0. A summary of ours of the
-    domain specialization in OLMoE, section 5.3.
+    p_s are the shares of the experts in domain s and H is the entropy. All domains have equal weight, however many
+    tokens they have, so this is also the Jensen-Shannon divergence of the p_s. It lies between 0, where all domains
+    are alike, and min(ln n_sources, ln E): what there is to know, and what an expert can tell. Chance gives 0, but for
+    a bias upwards of about (n_sources - 1)(E - 1) / (2 · assignments) nats. Domains that share no expert reach
+    ln n_sources; the K different experts of a token keep it below ln(E / K). One domain or one expert gives 0 and 0.
+    A summary of ours of the domain specialization in OLMoE, section 5.3.
 
     Args:
         counts: of one layer; every domain needs at least one assignment.
 
     Raises:
-        ValueError: if ``counts`` is empty, negative or not finite, not of shape (S, E), or zero for a domain.
+        ValueError: if ``counts`` is empty, negative or not finite, not of shape (n_sources, E), or zero for a domain.
     """
     if np.ndim(counts) != 2:
-        raise ValueError(f"counts must have shape (S, E), one layer, got {np.shape(counts)}")
+        raise ValueError(f"counts must have shape (n_sources, E), one layer, got {np.shape(counts)}")
     shares = domain_shares(counts)
     unknown = np.flatnonzero(np.isnan(shares[:, 0]))
     if unknown.size:
@@ -298,7 +279,7 @@ def token_concentration(
 
 def _count_tokens(
     tokens: Integer[np.ndarray, " N"], choices: Integer[np.ndarray, "N K"], n_experts: int
-) -> tuple[Integer[np.ndarray, " U"], Integer[np.ndarray, " U"], Integer[np.ndarray, "U E"]]:
+) -> tuple[Integer[np.ndarray, " n_ids"], Integer[np.ndarray, " n_ids"], Integer[np.ndarray, "n_ids E"]]:
     """Return the different ids in ascending order, how often each occurs, and how often it went to each expert."""
     choices = _check_choices(choices, ("N", "K"), n_experts)
     if np.shape(tokens) != choices.shape[:1]:
@@ -354,11 +335,3 @@ def _check_choices(
     if repeated.any():
         raise ValueError(f"the experts of a token must be different, got {choices[repeated][0].tolist()}")
     return choices
-
-
-def _check_pair(
-    choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray, "L N K"]
-) -> tuple[Integer[np.ndarray, "L N K"], Integer[np.ndarray, "L N K"]]:
-    if np.shape(choices) != np.shape(final):
-        raise ValueError(f"choices and final must have the same shape, got {np.shape(choices)} and {np.shape(final)}")
-    return _check_choices(choices, ("L", "N", "K")), _check_choices(final, ("L", "N", "K"))

@@ -1,19 +1,23 @@
 """Pictures for reports: matplotlib figures that read well in light and dark, on paper, and without seeing them.
 
 A picture is an SVG whose ink takes the page's colour, the same as PNG on white, a sentence that says what is in it, and
-the numbers it was drawn from. Lines and maps use colours that remain apart for colour-blind readers: Okabe and Ito's
-palette (https://jfly.uni-koeln.de/color/) and matplotlib's cividis and (diverging) PuOr.
+the numbers it was drawn from. Colour-blind readers can tell the colours apart: lines have Okabe and Ito's palette
+(https://jfly.uni-koeln.de/color/), maps matplotlib's diverging PuOr.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import html
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from moe_gpt.terminal.numbers import format_count
 
@@ -23,32 +27,27 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b3a600")
 """For lines, in this order; beyond them line styles change."""
+WIDTH = 5.6
+"""Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
 _LINE_STYLES = ("-", "--", ":", "-.")
 _INK, _GRID = "#010203", "#040506"
 """What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
+_INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+_EMPTY = ("axes.facecolor", "figure.facecolor", "legend.facecolor")
 _STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _INK,
+    **dict.fromkeys(_INKED, _INK),
+    **dict.fromkeys(_EMPTY, "none"),
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
     "axes.axisbelow": True,
-    "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "axes.titlesize": 10,
-    "figure.facecolor": "none",
     "font.size": 9.5,
     "grid.alpha": 1.0,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
-    "legend.facecolor": "none",
-    "legend.frameon": False,
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",
     "svg.hashsalt": "moe_gpt",
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
 }
 
 
@@ -58,6 +57,11 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Iterable[Any]]) -> Table:
+        """Return the table of equally long columns by their headings."""
+        return cls(tuple(columns), list(zip(*columns.values(), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +90,7 @@ def line_look(index: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def drawing(
-    n_rows: int = 1, n_columns: int = 1, width: float = 7.2, height: float = 3.2, **options: Any
+    n_rows: int = 1, n_columns: int = 1, width: float = WIDTH, height: float = 3.2, **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Open a figure in our style, with its axes as matplotlib's ``subplots`` gives them; sizes in inches."""
     import matplotlib
@@ -102,13 +106,66 @@ def drawing(
             pyplot.close(figure)
 
 
-def finish(figure: Figure, name: str, title: str, alt: str, caption: str, table: Table) -> Picture:
-    """Render a figure that is drawn; call it inside ``drawing``. The same figure gives the same bytes."""
-    svg = io.StringIO()
+@contextlib.contextmanager
+def panels(
+    titles: Sequence[str], n_columns: int, height: float, row_height: float, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Open a figure with a panel for each title, as an array of axes; ``height`` is what is there besides the rows."""
+    n_rows = -(-len(titles) // n_columns)
+    total = height + row_height * n_rows
+    with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
+        for axes in grid.flat[len(titles) :]:
+            axes.set_visible(False)
+        for axes, title in zip(grid.flat, titles, strict=False):
+            axes.set_title(title)
+        yield figure, grid.flat[: len(titles)]
+
+
+def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], label_x: Callable[[Axes], Any]) -> None:
+    """Label the lowest panels' horizontal axes, and a vertical one where it is the first or has a unit of its own."""
+    for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
+        if index % n_columns == 0 or unit != units[index - index % n_columns]:
+            axes.set_ylabel(unit)
+        if index + n_columns >= len(units):
+            axes.tick_params(labelbottom=True)
+            label_x(axes)
+
+
+def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
+    """Name the labelled lines of some axes below all of them, which keep their height; long names are cut."""
+    found = dict(pair for axes in named for pair in zip(*axes.get_legend_handles_labels(), strict=True))
+    labels = [label if len(label) <= 48 else f"{label[:47]}…" for label in found.values()]
+    n_columns = max(1, min(len(labels), 72 // (max(map(len, labels), default=0) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // n_columns))
+    figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
+
+
+@functools.cache
+def words() -> dict[str, dict[str, Any]]:
+    """Return the words of each picture, from words.yaml."""
+    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+
+
+def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
+    """Return the picture of a figure that is drawn; call it inside ``drawing``.
+
+    Args:
+        figure: with everything in it.
+        name: of the picture, in words.yaml.
+        table: the numbers that it was drawn from.
+        facts: what the words have in braces; parts of a list are set off by semicolons.
+    """
+    told, facts = words()[name], {key: "; ".join(f) if isinstance(f, list) else f for key, f in facts.items()}
+    alt, caption = (" ".join(told[kind].format(**facts).split()) for kind in ("alt", "caption"))
+    return Picture(name, told["title"], alt, caption, *render(figure, name), table)
+
+
+def render(figure: Figure, name: str) -> tuple[str, bytes]:
+    """Return a figure as SVG for inside a page, and as PNG. The same figure gives the same bytes."""
+    svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return Picture(name, title, alt, caption, _inline(svg.getvalue(), name), png.getvalue(), table)
+    return _inline(svg.getvalue(), name), png.getvalue()
 
 
 def _inline(svg: str, name: str) -> str:

@@ -5,15 +5,14 @@ Each function reads ``RunRecords`` alone, and raises ``NotRecorded`` where the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
+from moe_gpt.measure.health import Gradients
+from moe_gpt.report.missing import need
 from moe_gpt.report.run_records import EvaluationArrays, RunRecords
-
-
-class NotRecorded(ValueError):
-    """The run has not recorded what a picture or table needs; the message says what, in words."""
 
 
 def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
@@ -22,48 +21,40 @@ def in_order(run: RunRecords, sources: Iterable[str]) -> list[str]:
     return sorted(sources, key=lambda source: places.get(source, len(places)))
 
 
-def tokens_at_evaluations(run: RunRecords) -> dict[int, int]:
-    """Return ``tokens_seen`` by the step of an evaluation."""
-    return {line["step"]: line["tokens_seen"] for line in run.evaluations if "tokens_seen" in line}
+def over_training(run: RunRecords, has: Callable[[EvaluationArrays], Any]) -> tuple[np.ndarray, list[EvaluationArrays]]:
+    """Return the evaluations that have something, and how many tokens had been seen at each."""
+    tokens = {line["step"]: line.get("tokens_seen") for line in run.evaluations}
+    found = [arrays for arrays in filter(has, run.arrays) if arrays.step in tokens]
+    return np.array([tokens[arrays.step] for arrays in found], dtype=float), found
 
 
 def n_experts_of(run: RunRecords) -> int:
-    """Return the number of experts: that of the counts, or else the config's.
-
-    Raises:
-        NotRecorded: where neither is there.
-    """
-    for arrays in reversed(run.arrays):
-        for counts in arrays.tokens_per_expert.values():
-            return counts.shape[-1]
-    n_experts = (run.config.get("model") or {}).get("n_experts")
-    if not isinstance(n_experts, int):
-        raise NotRecorded("the number of experts is not recorded")
-    return n_experts
+    """Return the number of experts: that of the counts, or else the config's."""
+    counted = [counts.shape[-1] for arrays in run.arrays for counts in arrays.tokens_per_expert.values()]
+    n_experts = counted[-1] if counted else run.section("model").get("n_experts")
+    need(isinstance(n_experts, int), "the number of experts is not recorded")
+    return int(n_experts or 0)
 
 
 def last_with_counts(run: RunRecords) -> EvaluationArrays:
-    """Return the newest evaluation that has counted assignments.
-
-    Raises:
-        NotRecorded: where there is none.
-    """
-    found = [arrays for arrays in run.arrays if arrays.tokens_per_expert]
-    if not found:
-        raise NotRecorded("no evaluation has kept how many tokens each expert gets")
-    return found[-1]
+    """Return the newest evaluation that has counted assignments."""
+    return _last(run, lambda arrays: arrays.tokens_per_expert, "how many tokens each expert gets")
 
 
 def last_with_choices(run: RunRecords) -> EvaluationArrays:
-    """Return the newest evaluation that has kept which experts a slice of text went to.
+    """Return the newest evaluation that has kept which experts a slice of text went to."""
+    return _last(run, n_choices, "which experts a slice of text went to (train.record_tokens)")
 
-    Raises:
-        NotRecorded: where there is none.
-    """
-    found = [arrays for arrays in run.arrays if n_choices(arrays)]
-    if not found:
-        raise NotRecorded("no evaluation has kept which experts a slice of text went to (train.record_tokens)")
+
+def _last(run: RunRecords, has: Callable[[EvaluationArrays], Any], what: str) -> EvaluationArrays:
+    found = list(filter(has, run.arrays))
+    need(found, f"no evaluation has kept {what}")
     return found[-1]
+
+
+def newest_gradients(run: RunRecords) -> Gradients | None:
+    """Return the gradients of the newest evaluation after a step that has them."""
+    return next(filter(None, (arrays.gradients for arrays in reversed(run.arrays) if arrays.step)), None)
 
 
 def total_counts(arrays: EvaluationArrays) -> np.ndarray:
@@ -72,15 +63,10 @@ def total_counts(arrays: EvaluationArrays) -> np.ndarray:
 
 
 def counts_by_source(run: RunRecords) -> tuple[list[str], np.ndarray]:
-    """Return the sources that have assignments in every layer at the last evaluation, and their counts (S, L, E).
-
-    Raises:
-        NotRecorded: where there is none.
-    """
+    """Return the sources with assignments in every layer at the last evaluation, and their counts (n_sources, L, E)."""
     found = last_with_counts(run).tokens_per_expert
     sources = [source for source in in_order(run, found) if (found[source].sum(axis=-1) > 0).all()]
-    if not sources:
-        raise NotRecorded("no source has an assignment")
+    need(sources, "no source has an assignment")
     return sources, np.stack([found[source] for source in sources])
 
 

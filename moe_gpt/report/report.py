@@ -6,6 +6,7 @@ of what is in a run. matplotlib and jinja2 are imported where they are used: bot
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -18,9 +19,10 @@ import yaml
 
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import replace_file
-from moe_gpt.report import routing_pictures, run_pictures
+from moe_gpt.report import expert_pictures, router_pictures, run_pictures
+from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Picture, Table, standalone
-from moe_gpt.report.recorded_routing import NotRecorded, counts_by_source, in_order
+from moe_gpt.report.recorded_routing import counts_by_source, in_order
 from moe_gpt.report.routed_text import (
     Layer,
     colour_names,
@@ -29,16 +31,14 @@ from moe_gpt.report.routed_text import (
     routed_samples,
     show_controls,
 )
-from moe_gpt.report.run_pictures import spread
 from moe_gpt.report.run_records import RunRecords
-from moe_gpt.report.run_summary import Answer, domain_table, is_dense, perplexity, sentence, summarise
+from moe_gpt.report.run_summary import Finding, domain_table, perplexity, summarise
+from moe_gpt.report.series import spread
 from moe_gpt.terminal.numbers import format_number
 
 _MOST_EVENTS = 200
 _MOST_SAMPLES = 6
 """Generated texts shown of each source."""
-_UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What unexpected values raise on their way into a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Sample:
 
 
 @dataclasses.dataclass
-class Part:
+class Section:
     """A section of the page; whatever it has is shown in this order."""
 
     name: str
     title: str
-    answers: list[Answer] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = dataclasses.field(default_factory=list)
     text: list[str] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     tables: list[tuple[str, Table]] = dataclasses.field(default_factory=list)
@@ -65,21 +65,32 @@ class Part:
     colours: list[str] = dataclasses.field(default_factory=list)
     """The experts of each colour in routed text."""
     samples: list[Sample] = dataclasses.field(default_factory=list)
-    settings: str = ""
+    settings: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     """What could not be shown, and why."""
 
     def add(self, name: str, find: Callable[[RunRecords], Any], run: RunRecords) -> None:
-        """Add what ``find`` returns to the list of that name, or why it is missing."""
-        try:
-            found = find(run)
+        """Add what ``find`` returns, one thing or a list, to the list of that name, or why it is missing."""
+        found, reason = attempt(find, run)
+        if not reason:
             getattr(self, name).extend(found if isinstance(found, list) else [found])
-        except NotRecorded as error:
-            if sentence(str(error)) not in self.missing:
-                self.missing.append(sentence(str(error)))
-        except _UNREADABLE as error:
-            what = find.__name__.removeprefix("draw_").lstrip("_").replace("_", " ")
-            self.missing.append(sentence(f"{what}; what was recorded cannot be read: {type(error).__name__}, {error}"))
+        elif reason not in self.missing:
+            self.missing.append(reason)
+
+
+class _Plan:
+    """What a section has of any run: functions that find it, by the section's lists that take it."""
+
+    def __init__(self, name: str, title: str, **finds: Sequence[Callable[[RunRecords], Any]]) -> None:
+        self.name, self.title, self.finds = name, title, finds
+
+    def carry_out(self, run: RunRecords) -> Section:
+        """Return the section of a run."""
+        section = Section(self.name, self.title)
+        for name, functions in self.finds.items():
+            for find in functions:
+                section.add(name, find, run)
+        return section
 
 
 def write_report(runs: Sequence[RunRecords], path: Path) -> None:
@@ -97,14 +108,21 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     """
     if not runs:
         raise InputError("a report takes at least one run, got none")
-    parts = list(_parts_of(runs[0])) if len(runs) == 1 else list(_parts_of_several(runs))
-    title = f"Run {runs[0].name}" if len(runs) == 1 else f"Runs {', '.join(run.name for run in runs)}"
-    page = _template().render(title=title, parts=parts)
-    folder = path.with_name(f"{path.stem}-pictures")
-    for picture in (picture for part in parts for picture in part.pictures):
+    names = ", ".join(run.name for run in runs)
+    if len(runs) == 1:
+        title, sections = f"Run {names}", list(_sections_of(runs[0]))
+    else:
+        title, sections = f"Runs {names}", list(_sections_of_several(runs))
+    page = _template().render(title=title, sections=sections)
+    for section in sections:
+        _write_pictures(section.pictures, path.with_name(f"{path.stem}-pictures"))
+    replace_file(path, page)
+
+
+def _write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
+    for picture in pictures:
         replace_file(folder / f"{picture.name}.svg", standalone(picture))
         replace_file(folder / f"{picture.name}.png", picture.png)
-    replace_file(path, page)
 
 
 @functools.cache
@@ -123,79 +141,36 @@ def _template() -> Any:
     return environment.get_template("report.html.jinja")
 
 
-def _parts_of(run: RunRecords) -> Iterator[Part]:
+def _sections_of(run: RunRecords) -> Iterator[Section]:
     """Yield the sections of one run, in the page's order."""
-    yield Part("summary", "Summary", answers=summarise(run))
-    loss = _drawn(run, "loss", "Loss", run_pictures.draw_losses)
-    loss.add("tables", _validation_table, run)
-    yield loss
-    yield _drawn(run, "schedule", "Schedule", run_pictures.draw_schedule)
-    if is_dense(run):
-        yield Part(
-            "routing", "Routing", text=["The model is dense: it has no experts, so there is no routing to show."]
-        )
-    else:
-        yield from _parts_of_routing(run)
-    yield _drawn(run, "positions", "Loss by position", run_pictures.draw_positions)
-    samples = Part("samples", "Generated text over training")
-    samples.add("samples", _generated, run)
-    yield samples
-    yield _drawn(run, "norms", "Norms", run_pictures.draw_norms)
-    yield _drawn(run, "speed", "Speed", run_pictures.draw_speed)
-    yield _events(run)
-    if run.config:
-        yield Part("settings", "Settings", settings=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-
-
-def _parts_of_routing(run: RunRecords) -> Iterator[Part]:
-    drawn = routing_pictures
-    yield _drawn(run, "load", "Expert load", drawn.draw_load, drawn.draw_load_over_training)
-    yield _drawn(run, "balance", "Balance and certainty", drawn.draw_violation, drawn.draw_entropies)
-    router = _drawn(run, "router", "Routers", drawn.draw_router, drawn.draw_gradients)
-    if any(line.get("dropped_fraction") for line in run.steps):
-        router.add("pictures", drawn.draw_dropped, run)
-    yield router
-    yield _drawn(run, "saturation", "Saturation", drawn.draw_saturation)
-    yield _drawn(run, "pairs", "Pairs of experts", drawn.draw_co_activation)
-    sources = _drawn(run, "sources", "Sources of text", drawn.draw_domains)
-    sources.add("text", _differences_in_words, run)
-    sources.add("tables", _domain_tables, run)
-    yield sources
-    words = Part("tokens", "Which tokens go where")
-    words.add("favourites", favourite_tokens, run)
-    words.add("tables", _concentration, run)
-    yield words
-    text = Part("text", "Text with its experts")
-    text.add("routed", routed_samples, run)
-    text.add("colours", colour_names, run)
-    yield text
-
-
-def _drawn(run: RunRecords, name: str, title: str, *draws: Callable[[RunRecords], Picture]) -> Part:
-    part = Part(name, title)
-    for draw in draws:
-        part.add("pictures", draw, run)
-    return part
+    yield Section("summary", "Summary", findings=summarise(run))
+    routing, settings = _DENSE if run.is_dense else _ROUTING, _SETTINGS if run.config else ()
+    yield from (plan.carry_out(run) for plan in (*_LEARNING, *routing, *_REST, *settings))
 
 
 def _validation_table(run: RunRecords) -> tuple[str, Table]:
     rows = []
-    for source in run.sources:
-        tokens, losses = run.scores(source)
-        _, bits = run.scores(source, "bits_per_byte")
-        for place in dict.fromkeys((0, len(losses) - 1)) if len(losses) else ():
-            per_byte = bits[place] if len(bits) == len(losses) else None
-            rows.append((source, tokens[place], losses[place], perplexity(float(losses[place])), per_byte))
-    if not rows:
-        raise NotRecorded("there is no evaluation, so there are no scores on held-out text")
+    for source, losses in run.all_scores().items():
+        bits = dict(zip(*run.scores(source, "bits_per_byte"), strict=True))
+        for tokens, loss in zip(*losses.spread(2), strict=True):
+            rows.append((source, tokens, loss, perplexity(float(loss)), bits.get(tokens)))
+    need(rows, "there is no evaluation, so there are no scores on held-out text")
     columns = ("source", "tokens seen", "loss (nats per token)", "perplexity", "bits per byte")
     return "Held-out text at the first and the last evaluation", Table(columns, rows)
 
 
+def _without_routing(run: RunRecords) -> str:
+    return "The model is dense: it has no experts, so there is no routing to show."
+
+
+def _pictures_of_drops(run: RunRecords) -> list[Picture]:
+    has_dropped = any(line.get("dropped_fraction") for line in run.steps)
+    return [router_pictures.draw_dropped(run)] if has_dropped else []
+
+
 def _differences_in_words(run: RunRecords) -> list[str]:
     _, counts = counts_by_source(run)
-    if len(counts) < 2:
-        raise NotRecorded("there is one source of text only, so there is no domain information")
+    need(len(counts) >= 2, "there is one source of text only, so there is no domain information")
     return [
         "Domain information is how much the expert of an assignment tells about the source of its token: 0 where all "
         "sources use the experts alike, 100 % where no two sources share an expert. All sources count equally.",
@@ -214,37 +189,33 @@ def _concentration(run: RunRecords) -> tuple[str, Table]:
 
 
 def _generated(run: RunRecords) -> list[Sample]:
-    lines = [line for line in run.evaluations if isinstance(line.get("samples"), dict) and line["samples"]]
-    if not lines:
-        raise NotRecorded("no evaluation has kept a generated text (train.sample_tokens)")
-    names = in_order(run, dict.fromkeys(name for line in lines for name in line["samples"]))
-    samples = []
-    for name in names:
-        of_source = [line for line in lines if name in line["samples"]]
-        for line in (of_source[i] for i in spread(len(of_source), _MOST_SAMPLES)):
-            samples.append(Sample(name, line["step"], show_controls(str(line["samples"][name]))))
-    return samples
+    found = collections.defaultdict[str, list[Sample]](list)
+    for line in (line for line in run.evaluations if isinstance(line.get("samples"), dict)):
+        for name, text in line["samples"].items():
+            found[name].append(Sample(name, line["step"], show_controls(str(text))))
+    need(found, "no evaluation has kept a generated text (train.sample_tokens)")
+    return [found[name][i] for name in in_order(run, found) for i in spread(len(found[name]), _MOST_SAMPLES)]
 
 
-def _events(run: RunRecords) -> Part:
-    part = Part("events", "Events")
-    skipped = [
-        {"step": line["step"], "kind": "skipped step", "why": "loss or gradient was not finite"}
-        for line in run.steps
-        if line.get("skipped")
-    ]
-    events = sorted([*run.events, *skipped], key=lambda event: event["step"])
-    if not events:
-        part.text.append("No event is recorded.")
-        return part
-    shown = spread(len(events), _MOST_EVENTS)
-    if len(shown) < len(events):
-        part.text.append(f"{len(shown)} of {len(events):,} events, evenly spread; events.jsonl has all.")
-    rows = [_event_row(events[i]) for i in shown]
-    part.tables.append(
-        ("Everything that happened besides steps", Table(("time (UTC)", "step", "what", "details"), rows))
-    )
-    return part
+def _events(run: RunRecords) -> list[dict[str, Any]]:
+    """Return everything that happened besides steps that went well, oldest first."""
+    reason = {"kind": "skipped step", "why": "loss or gradient was not finite"}
+    skipped = [{"step": line["step"], **reason} for line in run.steps if line.get("skipped")]
+    return sorted([*run.events, *skipped], key=lambda event: event["step"])
+
+
+def _number_of_events(run: RunRecords) -> list[str]:
+    n_events = len(_events(run))
+    if n_events > _MOST_EVENTS:
+        return [f"{_MOST_EVENTS} of {n_events:,} events, evenly spread; events.jsonl has all."]
+    return [] if n_events else ["No event is recorded."]
+
+
+def _table_of_events(run: RunRecords) -> list[tuple[str, Table]]:
+    events = _events(run)
+    rows = [_event_row(events[i]) for i in spread(len(events), _MOST_EVENTS)]
+    table = Table(("time (UTC)", "step", "what", "details"), rows)
+    return [("Everything that happened besides steps", table)] if rows else []
 
 
 def _event_row(event: dict[str, Any]) -> tuple:
@@ -257,12 +228,51 @@ def _event_row(event: dict[str, Any]) -> tuple:
     return time, event["step"], str(event.get("kind", "–")).replace("_", " "), show_controls("; ".join(details))
 
 
-def _parts_of_several(runs: Sequence[RunRecords]) -> Iterator[Part]:
+def _settings(run: RunRecords) -> str:
+    return yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+
+
+_LEARNING = (
+    _Plan("loss", "Loss", pictures=[run_pictures.draw_losses], tables=[_validation_table]),
+    _Plan("schedule", "Schedule", pictures=[run_pictures.draw_schedule]),
+)
+_DENSE = (_Plan("routing", "Routing", text=[_without_routing]),)
+_ROUTING = (
+    _Plan("load", "Expert load", pictures=[expert_pictures.draw_load, expert_pictures.draw_load_over_training]),
+    _Plan(
+        "balance", "Balance and certainty", pictures=[router_pictures.draw_violation, router_pictures.draw_entropies]
+    ),
+    _Plan(
+        "router", "Routers", pictures=[router_pictures.draw_router, router_pictures.draw_gradients, _pictures_of_drops]
+    ),
+    _Plan("saturation", "Saturation", pictures=[router_pictures.draw_saturation]),
+    _Plan("pairs", "Pairs of experts", pictures=[expert_pictures.draw_co_activation]),
+    _Plan(
+        "sources",
+        "Sources of text",
+        pictures=[expert_pictures.draw_domains],
+        text=[_differences_in_words],
+        tables=[_domain_tables],
+    ),
+    _Plan("tokens", "Which tokens go where", favourites=[favourite_tokens], tables=[_concentration]),
+    _Plan("text", "Text with its experts", routed=[routed_samples], colours=[colour_names]),
+)
+_REST = (
+    _Plan("positions", "Loss by position", pictures=[run_pictures.draw_positions]),
+    _Plan("samples", "Generated text over training", samples=[_generated]),
+    _Plan("norms", "Norms", pictures=[run_pictures.draw_norms]),
+    _Plan("speed", "Speed", pictures=[run_pictures.draw_speed]),
+    _Plan("events", "Events", text=[_number_of_events], tables=[_table_of_events]),
+)
+_SETTINGS = (_Plan("settings", "Settings", settings=[_settings]),)
+
+
+def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
     """Yield the comparison, and the summary of each run."""
-    from moe_gpt.report.comparison import compare_runs
+    from moe_gpt.report.comparison.compare import compare_runs
 
     comparison = compare_runs(runs)
-    yield Part(
+    yield Section(
         "comparison",
         "Comparison",
         text=[*(picture.alt for picture in comparison.pictures), *comparison.notes],
@@ -270,13 +280,12 @@ def _parts_of_several(runs: Sequence[RunRecords]) -> Iterator[Part]:
         tables=[("At the end", _turned(comparison.final)), ("Settings that differ", comparison.differences)],
     )
     for number, run in enumerate(runs, 1):
-        part = Part(f"run-{number}", f"Run {run.name}", answers=summarise(run, is_compared=True))
-        part.add("tables", _validation_table, run)
-        yield part
+        section = Section(f"run-{number}", f"Run {run.name}", findings=summarise(run, is_compared=True))
+        section.add("tables", _validation_table, run)
+        yield section
 
 
 def _turned(table: Table) -> Table:
     """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
-    first, *others = table.columns
-    rows = [(name, *(row[place] for row in table.rows)) for place, name in enumerate(others, 1)]
-    return Table((first, *(row[0] for row in table.rows)), rows)
+    headings, *rows = zip(table.columns, *table.rows, strict=True)
+    return Table(headings, rows)

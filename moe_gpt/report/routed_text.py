@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure import routing
+from moe_gpt.report import recorded_routing as recorded
+from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded_routing import (
-    NotRecorded,
-    in_order,
-    joined_choices,
-    joined_tokens,
-    last_with_choices,
-    n_experts_of,
-)
-from moe_gpt.report.run_pictures import spread
-from moe_gpt.report.run_records import RunRecords
+from moe_gpt.report.run_records import EvaluationArrays, RunRecords, Slice
+from moe_gpt.report.series import spread
 
 _MOST_LAYERS = 8
 """Layers that can be picked; of more, so many are shown, evenly spread."""
@@ -67,8 +63,8 @@ class Layer:
 
 def favourite_tokens(run: RunRecords) -> list[Layer]:
     """Return for each layer the tokens that its experts see most beyond chance."""
-    arrays, n_experts = last_with_choices(run), n_experts_of(run)
-    tokens, choices = joined_tokens(arrays), joined_choices(arrays)
+    arrays, n_experts = recorded.last_with_choices(run), recorded.n_experts_of(run)
+    tokens, choices = recorded.joined_tokens(arrays), recorded.joined_choices(arrays)
     top, layers = 8 if n_experts <= 32 else 5, []
     for index in spread(len(choices), _MOST_LAYERS):
         shares = routing.vocabulary_specialisation(tokens, choices[index], n_experts, _MIN_COUNT, top)
@@ -87,19 +83,21 @@ def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[Layer]:
         run: with kept slices.
         n_tokens: of each source; fewer where many sources and layers would make the page large.
     """
-    slices = {source: part for source, part in last_with_choices(run).slices.items() if part.choices.size}
-    layers, shown = [], spread(max(len(part.choices) for part in slices.values()), _MOST_LAYERS)
-    n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(slices) * len(shown))))
-    for index in shown:
-        samples = []
-        for source in in_order(run, slices):
-            tokens = slices[source].tokens.ravel()[:n_tokens]
-            chosen = slices[source].choices[index]
-            chosen = chosen.reshape(-1, chosen.shape[-1])[:n_tokens]
-            routed = [_route(run.tokenizer, *pair) for pair in zip(tokens.tolist(), chosen.tolist(), strict=True)]
-            samples.append(RoutedSample(source, routed))
-        layers.append(Layer(index, [], samples))
-    return layers
+    kept = recorded.last_with_choices(run).slices
+    sources = [source for source in recorded.in_order(run, kept) if kept[source].choices.size]
+    shown = spread(max(len(kept[source].choices) for source in sources), _MOST_LAYERS)
+    n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(sources) * len(shown))))
+
+    return [
+        Layer(layer, [], [_sample(run.tokenizer, source, kept[source], layer, n_tokens) for source in sources])
+        for layer in shown
+    ]
+
+
+def _sample(tokenizer: Tokenizer | None, source: str, kept: Slice, layer: int, n_tokens: int) -> RoutedSample:
+    chosen = kept.choices[layer].reshape(-1, kept.choices.shape[-1])[:n_tokens]
+    pairs = zip(kept.tokens.ravel()[:n_tokens].tolist(), chosen.tolist(), strict=True)
+    return RoutedSample(source, [_route(tokenizer, *pair) for pair in pairs])
 
 
 def _route(tokenizer: Tokenizer | None, token: int, experts: list[int]) -> RoutedToken:
@@ -109,35 +107,27 @@ def _route(tokenizer: Tokenizer | None, token: int, experts: list[int]) -> Route
 
 def colour_names(run: RunRecords) -> list[str]:
     """Return the experts of each colour."""
-    n_experts = n_experts_of(run)
+    n_experts = recorded.n_experts_of(run)
     return [", ".join(map(str, range(c, n_experts, N_COLOURS))) for c in range(min(N_COLOURS, n_experts))]
 
 
 def concentration_table(run: RunRecords) -> Table:
     """Return how far the token alone, and the expert before, decide the expert: by layer, with chance."""
-    arrays, n_experts = last_with_choices(run), n_experts_of(run)
-    tokens, choices = joined_tokens(arrays), joined_choices(arrays)
-    rows = []
-    for index, layer in enumerate(choices):
-        concentration = routing.token_concentration(tokens, layer, n_experts, _MIN_COUNT)
-        found = [
-            routing.routing_locality(part.choices[index])
-            for part in arrays.slices.values()
-            if part.choices.shape[2] > 1
-        ]
-        if not found:
-            raise NotRecorded("the kept slices are single tokens")
-        share, chance = (100 * sum(getattr(f, name) for f in found) / len(found) for name in ("share", "chance"))
-        values = (100 * concentration, 100 * layer.shape[-1] / n_experts, share, chance)
-        rows.append((index, *(float(f"{value:.3g}") for value in values)))
-    columns = (
-        "layer",
-        "token concentration (%)",
-        "by chance (%)",
-        "neighbours with the same first expert (%)",
-        "by chance (%)",
-    )
-    return Table(columns, rows)
+    arrays, n_experts = recorded.last_with_choices(run), recorded.n_experts_of(run)
+    tokens, rows = recorded.joined_tokens(arrays), []
+    for index, choices in enumerate(recorded.joined_choices(arrays)):
+        concentration = routing.token_concentration(tokens, choices, n_experts, _MIN_COUNT)
+        values = (concentration, choices.shape[-1] / n_experts, *_locality(arrays, index))
+        rows.append((index, *(float(f"{100 * value:.3g}") for value in values)))
+    places = ("token concentration (%)", "by chance (%)", "neighbours with the same first expert (%)", "by chance (%)")
+    return Table(("layer", *places), rows)
+
+
+def _locality(arrays: EvaluationArrays, layer: int) -> np.ndarray:
+    """Return how often neighbours have the same first expert, and chance (2,): the means over the sources' slices."""
+    parts = [part.choices[layer] for part in arrays.slices.values() if part.choices.shape[2] > 1]
+    need(parts, "the kept slices are single tokens")
+    return np.mean([routing.routing_locality(part) for part in parts], axis=0)
 
 
 def show_token(tokenizer: Tokenizer | None, token: int, keep_spaces: bool = False) -> str:
@@ -148,19 +138,26 @@ def show_token(tokenizer: Tokenizer | None, token: int, keep_spaces: bool = Fals
         token: the id.
         keep_spaces: for running text: spaces stay, and lines end after the sign for it.
     """
-    if tokenizer is None:
-        return f"#{token} "
-    try:
-        text = tokenizer.decode([token])
-    except (IndexError, OverflowError, TypeError, ValueError):
-        return f"#{token} "
+    text = show_controls(_decode(tokenizer, token))
     if not text:
         return f"#{token} "
-    text = show_controls(text)
     return text.replace("\n", "↵\n") if keep_spaces else text.replace("\n", "↵").replace(" ", "␣")
 
 
+def _decode(tokenizer: Tokenizer | None, token: int) -> str:
+    try:
+        return tokenizer.decode([token]) if tokenizer else ""
+    except (IndexError, OverflowError, TypeError, ValueError):
+        return ""
+
+
 _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_SHOWN = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) != "\n"},
+    **{ord(character): f"U+{ord(character):04X}" for character in _DIRECTIONS},
+    ord("\t"): "⇥",
+    0x7F: "␡",
+}
 
 
 def show_controls(text: str) -> str:
@@ -168,5 +165,4 @@ def show_controls(text: str) -> str:
 
     Characters that turn the direction of text are shown by their numbers: they would turn the page around them.
     """
-    shown = (chr(0x2400 + ord(c)) if c < " " and c != "\n" else c for c in text.replace("\t", "⇥"))
-    return "".join(f"U+{ord(c):04X}" if c in _DIRECTIONS else c for c in shown).replace("\x7f", "␡")
+    return text.translate(_SHOWN)

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Unit = Literal[
     "parameters", "FLOPs", "FLOPs/token", "FLOP/s", "bytes", "bytes/token", "bytes/s", "seconds", "dollars", "tokens",
     "tokens/s", "nats/token", "fraction", "ratio", "GPUs", "count", "text",
 ]  # fmt: skip
-_PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _IN_WORDS = {"FLOPs": "FLOP", "FLOPs/token": "FLOP/token"}
-_DURATIONS = ((86_400 * 365.25, "years"), (86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "s"), (1e-3, "ms"))
+
+
+class Units(NamedTuple):
+    """Ascending units of a quantity: how much each is, and what it is called."""
+
+    sizes: tuple[float, ...]
+    names: tuple[str, ...]
+    least: float = 1.0
+    """How many of a unit there must be for it to be used."""
+
+    def fitting(self, value: float) -> tuple[float, str]:
+        """Return size and name of the largest unit of which there are enough, or else of the smallest."""
+        index = max(0, sum(self.least * size <= abs(value) for size in self.sizes) - 1)
+        return self.sizes[index], self.names[index]
+
+    def format(self, value: float) -> str:
+        """Return a value with four significant digits and the unit that fits it."""
+        size, name = self.fitting(value)
+        return f"{format_digits(value / size)} {name}"
+
+
+def _counted(what: str) -> Units:
+    names = tuple(f"{word} {what}" for word in ("thousand", "million", "billion", "trillion"))
+    return Units((1, 1e3, 1e6, 1e9, 1e12), (what, *names))
+
+
+TOKENS, PARAMETERS = _counted("tokens"), _counted("parameters")
+FLOPS = Units((1, 1e9, 1e12, 1e15, 1e18, 1e21), ("FLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP"))
+TIME = Units((1, 60, 3600, 86_400), ("seconds", "minutes", "hours", "days"))
+_PREFIXES = Units((1, 1e3, 1e6, 1e9, 1e12, 1e15, 1e18, 1e21, 1e24), ("", "k", "M", "G", "T", "P", "E", "Z", "Y"))
+_LETTERS = Units((1, 1e3, 1e6, 1e9, 1e12), ("", "k", "M", "B", "T"), least=0.9995)
+_SHORT = Units((1e-6, 1e-3, 1), ("us", "ms", "s"))
+_LONG = Units((60, 3600, 86_400, 86_400 * 365.25), ("minutes", "hours", "days", "years"), least=2)
 
 
 def format_value(value: float | int | bool | str, unit: Unit) -> str:
@@ -29,7 +61,7 @@ def format_value(value: float | int | bool | str, unit: Unit) -> str:
 
 
 def _scaled(value: float, unit: str) -> str:
-    size, prefix = next(((s, p) for s, p in _PREFIXES if abs(value) >= s), (1.0, ""))
+    size, prefix = _PREFIXES.fitting(value)
     scaled = value / size
     number = f"{scaled:.0f}" if scaled == int(scaled) and abs(scaled) < 1000 else f"{scaled:.4g}"
     if not unit:  # counts: millions, billions, trillions
@@ -39,10 +71,8 @@ def _scaled(value: float, unit: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    for size, name in _DURATIONS:
-        if seconds >= 2 * size or (seconds >= size and size <= 1):
-            return f"{seconds / size:.3g} {name}"
-    return f"{seconds * 1e6:.3g} us"
+    size, name = (_LONG if seconds >= 120 else _SHORT).fitting(seconds)
+    return f"{seconds / size:.3g} {name}"
 
 
 def _count(value: float) -> str:
@@ -81,17 +111,28 @@ def format_number(value: Any) -> str:
         return "–" if value is None else str(value)
     if not math.isfinite(value):
         return "–" if math.isnan(value) else str(value)
-    if isinstance(value, int) or (value == round(value) and abs(value) < 1e15):
-        return f"{int(value):,}"
+    is_whole = isinstance(value, int) or (value == round(value) and abs(value) < 1e15)
+    return f"{int(value):,}" if is_whole else _fraction(value)
+
+
+def _fraction(value: float) -> str:
     size = math.floor(math.log10(abs(value)))
     if -4 <= size < 4:
         return f"{value:.{3 - size}f}".rstrip("0").rstrip(".") if size < 3 else f"{value:.0f}"
     return f"{value:,.0f}" if 4 <= size < 15 else f"{value:.2e}"
 
 
+def format_digits(value: float) -> str:
+    """Return a number with at most four significant digits, never with an exponent: 0.00012, 3.5, 21790."""
+    return f"{decimal.Decimal(f'{value:.3e}').normalize():f}"
+
+
 def format_count(value: float) -> str:
     """Return a count in three digits: 850, 12.3k, 4.72M, 1.8B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
+    size, letter = _LETTERS.fitting(value)
+    return f"{value / size:.3g}{letter}"
+
+
+def plural(n: int, noun: str) -> str:
+    """Return a number of things: 1 step, 2 steps, 1,000 steps."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"

@@ -14,6 +14,7 @@ from moe_gpt.data.batches import MicroBatch, split_batch
 from moe_gpt.data.prepare import PreparedSource
 from moe_gpt.data.stream import Batch, ValidationRows, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.measure.positions import position_buckets
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
@@ -64,11 +65,9 @@ class SourceEvaluation(NamedTuple):
 
     def by_position(self) -> list[PositionScore]:
         """Return the mean of positions 0 to 63, 64 to 127, 128 to 255 and so on."""
-        length = len(self.nats)
-        edges = [0, *(64 << i for i in range(40) if 64 << i < length), length]
         return [
             PositionScore(start, end, float(self.nats[start:end].sum() / max(1, self.counts[start:end].sum())))
-            for start, end in zip(edges, edges[1:], strict=False)
+            for start, end in position_buckets(len(self.nats))
         ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.batches import MicroBatch
 from moe_gpt.measure.observation import RoutingSample
+from moe_gpt.measure.routing import max_violation
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine_losses
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, autocast
@@ -141,7 +142,7 @@ def train_step(
     metrics = StepMetrics(
         *terms,
         grad_norm=grad_norm,
-        max_violation=max_violation(stats.tokens_per_expert) if stats else zero,
+        max_violation=max_violation(stats.tokens_per_expert).mean() if stats else zero,
         dropped_fraction=stats.dropped_tokens.sum() / stats.tokens_per_expert.sum().clamp(min=1) if stats else zero,
         skipped=skipped,
     )
@@ -172,9 +173,3 @@ def update_weights(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, skipped
-
-
-def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """Return the largest load over the mean load, minus 1, averaged over layers."""
-    loads = tokens_per_expert.float()
-    return (loads.amax(dim=1) / loads.mean(dim=1).clamp(min=1e-9) - 1).mean()

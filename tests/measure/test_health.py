@@ -2,141 +2,60 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-
 import numpy as np
 import pytest
-import torch
+from trained_routers import BROKEN, HEALTHY, RecordedRun, read_recorded, train
 
-from moe_gpt.config import FaultConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig
-from moe_gpt.data.batches import MicroBatch
+from moe_gpt.config import FaultConfig, ModelConfig
 from moe_gpt.measure.health import Gradients, find_problems
-from moe_gpt.measure.observation import cross_entropy_gradients, observe_routing
-from moe_gpt.model.router import Router
-from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.training.optimizer import build_optimizer
-from moe_gpt.training.records.lines import describe_routing
-from moe_gpt.training.schedule import StepPlan
-from moe_gpt.training.step import TrainState, train_step
-
-EVERY, SEQ_LEN, N_SEQUENCES = 5, 32, 16
-MODEL = ModelConfig(
-    vocab_size=256,
-    n_layers=2,
-    d_model=32,
-    n_heads=2,
-    head_dim=16,
-    d_ff=32,
-    n_experts=8,
-    max_seq_len=SEQ_LEN,
-    init_std=0.05,
-)
 
 
-HEALTHY = [
-    {},
-    {"balance": "bias", "bias_update_rate": 0.01},
-    {"n_experts": 4, "top_k": 1, "normalize_topk": False},
-]
+def problems_of(run: RecordedRun) -> dict[str, str]:
+    """Return the problems found on the way and at the end, by kind."""
+    return {problem.kind: problem.text for problem in run.problems()}
 
 
-class Favourites(Router):
-    """Chooses two experts whatever the token is."""
-
-    def scores(self, x, router_probs):
-        """Put them far above the others."""
-        return router_probs + torch.tensor([9.0, 0, 0, 9, 0, 0, 0, 0])
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, RecordedRun]:
+    """One run of each kind, as it was recorded once."""
+    return read_recorded()
 
 
-class Shunned(Router):
-    """Never chooses expert 5."""
-
-    def scores(self, x, router_probs):
-        """Put it far below the others."""
-        return router_probs - 9 * (torch.arange(8) == 5)
+def test_every_kind_is_recorded(recorded):
+    """A new kind of run is recorded too."""
+    assert recorded.keys() == HEALTHY.keys() | BROKEN.keys()
 
 
-class Frozen(Router):
-    """Learns nothing."""
-
-    def logits(self, x):
-        """Cut the gradient."""
-        return super().logits(x).detach()
+@pytest.mark.parametrize("name", HEALTHY)
+def test_recorded_healthy_routers_have_no_problems(recorded, name):
+    """At no time of a run."""
+    assert problems_of(recorded[name]) == {}
 
 
-class Blind(Router):
-    """Sees the same in every token."""
-
-    def logits(self, x):
-        """Route the batch's mean."""
-        return super().logits(x.mean(dim=0, keepdim=True).expand_as(x)) + 0.01 * super().logits(x)
-
-
-class Drifting(Router):
-    """Prefers expert 2 more from call to call."""
-
-    n_calls = 0
-
-    def scores(self, x, router_probs):
-        """Add a little more each time."""
-        self.n_calls += 1
-        return router_probs + 0.001 * self.n_calls * (torch.arange(8) == 2)
-
-
-def grow_logits(model: MoEGPT) -> None:
-    """Let the router's weights grow by themselves."""
-    for block in model.blocks:
-        block.feed_forward.router.weight.data *= 1.04
-
-
-def train_and_judge(router=Router, after_step=lambda model: None, seed=0, n_steps=240, **changes) -> dict[str, str]:
-    """Train on text as bytes; return the problems found on the way and at the end, by kind."""
-    lr, faults = 4e-3, FaultConfig(routing_window=n_steps // 6)
-    torch.manual_seed(seed)
-    model = MoEGPT(dataclasses.replace(MODEL, **changes), make_router=router)
-    stage = StageConfig(seq_len=SEQ_LEN, batch_tokens=N_SEQUENCES * SEQ_LEN, until_tokens=10**6)
-    config = RunConfig(model=model.config, schedule=ScheduleConfig(stages=(stage,)), loss=LossConfig())
-    state = TrainState(model, build_optimizer(model, OptimizerConfig(lr=lr)))
-    topics = importlib.import_module("pydoc_data.topics").topics
-    text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
-    records, found = [], {}
-    for step in range(1, n_steps + 1):
-        starts = torch.randint(len(text) - SEQ_LEN - 1, (N_SEQUENCES,))
-        window = text[starts[:, None] + torch.arange(SEQ_LEN + 1)]
-        plan = StepPlan(SEQ_LEN, N_SEQUENCES * SEQ_LEN, lr * min(1, step / 20))
-        batch = MicroBatch(window[:, :-1], window[:, 1:])
-        sample = observe_routing(model, batch, "fp32") if step % EVERY == 0 else None
-        result = train_step(state, [batch], plan, config, "fp32")
-        after_step(model)
-        if sample is not None:
-            records.append(describe_routing(result.router_stats, sample))
-            found |= {p.kind: p.text for p in find_problems(records, None, model.config, faults, EVERY)}
-    gradients = cross_entropy_gradients(model, window[:, :-1].numpy(), window[:, 1:].numpy(), "fp32")
-    return found | {p.kind: p.text for p in find_problems(records, gradients, model.config, faults, EVERY)}
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
-@pytest.mark.parametrize("changes", HEALTHY, ids=str)
-def test_healthy_routers_have_no_problems(seed, changes):
-    """At no time of a run, whatever the seed."""
-    assert train_and_judge(seed=seed, **changes) == {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "broken"),
-    [
-        ("routing_collapsed", {"router": Favourites}),
-        ("dead_experts", {"router": Shunned}),
-        ("router_not_learning", {"router": Frozen}),
-        ("routing_ignores_input", {"router": Blind}),
-        ("imbalance_growing", {"router": Drifting}),
-        ("z_growing", {"after_step": grow_logits}),
-    ],
-)
-def test_broken_routers_are_found_out(kind, broken):
+@pytest.mark.parametrize("kind", BROKEN)
+def test_recorded_broken_routers_are_found_out(recorded, kind):
     """Each by the problem that it has."""
-    assert kind in train_and_judge(n_steps=120, **broken)
+    assert kind in problems_of(recorded[kind])
+
+
+def test_a_short_healthy_training_has_no_problems():
+    """What training records today is judged as what it recorded once."""
+    assert problems_of(train(n_steps=120)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_routers_have_no_problems(seed, name):
+    """At no time of a run, whatever the seed."""
+    assert problems_of(train(seed=seed, **HEALTHY[name])) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_routers_are_found_out(kind):
+    """Each by the problem that it has."""
+    assert kind in problems_of(train(**BROKEN[kind]))
 
 
 def record(**changes) -> dict:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.report import comparison as comparison_module
-from moe_gpt.report.comparison import Comparison, compare_runs
+from moe_gpt.report.comparison.compare import Comparison, compare_runs
 from moe_gpt.report.pictures import Picture
 from moe_gpt.report.run_records import RunRecords
 
@@ -26,22 +25,6 @@ CONFIG = {
 }  # fmt: skip
 STEPS = [(3, 6, 2.0), (7, 14, 7.0)]  # seq_len, batch_tokens, tokens_per_second
 NATS_AFTER_STEP = {0: 3.0, 1: 2.0, 2: 1.0}
-
-
-@pytest.fixture
-def rendered():
-    """Ask for real SVG and PNG."""
-
-
-@pytest.fixture(autouse=True)
-def _render_on_request(request, monkeypatch):
-    """Leave out rendering, which takes most of the time, unless a test asks for it."""
-    if "rendered" not in request.fixturenames:
-
-        def without_rendering(figure, name, title, alt, caption, table) -> Picture:
-            return Picture(name, title, alt, caption, "", b"", table)
-
-        monkeypatch.setattr(comparison_module, "finish", without_rendering)
 
 
 def make_run(folder="runs/a", nats=NATS_AFTER_STEP, steps=STEPS, source="prose", digest="d", **settings) -> RunRecords:

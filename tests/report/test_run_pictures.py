@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 from made_up_run import E, L, T, make_arrays, make_run, make_step
 
-from moe_gpt.report import routing_pictures, run_pictures
-from moe_gpt.report.recorded_routing import NotRecorded
+from moe_gpt.measure.positions import position_buckets
+from moe_gpt.report import expert_pictures, router_pictures, run_pictures
+from moe_gpt.report.missing import NotRecorded
 from moe_gpt.report.routed_text import favourite_tokens, routed_samples, show_controls, show_token
-from moe_gpt.report.run_pictures import (
-    describe_stages,
-    mean_by_position,
-    moving_mean,
-    position_edges,
-    shorten,
-    spread,
-)
+from moe_gpt.report.run_pictures import describe_stages, mean_by_position
+from moe_gpt.report.series import Series, spread
 from moe_gpt.terminal.numbers import format_count, format_number
 
 
@@ -55,12 +50,13 @@ def test_counts_have_three_digits(value, text):
 
 def test_moving_mean_looks_back():
     """Each value is the mean of the newest, of fewer at the start."""
-    assert moving_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1, 2, 4, 6]
+    series = Series(np.arange(4.0), np.array([1.0, 3.0, 5.0, 7.0]))
+    assert series.smoothed(2).values.tolist() == [1, 2, 4, 6]
 
 
 def test_shorten_keeps_the_mean_and_the_end():
     """A long line becomes means of equal parts that end where it ends."""
-    x, y = shorten(np.arange(2400.0), np.arange(2400.0))
+    x, y = Series(np.arange(2400.0), np.arange(2400.0)).shortened()
     assert len(x) == 1200
     assert x[-1] == 2399
     assert y[0] == 0.5
@@ -77,8 +73,7 @@ def test_position_means_by_hand():
     arrays = dataclasses.replace(
         make_arrays(1, 1.0), nats={"prose": np.full(T, 6.0)}, counts={"prose": np.repeat([2, 0], [64, T - 64])}
     )
-    assert position_edges(T) == [0, 64, T]
-    first, second = mean_by_position(arrays, "prose", position_edges(T))
+    first, second = mean_by_position(arrays, "prose", position_buckets(T))
     assert first == 3
     assert math.isnan(second)
 
@@ -91,7 +86,7 @@ def test_stages_are_described_and_numbered():
     assert describe_stages(make_run(config={})) == ""
 
 
-def test_stages_not_reached_are_not_drawn():
+def test_stages_not_reached_are_not_drawn(rendered):
     """A run that stopped in its first stage has no line at its end."""
     whole = run_pictures.draw_losses(make_run()).svg
     short = run_pictures.draw_losses(make_run(steps=[make_step(1), make_step(2)], evaluations=[])).svg
@@ -99,27 +94,27 @@ def test_stages_not_reached_are_not_drawn():
     assert ">2</text>" not in short
 
 
-def test_same_run_gives_same_bytes():
+def test_same_run_gives_same_bytes(rendered):
     """A picture depends on the run alone."""
     assert run_pictures.draw_speed(make_run()) == run_pictures.draw_speed(make_run())
 
 
 def test_load_is_that_of_all_sources_together():
     """Layer 1 has 600 of 1600 assignments at two experts: 1.5 times the even share."""
-    rows = routing_pictures.draw_load(make_run()).table.rows
+    rows = expert_pictures.draw_load(make_run()).table.rows
     np.testing.assert_allclose(rows, [[0, 1, 1, 1, 1], [1, 1.5, 1.5, 0.5, 0.5]])
 
 
 def test_saturation_ends_at_one():
     """The last evaluation has all of its own routing."""
-    rows = routing_pictures.draw_saturation(make_run()).table.rows
+    rows = router_pictures.draw_saturation(make_run()).table.rows
     assert rows[-1][2:] == (1, 1)
     assert 0 < rows[0][2] < 1
 
 
 def test_source_shares_sum_to_all():
     """Each source's assignments are shared out among the experts of a layer."""
-    table = routing_pictures.draw_domains(make_run()).table
+    table = expert_pictures.draw_domains(make_run()).table
     shares = np.array(table.rows).reshape(L, E, 4)
     assert list(table.columns) == ["layer", "expert", "prose (%)", "code (%)"]
     np.testing.assert_allclose(shares[..., 2:].sum(axis=1), 100)
@@ -140,7 +135,7 @@ def test_many_layers_are_thinned_and_said_so():
     run = make_run()
     for record in run.records:
         record["routing"] = {key: values[:1] * 20 for key, values in record["routing"].items()}
-    picture = routing_pictures.draw_entropies(run)
+    picture = router_pictures.draw_entropies(run)
     assert "Layers shown: 0, 3, 5, 8, 11, 14, 16, 19 of 0 to 19." in picture.caption
     assert len(picture.table.columns) == 2 + 8
 
@@ -149,7 +144,7 @@ def test_non_finite_steps_leave_gaps():
     """A recorded step that was not finite does not stop a picture."""
     run = make_run()
     run.records[2]["routing"]["token_entropy"] = [None, math.nan]
-    assert "0.5 to 0.5" in routing_pictures.draw_entropies(run).alt
+    assert "0.5 to 0.5" in router_pictures.draw_entropies(run).alt
 
 
 @pytest.mark.parametrize(
@@ -160,16 +155,16 @@ def test_non_finite_steps_leave_gaps():
         run_pictures.draw_positions,
         run_pictures.draw_norms,
         run_pictures.draw_speed,
-        routing_pictures.draw_load,
-        routing_pictures.draw_load_over_training,
-        routing_pictures.draw_violation,
-        routing_pictures.draw_entropies,
-        routing_pictures.draw_router,
-        routing_pictures.draw_gradients,
-        routing_pictures.draw_dropped,
-        routing_pictures.draw_saturation,
-        routing_pictures.draw_co_activation,
-        routing_pictures.draw_domains,
+        expert_pictures.draw_load,
+        expert_pictures.draw_load_over_training,
+        router_pictures.draw_violation,
+        router_pictures.draw_entropies,
+        router_pictures.draw_router,
+        router_pictures.draw_gradients,
+        router_pictures.draw_dropped,
+        router_pictures.draw_saturation,
+        expert_pictures.draw_co_activation,
+        expert_pictures.draw_domains,
     ],
 )
 def test_nothing_recorded_is_said(draw):

@@ -15,7 +15,7 @@ from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training import step
 from moe_gpt.training.optimizer import build_optimizer, update_expert_bias
 from moe_gpt.training.schedule import StepPlan
-from moe_gpt.training.step import TrainState, accumulate_gradients, max_violation, train_step
+from moe_gpt.training.step import TrainState, accumulate_gradients, train_step
 
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 64, "n_layers": 2, "d_model": 32, "n_heads": 2, "head_dim": 16, "d_ff": 32, "n_experts": 4}
@@ -204,12 +204,6 @@ def test_split_batch_uses_as_few_micro_batches_as_fit():
     assert [len(part.inputs) for part in parts] == [3, 3, 1]
     assert torch.equal(torch.cat([part.inputs for part in parts]), torch.from_numpy(rows))
     assert torch.equal(torch.cat([part.targets for part in parts]), torch.from_numpy(rows + 1))
-
-
-def test_max_violation_by_hand():
-    """Largest load over the mean, minus 1, averaged over layers."""
-    counts = torch.tensor([[8, 4, 2, 2], [4, 4, 4, 4]])
-    assert float(max_violation(counts)) == pytest.approx((8 / 4 - 1 + 0) / 2)
 
 
 def test_documents_are_numbered_and_no_target_crosses_their_end():

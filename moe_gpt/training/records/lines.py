@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_gpt.measure import routing
+from moe_gpt.measure.metric_names import VALIDATION, MetricName
 from moe_gpt.measure.observation import RoutingSample
 from moe_gpt.model.losses import RouterStats
 from moe_gpt.training.evaluation import SourceEvaluation
@@ -54,10 +55,11 @@ def score_line(evaluations: dict[str, SourceEvaluation], samples: dict[str, str]
     line: dict[str, Any] = {}
     for name, found in evaluations.items():
         score = found.score
-        line |= {f"val/{name}/ce_loss": score.ce_loss, f"val/{name}/bits_per_byte": score.bits_per_byte}
+        for key in ("ce_loss", "bits_per_byte"):
+            line[str(MetricName(name, key))] = getattr(score, key)
     counts = [found.tokens_per_expert for found in evaluations.values() if found.tokens_per_expert is not None]
     if counts:
-        line["val/max_violation"] = float(routing.max_violation(np.sum(counts, axis=0)).mean())
+        line[f"{VALIDATION}max_violation"] = float(routing.max_violation(np.sum(counts, axis=0)).mean())
     if samples:
         line["samples"] = samples
     return line

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_gpt.files.durable import replace_file
+from moe_gpt.files.json_lines import read_json_lines
+from moe_gpt.measure.metric_names import MetricName
 from moe_gpt.training.records.lines import describe_norms, describe_routing
 from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.step import StepMetrics, StepResult
@@ -169,16 +171,7 @@ def _record(place: dict[str, Any], result: StepResult) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl``; what follows a damaged line is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            break
-        lines.append(line)
-    return lines
+    return read_json_lines(path, lambda line: isinstance(line.get("step"), int), stops_at_damage=True).lines
 
 
 def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
@@ -186,9 +179,9 @@ def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
     scores: dict[str, dict[str, float]] = {}
     for line in read_metrics(path) if path.is_file() else []:
         for key, value in line.items() if line["step"] == step else ():
-            if key.startswith("val/") and key.count("/") == 2 and value is not None:
-                _, source, name = key.split("/")
-                scores.setdefault(source, {})[name] = value
+            name = MetricName.parse(key)
+            if name and value is not None:
+                scores.setdefault(name.source, {})[name.key] = value
     return scores
 
 

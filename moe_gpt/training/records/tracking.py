@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moe_gpt.errors import InputError
+from moe_gpt.measure.metric_names import VALIDATION
 
 TrackerName = Literal["none", "tensorboard", "wandb"]
 
@@ -203,7 +204,7 @@ def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:
     ``routing/layer_03/...``, ``routing/layer_03/load/expert_07`` and ``norms/<group>/...``. ``step`` is the x axis, not
     a value. A flag is 0 or 1. What is missing, not a number or not finite is left out.
     """
-    values = {key: value for key, value in line.items() if key.startswith("val/")}
+    values = {key: value for key, value in line.items() if key.startswith(VALIDATION)}
     for name, layers in _mapping(line, "routing").items():
         values.update(_by_layer(name, layers))
     for group in _mapping(line, "groups"):

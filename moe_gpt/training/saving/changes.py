@@ -15,6 +15,7 @@ import torch
 
 import moe_gpt
 from moe_gpt.config import RunConfig
+from moe_gpt.config.flat import flatten
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import InputError, shown
 from moe_gpt.training.saving.checkpoint import RunIdentity
@@ -113,7 +114,7 @@ def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity:
 
 
 def _changed_settings(saved: RunConfig, wanted: RunConfig) -> Iterator[Change]:
-    old, new = _flatten(to_plain(saved)), _flatten(to_plain(wanted))
+    old, new = flatten(to_plain(saved)), flatten(to_plain(wanted))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER) and not key.endswith(".prompt"):
             yield Change(key, old.get(key), new.get(key), needs_permission=True)
@@ -177,13 +178,3 @@ def _refuse(impossible: Sequence[Change], refused: Sequence[Change], allowed: Co
         + "\n".join(change.shown() for change in dict.fromkeys([*impossible, *refused]))
         + f"\nrestore it; or {remedy}; or start a new run with --init-from"
     )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = {str(i): item for i, item in enumerate(value)}.items()
-    else:
-        return {prefix: value}
-    return {k: v for key, item in items for k, v in _flatten(item, f"{prefix}.{key}".lstrip(".")).items()}

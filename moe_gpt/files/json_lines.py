@@ -1,0 +1,46 @@
+"""Reading files with a JSON object in each line, as a run writes them, damaged lines and all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class FoundLines(NamedTuple):
+    """What a file of JSON lines has."""
+
+    lines: list[dict[str, Any]]
+    n_left_out: int
+    """Damaged lines; where reading stops at damage, all lines from there on."""
+
+
+def read_json_lines(
+    path: Path, is_sound: Callable[[dict[str, Any]], bool] = lambda line: True, stops_at_damage: bool = False
+) -> FoundLines:
+    """Return the objects of a file, without lines that are damaged: cut off, no object, or not sound.
+
+    Args:
+        path: of the file, in UTF-8; what is not UTF-8 in it damages its line alone.
+        is_sound: whether an object has what it must have.
+        stops_at_damage: leave out everything that follows a damaged line, as whoever goes on writing the file must.
+
+    Raises:
+        OSError: where the file cannot be read.
+    """
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found: Iterable[dict[str, Any] | None] = (_parse(text, is_sound) for text in texts)
+    if stops_at_damage:
+        found = itertools.takewhile(lambda line: line is not None, found)
+    lines = [line for line in found if line is not None]
+    return FoundLines(lines, len(texts) - len(lines))
+
+
+def _parse(text: str, is_sound: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and is_sound(line) else None

@@ -1,0 +1,120 @@
+"""The comparison as a whole: what is compared by which score, the pictures, the tables, the notes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_gpt.report.comparison import notes
+from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_in_words, curves_over, draw_curves
+from moe_gpt.report.comparison.groups import Group, group_runs, table_of_differences
+from moe_gpt.report.comparison.runs import compared_runs
+from moe_gpt.report.pictures import Picture, Table
+from moe_gpt.report.run_records import RunRecords
+from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, Units, format_digits
+
+_QUANTITIES = {
+    "tokens": ("Text seen", TOKENS),
+    "active": ("Active", PARAMETERS),
+    "total": ("Total", PARAMETERS),
+    "flops": ("Training compute", FLOPS),
+    "seconds": ("Training time", TIME),
+}
+"""What a run has of each is in ``ComparedRun.totals``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What a report shows of several runs together."""
+
+    pictures: list[Picture]
+    """Validation curves over text, training compute and training time; fewer where that is not known."""
+    final: Table
+    """Where every group of runs ended, and what that took."""
+    differences: Table
+    """The settings that differ, with a column for each run whose config can be read."""
+    notes: list[str]
+    """What cannot be compared, and why."""
+
+
+def compare_runs(records: Sequence[RunRecords]) -> Comparison:
+    """Compare runs; one alone is allowed.
+
+    Runs that differ only in the seed and in what is recorded are a group, with one colour. In ``final`` a group has a
+    row for each place where its runs ended: no mean is over finished and stopped runs.
+
+    Raises:
+        ValueError: where there is no run.
+    """
+    if not records:
+        raise ValueError("compare_runs needs at least one run, got none")
+    runs = compared_runs(records)
+    groups = group_runs(runs)
+    rows = list(itertools.chain(*map(Group.by_end, groups)))
+    sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
+    metric, notes_on_metric = notes.choose_metric(runs)
+    all_curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
+    told = itertools.chain(
+        *map(notes.note_costs, runs),
+        notes_on_metric,
+        *map(notes.note_group, groups),
+        notes.note_scores(runs, sources),
+        *map(notes.note_broken, runs),
+        notes.note_other_text(runs),
+        *(notes.note_left_out(found, runs) for found in all_curves),
+    )
+    return Comparison(
+        pictures=[draw_curves(found, groups, curves_in_words(found, rows)) for found in all_curves if found.curves],
+        final=_final(metric, sources, rows),
+        differences=table_of_differences(runs),
+        notes=list(told),
+    )
+
+
+def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Table:
+    """Tell where runs ended: the mean of a row's runs and, where they differ, the lowest and the highest."""
+    columns = {
+        "Run": [row.label for row in rows],
+        "Seeds": [str(row.n_seeds) if row.runs[0].settings else "?" for row in rows],
+        "State": [row.runs[0].state for row in rows],
+    }
+    return Table.of(columns | _columns_of_scores(metric, sources, rows) | _columns_of_costs(rows))
+
+
+def _columns_of_scores(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> dict[str, list[str]]:
+    scored = itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS])
+    return {f"{source} ({m.unit})": [_spread(_last_scores(row, source, m)) for row in rows] for source, m in scored}
+
+
+def _columns_of_costs(rows: Sequence[Group]) -> dict[str, list[str]]:
+    columns = {}
+    for quantity, (name, units) in _QUANTITIES.items():
+        size, unit = units.fitting(_largest(units, rows))
+        columns[f"{name} ({unit})"] = [_spread(_totals(row, quantity) / size) for row in rows]
+    return columns
+
+
+def _last_scores(row: Group, source: str, metric: Metric) -> np.ndarray:
+    return np.concatenate([run.records.scores(source, metric.key).values[-1:] for run in row.runs])
+
+
+def _totals(row: Group, quantity: str) -> np.ndarray:
+    return np.array([run.totals[quantity] for run in row.runs if quantity in run.totals])
+
+
+def _largest(units: Units, rows: Sequence[Group]) -> float:
+    """Return the largest of all that has these units, so that quantities of a kind share one."""
+    alike = [quantity for quantity, (_, other) in _QUANTITIES.items() if other is units]
+    values = np.concatenate([_totals(row, quantity) for row in rows for quantity in alike])
+    return float(values.max(initial=0.0)) or 1.0
+
+
+def _spread(values: np.ndarray) -> str:
+    """Return the mean, with the least and the greatest where they differ; a question mark for no values."""
+    if not len(values):
+        return "?"
+    mean, least, greatest = (format_digits(float(f(values))) for f in (np.mean, np.min, np.max))
+    return mean if least == greatest else f"{mean} ({least} to {greatest})"

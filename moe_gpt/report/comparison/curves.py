@@ -1,0 +1,166 @@
+"""Validation curves of several runs, over what they cost: text, compute and time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from moe_gpt.report.comparison.groups import Group
+from moe_gpt.report.comparison.runs import ComparedRun
+from moe_gpt.report.pictures import Picture, Table, finish, line_look, panels
+from moe_gpt.terminal.numbers import FLOPS, TIME, TOKENS, Units, format_digits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH = 7.2
+_LEGEND_CHARACTERS = 90
+
+
+class Metric(NamedTuple):
+    """The score that runs are compared by."""
+
+    key: str
+    unit: str
+
+
+NATS, BITS = Metric("ce_loss", "nats per token"), Metric("bits_per_byte", "bits per byte")
+
+
+class Cost(NamedTuple):
+    """What curves are drawn over."""
+
+    name: str
+    """Of the picture, in words.yaml."""
+    quantity: str
+    """As ``ComparedRun.spent`` names it."""
+    label: str
+    units: Units
+
+
+COSTS = (
+    Cost("compare-tokens", "tokens", "Text seen", TOKENS),
+    Cost("compare-flops", "flops", "Training compute", FLOPS),
+    Cost("compare-time", "seconds", "Training time", TIME),
+)
+
+
+class Curve(NamedTuple):
+    """A run's scores on one source."""
+
+    run: ComparedRun
+    look: dict[str, Any]
+    source: str
+    costs: np.ndarray
+    scores: np.ndarray
+
+
+class Curves(NamedTuple):
+    """All curves over one cost."""
+
+    cost: Cost
+    metric: Metric
+    curves: list[Curve]
+
+    @property
+    def runs(self) -> list[ComparedRun]:
+        """The runs that have a curve."""
+        return [curve.run for curve in self.curves]
+
+    @property
+    def by_source(self) -> dict[str, list[Curve]]:
+        """The curves of each source."""
+        return {source: list(of) for source, of in itertools.groupby(self.curves, lambda curve: curve.source)}
+
+    @property
+    def unit(self) -> tuple[float, str]:
+        """Size and name of the unit that fits the largest cost."""
+        return self.cost.units.fitting(max(curve.costs.max() for curve in self.curves))
+
+
+def curves_over(cost: Cost, metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> Curves:
+    """Return the curves of all runs with scores and known cost; the runs of a group look the same."""
+    members = [(run, line_look(index)) for index, group in enumerate(groups) for run in group.runs]
+    curves = []
+    for source, (run, look) in itertools.product(sources, members):
+        scores = run.records.scores(source, metric.key)
+        costs = run.spent(cost.quantity, scores.tokens)
+        if scores.is_there and costs is not None:
+            curves.append(Curve(run, look, source, costs, scores.values))
+    return Curves(cost, metric, curves)
+
+
+def draw_curves(found: Curves, groups: Sequence[Group], told: str) -> Picture:
+    """Draw a panel for each source."""
+    cost, (size, unit), by_source = found.cost, found.unit, found.by_source
+    looks = {g.label: line_look(index) for index, g in enumerate(groups) if set(g.runs) & set(found.runs)}
+    labels = [textwrap.fill(label, _LEGEND_CHARACTERS) for label in looks]
+    n_columns = max(1, _LEGEND_CHARACTERS // (max(map(len, labels)) + 8))
+    legend = 0.2 * math.ceil(sum(label.count("\n") + 1 for label in labels) / n_columns)
+    with panels(list(by_source), min(3, len(by_source)), legend, 2.9, width=_WIDTH) as (figure, grid):
+        for axes, curves in zip(grid, by_source.values(), strict=True):
+            _draw_panel(axes, curves, size)
+            axes.set(xlabel=f"{cost.label} ({unit})", ylabel=f"Validation loss ({found.metric.unit})")
+        handles = [grid[0].plot([], [], **look)[0] for look in looks.values()]
+        figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
+        return finish(figure, cost.name, _table(found), told=told)
+
+
+def _draw_panel(axes: Axes, curves: Sequence[Curve], size: float) -> None:
+    """Draw curves, with the axis for what comes after each one's first tenth: it would press the rest together."""
+    for curve in curves:
+        axes.plot(curve.costs / size, curve.scores, **curve.look)
+        axes.plot(curve.costs[-1:] / size, curve.scores[-1:], "o", markersize=4, color=curve.look["color"])
+    shown = np.concatenate([curve.scores[curve.costs >= curve.costs[-1] / 10] for curve in curves])
+    margin = 0.05 * np.ptp(shown)
+    if margin:
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+
+
+def _table(found: Curves) -> Table:
+    size, unit = found.unit
+    rows = [
+        (curve.source, curve.run.label, format_digits(spent / size), format_digits(score))
+        for curve in found.curves
+        for spent, score in zip(curve.costs, curve.scores, strict=True)
+    ]
+    return Table(("Source", "Run", f"{found.cost.label} ({unit})", f"Validation loss ({found.metric.unit})"), rows)
+
+
+def curves_in_words(found: Curves, rows: Sequence[Group]) -> str:
+    """Say for each source where the runs end, the lowest first, and how far apart."""
+    first = f"Validation loss in {found.metric.unit} over {found.cost.label.lower()}, a panel for each source."
+    ends = {source: _ends(found.cost, curves, rows) for source, curves in found.by_source.items()}
+    return " ".join([first, *(f"{source}: {_ranking(places)}." for source, places in ends.items())])
+
+
+class _End(NamedTuple):
+    """Where a row's runs end on the average; sorted by score."""
+
+    score: float
+    spent: str
+    label: str
+
+
+def _ends(cost: Cost, curves: Sequence[Curve], rows: Sequence[Group]) -> list[_End]:
+    ends = []
+    for row in rows:
+        found = [(curve.scores[-1], curve.costs[-1]) for curve in curves if curve.run in row.runs]
+        if found:
+            score, spent = np.mean(found, axis=0).tolist()
+            ends.append(_End(score, cost.units.format(spent), row.label + " on average" * (len(row.runs) > 1)))
+    return sorted(ends)
+
+
+def _ranking(ends: Sequence[_End]) -> str:
+    lowest, *others = ends
+    parts = [f"{lowest.label} ends {'lowest, ' if others else ''}at {format_digits(lowest.score)} after {lowest.spent}"]
+    for end in others[:4]:
+        above = format_digits(end.score - lowest.score)
+        parts.append(f"{above} below {end.label} ({format_digits(end.score)} after {end.spent})")
+    return ", ".join(parts) + ", then others" * (len(others) > 4)
