@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moe_gpt.model.moe import MoE
     from moe_gpt.model.router import Router, Routing
     from moe_gpt.model.transformer import ModelOutput, MoEGPT
-    from moe_gpt.training.saving.checkpoint import load_model
+    from moe_gpt.training.saving.saved_model import load_model
 
 __version__ = "0.1.0"
 
@@ -57,7 +57,7 @@ def _home_of(name: str) -> str:
         case "SamplingConfig" | "generate":
             return "moe_gpt.inference.generate"
         case "load_model":
-            return "moe_gpt.training.saving.checkpoint"
+            return "moe_gpt.training.saving.saved_model"
     raise AttributeError(f"module 'moe_gpt' has no attribute {name!r}")
 
 

@@ -70,7 +70,8 @@ def score_held_out(arguments: argparse.Namespace, device: torch.device, precisio
     """Return a table with a row per source of the run."""
     from moe_gpt.data.prepare import prepare_data
     from moe_gpt.training.evaluation import format_positions, format_scores
-    from moe_gpt.training.saving.checkpoint import load_model, read_state
+    from moe_gpt.training.saving.checkpoint import read_state
+    from moe_gpt.training.saving.saved_model import load_model
     from moe_gpt.training.setup import build_evaluator
 
     loaded = load_model(arguments.model, device)
@@ -96,7 +97,7 @@ def score_files(arguments: argparse.Namespace, device: torch.device, precision: 
     from moe_gpt.data.corpus import iterate_documents
     from moe_gpt.interop import hugging_face
     from moe_gpt.training.evaluation import format_scores
-    from moe_gpt.training.saving.checkpoint import LoadedRun, load_model
+    from moe_gpt.training.saving.saved_model import LoadedRun, load_model
     from moe_gpt.training.score_text import score_documents
 
     loaded: hugging_face.LoadedFolder | LoadedRun

@@ -43,7 +43,7 @@ def main() -> None:
     from moe_gpt.interop.model_card import Training, model_card
     from moe_gpt.measure.parameters import count_parameters
     from moe_gpt.training.records.metrics import scores_at
-    from moe_gpt.training.saving.checkpoint import describe_model, open_checkpoint
+    from moe_gpt.training.saving.saved_model import describe_model, open_checkpoint
 
     saved = open_checkpoint(arguments.model)
     config = saved.config

@@ -41,7 +41,7 @@ def main() -> None:
     from moe_gpt.inference.generate import SamplingConfig, generate
     from moe_gpt.interop import hugging_face
     from moe_gpt.ops.device import pick_device, pick_precision, tune_process
-    from moe_gpt.training.saving.checkpoint import LoadedRun, load_model
+    from moe_gpt.training.saving.saved_model import LoadedRun, load_model
 
     sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
     device = pick_device(arguments.device)

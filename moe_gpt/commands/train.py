@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_gpt.commands.cli import (
     ArgumentParser,
@@ -15,6 +17,9 @@ from moe_gpt.commands.cli import (
 )
 from moe_gpt.config.yaml import find_config, load_run_config
 from moe_gpt.errors import InputError
+
+if TYPE_CHECKING:
+    from moe_gpt.training.setup import Run
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
@@ -58,54 +63,63 @@ def main() -> int:
     arguments = parse_arguments()
     config = load_run_config(arguments.config, arguments.overrides)
     run_dir = arguments.run_dir or Path("runs") / find_config(arguments.config).stem
+    if arguments.allow_changes and not arguments.resume:
+        raise InputError(f"--allow-changes is for --resume, got {','.join(arguments.allow_changes)} without it")
 
     from moe_gpt.ops.device import pick_device
     from moe_gpt.training.display import TerminalDisplay
     from moe_gpt.training.loop import Limits, train
-    from moe_gpt.training.records.samples import generate_samples
     from moe_gpt.training.recovery import TrainingStopped
-    from moe_gpt.training.saving.checkpoint import resolve_checkpoint
     from moe_gpt.training.saving.run_folder import open_run_folder
     from moe_gpt.training.setup import set_up_run
     from moe_gpt.training.summary import describe_run
 
-    if arguments.allow_changes and not arguments.resume:
-        raise InputError(f"--allow-changes is for --resume, got {','.join(arguments.allow_changes)} without it")
     run = set_up_run(
         config, run_dir, pick_device(arguments.device), arguments.resume, arguments.init_from, arguments.allow_changes
     )
     print(describe_run(run), flush=True)
-    prompt = config.data.sources[-1].prompt
-    next_command = command_line("scripts/generate.py", run_dir, "--prompt", prompt)
     if run.is_finished:
-        print(f"this run is finished; next: {next_command}")
+        print(f"this run is finished; next: {generate_command(run)}")
         return 0
-    with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
-        display = TerminalDisplay(run.schedule.total_tokens, run.state.tokens_seen)
+    with (
+        open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged),
+        contextlib.closing(TerminalDisplay(run.schedule.total_tokens, run.state.tokens_seen)) as display,
+    ):
         try:
             outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)
         except TrainingStopped as stopped:
             print(f"error: {stopped}", file=sys.stderr)
             return 3
-        finally:
-            display.close()
-    resume_command = command_line(*(word for word in sys.argv if word != "--resume"), "--resume")
     if outcome in EXIT_STATUS:
-        print(f"{outcome}: saved step {run.state.step}; continue with: {resume_command}", file=sys.stderr)
+        resume = command_line(*(word for word in sys.argv if word != "--resume"), "--resume")
+        print(f"{outcome}: saved step {run.state.step}; continue with: {resume}", file=sys.stderr)
         return EXIT_STATUS[outcome]
     print(display.summary())
+    say_what_came_out(run, outcome)
+    return 0
+
+
+def say_what_came_out(run: Run, outcome: str) -> None:
+    """Print samples and where the run stands, write the report, and say what to do next."""
+    from moe_gpt.training.records.samples import generate_samples
+    from moe_gpt.training.saving.saved_model import resolve_checkpoint
+
     for name, text in generate_samples(run, n_tokens=120):
         print(f"--- {name} ---\n{text}\n")
-    if run.resumed_from == resolve_checkpoint(run_dir):
+    if run.resumed_from == resolve_checkpoint(run.run_dir):
         print(f"already at step {run.state.step}; nothing was trained")
     elif outcome != "finished":
         print(
-            f"stopped by {outcome} at step {run.state.step}; repeat with --resume and a later limit, or none, to go on"
+            f"stopped by {outcome} at step {run.state.step}; to go on, repeat with --resume and a later limit, or none"
         )
-    if config.train.report:
-        report(run_dir)
-    print(f"next: {next_command}\n      {command_line('scripts/evaluate.py', run_dir)}")
-    return 0
+    if run.config.train.report:
+        report(run.run_dir)
+    print(f"next: {generate_command(run)}\n      {command_line('scripts/evaluate.py', run.run_dir)}")
+
+
+def generate_command(run: Run) -> str:
+    """Return a command that continues a prompt of the run's last source."""
+    return command_line("scripts/generate.py", run.run_dir, "--prompt", run.config.data.sources[-1].prompt)
 
 
 def report(run_dir: Path) -> None:

@@ -16,7 +16,7 @@ from moe_gpt.interop import hugging_face
 from moe_gpt.report.report import write_report
 from moe_gpt.report.run_records import read_run
 from moe_gpt.training.records.metrics import read_metrics
-from moe_gpt.training.saving.checkpoint import load_model
+from moe_gpt.training.saving.saved_model import load_model
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "run_of_version_0_1"
 

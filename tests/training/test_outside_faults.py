@@ -19,7 +19,8 @@ from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.records import metrics
 from moe_gpt.training.recovery import TrainingStopped
 from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model
+from moe_gpt.training.saving.checkpoint import list_checkpoints
+from moe_gpt.training.saving.saved_model import load_model
 
 
 def weights(run_dir) -> bytes:

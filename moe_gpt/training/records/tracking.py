@@ -15,9 +15,8 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 from moe_gpt.errors import InputError
 from moe_gpt.measure.metric_names import VALIDATION
@@ -25,17 +24,53 @@ from moe_gpt.measure.metric_names import VALIDATION
 TrackerName = Literal["none", "tensorboard", "wandb"]
 
 
-class Tracker(Protocol):
-    """A place where the curves of a run are drawn."""
+class _Service(NamedTuple):
+    """What a tracker's package can do."""
+
+    log: Callable[[Mapping[str, float], int], Any]
+    text: Callable[[str, str, int], Any]
+    close: Callable[[], Any]
+
+
+class Tracker:
+    """A place where the curves of a run are drawn, until it fails or is closed.
+
+    Args:
+        name: of the service, for the message.
+        service: nothing where the run is not tracked.
+        say: told, in one line and at most once, that the service failed.
+    """
+
+    def __init__(self, name: str, service: Callable[[], _Service | None], say: Callable[[str], None]) -> None:
+        self._name, self._say = name, say
+        self._service: _Service | None = None
+        self._service = self._guarded(service)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point at x = step to the curve of each name."""
+        if self._service and values:
+            self._guarded(self._service.log, values, step)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Add a text, such as a generated sample; it is shown as it is, line by line."""
+        if self._service:
+            self._guarded(self._service.text, name, text, step)
 
     def close(self) -> None:
         """Send what is not yet sent, and end. Whatever is logged afterwards goes nowhere."""
+        if self._service:
+            self._guarded(self._service.close)
+        self._service = None  # a closed SummaryWriter would begin another file
+
+    def _guarded(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except InputError:
+            raise
+        except Exception as error:  # a service may raise anything, and no curve is worth a run
+            self._service = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            self._say(f"tracking by {self._name} stopped: {reason}; metrics.jsonl has everything")
 
 
 def open_tracker(
@@ -54,7 +89,7 @@ def open_tracker(
         name: the value of the setting ``tracking``.
         run_dir: the run's directory.
         settings: the resolved config; it is sent once, here.
-        say: is told, in one line and at most once, that the service failed. The tracker is silent from then on.
+        say: told, in one line and at most once, that the service failed.
         resumed_at: the last step of an earlier part of the run that is kept. TensorBoard hides what it has of later
             steps; Weights & Biases cannot remove points, so steps that are done again have two. A run that goes back
             while it runs closes its tracker and opens another.
@@ -62,12 +97,12 @@ def open_tracker(
     Raises:
         InputError: where the service's package is not installed.
     """
-    openers: dict[TrackerName, Callable[[], Tracker]] = {
-        "none": _Nowhere,
-        "tensorboard": lambda: _TensorBoard(run_dir, settings, resumed_at),
-        "wandb": lambda: _WeightsAndBiases(run_dir, settings),
+    openers: dict[TrackerName, Callable[[], _Service | None]] = {
+        "none": lambda: None,
+        "tensorboard": lambda: _tensorboard(run_dir, settings, resumed_at),
+        "wandb": lambda: _weights_and_biases(run_dir, settings),
     }
-    return _Guarded(name, openers[name], say)
+    return Tracker(name, openers[name], say)
 
 
 def require_tracker(name: TrackerName) -> None:
@@ -88,106 +123,6 @@ def _missing(package: str) -> InputError:
     )
 
 
-class _Nowhere:
-    """Does nothing."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def text(self, step: int, name: str, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class _Guarded:
-    """Passes everything on until the service fails, which is told once, or is closed."""
-
-    def __init__(self, name: TrackerName, open_service: Callable[[], Tracker], say: Callable[[str], None]) -> None:
-        self._name, self._say = name, say
-        self._service: Tracker = _Nowhere()
-        with self._failure_told():
-            self._service = open_service()
-
-    @contextmanager
-    def _failure_told(self) -> Iterator[None]:
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:  # a service may raise anything, and no curve is worth a run
-            self._service = _Nowhere()
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            self._say(f"tracking by {self._name} stopped: {reason}; metrics.jsonl has everything")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        if values:
-            with self._failure_told():
-                self._service.log(step, values)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        with self._failure_told():
-            self._service.text(step, name, text)
-
-    def close(self) -> None:
-        with self._failure_told():
-            self._service.close()
-        self._service = _Nowhere()  # a closed SummaryWriter would begin another file
-
-
-class _TensorBoard:
-    """Writes event files below the run's directory."""
-
-    def __init__(self, run_dir: Path, settings: dict[str, Any], resumed_at: int | None) -> None:
-        _import("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
-
-        # events of purge_step itself are hidden too, and resumed_at is a step that is not done again
-        first_step = 0 if resumed_at is None else resumed_at + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=10)
-        self.text(first_step, "settings", json.dumps(settings, indent=2, default=str))
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        # the text is read as Markdown, where what is indented by four spaces stays as it is
-        self._writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    """Sends to the service that ``wandb login`` or the environment names."""
-
-    def __init__(self, run_dir: Path, settings: dict[str, Any]) -> None:
-        self._wandb = _import("wandb")
-        folder = run_dir.resolve()
-        self._run = self._wandb.init(
-            project="moe_gpt",
-            name=folder.name,
-            dir=str(folder),
-            id=hashlib.sha256(os.fsencode(folder)).hexdigest()[:16],
-            resume="allow",
-            config=settings,
-        )
-        # wandb's own step can only grow: it would drop what is logged out of order, and all steps that are done again
-        self._run.define_metric("*", step_metric="step")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({**values, "step": step})
-
-    def text(self, step: int, name: str, text: str) -> None:
-        page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-        self._run.log({name: self._wandb.Html(page), "step": step})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 def _import(package: TrackerName) -> Any:
     try:
         return importlib.import_module(package)
@@ -195,6 +130,43 @@ def _import(package: TrackerName) -> Any:
         if error.name != package:  # installed, but something that it needs is not
             raise
         raise _missing(package) from None
+
+
+def _tensorboard(run_dir: Path, settings: dict[str, Any], resumed_at: int | None) -> _Service:
+    """Write event files below the run's directory."""
+    _import("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    # events of purge_step itself are hidden too, and resumed_at is a step that is not done again
+    first_step = 0 if resumed_at is None else resumed_at + 1
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=10)
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    def text(name: str, text: str, step: int) -> None:
+        # the text is read as Markdown, where what is indented by four spaces stays as it is
+        writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
+
+    text("settings", json.dumps(settings, indent=2, default=str), first_step)
+    return _Service(log, text, writer.close)
+
+
+def _weights_and_biases(run_dir: Path, settings: dict[str, Any]) -> _Service:
+    """Send to the service that ``wandb login`` or the environment names."""
+    wandb = _import("wandb")
+    folder = run_dir.resolve()
+    identity = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    run = wandb.init(project="moe_gpt", name=folder.name, dir=str(folder), id=identity, resume="allow", config=settings)
+    # wandb's own step can only grow: it would drop what is logged out of order, and all steps that are done again
+    run.define_metric("*", step_metric="step")
+
+    def text(name: str, text: str, step: int) -> None:
+        page = f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+        run.log({name: wandb.Html(page), "step": step})
+
+    return _Service(lambda values, step: run.log({**values, "step": step}), text, run.finish)
 
 
 def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:

@@ -31,10 +31,10 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 UPCYCLED = " (dense, every expert as its feed-forward network)"
 """Marks in ``initialised_from`` that the weights were upcycled."""
-_WEIGHTS, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
+WEIGHTS, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
 _STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
-FILES = (_WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
-FILES_TO_USE_A_MODEL = (_WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
+FILES = (WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
+FILES_TO_USE_A_MODEL = (WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 _LARGEST_MANIFEST = 1_000_000
 _ADDED_IN_VERSION_2: dict[str, Any] = {
@@ -69,37 +69,6 @@ class Snapshot(NamedTuple):
     generators: dict[str, Tensor]
     progress: dict[str, Any]
     """Plain values for state.json."""
-
-
-class SavedModel(NamedTuple):
-    """A verified checkpoint, as far as using its model needs it; the weights are not read yet."""
-
-    path: Path
-    config: RunConfig
-    tokenizer: Tokenizer
-    step: int
-    tokens_seen: int
-    initialised_from: str | None
-
-    @property
-    def weights_file(self) -> Path:
-        """Where the weights are, by our names."""
-        return self.path / _WEIGHTS
-
-    @property
-    def run_dir(self) -> Path:
-        """The run that the checkpoint belongs to, while it lies where it was written."""
-        return self.path.parent.parent
-
-
-class LoadedRun(NamedTuple):
-    """A trained model with what is needed to use it."""
-
-    model: MoEGPT
-    tokenizer: Tokenizer
-    config: RunConfig
-    step: int
-    path: Path
 
 
 def model_tensors(model: MoEGPT) -> dict[str, Tensor]:
@@ -161,7 +130,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) ->
         OSError: where it cannot be written; then nothing has changed.
     """
     with complete_folder(folder, replace=True) as temporary:
-        tensors = {_WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer, _GENERATORS: snapshot.generators}
+        tensors = {WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer, _GENERATORS: snapshot.generators}
         written = {name: _write_tensors(temporary / name, values) for name, values in tensors.items()}
         state = {
             "format_version": FORMAT_VERSION,
@@ -281,7 +250,7 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
             safetensors.
     """
-    reader = TensorReader([path / _WEIGHTS])
+    reader = TensorReader([path / WEIGHTS])
     if config.n_layers > len(reader.names):  # a model without end would take long to describe
         raise InputError(f"checkpoint {path} is of another model: it has {len(reader.names)} tensors in all")
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config)).items()}
@@ -348,67 +317,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
         torch.mps.set_rng_state(generators.read("mps").clone())
 
 
-def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return the checkpoint that a path means: itself, or the newest of a run folder.
-
-    Raises:
-        FileNotFoundError: where it is neither.
-    """
-    path = Path(run_or_checkpoint)
-    if (path / MANIFEST).is_file():
-        return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints and (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is a Hugging Face folder; this takes a run folder or one of its checkpoints")
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*, "
-            "or, to generate or to start a run, a Hugging Face folder on this disk (with a config.json)"
-        )
-    return checkpoints[-1]
-
-
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first; what is in them is not looked at."""
     found = [path for path in run_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))
-
-
-def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
-    """Return a run folder's newest checkpoint, or one checkpoint, after comparing its files with the manifest.
-
-    Raises:
-        FileNotFoundError: where there is no complete checkpoint.
-        InputError: where it is damaged or of another format.
-    """
-    path = resolve_checkpoint(run_or_checkpoint)
-    try:
-        verify_checkpoint(path, FILES_TO_USE_A_MODEL)
-    except InputError as error:
-        older = [other for other in list_checkpoints(path.parent.parent) if other.name < path.name]
-        advice = f"; an older one is {older[-1]}" if older else ""
-        raise InputError(f"{error}{advice}") from None
-    state, config = read_state(path), read_config(path)
-    tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
-    return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"])
-
-
-def describe_model(path: str) -> str:
-    """Name what ``initialised_from`` says: the run and the step of a checkpoint, else the folder."""
-    place, how = Path(path.removesuffix(UPCYCLED)), UPCYCLED if path.endswith(UPCYCLED) else ""
-    is_checkpoint = place.parent.name == "checkpoints"
-    return (f"{place.parent.parent.name}, {place.name}" if is_checkpoint else place.name) + how
-
-
-def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
-    """Return the model of a run folder's newest checkpoint, or of one checkpoint, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: where there is no complete checkpoint.
-        InputError: where it is damaged or of another format.
-    """
-    saved = open_checkpoint(run_or_checkpoint)
-    weights = read_weights(saved.path, saved.config.model)
-    model = MoEGPT(saved.config.model)
-    copy_weights(model, weights, f"checkpoint {saved.path}")
-    return LoadedRun(model.to(device).eval(), saved.tokenizer, saved.config, saved.step, saved.path)

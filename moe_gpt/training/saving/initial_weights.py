@@ -27,9 +27,9 @@ from moe_gpt.training.saving.checkpoint import (
     read_config,
     read_tokenizer,
     read_weights,
-    resolve_checkpoint,
     verify_checkpoint,
 )
+from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
 _ANY_CONTEXT = ("max_seq_len", "rope_theta")
 _TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std")

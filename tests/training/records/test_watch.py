@@ -15,7 +15,8 @@ from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.records.watch import HealthWatch, SpikeDetector
 from moe_gpt.training.recovery import TrainingStopped, past_skipped
-from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, read_state
+from moe_gpt.training.saving.checkpoint import list_checkpoints, read_state
+from moe_gpt.training.saving.saved_model import load_model
 
 
 def test_single_faults_are_skipped_counted_and_located(small_config, tmp_path, poison):

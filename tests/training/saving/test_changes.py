@@ -12,7 +12,8 @@ from moe_gpt.config import RunConfig, StageConfig
 from moe_gpt.errors import InputError
 from moe_gpt.training.saving import changes
 from moe_gpt.training.saving.changes import check_changes, find_changes
-from moe_gpt.training.saving.checkpoint import RunIdentity, read_state, resolve_checkpoint
+from moe_gpt.training.saving.checkpoint import RunIdentity, read_state
+from moe_gpt.training.saving.saved_model import resolve_checkpoint
 from moe_gpt.training.setup import set_up_run
 
 ENVIRONMENT = {"torch": "2.13.0", "code": {"model/router.py": "a", "train/step.py": "b"}, "threads": 2, "device": "cpu"}

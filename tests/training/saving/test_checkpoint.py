@@ -15,7 +15,8 @@ from moe_gpt.errors import InputError
 from moe_gpt.files import durable
 from moe_gpt.files import tensors as tensor_files
 from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import list_checkpoints, load_model, load_training_state
+from moe_gpt.training.saving.checkpoint import list_checkpoints, load_training_state
+from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_checkpoint_under_another_name_is_not_found(tmp_path):
     for name in ("step_00000009.tmp-x1", "step_00000008.damaged-1", "step_7", "other"):
         shutil.copytree(first, first.with_name(name))
     assert list_checkpoints(tmp_path) == [first]
-    assert checkpoint.resolve_checkpoint(tmp_path) == first
+    assert resolve_checkpoint(tmp_path) == first
 
 
 def test_checkpoint_keeps_the_last_ones(tmp_path):

@@ -20,7 +20,8 @@ from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import load_run_config, parse_yaml, to_plain, to_yaml
 from moe_gpt.errors import InputError
 from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import FILES, MANIFEST, list_checkpoints, load_model, verify_checkpoint
+from moe_gpt.training.saving.checkpoint import FILES, MANIFEST, list_checkpoints, verify_checkpoint
+from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import set_up_run
 
 

@@ -1,0 +1,117 @@
+"""Finding a run's newest checkpoint, and loading the model in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from moe_gpt.config import RunConfig
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.errors import InputError
+from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.training.saving.checkpoint import (
+    FILES_TO_USE_A_MODEL,
+    MANIFEST,
+    UPCYCLED,
+    WEIGHTS,
+    copy_weights,
+    list_checkpoints,
+    read_config,
+    read_state,
+    read_tokenizer,
+    read_weights,
+    verify_checkpoint,
+)
+
+
+class SavedModel(NamedTuple):
+    """A verified checkpoint, as far as using its model needs it; the weights are not read yet."""
+
+    path: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    step: int
+    tokens_seen: int
+    initialised_from: str | None
+
+    @property
+    def weights_file(self) -> Path:
+        """Where the weights are, by our names."""
+        return self.path / WEIGHTS
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that the checkpoint belongs to, while it lies where it was written."""
+        return self.path.parent.parent
+
+
+class LoadedRun(NamedTuple):
+    """A trained model with what is needed to use it."""
+
+    model: MoEGPT
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+    path: Path
+
+
+def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
+    """Return the checkpoint that a path means: itself, or the newest of a run folder.
+
+    Raises:
+        FileNotFoundError: where it is neither.
+    """
+    path = Path(run_or_checkpoint)
+    if (path / MANIFEST).is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints and (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is a Hugging Face folder; this takes a run folder or one of its checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*, "
+            "or, to generate or to start a run, a Hugging Face folder on this disk (with a config.json)"
+        )
+    return checkpoints[-1]
+
+
+def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
+    """Return a run folder's newest checkpoint, or one checkpoint, after comparing its files with the manifest.
+
+    Raises:
+        FileNotFoundError: where there is no complete checkpoint.
+        InputError: where it is damaged or of another format.
+    """
+    path = resolve_checkpoint(run_or_checkpoint)
+    try:
+        verify_checkpoint(path, FILES_TO_USE_A_MODEL)
+    except InputError as error:
+        older = [other for other in list_checkpoints(path.parent.parent) if other.name < path.name]
+        advice = f"; an older one is {older[-1]}" if older else ""
+        raise InputError(f"{error}{advice}") from None
+    state, config = read_state(path), read_config(path)
+    tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
+    return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"])
+
+
+def describe_model(path: str) -> str:
+    """Name what ``initialised_from`` says: the run and the step of a checkpoint, else the folder."""
+    place, how = Path(path.removesuffix(UPCYCLED)), UPCYCLED if path.endswith(UPCYCLED) else ""
+    is_checkpoint = place.parent.name == "checkpoints"
+    return (f"{place.parent.parent.name}, {place.name}" if is_checkpoint else place.name) + how
+
+
+def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+    """Return the model of a run folder's newest checkpoint, or of one checkpoint, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: where there is no complete checkpoint.
+        InputError: where it is damaged or of another format.
+    """
+    saved = open_checkpoint(run_or_checkpoint)
+    weights = read_weights(saved.path, saved.config.model)
+    model = MoEGPT(saved.config.model)
+    copy_weights(model, weights, f"checkpoint {saved.path}")
+    return LoadedRun(model.to(device).eval(), saved.tokenizer, saved.config, saved.step, saved.path)
