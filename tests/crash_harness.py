@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch._dynamo  # by every optimizer; imported before the lives begin
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin
@@ -66,7 +67,7 @@ def make_config(corpus: Path, model: dict, unit: int) -> RunConfig:
                 ],
                 "warmup_tokens": 512,
             },
-            "train": {"micro_batch_tokens": 192, "log_every_steps": 2, "eval_every_steps": 8},
+            "train": {"micro_batch_tokens": 192, "log_every_steps": 2, "eval_every_steps": 8, "sample_tokens": 4},
             "checkpoint": {"every_steps": 3, "keep_last": 2, "keep_every_steps": 12},
         }
     )

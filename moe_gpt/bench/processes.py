@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import psutil
-import torch
 
 from moe_gpt.data.encode import available_cores
 from moe_gpt.errors import InputError
@@ -90,6 +89,8 @@ def _memory_of(process: psutil.Process) -> int:
 
 def describe_machine() -> str:
     """Return processor, cores, system and versions, for a figure's caption."""
+    import torch
+
     processor = str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{available_cores()} cores of {processor}, {platform.system()}, {versions}"

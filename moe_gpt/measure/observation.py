@@ -12,7 +12,7 @@ from moe_gpt.data.batches import MicroBatch, split_batch
 from moe_gpt.data.stream import Batch
 from moe_gpt.measure.health import Gradients
 from moe_gpt.model.transformer import MoEGPT, evaluating
-from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.ops.device import Precision, autocast, without_compiler
 
 _OBSERVED_TOKENS = 1024
 """Tokens of a recorded step whose router probabilities are looked at; loads are of all."""
@@ -66,7 +66,7 @@ def cross_entropy_gradients(
     layers = model.moe_layers()
     device = model.embedding.weight.device
     (batch,) = split_batch(Batch(inputs, targets), inputs.size, device, end_of_text_id)
-    with evaluating(model), torch.enable_grad(), autocast(device, precision), torch.compiler.set_stance("force_eager"):
+    with evaluating(model), torch.enable_grad(), autocast(device, precision), without_compiler():
         ce, _ = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
     modules = [layer.router for layer in layers] + [layer.experts for layer in layers]
     parameters = [list(module.parameters()) for module in modules]

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 from typing import Literal
 
 import psutil
@@ -80,7 +81,8 @@ def tune_process(device: torch.device, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler, for seconds
+        torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         _use_fast_float32()
         _keep_freed_memory()
@@ -145,3 +147,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Return the context in which operations on ``x`` keep the types that they are given."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def without_compiler() -> contextlib.AbstractContextManager:
+    """Return the context in which compiled modules run uncompiled.
+
+    PyTorch's compiler takes seconds to import: where nobody has imported it, nothing is compiled.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

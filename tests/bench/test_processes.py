@@ -35,9 +35,9 @@ def end() -> None:
 @on_linux
 def test_memory_of_what_the_work_starts_counts():
     """The peak is at least what a grandchild held, and it ran elsewhere for as long as it says."""
-    small, large = measure(hold, 1, 0.5), measure(hold, 300_000_000, 0.5)
+    small, large = measure(hold, 1, 0.3), measure(hold, 300_000_000, 0.3)
     assert large.value != os.getpid()
-    assert large.seconds >= 0.5
+    assert large.seconds >= 0.3
     assert large.peak_memory_bytes - small.peak_memory_bytes == pytest.approx(300e6, rel=0.1)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.ops.device import without_compiler
 from moe_gpt.training.setup import Run
 
 
@@ -17,6 +16,6 @@ def generate_samples(run: Run, n_tokens: int) -> Iterator[tuple[str, str]]:
     for index, source in enumerate(run.data.sources):
         prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
         # single tokens would recompile what was compiled for batches
-        with torch.compiler.set_stance("force_eager"):
+        with without_compiler():
             new = list(generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id))
         yield source.config.name, tokenizer.decode([*prompt, *new])
