@@ -8,7 +8,7 @@ import string
 from collections.abc import Iterator
 from typing import Literal
 
-from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,27 +29,27 @@ class TokenizerConfig(Section):
     """More tokens that no text can spell, ids 1, 2, ...: padding, chat roles, <|fim_prefix|> and the like."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what no byte-level tokenizer can be."""
+        """Yield what no byte-level tokenizer can be, and keys that do not go together."""
         if self.vocab_size < 257:
-            yield Problem(
-                ("vocab_size",),
-                f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}; use 2048, say",
-            )
-        elif self.vocab_size < 257 + len(self.special_tokens):
-            text = f"vocab_size must leave room for 256 bytes and {1 + len(self.special_tokens)} special tokens"
-            yield Problem(("vocab_size", "special_tokens"), f"{text}, got {self.vocab_size}")
-        tokens = (self.end_of_text, *self.special_tokens)
-        if len(set(tokens)) < len(tokens) or not all(tokens):
-            text = f"special_tokens must differ from each other and from end_of_text, got {list(self.special_tokens)}"
-            yield Problem(("special_tokens", "end_of_text"), text)
-        given = [key for key in ("file", "hub") if getattr(self, key)]
-        if len(given) > 1:
-            yield Problem(("file", "hub"), f"file or hub: give one, got file={self.file!r}, hub={self.hub!r}")
-        if self.special_tokens and given:
-            text = f"special_tokens is for a tokenizer that is trained, got {list(self.special_tokens)} with {given[0]}"
-            yield Problem(("special_tokens", given[0]), text)
+            text = f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}; use 2048, say"
+            yield Problem(("vocab_size",), text)
+        yield from self._special_token_problems()
+        yield from one_of(self, "file", "hub")
         if self.revision and not self.hub:
             yield Problem(("revision", "hub"), f"revision is for hub only, got {self.revision!r}; leave it out")
+
+    def _special_token_problems(self) -> Iterator[Problem]:
+        tokens, given = (self.end_of_text, *self.special_tokens), list(self.special_tokens)
+        if 257 <= self.vocab_size < 256 + len(tokens):
+            text = f"vocab_size must leave room for 256 bytes and {len(tokens)} special tokens, got {self.vocab_size}"
+            yield Problem(("vocab_size", "special_tokens"), text)
+        if len({"", *tokens}) < 1 + len(tokens):
+            text = f"special_tokens must differ from each other and from end_of_text, got {given}"
+            yield Problem(("special_tokens", "end_of_text"), text)
+        for key in ("file", "hub"):
+            if given and getattr(self, key):
+                text = f"special_tokens is for a tokenizer that is trained, got {given} with {key}"
+                yield Problem(("special_tokens", key), text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,17 +99,10 @@ class SourceConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the keys of one source."""
-        origins = {key: getattr(self, key) for key in ("builtin", "files", "dataset")}
-        given = [key for key, value in origins.items() if value]
-        if len(given) != 1:
-            got = " and ".join(f"{key}={origins[key]!r}" for key in given) or "none of them"
-            yield Problem(tuple(origins), f"builtin, files or dataset: give exactly one, got {got}")
+        yield from one_of(self, "builtin", "files", "dataset", needed=True)
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             yield Problem(("name",), f"name must be letters, digits, - and _, got {self.name!r}")
-        if self.epochs and self.weight:
-            yield Problem(
-                ("epochs", "weight"), f"epochs or weight: give one, got epochs={self.epochs}, weight={self.weight}"
-            )
+        yield from one_of(self, "epochs", "weight")
         yield from self._misplaced_keys()
         if self.template is not None:
             yield from self._template_problems()
@@ -118,14 +111,13 @@ class SourceConfig(Section):
 
     def _misplaced_keys(self) -> Iterator[Problem]:
         """Yield keys that mean nothing for this kind of source."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for keys, is_wrong, what in (
             (("subset", "split", "revision", "streaming"), not self.dataset, "for a dataset: source only"),
             (("text_field", "template"), bool(self.builtin), "not for a builtin source"),
             (("errors",), not self.files, "for a files: source only"),
         ):
             for key in keys if is_wrong else ():
-                if getattr(self, key) != defaults[key]:
+                if getattr(self, key) != getattr(SourceConfig, key):
                     yield Problem((key,), f"{key} is {what}, got {getattr(self, key)!r}; leave it out")
 
     def _template_problems(self) -> Iterator[Problem]:
@@ -179,14 +171,12 @@ class DataConfig(Section):
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the sources."""
         names = [source.name for source in self.sources]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                yield Problem((f"sources.{index}.name",), f"sources.{index}.name must be unique, got {name!r} again")
-        if any(source.weight for source in self.sources):
-            for index, source in enumerate(self.sources):
-                if not source.weight:
-                    yield Problem(
-                        (f"sources.{index}.weight",),
-                        f"sources.{index}.weight is required because other sources have a weight "
-                        "(all sources have epochs, or all have weights)",
-                    )
+        has_weights = any(source.weight for source in self.sources)
+        for index, source in enumerate(self.sources):
+            if source.name in names[:index]:
+                key = f"sources.{index}.name"
+                yield Problem((key,), f"{key} must be unique, got {source.name!r} again")
+            if has_weights and not source.weight:
+                key = f"sources.{index}.weight"
+                text = "is required because other sources have a weight (all sources have epochs, or all have weights)"
+                yield Problem((key,), f"{key} {text}")

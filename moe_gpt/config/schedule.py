@@ -75,10 +75,8 @@ class ScheduleConfig(Section):
             start = end
         total = self.stages[-1].until_tokens
         if total is not None and self.warmup_tokens >= total:
-            yield Problem(
-                ("warmup_tokens", "stages"),
-                f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}",
-            )
+            text = f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}"
+            yield Problem(("warmup_tokens", "stages"), text)
 
     def _unaligned_end(self, index: int, key: str, end: int) -> Iterator[Problem]:
         """Yield a stage end that would leave part of a sequence, of its own length or of the next stage's."""
