@@ -7,7 +7,7 @@ llama.cpp's converter read without any code of ours. What is read becomes a ``Mo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,14 +184,18 @@ def _check_tensors(
         found.remove("lm_head.weight")
     problems = [f"{name} is missing" for name in sorted(table.keys() - found)]
     problems += [f"{name} is left over" for name in sorted(found - table.keys())]
-    for name in sorted(table.keys() & found):
-        if reader.shape(name) != shapes[name]:
-            problems.append(f"{name} has shape {reader.shape(name)}, config.json says {shapes[name]}")
-        elif reader.dtype(name) not in _READABLE_DTYPES:
-            problems.append(f"{name} is {reader.dtype(name)}, not one of {', '.join(_READABLE_DTYPES)}")
+    problems += [line for name in sorted(table.keys() & found) for line in _unfit(reader, name, shapes[name])]
     if problems:
         shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
         raise InputError(f"{folder}: the tensors are not those that config.json describes\n" + "\n".join(shown))
+
+
+def _unfit(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """Yield what is wrong with a stored tensor, if anything."""
+    if reader.shape(name) != shape:
+        yield f"{name} has shape {reader.shape(name)}, config.json says {shape}"
+    elif reader.dtype(name) not in _READABLE_DTYPES:
+        yield f"{name} is {reader.dtype(name)}, not one of {', '.join(_READABLE_DTYPES)}"
 
 
 def save(
@@ -252,30 +256,12 @@ def export(
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
     settings = to_hugging_face(config, load_balancing_loss_weight)
     _check_biases(config, read)
-    if tokenizer and config.vocab_size and tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}; they "
-            "are of different models"
-        )
-    table = tensor_table(config)
-    shapes = _shapes(shapes_only(config), table)
     name = str(dtype).removeprefix("torch.")
-    settings |= {"torch_dtype": name, "dtype": name, "bos_token_id": None, "eos_token_id": None}
-    if tokenizer:
-        start = tokenizer.template()[0] if keep_template else []
-        settings["eos_token_id"] = tokenizer.end_of_text_id
-        settings["bos_token_id"] = start[0] if start else tokenizer.end_of_text_id
-
-    def read_slice(name: str) -> Tensor:
-        tensor = table[name].of(read(table[name].name))
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{table[name].name} has values that are not finite; the model is of no use")
-        return tensor
-
+    settings |= {"torch_dtype": name, "dtype": name, **_token_ids(config, tokenizer, keep_template)}
     try:
         path = _new_or_empty(folder)
         with filled_folder(path) if path.exists() else complete_folder(path) as temporary:
-            write_sharded(temporary, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
+            _write_weights(temporary, config, read, dtype)
             _write_json(temporary / "config.json", settings)
             if tokenizer:
                 _write_tokenizer(temporary, tokenizer, settings, keep_template)
@@ -283,6 +269,32 @@ def export(
                 write_file(temporary / "README.md", [model_card.encode("utf-8")])
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _token_ids(config: ModelConfig, tokenizer: Tokenizer | None, keep_template: bool) -> dict[str, int | None]:
+    """Return the tokens that start and end a text; end-of-text starts one where the tokenizer has nothing else."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    if config.vocab_size and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}; they "
+            "are of different models"
+        )
+    start = tokenizer.template()[0] if keep_template else []
+    return {"bos_token_id": [*start, tokenizer.end_of_text_id][0], "eos_token_id": tokenizer.end_of_text_id}
+
+
+def _write_weights(folder: Path, config: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+    table = tensor_table(config)
+
+    def read_slice(name: str) -> Tensor:
+        tensor = table[name].of(read(table[name].name))
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{table[name].name} has values that are not finite; the model is of no use")
+        return tensor
+
+    shapes = _shapes(shapes_only(config), table)
+    write_sharded(folder, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
 
 
 def _new_or_empty(folder: str | Path) -> Path:
@@ -316,8 +328,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
     _write_json(folder / "tokenizer.json", values)
     end = tokenizer.end_of_text
     pad = PADDING if tokenizer.special_id(PADDING) is not None else end
-    special: dict[str, Any] = {"special": True}
-    special |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -330,9 +341,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": settings["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(index): special | {"content": token} for token, index in tokenizer.special_tokens().items()
-            },
+            "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
         },
     )
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}

@@ -89,6 +89,19 @@ def _fused(config: ModelConfig) -> Iterator[tuple[str, Slice]]:
     yield "mlp.experts.down_proj", Slice("experts.down")
 
 
+_SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+}
+"""Keys of config.json whose values are those of our settings."""
+
+
 def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> dict[str, Any]:
     """Return the keys of config.json that say what a model computes: Mixtral's, or Llama's for a dense model.
 
@@ -109,20 +122,13 @@ def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> d
     values = {
         "architectures": ["LlamaForCausalLM" if config.is_dense else "MixtralForCausalLM"],
         "model_type": "llama" if config.is_dense else "mixtral",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
+        **{theirs: getattr(config, ours) for theirs, ours in _SAME.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
     }
@@ -185,8 +191,10 @@ class _Llama(Section):
             text = "quantization_config must be absent: the weights must be float32, bfloat16 or float16"
             yield Problem(("quantization_config",), text)
         yield from self._rope_problems()
+        yield from self._rope_theta_problems()
 
     def _rope_problems(self) -> Iterator[Problem]:
+        """Yield rotary positions that are scaled, or that rotate a part of each head."""
         for key in ("rope_parameters", "rope_scaling"):
             given = getattr(self, key) or {}
             kind = given.get("rope_type", given.get("type", "default"))
@@ -198,14 +206,18 @@ class _Llama(Section):
         for key, part in parts.items():
             if part != 1.0:
                 yield Problem((key,), f"{key} must be 1, got {shown(part)}: positions rotate whole heads here")
+
+    def _rope_theta_problems(self) -> Iterator[Problem]:
         said = self._said_of_rope_theta()
         wrong = {key: value for key, value in said.items() if not isinstance(value, int | float) or value <= 0}
         for key, value in wrong.items():
             yield Problem((key,), f"{key} must be a number above 0, got {shown(value)}")
         if not wrong and len(set(said.values())) > 1:
             both = " and ".join(f"{key}={value}" for key, value in said.items())
-            text = f"rope_theta must be the same in all places, got {both}; versions of transformers differ in which"
-            yield Problem(tuple(said), text + " they read")
+            text = (
+                f"rope_theta must be the same in all places, got {both}; versions of transformers read different ones"
+            )
+            yield Problem(tuple(said), text)
 
     def _said_of_rope_theta(self) -> dict[str, Any]:
         said = {
@@ -307,20 +319,13 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
         )
     n_experts, top_k = known.experts
     return ModelConfig(
-        vocab_size=known.vocab_size,
-        n_layers=known.num_hidden_layers,
-        d_model=known.hidden_size,
-        n_heads=known.num_attention_heads,
+        **{ours: getattr(known, theirs) for theirs, ours in _SAME.items()},
         n_kv_heads=known.n_kv_heads,
         head_dim=known.head_width,
-        d_ff=known.intermediate_size,
         n_experts=n_experts,
         top_k=top_k,
-        tie_embeddings=known.tie_word_embeddings,
         max_seq_len=context,
         rope_theta=known.rope_base,
-        norm_eps=known.rms_norm_eps,
-        init_std=known.initializer_range,
     )
 
 
