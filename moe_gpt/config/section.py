@@ -228,5 +228,5 @@ _WORDS = {bool: "true or false", str: "text", float: "a number", int: "a whole n
 _CONTAINERS: dict[Any, Callable[[tuple], str]] = {
     tuple: _list,
     dict: lambda _: "a mapping",
-    typing.Literal: lambda choices: "one of " + ", ".join(map(str, choices)),
+    typing.Literal: lambda choices: "one of " * (len(choices) > 1) + ", ".join(map(str, choices)),
 }

@@ -96,7 +96,7 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     table = tensor_table(config, "fused" if is_fused else "per_expert")
     model = shapes_only(config)
-    _check_tensors(folder, config, table, _shapes(model, table), reader)
+    _check_tensors(folder, config, _shapes(model, table), reader)
     return model, table, reader
 
 
@@ -174,17 +174,21 @@ def _shapes(model: MoEGPT, table: dict[str, Slice]) -> dict[str, tuple[int, ...]
     return {name: tuple(part.of(own[part.name]).shape) for name, part in table.items()}
 
 
-def _check_tensors(
-    folder: Path, config: ModelConfig, table: dict[str, Slice], shapes: dict[str, tuple[int, ...]], reader: TensorReader
-) -> None:
+def _stored_names(folder: Path, config: ModelConfig, reader: TensorReader) -> set[str]:
+    """Return the stored tensors that the model needs: not what follows from settings, nor a tied matrix twice."""
     found = {name for name in reader.names if not name.endswith(".rotary_emb.inv_freq")}  # follows from rope_theta
     if config.tie_embeddings and "lm_head.weight" in found:  # some writers store a tied matrix twice
         if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
             raise InputError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         found.remove("lm_head.weight")
-    problems = [f"{name} is missing" for name in sorted(table.keys() - found)]
-    problems += [f"{name} is left over" for name in sorted(found - table.keys())]
-    problems += [line for name in sorted(table.keys() & found) for line in _unfit(reader, name, shapes[name])]
+    return found
+
+
+def _check_tensors(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], reader: TensorReader) -> None:
+    found = _stored_names(folder, config, reader)
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - found)]
+    problems += [f"{name} is left over" for name in sorted(found - shapes.keys())]
+    problems += [line for name in sorted(shapes.keys() & found) for line in _unfit(reader, name, shapes[name])]
     if problems:
         shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
         raise InputError(f"{folder}: the tensors are not those that config.json describes\n" + "\n".join(shown))
