@@ -65,7 +65,7 @@ Fraction = Annotated[Real, Field(ge=0, lt=1, title="a number of at least 0 and b
 def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Problem]:
     """Yield that more than one of a section's keys is given, or none where one is needed."""
     given = [f"{key}={getattr(section, key)!r}" for key in keys if getattr(section, key)]
-    if len(given) > 1 or needed > len(given):
+    if len(given) > 1 or (needed and not given):
         names, one = f"{', '.join(keys[:-1])} or {keys[-1]}", "exactly one" if needed else "one"
         yield Problem(keys, f"{names}: give {one}, got {' and '.join(given) or 'none of them'}")
 

@@ -133,7 +133,7 @@ def to_yaml(section: Section) -> str:
 
 
 class _TextDumper(yaml.SafeDumper):
-    """Safe YAML that also keeps U+0085, which PyYAML writes unquoted and reads as a space."""
+    """Safe YAML that also keeps U+0085 (next line), which PyYAML would write without quotes and read as a space."""
 
 
 _TextDumper.add_representer(
