@@ -15,7 +15,7 @@ class ModelConfig(Section):
     """The shape of a MoEGPT and how its routers choose."""
 
     vocab_size: Count | None = None
-    """Rows of the embedding; null follows the tokenizer. More than the tokenizer has is allowed, fewer is not."""
+    """Rows of the embedding; null means as many as the tokenizer has tokens. More are allowed, fewer are not."""
     n_layers: Count = 4
     """Transformer blocks."""
     d_model: Count = 128

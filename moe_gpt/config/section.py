@@ -165,8 +165,8 @@ def _unknown(annotations: dict[str, Any], name: str, prefix: str) -> Problem:
     nearest = difflib.get_close_matches(name, annotations, n=1, cutoff=0.0)[0]
     for field, annotation in annotations.items():
         inside = section_in(annotation)
-        if inside and inside is annotation and name in annotations_of(inside):
-            nearest = f"{field}.{name}"
+        if inside and name in annotations_of(inside):
+            nearest = f"{field}.{name}" if inside is annotation else f"{field}.0.{name}"
     key = prefix + (name or "''")  # an empty key is not its section
     return Problem((key,), f"{key} is not a known key; did you mean {nearest}?")
 
