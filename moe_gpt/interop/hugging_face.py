@@ -80,7 +80,7 @@ def check(folder: str | Path, max_seq_len: int | None = None) -> ModelConfig:
 
     Raises:
         FileNotFoundError: where the folder has no config.json.
-        InputError: as ``load``, but for values that are not finite.
+        InputError: as ``load``, except that no value is checked to be finite.
     """
     return _open(Path(folder), max_seq_len)[0].config
 
@@ -91,7 +91,7 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
         raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
     config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
-    if config.n_layers > len(reader.names):  # a model without end would take long to describe
+    if config.n_layers > len(reader.names):  # an absurd number of layers would take long to describe
         raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     table = tensor_table(config, "fused" if is_fused else "per_expert")
@@ -108,7 +108,7 @@ def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") 
         InputError: as ``load``; and for a tokenizer with more tokens than the model.
     """
     folder = Path(folder)
-    check(folder)  # another architecture is the first thing to say
+    check(folder)  # a wrong architecture is reported before a missing tokenizer
     tokenizer = load_tokenizer(folder)
     return LoadedFolder(load(folder).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
 

@@ -331,16 +331,15 @@ def _known(keys: type[Section], values: Any) -> Any:
 
 
 def _keys_of(values: dict[str, Any]) -> type[_Llama]:
-    """Return the section that describes a config.json's architecture."""
+    """Return the section that describes a config.json's architecture, which ``model_type`` says where it is alone."""
     architectures, model_type = values.get("architectures"), values.get("model_type")
     if architectures is not None and (not isinstance(architectures, list) or len(architectures) != 1):
         raise InputError(f"architectures must be a list of one name, got {shown(architectures)}")
-    by_type = {kind: name for name, (kind, _) in _ARCHITECTURES.items()}
-    name = architectures[0] if architectures else by_type.get(model_type) if isinstance(model_type, str) else None
-    if name not in _ARCHITECTURES:
-        got = shown(architectures[0] if architectures else model_type)
-        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {got}")
-    kind, keys = _ARCHITECTURES[name]
+    given = architectures[0] if architectures else model_type
+    fitting = [name for name, (kind, _) in _ARCHITECTURES.items() if given == (name if architectures else kind)]
+    if not fitting:
+        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {shown(given)}")
+    kind, keys = _ARCHITECTURES[fitting[0]]
     if model_type not in (None, kind):
-        raise InputError(f"model_type must be {kind} for {name}, got {shown(model_type)}: they disagree")
+        raise InputError(f"model_type must be {kind} for {fitting[0]}, got {shown(model_type)}: they disagree")
     return keys

@@ -132,6 +132,7 @@ def test_shorter_context_makes_a_sliding_window_harmless(folder):
         ),
         ({"architectures": ["MixtralForSequenceClassification"]}, "got .MixtralForSequenceClassification"),
         ({"architectures": None, "model_type": None}, "architectures must name one of .*, got None"),
+        ({"architectures": [["MixtralForCausalLM"]]}, "architectures must name one of .*, got .'MixtralForCausalLM'."),
         ({"model_type": "llama"}, "model_type must be mixtral for MixtralForCausalLM, got .llama.: they disagree"),
         ({"hidden_size": None}, "hidden_size is required"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta=10000.0 and .*=500000.0"),
