@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator
 
 from moe_gpt.config import RunConfig
-from moe_gpt.config.section import Section, annotations_of, default_of, expectation, field_docs
+from moe_gpt.config.section import Section, annotations_of, default_of, expectation, field_docs, section_in
 from moe_gpt.errors import InputError
 
 
@@ -83,14 +83,14 @@ def command_line(*words: object) -> str:
 def describe_settings(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
     """Yield a line for every key of a config: name, default, meaning."""
     docs = field_docs(section)
-    for field in dataclasses.fields(section):
-        annotation = annotations_of(section)[field.name]
-        item = typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else annotation
-        if isinstance(item, type) and issubclass(item, Section):
-            inner = f"{prefix}{field.name}." + ("0." if item is not annotation else "")
-            yield f"\n{inner[:-1]}: {docs[field.name]}" + (" A list: 0, 1, ..." if item is not annotation else "")
-            yield from describe_settings(item, inner)
-        else:
-            default = default_of(field)
+    for field, annotation in zip(dataclasses.fields(section), annotations_of(section).values(), strict=True):
+        inner = section_in(annotation)
+        key, doc, default = prefix + field.name, docs[field.name], default_of(field)
+        if inner is None:
             shown = "required" if default is dataclasses.MISSING else json.dumps(default)
-            yield f"  {prefix}{field.name} ({shown}): {docs[field.name]} [{expectation(annotation)}]"
+            yield f"  {key} ({shown}): {doc} [{expectation(annotation)}]"
+            continue
+        if inner is not annotation:
+            key, doc = f"{key}.0", f"{doc} A list: 0, 1, ..."
+        yield f"\n{key}: {doc}"
+        yield from describe_settings(inner, f"{key}.")

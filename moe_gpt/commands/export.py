@@ -71,7 +71,7 @@ def main() -> None:
         total = count_parameters(config.model).total
         print(f"note: attention shared by layers is written once for each, so there are more than {total:,} parameters")
     if config.model.capacity_factor:
-        print("note: training dropped tokens beyond model.capacity_factor; the exported model drops none, nor did ours")
+        print("note: model.capacity_factor dropped tokens in training only; the exported model drops none")
     start, end = saved.tokenizer.template()
     if start or end:
         spelled = " ".join(saved.tokenizer.spell(index) for index in (*start, *end))

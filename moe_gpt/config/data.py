@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import string
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share
+from pydantic import Field
+
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share, one_of
+
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", title="letters, digits, - and _")]
+NonEmpty = Annotated[str, Field(min_length=1, title="text of at least one character")]
+VocabularySize = Annotated[Count, Field(ge=257, title="a whole number of at least 257 (256 bytes and end-of-text)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Section):
     """The byte-level BPE tokenizer: trained on the sources, or given as a file."""
 
-    vocab_size: Count = 4096
+    vocab_size: VocabularySize = 4096
     """Tokens to train, end-of-text and the 256 bytes included; ignored where file or hub is given."""
     file: str | None = None
     """Path of a tokenizer.json to use instead of training one."""
@@ -29,34 +34,31 @@ class TokenizerConfig(Section):
     """More tokens that no text can spell, ids 1, 2, ...: padding, chat roles, <|fim_prefix|> and the like."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what no byte-level tokenizer can be."""
-        if self.vocab_size < 257:
-            yield Problem(
-                ("vocab_size",),
-                f"vocab_size must be at least 257 (256 bytes and end-of-text), got {self.vocab_size}; use 2048, say",
-            )
-        elif self.vocab_size < 257 + len(self.special_tokens):
-            text = f"vocab_size must leave room for 256 bytes and {1 + len(self.special_tokens)} special tokens"
-            yield Problem(("vocab_size", "special_tokens"), f"{text}, got {self.vocab_size}")
-        tokens = (self.end_of_text, *self.special_tokens)
-        if len(set(tokens)) < len(tokens) or not all(tokens):
-            text = f"special_tokens must differ from each other and from end_of_text, got {list(self.special_tokens)}"
-            yield Problem(("special_tokens", "end_of_text"), text)
-        given = [key for key in ("file", "hub") if getattr(self, key)]
-        if len(given) > 1:
-            yield Problem(("file", "hub"), f"file or hub: give one, got file={self.file!r}, hub={self.hub!r}")
-        if self.special_tokens and given:
-            text = f"special_tokens is for a tokenizer that is trained, got {list(self.special_tokens)} with {given[0]}"
-            yield Problem(("special_tokens", given[0]), text)
+        """Yield what no byte-level tokenizer can be, and keys that do not go together."""
+        yield from self._special_token_problems()
+        yield from one_of(self, "file", "hub")
         if self.revision and not self.hub:
             yield Problem(("revision", "hub"), f"revision is for hub only, got {self.revision!r}; leave it out")
+
+    def _special_token_problems(self) -> Iterator[Problem]:
+        tokens, given = (self.end_of_text, *self.special_tokens), list(self.special_tokens)
+        if self.vocab_size < 256 + len(tokens):
+            text = f"vocab_size must leave room for 256 bytes and {len(tokens)} special tokens, got {self.vocab_size}"
+            yield Problem(("vocab_size", "special_tokens"), text)
+        if len({"", *tokens}) < 1 + len(tokens):
+            text = f"special_tokens must differ from each other and from end_of_text, got {given}"
+            yield Problem(("special_tokens", "end_of_text"), text)
+        if given and (self.file or self.hub):
+            key = "file" if self.file else "hub"
+            text = f"special_tokens is for a tokenizer that is trained, got {given} with {key}"
+            yield Problem(("special_tokens", key), text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig(Section):
     """One source of text and its share of the mixture: exactly one of builtin, files, dataset."""
 
-    name: str
+    name: Name
     """What metrics and folders call the source: letters, digits, - and _."""
     builtin: Literal["prose", "code"] | None = None
     """Text that ships with Python: its documentation (prose) or its standard library's sources (code)."""
@@ -77,7 +79,7 @@ class SourceConfig(Section):
     template: str | None = None
     """Text made of several columns instead, such as "{question}\\n{answer}"; {{ and }} are braces."""
     min_chars: Count = 1
-    """Shorter documents are passed over."""
+    """Documents with fewer characters are skipped."""
     errors: Literal["strict", "replace"] = "strict"
     """Bytes of files that are not UTF-8: an error, or U+FFFD in their place."""
     deduplicate: Flag = False
@@ -93,39 +95,27 @@ class SourceConfig(Section):
     fim_rate: Rate = 0.0
     """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); the tokenizer needs its sentinels."""
     fim_spm_rate: Rate = 0.5
-    """Share of those in the order suffix, prefix, middle instead of prefix, suffix, middle."""
-    prompt: str = "The "
+    """Share of those documents in the order suffix, prefix, middle instead of prefix, suffix, middle."""
+    prompt: NonEmpty = "The "
     """What the sample at the end of training starts with."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the keys of one source."""
-        origins = {key: getattr(self, key) for key in ("builtin", "files", "dataset")}
-        given = [key for key, value in origins.items() if value]
-        if len(given) != 1:
-            got = " and ".join(f"{key}={origins[key]!r}" for key in given) or "none of them"
-            yield Problem(tuple(origins), f"builtin, files or dataset: give exactly one, got {got}")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            yield Problem(("name",), f"name must be letters, digits, - and _, got {self.name!r}")
-        if self.epochs and self.weight:
-            yield Problem(
-                ("epochs", "weight"), f"epochs or weight: give one, got epochs={self.epochs}, weight={self.weight}"
-            )
+        yield from one_of(self, "builtin", "files", "dataset", needed=True)
+        yield from one_of(self, "epochs", "weight")
         yield from self._misplaced_keys()
         if self.template is not None:
             yield from self._template_problems()
-        if not self.prompt:
-            yield Problem(("prompt",), "prompt must have at least one character, got ''")
 
     def _misplaced_keys(self) -> Iterator[Problem]:
         """Yield keys that mean nothing for this kind of source."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for keys, is_wrong, what in (
             (("subset", "split", "revision", "streaming"), not self.dataset, "for a dataset: source only"),
             (("text_field", "template"), bool(self.builtin), "not for a builtin source"),
             (("errors",), not self.files, "for a files: source only"),
         ):
             for key in keys if is_wrong else ():
-                if getattr(self, key) != defaults[key]:
+                if getattr(self, key) != getattr(SourceConfig, key):
                     yield Problem((key,), f"{key} is {what}, got {getattr(self, key)!r}; leave it out")
 
     def _template_problems(self) -> Iterator[Problem]:
@@ -143,7 +133,7 @@ class SourceConfig(Section):
 
     @property
     def template_fields(self) -> tuple[str, ...]:
-        """The columns that the template names; format specifications count as part of a name, so they are refused."""
+        """The columns that the template names. A format or conversion stays part of its name, so that it is refused."""
         parts = string.Formatter().parse(self.template or "")
         return tuple(
             name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
@@ -179,14 +169,12 @@ class DataConfig(Section):
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the sources."""
         names = [source.name for source in self.sources]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                yield Problem((f"sources.{index}.name",), f"sources.{index}.name must be unique, got {name!r} again")
-        if any(source.weight for source in self.sources):
-            for index, source in enumerate(self.sources):
-                if not source.weight:
-                    yield Problem(
-                        (f"sources.{index}.weight",),
-                        f"sources.{index}.weight is required because other sources have a weight "
-                        "(all sources have epochs, or all have weights)",
-                    )
+        has_weights = any(source.weight for source in self.sources)
+        for index, source in enumerate(self.sources):
+            if source.name in names[:index]:
+                key = f"sources.{index}.name"
+                yield Problem((key,), f"{key} must be unique, got {source.name!r} again")
+            if has_weights and not source.weight:
+                key = f"sources.{index}.weight"
+                text = "is required because other sources have a weight (all sources have epochs, or all have weights)"
+                yield Problem((key,), f"{key} {text}")

@@ -7,7 +7,7 @@ import fractions
 from collections.abc import Iterator
 from typing import Literal
 
-from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section
+from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section, divisors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class ModelConfig(Section):
     """The shape of a MoEGPT and how its routers choose."""
 
     vocab_size: Count | None = None
-    """Rows of the embedding; null follows the tokenizer. More than the tokenizer has is allowed, fewer is not."""
+    """Rows of the embedding; null means as many as the tokenizer has tokens. More are allowed, fewer are not."""
     n_layers: Count = 4
     """Transformer blocks."""
     d_model: Count = 128
@@ -57,18 +57,27 @@ class ModelConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Yield what is impossible about the shape."""
+        yield from self._attention_problems()
+        yield from self._routing_problems()
+
+    def _attention_problems(self) -> Iterator[Problem]:
         if self.n_heads % self.n_kv_heads:
-            fitting = ", ".join(str(n) for n in range(1, self.n_heads + 1) if self.n_heads % n == 0)
             yield Problem(
                 ("n_heads", "n_kv_heads"),
                 f"n_heads must be a multiple of n_kv_heads, got n_heads={self.n_heads}, "
-                f"n_kv_heads={self.n_kv_heads}; choose one of {fitting} for n_kv_heads",
+                f"n_kv_heads={self.n_kv_heads}; choose one of {divisors(self.n_heads)} for n_kv_heads",
             )
         if self.head_dim % 2:
+            text = f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
+            yield Problem(("head_dim",), text)
+        if self.n_layers % self.attention_sharing:
             yield Problem(
-                ("head_dim",),
-                f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}",
+                ("attention_sharing", "n_layers"),
+                f"attention_sharing must divide n_layers, got attention_sharing={self.attention_sharing}, "
+                f"n_layers={self.n_layers}; choose one of {divisors(self.n_layers)}",
             )
+
+    def _routing_problems(self) -> Iterator[Problem]:
         if self.top_k > self.n_experts:
             yield Problem(
                 ("top_k", "n_experts"),
@@ -81,20 +90,13 @@ class ModelConfig(Section):
                 f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "
                 "rescaled to 1 gives the router no gradient",
             )
-        if self.n_layers % self.attention_sharing:
-            fitting = ", ".join(str(n) for n in range(1, self.n_layers + 1) if self.n_layers % n == 0)
-            yield Problem(
-                ("attention_sharing", "n_layers"),
-                f"attention_sharing must divide n_layers, got attention_sharing={self.attention_sharing}, "
-                f"n_layers={self.n_layers}; choose one of {fitting}",
-            )
 
     @property
     def capacity_ratio(self) -> tuple[int, int] | None:
         """Numerator and denominator of capacity_factor / n_experts; None where nothing is dropped.
 
-        Slots of an expert are the assignments times this ratio, rounded up. It is exact: 1.1 of 10 is 11, in floats a
-        little more.
+        An expert has as many slots as assignments times this ratio, rounded up. The ratio is exact, because floats
+        would make 1.1 times 10 slightly more than 11.
         """
         if self.capacity_factor is None:
             return None

@@ -7,16 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from moe_gpt.config.section import (
-    AtMostOne,
-    Count,
-    CountOrZero,
-    Fraction,
-    NonNegative,
-    Positive,
-    Problem,
-    Section,
-)
+from moe_gpt.config.section import AtMostOne, Count, CountOrZero, Fraction, NonNegative, Positive, Problem, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +31,8 @@ class StageConfig(Section):
         for size in sorted(set(self.batch_range)):
             if size % self.seq_len:
                 nearest = max(1, round(size / self.seq_len)) * self.seq_len
-                yield Problem(
-                    ("batch_tokens", "seq_len"),
-                    f"batch_tokens must be a multiple of seq_len={self.seq_len}, got {size}; use {nearest}",
-                )
+                text = f"batch_tokens must be a multiple of seq_len={self.seq_len}, got {size}; use {nearest}"
+                yield Problem(("batch_tokens", "seq_len"), text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,23 +64,17 @@ class ScheduleConfig(Section):
             start = end
         total = self.stages[-1].until_tokens
         if total is not None and self.warmup_tokens >= total:
-            yield Problem(
-                ("warmup_tokens", "stages"),
-                f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}",
-            )
+            text = f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}"
+            yield Problem(("warmup_tokens", "stages"), text)
 
     def _unaligned_end(self, index: int, key: str, end: int) -> Iterator[Problem]:
         """Yield a stage end that would leave part of a sequence, of its own length or of the next stage's."""
         seq_lens = [stage.seq_len for stage in self.stages[index : index + 2]]
         unit = math.lcm(*seq_lens)
         if end % unit:
-            whose = f"seq_len={seq_lens[0]}" + (
-                f" and of the next stage's seq_len={seq_lens[1]}" if seq_lens[1:] else ""
-            )
-            yield Problem(
-                (key, f"stages.{index}.seq_len"),
-                f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}",
-            )
+            whose = " and of the next stage's ".join(f"seq_len={seq_len}" for seq_len in seq_lens)
+            text = f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}"
+            yield Problem((key, f"stages.{index}.seq_len"), text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,23 +1,20 @@
 """Typed, frozen sections of settings whose problems are all found at once.
 
 A section is a frozen dataclass that derives from ``Section``. Constructing one checks every field against its
-annotation (pydantic does the types) and then asks ``problems()`` for what no single field can see. Everything
-that is wrong is reported together, each with its key, its value and what would be right.
+annotation (pydantic does the types), and then asks ``problems()`` for what no single field can see. Everything that
+is wrong is reported together, each problem with its key, its value and what would be right.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
-import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from moe_gpt.errors import ConfigError, shown
@@ -29,56 +26,58 @@ class Problem(NamedTuple):
     keys: tuple[str, ...]
     text: str
 
-    def below(self, prefix: str) -> Problem:
-        """Return the same problem as seen from the section that holds this one under ``prefix``."""
-        return Problem(tuple(f"{prefix}.{key}" for key in self.keys), f"{prefix}.{self.text}")
+    def touches(self, wrong: set[str]) -> bool:
+        """Return whether one of the keys is a wrong one, holds one, or lies within one."""
+        return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in self.keys for b in wrong)
+
+
+def divisors(number: int) -> str:
+    """Return the whole numbers that divide one, as a problem lists the choices."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _number(value: Any) -> Any:
-    """Read text such as ``1e-4`` or ``8_000_000`` as a number; leave everything else to the type check."""
+    """Read text such as "1e-4" or "8_000_000" as a number, and 8e6 as a whole number, which a count needs."""
     if isinstance(value, bool):
         raise ValueError("a truth value is not a number")
     if isinstance(value, str):
         try:
             return int(value)
         except ValueError:
-            return float(value)  # a ValueError here is the right answer
-    return value
-
-
-def _whole_number(value: Any) -> Any:
-    value = _number(value)
+            value = float(value)  # a ValueError here is the right answer
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# The title of a field's type says what a value must be, in messages and in --help.
 Flag = StrictBool
-Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, description="a whole number of at least 1")]
-CountOrZero = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, description="a whole number of at least 0")]
-Seed = Annotated[
-    int, BeforeValidator(_whole_number), Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
-]
-AtMostOne = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1, description="a number above 0 and at most 1")]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False, description="a number above 0")]
-NonNegative = Annotated[
-    float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False, description="a number of at least 0")
-]
-Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1, description="a number above 0 and below 1")]
-Rate = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, description="a number from 0 to 1")]
-Fraction = Annotated[
-    float, BeforeValidator(_number), Field(ge=0, lt=1, description="a number of at least 0 and below 1")
-]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, title="a whole number of at least 1")]
+CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0, title="a whole number of at least 0")]
+Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63, title="a whole number from 0 to 2^63 - 1")]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+AtMostOne = Annotated[Real, Field(gt=0, le=1, title="a number above 0 and at most 1")]
+Positive = Annotated[Real, Field(gt=0, title="a number above 0")]
+NonNegative = Annotated[Real, Field(ge=0, title="a number of at least 0")]
+Share = Annotated[Real, Field(gt=0, lt=1, title="a number above 0 and below 1")]
+Rate = Annotated[Real, Field(ge=0, le=1, title="a number from 0 to 1")]
+Fraction = Annotated[Real, Field(ge=0, lt=1, title="a number of at least 0 and below 1")]
+
+
+def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Problem]:
+    """Yield that more than one of a section's keys is given, or none where one is needed."""
+    given = [f"{key}={getattr(section, key)!r}" for key in keys if getattr(section, key)]
+    if len(given) > 1 or (needed and not given):
+        names, one = f"{', '.join(keys[:-1])} or {keys[-1]}", "exactly one" if needed else "one"
+        yield Problem(keys, f"{names}: give {one}, got {' and '.join(given) or 'none of them'}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
     """Base of all settings: checked and coerced at construction, never changed afterwards."""
 
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
+
     def __post_init__(self) -> None:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        checked, problems = _build(type(self), values)
-        if problems:
-            raise ConfigError([problem.text for problem in problems])
-        self.__dict__.update(checked.__dict__)
+        self.__dict__.update(vars(self.from_mapping(vars(self))))
 
     def problems(self) -> Iterator[Problem]:
         """Yield what is wrong with the fields taken together."""
@@ -91,89 +90,97 @@ class Section:
         Raises:
             ConfigError: naming every unknown, missing, ill-typed and contradictory setting at once.
         """
-        section, problems = _build(cls, values)
+        section, problems = _build(cls, values, "")
         if problems:
             raise ConfigError([problem.text for problem in problems])
         return section
 
 
-def _build(cls: type[Section], values: Any) -> tuple[Any, list[Problem]]:
-    """Build a section as far as its values allow, and list what is wrong with them."""
+def _build(cls: type[Section], values: Any, key: str) -> tuple[Any, list[Problem]]:
+    """Build the section at a key as far as its values allow, and list what is wrong with them."""
     if isinstance(values, cls):
         return values, []
     values = {} if values is None else values  # a section whose keys are all commented out
     if not isinstance(values, Mapping):
-        return None, [Problem(("",), f" must be a section of settings, got {shown(values)}")]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems = [_unknown_key(cls, str(key)) for key in values if key not in fields]
+        return None, [_unfit(cls, values, key or cls.__name__)]
+    annotations, prefix = annotations_of(cls), f"{key}." if key else ""
+    problems = [_unknown(annotations, str(name), prefix) for name in values if name not in annotations]
     section = object.__new__(cls)
-    for name, annotation in annotations_of(cls).items():
-        if name in values:
-            value, found = _check(annotation, values[name])
-            problems += [_placed(problem, name) for problem in found]
-        else:
-            value, found = default_of(fields[name]), []
-            if value is dataclasses.MISSING:
-                problems.append(Problem((name,), f"{name} is required: give {expectation(annotation)}"))
-                value, found = None, problems[-1:]
-        if found and not isinstance(value, Section | tuple):
-            fallback = default_of(fields[name])
-            value = _stand_in(annotation) if fallback is dataclasses.MISSING else fallback
-        section.__dict__[name] = value
-    broken = {key for problem in problems for key in problem.keys}
-    problems += [p for p in _consistency(section, broken) if not _touches(p, broken)]
-    return section, problems
+    for field in dataclasses.fields(cls):
+        section.__dict__[field.name], found = _setting(field, annotations[field.name], values, prefix + field.name)
+        problems += found
+    return section, problems + _contradictions(section, prefix, problems)
 
 
-def _stand_in(annotation: Any) -> Any:
-    """Return some valid value for a required one that is unusable, so that problems() can look at the others."""
-    return next((value for value in (1, "x") if not _check(annotation, value)[1]), None)
+def _setting(field: dataclasses.Field, annotation: Any, values: Mapping, key: str) -> tuple[Any, list[Problem]]:
+    """Return a field's value, or some other valid one so that the section's other problems can be found."""
+    default = default_of(field)
+    if field.name in values:
+        value, problems = _check(annotation, values[field.name], key)
+    elif default is dataclasses.MISSING:
+        value, problems = None, [Problem((key,), f"{key} is required: give {expectation(annotation)}")]
+    else:
+        return default, []
+    if problems and value is None:
+        fitting = (valid for valid in (1, "x") if not _check(annotation, valid, key)[1])
+        value = next(fitting, None) if default is dataclasses.MISSING else default
+    return value, problems
 
 
-def _consistency(section: Section, broken: set[str]) -> list[Problem]:
+def _check(annotation: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
+    """Check one value: sections by recursion, lists of sections entry by entry, the rest by pydantic."""
+    section = section_in(annotation)
+    if section is None:
+        try:
+            return _adapter(annotation).validate_python(value), []
+        except ValidationError:
+            return None, [_unfit(annotation, value, key)]
+    if section is annotation:
+        return _build(section, value, key)
+    if not isinstance(value, list | tuple) or not value:
+        return None, [_unfit(annotation, value, key)]
+    entries = [_build(section, entry, f"{key}.{index}") for index, entry in enumerate(value)]
+    return tuple(entry for entry, _ in entries), [problem for _, found in entries for problem in found]
+
+
+def _contradictions(section: Section, prefix: str, problems: list[Problem]) -> list[Problem]:
+    """List what a section says of its fields together, but not what only follows from problems that are known."""
+    wrong = {key for problem in problems for key in problem.keys}
     try:
-        return list(section.problems())
+        found = list(section.problems())
     except (TypeError, AttributeError, ZeroDivisionError):
-        if broken:  # a required value is missing or unusable, and that is reported already
+        if wrong:  # nothing could stand in for a wrong value, and that is reported already
             return []
         raise
+    found = [Problem(tuple(prefix + key for key in problem.keys), prefix + problem.text) for problem in found]
+    return [problem for problem in found if not problem.touches(wrong)]
 
 
-def _touches(problem: Problem, broken: set[str]) -> bool:
-    return any(
-        key == other or other.startswith(key + ".") or key.startswith(other + ".")
-        for key in problem.keys
-        for other in broken
-    )
+def _unfit(annotation: Any, value: Any, key: str) -> Problem:
+    return Problem((key,), f"{key} must be {expectation(annotation)}, got {shown(value)}")
 
 
-def _placed(problem: Problem, name: str) -> Problem:
-    """Put a field's problem under the field's name; the empty key is the field itself."""
-    if problem.keys == ("",):
-        return Problem((name,), f"{name}{problem.text}")
-    return problem.below(name)
-
-
-def _check(annotation: Any, value: Any) -> tuple[Any, list[Problem]]:
-    """Check one value: sections by recursion, lists of sections item by item, the rest by pydantic."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return _build(annotation, value)
-    if origin is tuple and isinstance(arguments[0], type) and issubclass(arguments[0], Section):
-        if not isinstance(value, list | tuple) or not value:
-            return None, [Problem(("",), f" must be a list with at least one entry, got {shown(value)}")]
-        built = [_build(arguments[0], item) for item in value]
-        problems = [_placed(problem, str(i)) for i, (_, found) in enumerate(built) for problem in found]
-        return tuple(item for item, _ in built), problems
-    try:
-        return _adapter(annotation).validate_python(value), []
-    except ValidationError:
-        return None, [Problem(("",), f" must be {expectation(annotation)}, got {shown(value)}")]
+def _unknown(annotations: dict[str, Any], name: str, prefix: str) -> Problem:
+    """Name the nearest key: one of this section's, or one that a section inside it has to the letter."""
+    nearest = difflib.get_close_matches(name, annotations, n=1, cutoff=0.0)[0]
+    for field, annotation in annotations.items():
+        inside = section_in(annotation)
+        if inside and name in annotations_of(inside):
+            nearest = f"{field}.{name}" if inside is annotation else f"{field}.0.{name}"
+    key = prefix + (name or "''")  # an empty key is not its section
+    return Problem((key,), f"{key} is not a known key; did you mean {nearest}?")
 
 
 @cache
 def _adapter(annotation: Any) -> TypeAdapter:
     return TypeAdapter(annotation)
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """Return the section that a field holds, alone or in a list; None where its values are plain."""
+    while arguments := typing.get_args(annotation):
+        annotation = arguments[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def annotations_of(cls: type) -> dict[str, Any]:
@@ -189,37 +196,37 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
+def field_docs(cls: type[Section]) -> dict[str, str]:
+    """Return the docstring that follows each field in the source of the class, on one line."""
+    properties = TypeAdapter(cls).json_schema()["properties"]
+    return {name: " ".join(values.get("description", "").split()) for name, values in properties.items()}
+
+
 def expectation(annotation: Any) -> str:
-    """Say in words what a value of this type must be."""
+    """Say in words what a value of this type must be: the title of an ``Annotated`` type, else what it consists of."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        described = [item.description for item in arguments[1:] if isinstance(item, FieldInfo) and item.description]
-        return described[0] if described else expectation(arguments[0])
-    if origin is typing.Literal:
-        return "one of " + ", ".join(str(item) for item in arguments)
-    if origin is tuple:
-        length = "of any length" if arguments[-1] is Ellipsis else f"of {len(arguments)}"
-        return f"a list {length}, each {expectation(arguments[0])}"
-    if arguments:  # a union
-        return " or ".join(expectation(item) for item in arguments)
-    return {bool: "true or false", str: "text", type(None): "null"}.get(annotation, getattr(annotation, "__name__", ""))
+        titles = [item.title for item in arguments[1:] if isinstance(item, FieldInfo) and item.title]
+        return titles[-1] if titles else expectation(arguments[0])
+    if arguments:
+        return _CONTAINERS.get(origin, _union)(arguments)
+    return "a section of settings" if section_in(annotation) else _WORDS.get(annotation, annotation.__name__)
 
 
-def _unknown_key(cls: type[Section], key: str) -> Problem:
-    """Name the nearest key: one of this section's, or one that a section inside it has to the letter."""
-    nearest = difflib.get_close_matches(key, annotations_of(cls), n=1, cutoff=0.0)
-    for name, annotation in annotations_of(cls).items():
-        if isinstance(annotation, type) and issubclass(annotation, Section) and key in annotations_of(annotation):
-            nearest = [f"{name}.{key}"]
-    key = key or "''"  # the empty key means the section itself
-    return Problem((key,), f"{key} is not a known key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+def _union(members: tuple) -> str:
+    return " or ".join(map(expectation, members))
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the one-line docstring that follows each field in the source of the class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    return {
-        ast.unparse(field.target): " ".join(str(doc.value.value).split())
-        for field, doc in zip(body, body[1:], strict=False)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-    }
+def _list(members: tuple) -> str:
+    if section_in(members[0]):
+        return "a list with at least one entry"
+    length = "of any length" if members[-1] is Ellipsis else f"of {len(members)}"
+    return f"a list {length}, each {expectation(members[0])}"
+
+
+_WORDS = {bool: "true or false", str: "text", float: "a number", int: "a whole number", type(None): "null"}
+_CONTAINERS: dict[Any, Callable[[tuple], str]] = {
+    tuple: _list,
+    dict: lambda _: "a mapping",
+    typing.Literal: lambda choices: "one of " * (len(choices) > 1) + ", ".join(map(str, choices)),
+}

@@ -33,7 +33,7 @@ class TrainConfig(Section):
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass to save memory."""
     deterministic: Flag = False
-    """Let a GPU repeat its own bits, at some speed, and refuse operations that cannot; a CPU always does."""
+    """Make a GPU give the same bits every time, more slowly, and refuse operations that cannot. A CPU always does."""
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     log_every_steps: Count = 10
@@ -57,11 +57,11 @@ class CheckpointConfig(Section):
     keep_last: Count = 2
     """Newest checkpoints to keep."""
     keep_best: Flag = True
-    """Keep also the one with the lowest mean validation loss, among those saved right after an evaluation."""
+    """Also keep the one with the lowest mean validation loss, among those saved right after an evaluation."""
     keep_every_steps: CountOrZero = 0
-    """Keep also those whose step is a multiple of this; 0 keeps none for that."""
+    """Also keep checkpoints whose step is a multiple of this; 0 keeps no more than the others."""
     in_background: Flag = True
-    """Write while training goes on, from a copy of the state; at the end and at a signal training waits."""
+    """Write a copy of the state while training goes on. Training waits for it only at the end and at a signal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class FaultConfig(Section):
     """What to do about numerical faults. A step whose loss or gradient is not finite never moves the weights."""
 
     max_skips_in_a_row: Count = 10
-    """Non-finite steps in a row after which the run goes back to its last good checkpoint and past these tokens."""
+    """Non-finite steps in a row after which the run returns to its last good checkpoint and skips these tokens."""
     max_rollbacks: CountOrZero = 3
     """How often a run may go back before it stops."""
     spike_window: Count = 200
@@ -77,7 +77,7 @@ class FaultConfig(Section):
     spike_deviations: Positive = 8.0
     """Standard deviations above that mean at which the loss is called a spike, with a warning."""
     routing_window: Count = 200
-    """Steps whose recordings are judged together: loads over the last so many, growth over three times as many."""
+    """Recent steps whose expert loads are judged together; growth is judged over three times as many."""
     dead_expert_load: Share = 0.01
     """Share of an even load below which an expert is called dead, with a warning."""
     collapsed_share: Share = 0.9

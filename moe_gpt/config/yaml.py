@@ -72,7 +72,7 @@ def load_run_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError([f"{path} must hold sections such as model: and data:, got {shown(values)}"])
-    problems = []
+    problems, config = [], None
     for override in overrides:
         try:
             _override(values, override)
@@ -81,37 +81,39 @@ def load_run_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     try:
         config = RunConfig.from_mapping(values)
     except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if problems:
+        problems += error.problems
+    if config is None or problems:
         raise ConfigError(problems)
     return config
 
 
 def _override(values: dict, override: str) -> None:
+    """Set one key of a file's values, and make the sections on the way there."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise InputError(f"an override must look like section.key=value, got {override!r}")
     place: Any = values
-    for depth, part in enumerate(parts):
-        here = ".".join(parts[:depth])
-        if isinstance(place, list):
-            if not part.isdecimal() or int(part) >= len(place):
-                raise InputError(f"{key}: {here} is a list of {len(place)} entries numbered from 0, got {part!r}")
-            key_here: Any = int(part)
-        elif isinstance(place, dict):
-            key_here = part
-        else:
-            raise InputError(f"{key}: {here} is not a section, it is {shown(place)}")
-        if depth == len(parts) - 1:
-            place[key_here] = parse_yaml(text, f"override {key}")
-            return
-        if isinstance(place, dict) and place.get(key_here) is None:
-            if parts[depth + 1].isdecimal():
-                here = ".".join(parts[: depth + 1])
+    for depth, (part, following) in enumerate(zip(parts, parts[1:], strict=False), 1):
+        part, here = _key_in(place, part, key, ".".join(parts[: depth - 1])), ".".join(parts[:depth])
+        if isinstance(place, dict) and place.get(part) is None:
+            if following.isdecimal():
                 raise InputError(f"{key}: the file has no list {here}; give all of it, {here}=[...]")
-            place[key_here] = {}
-        place = place[key_here]
+            place[part] = {}
+        place = place[part]
+    last = _key_in(place, parts[-1], key, ".".join(parts[:-1]))
+    place[last] = parse_yaml(text, f"override {key}")
+
+
+def _key_in(place: Any, part: str, key: str, here: str) -> Any:
+    """Return what one part of an override's key is at its place: a key of a section, or a number of a list."""
+    if isinstance(place, dict):
+        return part
+    if not isinstance(place, list):
+        raise InputError(f"{key}: {here} is not a section, it is {shown(place)}")
+    if not part.isdecimal() or int(part) >= len(place):
+        raise InputError(f"{key}: {here} is a list of {len(place)} entries numbered from 0, got {part!r}")
+    return int(part)
 
 
 def to_plain(section: Section) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def to_yaml(section: Section) -> str:
 
 
 class _TextDumper(yaml.SafeDumper):
-    """Safe YAML that also keeps U+0085, which PyYAML writes unquoted and reads as a space."""
+    """Safe YAML that also keeps U+0085 (next line), which PyYAML would write without quotes and read as a space."""
 
 
 _TextDumper.add_representer(

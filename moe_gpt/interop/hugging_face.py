@@ -7,7 +7,7 @@ llama.cpp's converter read without any code of ours. What is read becomes a ``Mo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def check(folder: str | Path, max_seq_len: int | None = None) -> ModelConfig:
 
     Raises:
         FileNotFoundError: where the folder has no config.json.
-        InputError: as ``load``, but for values that are not finite.
+        InputError: as ``load``, except that no value is checked to be finite.
     """
     return _open(Path(folder), max_seq_len)[0].config
 
@@ -91,12 +91,12 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
         raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
     config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
-    if config.n_layers > len(reader.names):  # a model without end would take long to describe
+    if config.n_layers > len(reader.names):  # an absurd number of layers would take long to describe
         raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     table = tensor_table(config, "fused" if is_fused else "per_expert")
     model = shapes_only(config)
-    _check_tensors(folder, config, table, _shapes(model, table), reader)
+    _check_tensors(folder, config, _shapes(model, table), reader)
     return model, table, reader
 
 
@@ -108,7 +108,7 @@ def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") 
         InputError: as ``load``; and for a tokenizer with more tokens than the model.
     """
     folder = Path(folder)
-    check(folder)  # another architecture is the first thing to say
+    check(folder)  # a wrong architecture is reported before a missing tokenizer
     tokenizer = load_tokenizer(folder)
     return LoadedFolder(load(folder).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
 
@@ -174,24 +174,32 @@ def _shapes(model: MoEGPT, table: dict[str, Slice]) -> dict[str, tuple[int, ...]
     return {name: tuple(part.of(own[part.name]).shape) for name, part in table.items()}
 
 
-def _check_tensors(
-    folder: Path, config: ModelConfig, table: dict[str, Slice], shapes: dict[str, tuple[int, ...]], reader: TensorReader
-) -> None:
+def _stored_names(folder: Path, config: ModelConfig, reader: TensorReader) -> set[str]:
+    """Return the stored tensors that the model needs: not what follows from settings, nor a tied matrix twice."""
     found = {name for name in reader.names if not name.endswith(".rotary_emb.inv_freq")}  # follows from rope_theta
     if config.tie_embeddings and "lm_head.weight" in found:  # some writers store a tied matrix twice
         if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
             raise InputError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
         found.remove("lm_head.weight")
-    problems = [f"{name} is missing" for name in sorted(table.keys() - found)]
-    problems += [f"{name} is left over" for name in sorted(found - table.keys())]
-    for name in sorted(table.keys() & found):
-        if reader.shape(name) != shapes[name]:
-            problems.append(f"{name} has shape {reader.shape(name)}, config.json says {shapes[name]}")
-        elif reader.dtype(name) not in _READABLE_DTYPES:
-            problems.append(f"{name} is {reader.dtype(name)}, not one of {', '.join(_READABLE_DTYPES)}")
+    return found
+
+
+def _check_tensors(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], reader: TensorReader) -> None:
+    found = _stored_names(folder, config, reader)
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - found)]
+    problems += [f"{name} is left over" for name in sorted(found - shapes.keys())]
+    problems += [line for name in sorted(shapes.keys() & found) for line in _unfit(reader, name, shapes[name])]
     if problems:
         shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
         raise InputError(f"{folder}: the tensors are not those that config.json describes\n" + "\n".join(shown))
+
+
+def _unfit(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """Yield what is wrong with a stored tensor, if anything."""
+    if reader.shape(name) != shape:
+        yield f"{name} has shape {reader.shape(name)}, config.json says {shape}"
+    elif reader.dtype(name) not in _READABLE_DTYPES:
+        yield f"{name} is {reader.dtype(name)}, not one of {', '.join(_READABLE_DTYPES)}"
 
 
 def save(
@@ -252,30 +260,12 @@ def export(
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
     settings = to_hugging_face(config, load_balancing_loss_weight)
     _check_biases(config, read)
-    if tokenizer and config.vocab_size and tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}; they "
-            "are of different models"
-        )
-    table = tensor_table(config)
-    shapes = _shapes(shapes_only(config), table)
     name = str(dtype).removeprefix("torch.")
-    settings |= {"torch_dtype": name, "dtype": name, "bos_token_id": None, "eos_token_id": None}
-    if tokenizer:
-        start = tokenizer.template()[0] if keep_template else []
-        settings["eos_token_id"] = tokenizer.end_of_text_id
-        settings["bos_token_id"] = start[0] if start else tokenizer.end_of_text_id
-
-    def read_slice(name: str) -> Tensor:
-        tensor = table[name].of(read(table[name].name))
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{table[name].name} has values that are not finite; the model is of no use")
-        return tensor
-
+    settings |= {"torch_dtype": name, "dtype": name, **_token_ids(config, tokenizer, keep_template)}
     try:
         path = _new_or_empty(folder)
         with filled_folder(path) if path.exists() else complete_folder(path) as temporary:
-            write_sharded(temporary, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
+            _write_weights(temporary, config, read, dtype)
             _write_json(temporary / "config.json", settings)
             if tokenizer:
                 _write_tokenizer(temporary, tokenizer, settings, keep_template)
@@ -283,6 +273,32 @@ def export(
                 write_file(temporary / "README.md", [model_card.encode("utf-8")])
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _token_ids(config: ModelConfig, tokenizer: Tokenizer | None, keep_template: bool) -> dict[str, int | None]:
+    """Return the tokens that start and end a text; end-of-text starts one where the tokenizer has nothing else."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    if config.vocab_size and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}; they "
+            "are of different models"
+        )
+    start = tokenizer.template()[0] if keep_template else []
+    return {"bos_token_id": [*start, tokenizer.end_of_text_id][0], "eos_token_id": tokenizer.end_of_text_id}
+
+
+def _write_weights(folder: Path, config: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+    table = tensor_table(config)
+
+    def read_slice(name: str) -> Tensor:
+        tensor = table[name].of(read(table[name].name))
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{table[name].name} has values that are not finite; the model is of no use")
+        return tensor
+
+    shapes = _shapes(shapes_only(config), table)
+    write_sharded(folder, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
 
 
 def _new_or_empty(folder: str | Path) -> Path:
@@ -316,8 +332,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
     _write_json(folder / "tokenizer.json", values)
     end = tokenizer.end_of_text
     pad = PADDING if tokenizer.special_id(PADDING) is not None else end
-    special: dict[str, Any] = {"special": True}
-    special |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -330,9 +345,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
             "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": settings["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(index): special | {"content": token} for token, index in tokenizer.special_tokens().items()
-            },
+            "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
         },
     )
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from pydantic import Field
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import Count, Flag, Positive, Problem, Section
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, annotations_of, section_in
 from moe_gpt.errors import InputError, shown
 
 _GROUPED_MM_WIDTH = 8  # rows of 16 bytes in bfloat16
@@ -89,6 +90,19 @@ def _fused(config: ModelConfig) -> Iterator[tuple[str, Slice]]:
     yield "mlp.experts.down_proj", Slice("experts.down")
 
 
+_SAME = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "initializer_range": "init_std",
+}
+"""Keys of config.json whose values are those of our settings."""
+
+
 def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> dict[str, Any]:
     """Return the keys of config.json that say what a model computes: Mixtral's, or Llama's for a dense model.
 
@@ -106,32 +120,28 @@ def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> d
             f"the top_k={config.top_k} chosen experts to sum to 1, which is another function"
         )
     rope_theta = float(config.rope_theta)
-    values = {
+    return {
         "architectures": ["LlamaForCausalLM" if config.is_dense else "MixtralForCausalLM"],
         "model_type": "llama" if config.is_dense else "mixtral",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
+        **{theirs: getattr(config, ours) for theirs, ours in _SAME.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
+        **(_LLAMA_ONLY if config.is_dense else _mixtral_only(config, load_balancing_loss_weight)),
     }
-    if config.is_dense:
-        return values | {"attention_bias": False, "mlp_bias": False}
-    if config.d_model % _GROUPED_MM_WIDTH or config.d_ff % _GROUPED_MM_WIDTH:
-        values["experts_implementation"] = "eager"  # what transformers 5 takes by default fails at these widths
+
+
+_LLAMA_ONLY = {"attention_bias": False, "mlp_bias": False}
+
+
+def _mixtral_only(config: ModelConfig, load_balancing_loss_weight: float) -> dict[str, Any]:
     weight = load_balancing_loss_weight if config.balance == "loss" else 0.0
-    return values | {
+    values: dict[str, Any] = {
         "num_local_experts": config.n_experts,
         "num_experts_per_tok": config.top_k,
         "router_aux_loss_coef": weight / config.top_k,
@@ -139,6 +149,26 @@ def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> d
         "output_router_logits": False,
         "sliding_window": None,
     }
+    if config.d_model % _GROUPED_MM_WIDTH or config.d_ff % _GROUPED_MM_WIDTH:
+        values["experts_implementation"] = "eager"  # what transformers 5 takes by default fails at these widths
+    return values
+
+
+_Unbiased = Annotated[Literal[False], Field(title="false (this model has no biases)")]
+_Unscaled = Annotated[Literal["default"], Field(title="default (this model has no scaled rotary positions)")]
+_WholeHeads = Annotated[float, Field(ge=1, le=1, title="1 (positions rotate whole heads here)")]
+_Unquantized = Annotated[None, Field(title="absent (weights must be float32, bfloat16 or float16)")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rope(Section):
+    """What config.json says of rotary positions in a mapping of their own."""
+
+    rope_type: _Unscaled = "default"
+    type: _Unscaled = "default"
+    """The name that ``rope_type`` had in old versions of transformers."""
+    rope_theta: Positive | None = None
+    partial_rotary_factor: _WholeHeads = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,19 +182,19 @@ class _Llama(Section):
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
-    hidden_act: str = "silu"
+    hidden_act: Literal["silu"] = "silu"
     max_position_embeddings: Count = 2048
     rms_norm_eps: Positive = 1e-6
     rope_theta: Positive | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    partial_rotary_factor: Positive = 1.0
+    rope_parameters: _Rope = _Rope()
+    rope_scaling: _Rope = _Rope()
+    partial_rotary_factor: _WholeHeads = 1.0
     tie_word_embeddings: Flag = False
     initializer_range: Positive = 0.02
-    attention_bias: Flag = False
-    mlp_bias: Flag = False
+    attention_bias: _Unbiased = False
+    mlp_bias: _Unbiased = False
     sliding_window: Count | None = None
-    quantization_config: dict[str, Any] | None = None
+    quantization_config: _Unquantized = None
 
     _rope_theta_assumed: ClassVar[float] = 1e4
 
@@ -176,49 +206,26 @@ class _Llama(Section):
             yield Problem(("num_attention_heads", "num_key_value_heads"), text)
         if self.head_width % 2 or self.head_width == 0:
             yield Problem(("head_dim", "hidden_size"), f"head_dim must be even and above 0, got {self.head_width}")
-        if self.hidden_act != "silu":
-            yield Problem(("hidden_act",), f"hidden_act must be silu, got {self.hidden_act!r}")
-        for key in ("attention_bias", "mlp_bias"):
-            if getattr(self, key):
-                yield Problem((key,), f"{key} must be false, got true: this model has no biases")
-        if self.quantization_config is not None:
-            text = "quantization_config must be absent: the weights must be float32, bfloat16 or float16"
-            yield Problem(("quantization_config",), text)
-        yield from self._rope_problems()
-
-    def _rope_problems(self) -> Iterator[Problem]:
-        for key in ("rope_parameters", "rope_scaling"):
-            given = getattr(self, key) or {}
-            kind = given.get("rope_type", given.get("type", "default"))
-            if kind != "default":
-                text = f"{key}.rope_type must be default, got {shown(kind)}: this model has no scaled rotary positions"
-                yield Problem((key,), text)
-        parts = {"partial_rotary_factor": self.partial_rotary_factor}
-        parts["rope_parameters.partial_rotary_factor"] = (self.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        for key, part in parts.items():
-            if part != 1.0:
-                yield Problem((key,), f"{key} must be 1, got {shown(part)}: positions rotate whole heads here")
         said = self._said_of_rope_theta()
-        wrong = {key: value for key, value in said.items() if not isinstance(value, int | float) or value <= 0}
-        for key, value in wrong.items():
-            yield Problem((key,), f"{key} must be a number above 0, got {shown(value)}")
-        if not wrong and len(set(said.values())) > 1:
+        if len(set(said.values())) > 1:
             both = " and ".join(f"{key}={value}" for key, value in said.items())
-            text = f"rope_theta must be the same in all places, got {both}; versions of transformers differ in which"
-            yield Problem(tuple(said), text + " they read")
+            text = (
+                f"rope_theta must be the same in all places, got {both}; versions of transformers read different ones"
+            )
+            yield Problem(tuple(said), text)
 
-    def _said_of_rope_theta(self) -> dict[str, Any]:
+    def _said_of_rope_theta(self) -> dict[str, float]:
         said = {
             "rope_theta": self.rope_theta,
-            "rope_parameters.rope_theta": (self.rope_parameters or {}).get("rope_theta"),
-            "rope_scaling.rope_theta": (self.rope_scaling or {}).get("rope_theta"),
+            "rope_parameters.rope_theta": self.rope_parameters.rope_theta,
+            "rope_scaling.rope_theta": self.rope_scaling.rope_theta,
         }
         return {key: value for key, value in said.items() if value is not None}
 
     @property
     def rope_base(self) -> float:
         """The base of the rotary frequencies, wherever it is written."""
-        return float(next(iter(self._said_of_rope_theta().values()), self._rope_theta_assumed))
+        return next(iter(self._said_of_rope_theta().values()), self._rope_theta_assumed)
 
     @property
     def n_kv_heads(self) -> int:
@@ -295,9 +302,7 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
             or that this model does not have.
     """
     keys = _keys_of(values)
-    known = keys.from_mapping(
-        {field.name: values[field.name] for field in dataclasses.fields(keys) if field.name in values}
-    )
+    known = keys.from_mapping(_known(keys, values))
     context = max_seq_len or known.max_position_embeddings
     if known.sliding_window is not None and known.sliding_window < context:
         window = known.sliding_window
@@ -307,34 +312,34 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
         )
     n_experts, top_k = known.experts
     return ModelConfig(
-        vocab_size=known.vocab_size,
-        n_layers=known.num_hidden_layers,
-        d_model=known.hidden_size,
-        n_heads=known.num_attention_heads,
+        **{ours: getattr(known, theirs) for theirs, ours in _SAME.items()},
         n_kv_heads=known.n_kv_heads,
         head_dim=known.head_width,
-        d_ff=known.intermediate_size,
         n_experts=n_experts,
         top_k=top_k,
-        tie_embeddings=known.tie_word_embeddings,
         max_seq_len=context,
         rope_theta=known.rope_base,
-        norm_eps=known.rms_norm_eps,
-        init_std=known.initializer_range,
     )
 
 
+def _known(keys: type[Section], values: Any) -> Any:
+    """Return what a section knows of some values: config.json has many keys that do not change the function."""
+    if not isinstance(values, dict):
+        return values
+    inside = {name: section_in(kind) for name, kind in annotations_of(keys).items() if name in values}
+    return {name: _known(section, values[name]) if section else values[name] for name, section in inside.items()}
+
+
 def _keys_of(values: dict[str, Any]) -> type[_Llama]:
-    """Return the section that describes a config.json's architecture."""
+    """Return the section that describes a config.json's architecture, which ``model_type`` says where it is alone."""
     architectures, model_type = values.get("architectures"), values.get("model_type")
     if architectures is not None and (not isinstance(architectures, list) or len(architectures) != 1):
         raise InputError(f"architectures must be a list of one name, got {shown(architectures)}")
-    by_type = {kind: name for name, (kind, _) in _ARCHITECTURES.items()}
-    name = architectures[0] if architectures else by_type.get(model_type) if isinstance(model_type, str) else None
-    if name not in _ARCHITECTURES:
-        got = shown(architectures[0] if architectures else model_type)
-        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {got}")
-    kind, keys = _ARCHITECTURES[name]
+    given = architectures[0] if architectures else model_type
+    fitting = [name for name, (kind, _) in _ARCHITECTURES.items() if given == (name if architectures else kind)]
+    if not fitting:
+        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {shown(given)}")
+    kind, keys = _ARCHITECTURES[fitting[0]]
     if model_type not in (None, kind):
-        raise InputError(f"model_type must be {kind} for {name}, got {shown(model_type)}: they disagree")
+        raise InputError(f"model_type must be {kind} for {fitting[0]}, got {shown(model_type)}: they disagree")
     return keys

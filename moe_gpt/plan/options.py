@@ -10,8 +10,8 @@ from pydantic import Field
 from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Rate, Section
 from moe_gpt.plan.hardware import Gpu, Parallelism
 
-Utilisation = Annotated[float, Field(gt=0, le=1, description="a number above 0 and at most 1 (34 % is 0.34)")]
-DraftedTokens = Annotated[int, Field(ge=0, le=1000, description="a whole number from 0 to 1000")]
+Utilisation = Annotated[float, Field(gt=0, le=1, title="a number above 0 and at most 1 (34 % is 0.34)")]
+DraftedTokens = Annotated[int, Field(ge=0, le=1000, title="a whole number from 0 to 1000")]
 
 
 @dataclasses.dataclass(frozen=True)

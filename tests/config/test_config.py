@@ -138,7 +138,7 @@ def test_count_refuses_what_is_not_a_whole_number(problems, text, shown):
         ("model: 5", "model must be a section of settings, got 5"),
         ("data: {sources: []}", "data.sources must be a list with at least one entry, got []"),
         ("data: {sources: [5]}", "data.sources.0 must be a section of settings, got 5"),
-        ("data: {sources: [{builtin: code}]}", "data.sources.0.name is required: give text"),
+        ("data: {sources: [{builtin: code}]}", "data.sources.0.name is required: give letters, digits, - and _"),
     ],
 )
 def test_wrong_type_names_key_expectation_and_value(problems, text, line):
