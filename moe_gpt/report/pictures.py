@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import html
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from moe_gpt.report.series import Series
+from moe_gpt.report.words import say, words
 from moe_gpt.terminal.numbers import format_count
 
 if TYPE_CHECKING:
@@ -30,12 +28,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 WIDTH = 5.6
 """Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
 _LINE_STYLES = ("-", "--", ":", "-.")
-_INK, _GRID = "#010203", "#040506"
+INK, _GRID = "#010203", "#040506"
 """What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
 _INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
 _EMPTY = ("axes.facecolor", "figure.facecolor", "legend.facecolor")
 _STYLE: dict[Any, Any] = {
-    **dict.fromkeys(_INKED, _INK),
+    **dict.fromkeys(_INKED, INK),
     **dict.fromkeys(_EMPTY, "none"),
     **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
     "axes.axisbelow": True,
@@ -57,11 +55,17 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    title: str = ""
 
     @classmethod
-    def of(cls, columns: Mapping[str, Iterable[Any]]) -> Table:
+    def of(cls, columns: Mapping[str, Iterable[Any]], title: str = "") -> Table:
         """Return the table of equally long columns by their headings."""
-        return cls(tuple(columns), list(zip(*columns.values(), strict=True)))
+        return cls(tuple(columns), list(zip(*columns.values(), strict=True)), title)
+
+    def turned(self) -> Table:
+        """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
+        headings, *rows = zip(self.columns, *self.rows, strict=True)
+        return Table(headings, rows, self.title)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,27 +112,43 @@ def drawing(
 
 @contextlib.contextmanager
 def panels(
-    titles: Sequence[str], n_columns: int, height: float, row_height: float, **options: Any
+    titles: Sequence[str],
+    n_columns: int,
+    height: float,
+    row_height: float,
+    units: Sequence[str] = (),
+    label_x: Callable[[Axes], Any] | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Figure, Any]]:
-    """Open a figure with a panel for each title, as an array of axes; ``height`` is what is there besides the rows."""
-    n_rows = -(-len(titles) // n_columns)
-    total = height + row_height * n_rows
-    with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
+    """Open a figure with a panel for each title, as an array of axes.
+
+    Args:
+        titles: of the panels.
+        n_columns: panels beside each other.
+        height: inches that are there besides the rows.
+        row_height: inches of a row.
+        units: labels of the vertical axes: of a row's first, and of those that differ from it.
+        label_x: labels the horizontal axis of the lowest panels.
+        options: of ``drawing``.
+    """
+    total = height + row_height * -(-len(titles) // n_columns)
+    with drawing(-(-len(titles) // n_columns), n_columns, height=total, squeeze=False, **options) as (figure, grid):
         for axes in grid.flat[len(titles) :]:
             axes.set_visible(False)
-        for axes, title in zip(grid.flat, titles, strict=False):
+        for index, (axes, title) in enumerate(zip(grid.flat, titles, strict=False)):
             axes.set_title(title)
+            if units and (index % n_columns == 0 or units[index] != units[index - index % n_columns]):
+                axes.set_ylabel(units[index])
+            if label_x and index + n_columns >= len(titles):
+                axes.tick_params(labelbottom=True)
+                label_x(axes)
         yield figure, grid.flat[: len(titles)]
 
 
-def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], label_x: Callable[[Axes], Any]) -> None:
-    """Label the lowest panels' horizontal axes, and a vertical one where it is the first or has a unit of its own."""
-    for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
-        if index % n_columns == 0 or unit != units[index - index % n_columns]:
-            axes.set_ylabel(unit)
-        if index + n_columns >= len(units):
-            axes.tick_params(labelbottom=True)
-            label_x(axes)
+def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300, **look: Any) -> None:
+    """Draw lines over tokens seen by their labels, each with a look of its own; long ones as means of ``limit`` parts."""
+    for index, (label, series) in enumerate(lines.items()):
+        axes.plot(*series.shortened(limit), label=label, **line_look(index), **look)
 
 
 def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
@@ -140,12 +160,6 @@ def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
     figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
 
 
-@functools.cache
-def words() -> dict[str, dict[str, Any]]:
-    """Return the words of each picture, from words.yaml."""
-    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-
-
 def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
     """Return the picture of a figure that is drawn; call it inside ``drawing``.
 
@@ -153,10 +167,10 @@ def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
         figure: with everything in it.
         name: of the picture, in words.yaml.
         table: the numbers that it was drawn from.
-        facts: what the words have in braces; parts of a list are set off by semicolons.
+        facts: what its words are about.
     """
-    told, facts = words()[name], {key: "; ".join(f) if isinstance(f, list) else f for key, f in facts.items()}
-    alt, caption = (" ".join(told[kind].format(**facts).split()) for kind in ("alt", "caption"))
+    told = words()["pictures"][name]
+    alt, caption = (say(told[kind], **facts) for kind in ("alt", "caption"))
     return Picture(name, told["title"], alt, caption, *render(figure, name), table)
 
 
@@ -174,7 +188,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width: \2pt"', svg, count=1)
-    return svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    return svg.replace(INK, "var(--ink)").replace(_GRID, "var(--grid)")
 
 
 def standalone(picture: Picture) -> str:
@@ -202,15 +216,3 @@ def log_axis(axes: Axes) -> None:
     leading = "23468" if high < 10 * low else "235" if high < 100 * low else ""
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in leading else "")
-
-
-def mark_stages(axes: Axes, ends: Sequence[int], labels: Sequence[str]) -> None:
-    """Draw a vertical line at each end of a stage but the last, and name the stages above the axes."""
-    starts = [0, *ends[:-1]]
-    for start, end, label in zip(starts, ends, labels, strict=True):
-        if start:
-            axes.axvline(start, color=_INK, linewidth=0.7, linestyle=":")
-        axes.annotate(
-            label, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
-            textcoords="offset points", ha="center", va="bottom", fontsize=7.5,
-        )  # fmt: skip

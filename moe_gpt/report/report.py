@@ -7,12 +7,12 @@ of what is in a run. matplotlib and jinja2 are imported where they are used: bot
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -22,7 +22,7 @@ from moe_gpt.files.durable import replace_file
 from moe_gpt.report import expert_pictures, router_pictures, run_pictures
 from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Picture, Table, standalone
-from moe_gpt.report.recorded_routing import counts_by_source, in_order
+from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.routed_text import (
     Layer,
     colour_names,
@@ -31,9 +31,9 @@ from moe_gpt.report.routed_text import (
     routed_samples,
     show_controls,
 )
-from moe_gpt.report.run_records import RunRecords
 from moe_gpt.report.run_summary import Finding, domain_table, perplexity, summarise
 from moe_gpt.report.series import spread
+from moe_gpt.report.words import paragraphs, words
 from moe_gpt.terminal.numbers import format_number
 
 _MOST_EVENTS = 200
@@ -41,8 +41,7 @@ _MOST_SAMPLES = 6
 """Generated texts shown of each source."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A generated text."""
 
     source: str
@@ -50,47 +49,33 @@ class Sample:
     text: str
 
 
-@dataclasses.dataclass
+@dataclass
 class Section:
     """A section of the page; whatever it has is shown in this order."""
 
     name: str
     title: str
-    findings: list[Finding] = dataclasses.field(default_factory=list)
-    text: list[str] = dataclasses.field(default_factory=list)
-    pictures: list[Picture] = dataclasses.field(default_factory=list)
-    tables: list[tuple[str, Table]] = dataclasses.field(default_factory=list)
-    favourites: list[Layer] = dataclasses.field(default_factory=list)
-    routed: list[Layer] = dataclasses.field(default_factory=list)
-    colours: list[str] = dataclasses.field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    favourites: list[Layer] = field(default_factory=list)
+    routed: list[Layer] = field(default_factory=list)
+    colours: list[str] = field(default_factory=list)
     """The experts of each colour in routed text."""
-    samples: list[Sample] = dataclasses.field(default_factory=list)
-    settings: list[str] = dataclasses.field(default_factory=list)
-    missing: list[str] = dataclasses.field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     """What could not be shown, and why."""
 
     def add(self, name: str, find: Callable[[RunRecords], Any], run: RunRecords) -> None:
         """Add what ``find`` returns, one thing or a list, to the list of that name, or why it is missing."""
-        found, reason = attempt(find, run)
+        what = find.__name__.removeprefix("draw_").strip("_").replace("_", " ")
+        found, reason = attempt(what, find, run)
         if not reason:
             getattr(self, name).extend(found if isinstance(found, list) else [found])
         elif reason not in self.missing:
             self.missing.append(reason)
-
-
-class _Plan:
-    """What a section has of any run: functions that find it, by the section's lists that take it."""
-
-    def __init__(self, name: str, title: str, **finds: Sequence[Callable[[RunRecords], Any]]) -> None:
-        self.name, self.title, self.finds = name, title, finds
-
-    def carry_out(self, run: RunRecords) -> Section:
-        """Return the section of a run."""
-        section = Section(self.name, self.title)
-        for name, functions in self.finds.items():
-            for find in functions:
-                section.add(name, find, run)
-        return section
 
 
 def write_report(runs: Sequence[RunRecords], path: Path) -> None:
@@ -108,21 +93,14 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     """
     if not runs:
         raise InputError("a report takes at least one run, got none")
-    names = ", ".join(run.name for run in runs)
-    if len(runs) == 1:
-        title, sections = f"Run {names}", list(_sections_of(runs[0]))
-    else:
-        title, sections = f"Runs {names}", list(_sections_of_several(runs))
+    title = f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+    sections = list(_sections_of_several(runs) if len(runs) > 1 else _sections_of(runs[0]))
     page = _template().render(title=title, sections=sections)
-    for section in sections:
-        _write_pictures(section.pictures, path.with_name(f"{path.stem}-pictures"))
+    for picture in (picture for section in sections for picture in section.pictures):
+        file = path.with_name(f"{path.stem}-pictures") / picture.name
+        replace_file(file.with_suffix(".svg"), standalone(picture))
+        replace_file(file.with_suffix(".png"), picture.png)
     replace_file(path, page)
-
-
-def _write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
-    for picture in pictures:
-        replace_file(folder / f"{picture.name}.svg", standalone(picture))
-        replace_file(folder / f"{picture.name}.png", picture.png)
 
 
 @functools.cache
@@ -143,12 +121,19 @@ def _template() -> Any:
 
 def _sections_of(run: RunRecords) -> Iterator[Section]:
     """Yield the sections of one run, in the page's order."""
-    yield Section("summary", "Summary", findings=summarise(run))
-    routing, settings = _DENSE if run.is_dense else _ROUTING, _SETTINGS if run.config else ()
-    yield from (plan.carry_out(run) for plan in (*_LEARNING, *routing, *_REST, *settings))
+    yield Section("summary", words()["sections"]["summary"]["title"], findings=summarise(run))
+    plan = _LEARNING | (_DENSE if run.is_dense else _ROUTING) | _REST | (_SETTINGS if run.config else {})
+    for name, finds in plan.items():
+        told = words()["sections"][name]
+        section = Section(name, told["title"])
+        for kind, functions in finds.items():
+            for find in functions:
+                section.add(kind, find, run)
+        section.text += paragraphs(told.get("text", ""), section=section)
+        yield section
 
 
-def _validation_table(run: RunRecords) -> tuple[str, Table]:
+def _validation_table(run: RunRecords) -> Table:
     rows = []
     for source, losses in run.all_scores().items():
         bits = dict(zip(*run.scores(source, "bits_per_byte"), strict=True))
@@ -156,11 +141,7 @@ def _validation_table(run: RunRecords) -> tuple[str, Table]:
             rows.append((source, tokens, loss, perplexity(float(loss)), bits.get(tokens)))
     need(rows, "there is no evaluation, so there are no scores on held-out text")
     columns = ("source", "tokens seen", "loss (nats per token)", "perplexity", "bits per byte")
-    return "Held-out text at the first and the last evaluation", Table(columns, rows)
-
-
-def _without_routing(run: RunRecords) -> str:
-    return "The model is dense: it has no experts, so there is no routing to show."
+    return Table(columns, rows, "Held-out text at the first and the last evaluation")
 
 
 def _pictures_of_drops(run: RunRecords) -> list[Picture]:
@@ -168,24 +149,9 @@ def _pictures_of_drops(run: RunRecords) -> list[Picture]:
     return [router_pictures.draw_dropped(run)] if has_dropped else []
 
 
-def _differences_in_words(run: RunRecords) -> list[str]:
-    _, counts = counts_by_source(run)
-    need(len(counts) >= 2, "there is one source of text only, so there is no domain information")
-    return [
-        "Domain information is how much the expert of an assignment tells about the source of its token: 0 where all "
-        "sources use the experts alike, 100 % where no two sources share an expert. All sources count equally.",
-        "For scale: from the counts that OLMoE's authors published, with five sources, we computed 0.1 to 0.4 % for "
-        "Mixtral (8 experts) and 7 to 22 % for OLMoE (64 experts).",
-    ]
-
-
-def _domain_tables(run: RunRecords) -> list[tuple[str, Table]]:
-    return [("Domain information", domain_table(run))] if len(counts_by_source(run)[0]) > 1 else []
-
-
-def _concentration(run: RunRecords) -> tuple[str, Table]:
-    title = "How far the token alone, and the token before it, decide the expert (tokens that occur 10 times or more)"
-    return title, concentration_table(run)
+def _differences_between_sources(run: RunRecords) -> Table:
+    need(len(run.counts_by_source()[0]) > 1, "there is one source of text only, so there is no domain information")
+    return domain_table(run)
 
 
 def _generated(run: RunRecords) -> list[Sample]:
@@ -194,28 +160,19 @@ def _generated(run: RunRecords) -> list[Sample]:
         for name, text in line["samples"].items():
             found[name].append(Sample(name, line["step"], show_controls(str(text))))
     need(found, "no evaluation has kept a generated text (train.sample_tokens)")
-    return [found[name][i] for name in in_order(run, found) for i in spread(len(found[name]), _MOST_SAMPLES)]
+    return [found[name][i] for name in run.in_order(found) for i in spread(len(found[name]), _MOST_SAMPLES)]
 
 
-def _events(run: RunRecords) -> list[dict[str, Any]]:
-    """Return everything that happened besides steps that went well, oldest first."""
+def _events(run: RunRecords) -> list[Table]:
+    """Return everything that happened besides steps that went well, oldest first; no table where nothing did."""
     reason = {"kind": "skipped step", "why": "loss or gradient was not finite"}
     skipped = [{"step": line["step"], **reason} for line in run.steps if line.get("skipped")]
-    return sorted([*run.events, *skipped], key=lambda event: event["step"])
-
-
-def _number_of_events(run: RunRecords) -> list[str]:
-    n_events = len(_events(run))
-    if n_events > _MOST_EVENTS:
-        return [f"{_MOST_EVENTS} of {n_events:,} events, evenly spread; events.jsonl has all."]
-    return [] if n_events else ["No event is recorded."]
-
-
-def _table_of_events(run: RunRecords) -> list[tuple[str, Table]]:
-    events = _events(run)
-    rows = [_event_row(events[i]) for i in spread(len(events), _MOST_EVENTS)]
-    table = Table(("time (UTC)", "step", "what", "details"), rows)
-    return [("Everything that happened besides steps", table)] if rows else []
+    events = sorted([*run.events, *skipped], key=lambda event: event["step"])
+    shown = spread(len(events), _MOST_EVENTS)
+    some = f" ({len(shown)} of {len(events):,}, evenly spread; events.jsonl has all)" * (len(shown) < len(events))
+    rows = [_event_row(events[i]) for i in shown]
+    table = Table(("time (UTC)", "step", "what", "details"), rows, f"Everything that happened besides steps{some}")
+    return [table] if rows else []
 
 
 def _event_row(event: dict[str, Any]) -> tuple:
@@ -232,39 +189,31 @@ def _settings(run: RunRecords) -> str:
     return yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
 
 
-_LEARNING = (
-    _Plan("loss", "Loss", pictures=[run_pictures.draw_losses], tables=[_validation_table]),
-    _Plan("schedule", "Schedule", pictures=[run_pictures.draw_schedule]),
-)
-_DENSE = (_Plan("routing", "Routing", text=[_without_routing]),)
-_ROUTING = (
-    _Plan("load", "Expert load", pictures=[expert_pictures.draw_load, expert_pictures.draw_load_over_training]),
-    _Plan(
-        "balance", "Balance and certainty", pictures=[router_pictures.draw_violation, router_pictures.draw_entropies]
-    ),
-    _Plan(
-        "router", "Routers", pictures=[router_pictures.draw_router, router_pictures.draw_gradients, _pictures_of_drops]
-    ),
-    _Plan("saturation", "Saturation", pictures=[router_pictures.draw_saturation]),
-    _Plan("pairs", "Pairs of experts", pictures=[expert_pictures.draw_co_activation]),
-    _Plan(
-        "sources",
-        "Sources of text",
-        pictures=[expert_pictures.draw_domains],
-        text=[_differences_in_words],
-        tables=[_domain_tables],
-    ),
-    _Plan("tokens", "Which tokens go where", favourites=[favourite_tokens], tables=[_concentration]),
-    _Plan("text", "Text with its experts", routed=[routed_samples], colours=[colour_names]),
-)
-_REST = (
-    _Plan("positions", "Loss by position", pictures=[run_pictures.draw_positions]),
-    _Plan("samples", "Generated text over training", samples=[_generated]),
-    _Plan("norms", "Norms", pictures=[run_pictures.draw_norms]),
-    _Plan("speed", "Speed", pictures=[run_pictures.draw_speed]),
-    _Plan("events", "Events", text=[_number_of_events], tables=[_table_of_events]),
-)
-_SETTINGS = (_Plan("settings", "Settings", settings=[_settings]),)
+_Finds = dict[str, dict[str, Sequence[Callable[[RunRecords], Any]]]]
+_LEARNING: _Finds = {
+    "loss": {"pictures": [run_pictures.draw_losses], "tables": [_validation_table]},
+    "schedule": {"pictures": [run_pictures.draw_schedule]},
+}
+"""What finds the contents of sections, by the section and by its list that takes them."""
+_DENSE: _Finds = {"routing": {}}
+_ROUTING: _Finds = {
+    "load": {"pictures": [expert_pictures.draw_load, expert_pictures.draw_load_over_training]},
+    "balance": {"pictures": [router_pictures.draw_violation, router_pictures.draw_entropies]},
+    "router": {"pictures": [router_pictures.draw_router, router_pictures.draw_gradients, _pictures_of_drops]},
+    "saturation": {"pictures": [router_pictures.draw_saturation]},
+    "pairs": {"pictures": [expert_pictures.draw_co_activation]},
+    "sources": {"pictures": [expert_pictures.draw_domains], "tables": [_differences_between_sources]},
+    "tokens": {"favourites": [favourite_tokens], "tables": [concentration_table]},
+    "text": {"routed": [routed_samples], "colours": [colour_names]},
+}
+_REST: _Finds = {
+    "positions": {"pictures": [run_pictures.draw_positions]},
+    "samples": {"samples": [_generated]},
+    "norms": {"pictures": [run_pictures.draw_norms]},
+    "speed": {"pictures": [run_pictures.draw_speed]},
+    "events": {"tables": [_events]},
+}
+_SETTINGS: _Finds = {"settings": {"settings": [_settings]}}
 
 
 def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
@@ -272,20 +221,10 @@ def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
     from moe_gpt.report.comparison.compare import compare_runs
 
     comparison = compare_runs(runs)
-    yield Section(
-        "comparison",
-        "Comparison",
-        text=[*(picture.alt for picture in comparison.pictures), *comparison.notes],
-        pictures=comparison.pictures,
-        tables=[("At the end", _turned(comparison.final)), ("Settings that differ", comparison.differences)],
-    )
+    text = [*(picture.alt for picture in comparison.pictures), *comparison.notes]
+    tables = [comparison.final.turned(), comparison.differences]
+    yield Section("comparison", "Comparison", text=text, pictures=comparison.pictures, tables=tables)
     for number, run in enumerate(runs, 1):
         section = Section(f"run-{number}", f"Run {run.name}", findings=summarise(run, is_compared=True))
         section.add("tables", _validation_table, run)
         yield section
-
-
-def _turned(table: Table) -> Table:
-    """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
-    headings, *rows = zip(table.columns, *table.rows, strict=True)
-    return Table(headings, rows)

@@ -17,8 +17,8 @@ import yaml
 from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
 
 from moe_gpt.errors import InputError
+from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.report import write_report
-from moe_gpt.report.run_records import RunRecords
 from moe_gpt.report.run_summary import summarise
 
 REPOSITORY = Path(__file__).parents[2]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from moe_gpt.report.comparison import notes
-from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_in_words, curves_over, draw_curves
-from moe_gpt.report.comparison.groups import Group, group_runs, table_of_differences
-from moe_gpt.report.comparison.runs import compared_runs
+from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_over, draw_curves
+from moe_gpt.report.comparison.groups import Group, differing_keys, group_runs, table_of_differences
+from moe_gpt.report.comparison.runs import ComparedRun, compared_runs
 from moe_gpt.report.pictures import Picture, Table
-from moe_gpt.report.run_records import RunRecords
+from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.words import paragraphs, words
 from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, Units, format_digits
 
 _QUANTITIES = {
@@ -24,6 +26,10 @@ _QUANTITIES = {
     "seconds": ("Training time", TIME),
 }
 """What a run has of each is in ``ComparedRun.totals``."""
+_SAYS_WHAT_IS_SCORED = re.compile(
+    r"data\.(validation_\w+|document_masking|sources\.\d+\.(?!prompt|epochs|weight|streaming).*)"
+)
+"""Settings that decide which text is held out, and what of it a token sees."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +61,35 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
     groups = group_runs(runs)
     rows = list(itertools.chain(*map(Group.by_end, groups)))
     sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
-    metric, notes_on_metric = notes.choose_metric(runs)
-    all_curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
-    told = itertools.chain(
-        *map(notes.note_costs, runs),
-        notes_on_metric,
-        *map(notes.note_group, groups),
-        notes.note_scores(runs, sources),
-        *map(notes.note_broken, runs),
-        notes.note_other_text(runs),
-        *(notes.note_left_out(found, runs) for found in all_curves),
-    )
+    tokenised, unknown = _tokenisers(runs)
+    metric = NATS if len(tokenised) + bool(unknown) < 2 else BITS
+    curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
+    facts = {"runs": runs, "groups": groups, "curves": curves, "tokenised": tokenised, "unknown": unknown}
     return Comparison(
-        pictures=[draw_curves(found, groups, curves_in_words(found, rows)) for found in all_curves if found.curves],
+        pictures=[draw_curves(found, groups, rows) for found in curves if found.curves],
         final=_final(metric, sources, rows),
         differences=table_of_differences(runs),
-        notes=list(told),
+        notes=paragraphs(words()["comparison"]["notes"], **facts, **_comparability(runs, sources)),
     )
+
+
+def _tokenisers(runs: Sequence[ComparedRun]) -> tuple[list[str], str]:
+    """Return the names of the runs of each tokenizer, and of those whose tokenizer is not known."""
+    by_digest: dict[str | None, list[str]] = {}
+    for run in runs:
+        by_digest.setdefault(run.records.tokenizer_digest, []).append(run.label)
+    unknown = ", ".join(by_digest.pop(None, []))
+    return list(map(", ".join, by_digest.values())), unknown
+
+
+def _comparability(runs: Sequence[ComparedRun], sources: Sequence[str]) -> dict[str, Any]:
+    """Return which runs have scores, whether of the same sources, and what makes them scores of other text."""
+    scored = [run for run in runs if run.scored_at is not None]
+    other_text = list(filter(_SAYS_WHAT_IS_SCORED.fullmatch, differing_keys(runs)))
+    if len({run.longest for run in runs if run.settings}) > 1:
+        other_text.append("the longest seq_len")
+    common = set(sources).intersection(*(run.records.all_scores() for run in scored))
+    return {"scored": scored, "has_common_source": bool(common), "other_text": other_text}
 
 
 def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Table:
@@ -81,7 +99,7 @@ def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Tab
         "Seeds": [str(row.n_seeds) if row.runs[0].settings else "?" for row in rows],
         "State": [row.runs[0].state for row in rows],
     }
-    return Table.of(columns | _columns_of_scores(metric, sources, rows) | _columns_of_costs(rows))
+    return Table.of(columns | _columns_of_scores(metric, sources, rows) | _columns_of_costs(rows), "At the end")
 
 
 def _columns_of_scores(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> dict[str, list[str]]:

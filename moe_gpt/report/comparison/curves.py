@@ -95,8 +95,14 @@ def curves_over(cost: Cost, metric: Metric, sources: Sequence[str], groups: Sequ
     return Curves(cost, metric, curves)
 
 
-def draw_curves(found: Curves, groups: Sequence[Group], told: str) -> Picture:
-    """Draw a panel for each source."""
+def draw_curves(found: Curves, groups: Sequence[Group], rows: Sequence[Group]) -> Picture:
+    """Draw a panel for each source.
+
+    Args:
+        found: what to draw.
+        groups: runs that look the same.
+        rows: runs whose ends the words give together.
+    """
     cost, (size, unit), by_source = found.cost, found.unit, found.by_source
     looks = {g.label: line_look(index) for index, g in enumerate(groups) if set(g.runs) & set(found.runs)}
     labels = [textwrap.fill(label, _LEGEND_CHARACTERS) for label in looks]
@@ -108,7 +114,8 @@ def draw_curves(found: Curves, groups: Sequence[Group], told: str) -> Picture:
             axes.set(xlabel=f"{cost.label} ({unit})", ylabel=f"Validation loss ({found.metric.unit})")
         handles = [grid[0].plot([], [], **look)[0] for look in looks.values()]
         figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
-        return finish(figure, cost.name, _table(found), told=told)
+        ends = {source: _ends(cost, curves, rows) for source, curves in by_source.items()}
+        return finish(figure, cost.name, _table(found), metric=found.metric, label=cost.label, ends=ends)
 
 
 def _draw_panel(axes: Axes, curves: Sequence[Curve], size: float) -> None:
@@ -132,14 +139,7 @@ def _table(found: Curves) -> Table:
     return Table(("Source", "Run", f"{found.cost.label} ({unit})", f"Validation loss ({found.metric.unit})"), rows)
 
 
-def curves_in_words(found: Curves, rows: Sequence[Group]) -> str:
-    """Say for each source where the runs end, the lowest first, and how far apart."""
-    first = f"Validation loss in {found.metric.unit} over {found.cost.label.lower()}, a panel for each source."
-    ends = {source: _ends(found.cost, curves, rows) for source, curves in found.by_source.items()}
-    return " ".join([first, *(f"{source}: {_ranking(places)}." for source, places in ends.items())])
-
-
-class _End(NamedTuple):
+class End(NamedTuple):
     """Where a row's runs end on the average; sorted by score."""
 
     score: float
@@ -147,20 +147,11 @@ class _End(NamedTuple):
     label: str
 
 
-def _ends(cost: Cost, curves: Sequence[Curve], rows: Sequence[Group]) -> list[_End]:
+def _ends(cost: Cost, curves: Sequence[Curve], rows: Sequence[Group]) -> list[End]:
     ends = []
     for row in rows:
         found = [(curve.scores[-1], curve.costs[-1]) for curve in curves if curve.run in row.runs]
         if found:
             score, spent = np.mean(found, axis=0).tolist()
-            ends.append(_End(score, cost.units.format(spent), row.label + " on average" * (len(row.runs) > 1)))
+            ends.append(End(score, cost.units.format(spent), row.label + " on average" * (len(row.runs) > 1)))
     return sorted(ends)
-
-
-def _ranking(ends: Sequence[_End]) -> str:
-    lowest, *others = ends
-    parts = [f"{lowest.label} ends {'lowest, ' if others else ''}at {format_digits(lowest.score)} after {lowest.spent}"]
-    for end in others[:4]:
-        above = format_digits(end.score - lowest.score)
-        parts.append(f"{above} below {end.label} ({format_digits(end.score)} after {end.spent})")
-    return ", ".join(parts) + ", then others" * (len(others) > 4)

@@ -69,19 +69,20 @@ def _together(runs: Sequence[ComparedRun], identity: Callable[[ComparedRun], Any
 def differing_keys(runs: Sequence[ComparedRun]) -> list[str]:
     """Return the settings that differ between the runs whose config can be read, in the order of the configs."""
     settings = [run.settings for run in runs if run.settings]
-    keys = dict.fromkeys(itertools.chain(*settings))
-    return [key for key in keys if _differs([found.get(key, _NOT_THERE) for found in settings])]
+    return [key for key in dict.fromkeys(itertools.chain(*settings)) if _differs(key, settings)]
 
 
-def _differs(values: Sequence[Any]) -> bool:
-    return any(value != values[0] for value in values)
+def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
+    first, *others = (found.get(key, _NOT_THERE) for found in settings)
+    return any(value != first for value in others)
 
 
 def table_of_differences(runs: Sequence[ComparedRun]) -> Table:
     """Return the settings that differ, with a column for each run whose config can be read."""
     readable = [run for run in runs if run.settings]
     rows = [[key, *(_setting(run.settings, key) for run in readable)] for key in differing_keys(runs)]
-    return Table(["Setting", *(run.label for run in readable)], rows or [["(nothing)", *[""] * len(readable)]])
+    columns = ["Setting", *(run.label for run in readable)]
+    return Table(columns, rows or [["(nothing)", *[""] * len(readable)]], "Settings that differ")
 
 
 def _setting(settings: dict[str, Any], key: str) -> str:

@@ -14,9 +14,10 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.config.flat import flatten
 from moe_gpt.errors import ConfigError
 from moe_gpt.measure.flops import count_flops
+from moe_gpt.measure.metric_names import MetricName
 from moe_gpt.measure.parameters import count_parameters
-from moe_gpt.report.run_records import RunRecords
-from moe_gpt.terminal.numbers import TOKENS
+from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.words import say, words
 
 _COLUMNS = ("tokens_seen", "batch_tokens", "seq_len", "tokens_per_second")
 
@@ -104,12 +105,30 @@ class ComparedRun:
     @property
     def state(self) -> str:
         """How far the run came, in words."""
-        text = "end of schedule not known" if self.total_tokens is None else "finished"
-        if self.is_stopped:
-            seen = TOKENS.format(self.tokens_seen).removesuffix(" tokens")
-            text = f"stopped at {seen} of {TOKENS.format(self.total_tokens or 0)}"
-        is_behind = self.scored_at is not None and self.scored_at < self.tokens_seen
-        return text + (f", last scored at {TOKENS.format(self.scored_at or 0)}" if is_behind else "")
+        return say(words()["comparison"]["state"], run=self)
+
+    @property
+    def n_known(self) -> int:
+        """Steps whose cost is known."""
+        return len(self.steps["tokens_seen"])
+
+    @property
+    def n_done(self) -> int:
+        """Steps that were taken."""
+        return max((line["step"] for line in self.records.steps), default=0)
+
+    @property
+    def broken(self) -> list[str]:
+        """The sources whose loss at the last evaluation is not finite."""
+        sources = list(self.records.all_scores())
+        last = self.records.evaluations[-1] if sources else {}
+        return [source for source in sources if last.get(str(MetricName(source, "ce_loss")), 0.0) is None]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequences; 0 where the config does not say."""
+        lengths = [value for key, value in self.settings.items() if key.endswith(".seq_len") and isinstance(value, int)]
+        return max(lengths, default=0)
 
 
 def _is_positive(value: Any) -> bool:
@@ -119,8 +138,8 @@ def _is_positive(value: Any) -> bool:
 def compared_runs(runs: Sequence[RunRecords]) -> list[ComparedRun]:
     """Name each run after its folder, with as many parents as it takes; a folder given again gets a number."""
     paths = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
-    numbers = [paths[:index].count(path) + 1 for index, path in enumerate(paths)]
-    suffixes = ["" if number == 1 else f" #{number}" for number in numbers]
+    earlier = [paths[:index].count(path) for index, path in enumerate(paths)]
+    suffixes = [f" #{number + 1}" if number else "" for number in earlier]
     labels = [f"{_shortest(path, set(paths))}{suffix}" for path, suffix in zip(paths, suffixes, strict=True)]
     return [ComparedRun(run, label) for run, label in zip(runs, labels, strict=True)]
 
