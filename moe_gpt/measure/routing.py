@@ -26,9 +26,8 @@ def max_violation(counts: Any) -> Any:
     From 0, exactly balanced, to E - 1, one expert takes all (E / K - 1 with the K different experts of a token). Chance
     gives a little more than 0, and the less the more assignments are counted.
 
-    Args:
-        counts: (..., E), a numpy array or a torch tensor. A tensor stays on its device, in float32, and its values are
-            not checked, as that would wait for the device.
+    ``counts`` are a numpy array or a torch tensor, which stays on its device, in float32, and whose values are not
+    checked, as that would wait for the device.
     """
     if hasattr(counts, "amax"):  # a tensor
         counts = counts.float()
@@ -42,8 +41,7 @@ def load(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
     From 0, unused, to E, takes all; 1 is even and is what chance gives. The mean over experts is 1. The shares are the
     f of the load-balancing loss (Switch, arXiv 2101.03961, eq. 5) for any K.
     """
-    counts = _check_counts(counts)
-    return _divide(counts * counts.shape[-1], counts.sum(axis=-1, keepdims=True))
+    return _shares(counts, of_even_share=True)
 
 
 def dead_experts(counts: Real[np.ndarray, "... E"], threshold: float = 0.01) -> Bool[np.ndarray, "... E"]:
@@ -58,11 +56,7 @@ def saturation(choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray,
     """Return how much of the final routing an earlier checkpoint has: the mean over tokens of |E ∩ E_final| / K.
 
     E is the set of a token's experts, so their order does not count (section 5.1). From 0 to 1; chance is K / E where
-    loads are even, more where both checkpoints prefer the same experts.
-
-    Args:
-        choices: of the earlier checkpoint.
-        final: of the last one, for the same tokens.
+    loads are even, more where both checkpoints prefer the same experts. Both arrays are of the same tokens.
     """
     if np.shape(choices) != np.shape(final):
         raise ValueError(f"choices and final must have the same shape, got {np.shape(choices)} and {np.shape(final)}")
@@ -128,10 +122,7 @@ def domain_information(counts: Real[np.ndarray, "n_sources E"]) -> DomainInforma
     tokens they have, so this is also the Jensen-Shannon divergence of the p_s. Chance gives 0, but for a bias upwards
     of about (n_sources - 1)(E - 1) / (2 · assignments) nats. Domains that share no expert reach ln n_sources; the K
     different experts of a token keep it below ln(E / K). One domain or one expert gives 0 and 0. A summary of ours of
-    the domain specialization in section 5.3.
-
-    Args:
-        counts: of one layer; every domain needs at least one assignment.
+    the domain specialization in section 5.3. Every domain needs an assignment.
     """
     if np.ndim(counts) != 2:
         raise ValueError(f"counts must have shape (n_sources, E), one layer, got {np.shape(counts)}")
@@ -248,9 +239,14 @@ def _count_tokens(
     return ids, np.bincount(rows), counts
 
 
-def _shares(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
-    counts = _check_counts(counts)
-    return _divide(counts, counts.sum(axis=-1, keepdims=True))
+def _shares(counts: Real[np.ndarray, "... E"], of_even_share: bool = False) -> Float[np.ndarray, "... E"]:
+    """Return each expert's share of a row; with ``of_even_share`` in units of 1 / E."""
+    values = np.asarray(counts, dtype=np.float64)  # exact up to 2^53
+    if not values.ndim or not values.size:
+        raise ValueError(f"counts must have shape (..., E) and not be empty, got {values.shape}")
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"counts must be finite and at least 0, got {values.min()} to {values.max()}")
+    return _divide(values * (values.shape[-1] if of_even_share else 1), values.sum(axis=-1, keepdims=True))
 
 
 def _entropy(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
@@ -264,26 +260,14 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         return numerator / denominator
 
 
-def _check_counts(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
-    """Return the counts in float64, exact up to 2^53."""
-    values = np.asarray(counts, dtype=np.float64)
-    if not values.ndim or not values.size:
-        raise ValueError(f"counts must have shape (..., E) and not be empty, got {values.shape}")
-    if not (np.isfinite(values) & (values >= 0)).all():
-        raise ValueError(f"counts must be finite and at least 0, got {values.min()} to {values.max()}")
-    return values
-
-
 def _check_choices(
     choices: Integer[np.ndarray, "... K"], axes: tuple[str, ...], n_experts: int | None = None
 ) -> Integer[np.ndarray, "... K"]:
     """Return the ids in int64, as products of small integer types would overflow."""
     choices = np.asarray(choices)
     if choices.ndim != len(axes) or not choices.size or choices.dtype.kind not in "iu":
-        shape = f"({', '.join(axes)})"
-        raise ValueError(
-            f"choices must be whole numbers of shape {shape} and not empty, got {choices.dtype} of {choices.shape}"
-        )
+        wanted, found = f"({', '.join(axes)})", f"{choices.dtype} of {choices.shape}"
+        raise ValueError(f"choices must be whole numbers of shape {wanted} and not empty, got {found}")
     choices = choices.astype(np.int64, copy=False)
     if choices.min() < 0 or (n_experts is not None and choices.max() >= n_experts):
         limit = "" if n_experts is None else f" and below n_experts={n_experts}"
