@@ -6,10 +6,10 @@ quantities are those of ``moe_gpt.measure.routing``.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from moe_gpt.report import pictures
 from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.recorded import RunRecords
-from moe_gpt.report.router_pictures import MOST_LAYERS, titles_of
 from moe_gpt.report.series import Series, spread
 from moe_gpt.terminal.numbers import format_count
 
@@ -32,6 +31,7 @@ _FEWEST_MEETINGS = 5
 """Meetings of two experts that chance must give before their ratio means anything."""
 _MOST_COLUMNS = 120
 """Recorded steps drawn in a map."""
+_EXPERTS, _PARTNERS = (operator.methodcaller("set_xlabel", label) for label in ("expert", "with expert"))
 
 
 def draw_load(run: RunRecords) -> Picture:
@@ -83,41 +83,28 @@ def _write_cells(axes: Axes, values: np.ndarray) -> None:
         axes.text(column + 0.5, row + 0.5, f"{value:.1f}", color=colour, **look)
 
 
-@contextlib.contextmanager
-def _by_layer(
-    n_layers: int, most: int, n_columns: int, heights: tuple[float, float], unit: str, label_x: Callable[[Axes], Any]
-) -> Iterator[tuple[Figure, dict[int, Axes]]]:
-    """Open a figure with a panel for each layer, or for at most so many of them, evenly spread."""
-    shown = spread(n_layers, most)
-    units, options = [unit] * len(shown), {"sharex": True, "sharey": True}
-    with pictures.panels(titles_of(shown), n_columns, *heights, units, label_x, **options) as (figure, grid):
-        yield figure, dict(zip(shown, grid, strict=True))
-
-
-def _label_experts(axes: Axes) -> None:
-    axes.set_xlabel("expert")
-
-
 def draw_load_over_training(run: RunRecords) -> Picture:
     """Draw each expert's load in the recorded steps' batches, a panel for each layer."""
-    series = run.routing_values("load")
+    series = run.record_values("routing", "load")
     need(series.is_there, "no step has recorded expert loads")
     _, n_layers, n_experts = series.values.shape
     drawn, places = series.spread(_MOST_COLUMNS), np.arange(n_experts + 1) - 0.5
-    with _by_layer(n_layers, MOST_LAYERS, 2, (0.9, 1.35), "expert", pictures.count_axis) as (figure, panels):
+    layout = (n_layers, pictures.MOST_LAYERS, 2, (0.9, 1.35), "expert", pictures.count_axis)
+    with pictures.by_layer(*layout) as (figure, panels, layers):
         for layer, axes in panels.items():
             _draw_ratios(axes, _edges(drawn.tokens), places, drawn.values[:, layer].T)
         _explain_colours(figure, list(panels.values()), "load (1 = even)")
-        shown, table = list(panels), _table_by_expert(drawn.spread(6), list(panels))
         first, last = series.values[[0, -1]].max(axis=-1)
-        busiest = [(layer, first[layer], last[layer]) for layer in shown]
-        facts = {"busiest": busiest, "shown": shown, "n_layers": n_layers}
-        return pictures.finish(figure, "load-over-training", table, **facts)
+        busiest, table = (
+            [(layer, first[layer], last[layer]) for layer in panels],
+            _table_by_expert(drawn.spread(6), panels),
+        )
+        return pictures.finish(figure, "load-over-training", table, busiest=busiest, **layers)
 
 
-def _table_by_expert(loads: Series, shown: list[int]) -> Table:
+def _table_by_expert(loads: Series, layers: Iterable[int]) -> Table:
     times = [f"at {format_count(tokens)} tokens" for tokens in loads.tokens]
-    cells = itertools.product(shown, range(loads.values.shape[2]))
+    cells = itertools.product(layers, range(loads.values.shape[2]))
     return Table(("layer", "expert", *times), [(layer, e, *loads.values[:, layer, e]) for layer, e in cells])
 
 
@@ -134,8 +121,8 @@ def draw_co_activation(run: RunRecords) -> Picture:
     choices, n_experts = run.last_with_choices().choices(), run.n_experts
     need(choices.shape[-1] >= 2, "every token goes to a single expert, so there are no pairs")
     n_layers, places, pairs = len(choices), np.arange(n_experts + 1) - 0.5, []
-    n_columns, shape = min(4, n_layers), (0.8, 1.3)
-    with _by_layer(n_layers, MOST_LAYERS, n_columns, shape, "expert", _label_partners) as (figure, panels):
+    layout = (n_layers, pictures.MOST_LAYERS, min(4, n_layers), (0.8, 1.3), "expert", _PARTNERS)
+    with pictures.by_layer(*layout) as (figure, panels, layers):
         for layer, axes in panels.items():
             lift = _lift(choices[layer], n_experts)
             pairs.append(_strongest_pairs(layer, lift))
@@ -144,12 +131,8 @@ def draw_co_activation(run: RunRecords) -> Picture:
             axes.set(xlim=(-0.5, n_experts - 0.5), ylim=(n_experts - 0.5, -0.5))
         _explain_colours(figure, list(panels.values()), "times chance")
         table = Table(_PAIR_COLUMNS, list(itertools.chain(*pairs)))
-        facts = {"most": [rows[0] for rows in pairs if rows], "shown": list(panels), "n_layers": n_layers}
-        return pictures.finish(figure, "co-activation", table, fewest=_FEWEST_MEETINGS, **facts)
-
-
-def _label_partners(axes: Axes) -> None:
-    axes.set_xlabel("with expert")
+        most = [rows[0] for rows in pairs if rows]
+        return pictures.finish(figure, "co-activation", table, fewest=_FEWEST_MEETINGS, most=most, **layers)
 
 
 def _lift(choices: np.ndarray, n_experts: int) -> np.ndarray:
@@ -178,21 +161,20 @@ def draw_domains(run: RunRecords) -> Picture:
     shares = 100 * routing.domain_shares(counts)  # (n_sources, L, E)
     n_sources, n_layers, n_experts = shares.shape
     is_small = n_experts * n_sources <= 64
-    most, n_columns, n_ticks = (MOST_LAYERS, 2, 6) if is_small else (MOST_LAYERS // 2, 1, 17)
-    with _by_layer(n_layers, most, n_columns, (0.6, 1.45), "% of the source", _label_experts) as (figure, panels):
+    most, n_columns, n_ticks = (pictures.MOST_LAYERS, 2, 6) if is_small else (pictures.MOST_LAYERS // 2, 1, 17)
+    layout = (n_layers, most, n_columns, (0.6, 1.45), "% of the source", _EXPERTS)
+    with pictures.by_layer(*layout) as (figure, panels, layers):
+        rows, differences = [], []
         for layer, axes in panels.items():
             _draw_bars(axes, dict(zip(sources, shares[:, layer], strict=True)))
             axes.set_xticks(spread(n_experts, n_ticks))
             axes.grid(axis="x", visible=False)
-        shown = list(panels)
-        pictures.legend_below(figure, [panels[shown[0]]])
-        cells = itertools.product(shown, range(n_experts))
-        columns = ("layer", "expert", *(f"{source} (%)" for source in sources))
-        table = Table(columns, [(layer, expert, *shares[:, layer, expert]) for layer, expert in cells])
-        experts = [int(np.argmax(np.ptp(shares[:, layer], axis=0))) for layer in shown]
-        differences = [(i, e, zip(sources, shares[:, i, e], strict=True)) for i, e in zip(shown, experts, strict=True)]
-        facts = {"differences": differences, "n_experts": n_experts, "shown": shown, "n_layers": n_layers}
-        return pictures.finish(figure, "domains", table, **facts)
+            rows += [(layer, expert, *of) for expert, of in enumerate(shares[:, layer].T)]
+            expert = int(np.argmax(np.ptp(shares[:, layer], axis=0)))
+            differences.append((layer, expert, list(zip(sources, shares[:, layer, expert], strict=True))))
+        pictures.legend_below(figure, [panels[0]])
+        table = Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows)
+        return pictures.finish(figure, "domains", table, differences=differences, n_experts=n_experts, **layers)
 
 
 def _draw_bars(axes: Axes, shares: dict[str, np.ndarray]) -> None:

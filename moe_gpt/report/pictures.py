@@ -1,8 +1,7 @@
 """Pictures for reports: matplotlib figures that read well in light and dark, on paper, and without seeing them.
 
 A picture is an SVG whose ink takes the page's colour, the same as PNG on white, a sentence that says what is in it, and
-the numbers it was drawn from. Colour-blind readers can tell the colours apart: lines have Okabe and Ito's palette
-(https://jfly.uni-koeln.de/color/), maps matplotlib's diverging PuOr.
+the numbers it was drawn from. Its words are in words.yaml, its colours in style.yaml.
 """
 
 from __future__ import annotations
@@ -13,9 +12,12 @@ import html
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_gpt.report.series import Series
+import yaml
+
+from moe_gpt.report.series import Series, spread
 from moe_gpt.report.words import say, words
 from moe_gpt.terminal.numbers import format_count
 
@@ -23,30 +25,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b3a600")
+_STYLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text(encoding="utf-8"))
+COLOURS: list[str] = _STYLE["colours"]
 """For lines, in this order; beyond them line styles change."""
+INK: str = _STYLE["ink"]
+"""What text and axes are drawn with."""
+MOST_LAYERS = 8
+"""Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 WIDTH = 5.6
 """Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
-_LINE_STYLES = ("-", "--", ":", "-.")
-INK, _GRID = "#010203", "#040506"
-"""What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
-_INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-_EMPTY = ("axes.facecolor", "figure.facecolor", "legend.facecolor")
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(_INKED, INK),
-    **dict.fromkeys(_EMPTY, "none"),
-    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.titlesize": 10,
-    "font.size": 9.5,
-    "grid.alpha": 1.0,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moe_gpt",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +73,8 @@ class Picture:
 
 def line_look(index: int) -> dict[str, Any]:
     """Return colour and style of the line with this index: different for the first 32."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": _LINE_STYLES[index // len(COLOURS) % len(_LINE_STYLES)],
-    }
+    again, place = divmod(index, len(COLOURS))
+    return {"color": COLOURS[place], "linestyle": _STYLE["line_styles"][again % len(_STYLE["line_styles"])]}
 
 
 @contextlib.contextmanager
@@ -102,7 +87,7 @@ def drawing(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(_STYLE["matplotlib"]):
         figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(width, height), layout="constrained", **options)
         try:
             yield figure, axes
@@ -112,41 +97,50 @@ def drawing(
 
 @contextlib.contextmanager
 def panels(
-    titles: Sequence[str],
-    n_columns: int,
-    height: float,
-    row_height: float,
-    units: Sequence[str] = (),
-    label_x: Callable[[Axes], Any] | None = None,
-    **options: Any,
+    titles: Sequence[str], n_columns: int, heights: tuple[float, float], **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
     """Open a figure with a panel for each title, as an array of axes.
 
-    Args:
-        titles: of the panels.
-        n_columns: panels beside each other.
-        height: inches that are there besides the rows.
-        row_height: inches of a row.
-        units: labels of the vertical axes: of a row's first, and of those that differ from it.
-        label_x: labels the horizontal axis of the lowest panels.
-        options: of ``drawing``.
+    ``heights`` are the inches that are there besides the rows, and those of a row.
     """
-    total = height + row_height * -(-len(titles) // n_columns)
-    with drawing(-(-len(titles) // n_columns), n_columns, height=total, squeeze=False, **options) as (figure, grid):
+    n_rows = -(-len(titles) // n_columns)
+    total = heights[0] + heights[1] * n_rows
+    with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
         for axes in grid.flat[len(titles) :]:
             axes.set_visible(False)
-        for index, (axes, title) in enumerate(zip(grid.flat, titles, strict=False)):
+        for axes, title in zip(grid.flat, titles, strict=False):
             axes.set_title(title)
-            if units and (index % n_columns == 0 or units[index] != units[index - index % n_columns]):
-                axes.set_ylabel(units[index])
-            if label_x and index + n_columns >= len(titles):
-                axes.tick_params(labelbottom=True)
-                label_x(axes)
         yield figure, grid.flat[: len(titles)]
 
 
+def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], label_x: Callable[[Axes], Any]) -> None:
+    """Label the lowest panels' horizontal axes, and a vertical one where it is the first or has a unit of its own."""
+    for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
+        if index % n_columns == 0 or unit != units[index - index % n_columns]:
+            axes.set_ylabel(unit)
+    for axes in grid[-n_columns:]:
+        axes.tick_params(labelbottom=True)
+        label_x(axes)
+
+
+@contextlib.contextmanager
+def by_layer(
+    n_layers: int, most: int, n_columns: int, heights: tuple[float, float], unit: str, label_x: Callable[[Axes], Any]
+) -> Iterator[tuple[Figure, dict[int, Axes], dict[str, Any]]]:
+    """Open a figure with a panel for each layer, at most so many, evenly spread; with what its words say of layers."""
+    shown = spread(n_layers, most)
+    with panels(titles_of(shown), n_columns, heights, sharex=True, sharey=True) as (figure, grid):
+        label_panels(grid, n_columns, [unit] * len(shown), label_x)
+        yield figure, dict(zip(shown, grid, strict=True)), {"shown": shown, "n_layers": n_layers}
+
+
+def titles_of(layers: Sequence[int]) -> list[str]:
+    """Return what the panels or columns of layers are called."""
+    return [f"layer {layer}" for layer in layers]
+
+
 def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300, **look: Any) -> None:
-    """Draw lines over tokens seen by their labels, each with a look of its own; long ones as means of ``limit`` parts."""
+    """Draw lines over tokens seen by their labels, each with a look of its own, as means of at most ``limit`` parts."""
     for index, (label, series) in enumerate(lines.items()):
         axes.plot(*series.shortened(limit), label=label, **line_look(index), **look)
 
@@ -188,7 +182,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width: \2pt"', svg, count=1)
-    return svg.replace(INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    return svg.replace(INK, "var(--ink)").replace(_STYLE["grid"], "var(--grid)")
 
 
 def standalone(picture: Picture) -> str:

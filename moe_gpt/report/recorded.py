@@ -5,7 +5,6 @@ What a picture or an answer needs is asked of these two classes. They raise ``No
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,13 +151,13 @@ class RunRecords:
         """Return a value of every step that has it; steps that were skipped have no loss."""
         return _series(self.steps, key)
 
-    def routing_values(self, key: str) -> Series:
-        """Return a value by layer (n_records, L), or by layer and expert (n_records, L, E), of every recorded step."""
-        return _series(self.records, "routing", key)
+    def record_values(self, *path: str) -> Series:
+        """Return what is at a path of keys in every recorded step.
 
-    def norms(self, group: str, kind: str) -> Series:
-        """Return a norm of a group of parameters at every recorded step."""
-        return _series(self.records, "groups", group, kind)
+        That is ``groups``, the group and the norm: a number; or ``routing`` and a key: values by layer (n_records, L),
+        or by layer and expert (n_records, L, E).
+        """
+        return _series(self.records, *path)
 
     def over_training(self, has: Callable[[EvaluationArrays], Any]) -> tuple[np.ndarray, list[EvaluationArrays]]:
         """Return the evaluations that have something, and how many tokens had been seen at each."""
@@ -203,4 +202,7 @@ def _series(lines: Sequence[dict[str, Any]], *path: str) -> Series:
 
 def _at(path: Sequence[str], values: dict[str, Any]) -> Any:
     """Return what is at a path of keys; None where the path leads nowhere."""
-    return functools.reduce(lambda value, key: value.get(key) if isinstance(value, dict) else None, path, values)
+    value: Any = values
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure import routing
 from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import spread
 
 _MOST_LAYERS = 8
@@ -20,51 +17,26 @@ _MOST_TOKENS = 6000
 """Tokens of sample text on a page, those of all layers together."""
 _MIN_COUNT = 10
 """Tokens that occur less often say little about an expert."""
-N_COLOURS = 16
+_N_COLOURS = 16
 """Colours of experts in text; beyond them they repeat, and the number in a token's tooltip tells them apart."""
 
 
-class FavouriteToken(NamedTuple):
-    """A token that an expert sees beyond chance."""
+def favourite_tokens(run: RunRecords) -> list[tuple[int, list[list[tuple[str, float]]]]]:
+    """Return for each layer and expert the tokens that it sees most beyond chance.
 
-    text: str
-    percent: float
-    """Of the token's occurrences that go to the expert."""
-
-
-class RoutedToken(NamedTuple):
-    """A token of sample text."""
-
-    text: str
-    colour: int
-    experts: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a layer picker shows for one layer."""
-
-    index: int
-    favourites: list[list[FavouriteToken]]
-    """By expert."""
-    samples: dict[str, list[RoutedToken]]
-    """Text of each source."""
-
-
-def favourite_tokens(run: RunRecords) -> list[Layer]:
-    """Return for each layer the tokens that its experts see most beyond chance."""
+    With each token is the percentage of its occurrences that go to the expert.
+    """
     arrays, n_experts = run.last_with_choices(), run.n_experts
     tokens, choices = arrays.tokens(), arrays.choices()
     top, layers = 8 if n_experts <= 32 else 5, []
-    for index in spread(len(choices), _MOST_LAYERS):
-        found = routing.vocabulary_specialisation(tokens, choices[index], n_experts, _MIN_COUNT, top)
-        told = [[FavouriteToken(show_token(run.tokenizer, s.token), 100 * s.share) for s in of] for of in found]
-        layers.append(Layer(index, told, {}))
+    for layer in spread(len(choices), _MOST_LAYERS):
+        found = routing.vocabulary_specialisation(tokens, choices[layer], n_experts, _MIN_COUNT, top)
+        layers.append((layer, [[(show_token(run.tokenizer, s.token), 100 * s.share) for s in of] for of in found]))
     return layers
 
 
-def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[Layer]:
-    """Return for each layer the start of every source's kept slice with the experts of each token.
+def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[tuple[int, dict[str, list[tuple[str, list[int]]]]]]:
+    """Return for each layer and source the start of the kept slice: tokens with their experts, best first.
 
     Args:
         run: with kept slices.
@@ -74,21 +46,19 @@ def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[Layer]:
     kept = {source: slices[source] for source in run.in_order(slices) if slices[source].choices.size}
     shown = spread(max(len(part.choices) for part in kept.values()), _MOST_LAYERS)
     n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(kept) * len(shown))))
-
-    def sample(part: Slice, layer: int) -> list[RoutedToken]:
-        chosen = part.choices[layer].reshape(-1, part.choices.shape[-1])[:n_tokens].tolist()
-        texts = [
-            show_token(run.tokenizer, token, keep_spaces=True) for token in part.tokens.ravel()[:n_tokens].tolist()
-        ]
-        pairs = zip(texts, chosen, strict=True)
-        return [RoutedToken(text, experts[0] % N_COLOURS, ", then ".join(map(str, experts))) for text, experts in pairs]
-
-    return [Layer(i, [], {source: sample(part, i) for source, part in kept.items()}) for i in shown]
+    layers: list[tuple[int, dict]] = [(layer, {}) for layer in shown]
+    for source, part in kept.items():
+        texts = [show_token(run.tokenizer, token, keep_spaces=True) for token in part.tokens.flat[:n_tokens].tolist()]
+        for layer, by_source in layers:
+            chosen = part.choices[layer].reshape(-1, part.choices.shape[-1])[:n_tokens]
+            by_source[source] = list(zip(texts, chosen.tolist(), strict=True))
+    return layers
 
 
 def colour_names(run: RunRecords) -> list[str]:
     """Return the experts of each colour."""
-    return [", ".join(map(str, range(c, run.n_experts, N_COLOURS))) for c in range(min(N_COLOURS, run.n_experts))]
+    n_experts = run.n_experts
+    return [", ".join(map(str, range(c, n_experts, _N_COLOURS))) for c in range(min(_N_COLOURS, n_experts))]
 
 
 def concentration_table(run: RunRecords) -> Table:

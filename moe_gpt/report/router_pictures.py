@@ -18,9 +18,6 @@ from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import Series, spread
 from moe_gpt.report.words import words
 
-MOST_LAYERS = 8
-"""Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
-
 
 class _Panel(NamedTuple):
     """Lines by layer over tokens."""
@@ -40,7 +37,7 @@ def draw_violation(run: RunRecords) -> Picture:
     """Draw how far the busiest expert is above the mean: in training batches and on held-out text."""
     tokens, arrays = run.over_training(lambda arrays: arrays.tokens_per_expert)
     held_out = Series(tokens, np.array([routing.max_violation(found.total_counts()) for found in arrays]))
-    found = {"in training batches": run.routing_values("max_violation"), "on held-out text": held_out}
+    found = {"in training batches": run.record_values("routing", "max_violation"), "on held-out text": held_out}
     drawn = [_Panel(title, "largest load - 1", series) for title, series in found.items() if series.is_there]
     need(drawn, "neither a step nor an evaluation has recorded the balance of experts")
     return _lines_by_layer("violation", drawn)
@@ -58,7 +55,9 @@ def draw_router(run: RunRecords) -> Picture:
 
 def _recorded_values(run: RunRecords, name: str) -> Picture:
     panels = words()["pictures"][name]["panels"]
-    return _lines_by_layer(name, [_Panel(title, unit, run.routing_values(key)) for title, unit, key in panels])
+    return _lines_by_layer(
+        name, [_Panel(title, unit, run.record_values("routing", key)) for title, unit, key in panels]
+    )
 
 
 def draw_gradients(run: RunRecords) -> Picture:
@@ -73,7 +72,7 @@ def draw_gradients(run: RunRecords) -> Picture:
 
 def draw_dropped(run: RunRecords) -> Picture:
     """Draw the share of assignments that found their expert full."""
-    tokens, fractions = run.routing_values("dropped_fraction")
+    tokens, fractions = run.record_values("routing", "dropped_fraction")
     return _lines_by_layer("dropped", [_Panel("", "% of assignments", Series(tokens, 100 * fractions))])
 
 
@@ -92,17 +91,17 @@ def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None,
     lacking = ", ".join(panel.name for panel in drawn if not panel.series.is_there)
     need(not lacking, f"not recorded: {lacking}")
     n_layers, n_columns = drawn[0].series.values.shape[1], min(2, len(drawn))
-    titles, units = [panel.title for panel in drawn], [panel.unit for panel in drawn]
-    shown = spread(n_layers, MOST_LAYERS)
-    with pictures.panels(titles, n_columns, 0.6, 1.75, units, pictures.count_axis, sharex=True) as (figure, grid):
+    shown = spread(n_layers, pictures.MOST_LAYERS)
+    with pictures.panels([panel.title for panel in drawn], n_columns, (0.6, 1.75), sharex=True) as (figure, grid):
         for axes, (_, _, series) in zip(grid, drawn, strict=True):
             marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(series.tokens) <= 20 else {}
-            lines = {f"layer {layer}": Series(series.tokens, series.values[:, layer]) for layer in shown}
-            pictures.draw_lines(axes, lines, **marker)
+            lines = [Series(series.tokens, series.values[:, layer]) for layer in shown]
+            pictures.draw_lines(axes, dict(zip(pictures.titles_of(shown), lines, strict=True)), **marker)
             if chance is not None:
                 axes.axhline(chance, color="#888888", linestyle="--", linewidth=1, label="chance")
             if log_scale:
                 pictures.log_axis(axes)
+        pictures.label_panels(grid, n_columns, [panel.unit for panel in drawn], pictures.count_axis)
         pictures.legend_below(figure, grid[:1])
         facts = {"panels": [_facts(panel, shown) for panel in drawn], "shown": shown, "n_layers": n_layers}
         return pictures.finish(figure, name, _table_by_layer(drawn, shown), chance=chance, **facts)
@@ -116,9 +115,4 @@ def _facts(panel: _Panel, shown: list[int]) -> dict[str, Any]:
 def _table_by_layer(drawn: list[_Panel], shown: list[int]) -> Table:
     kept = [(panel.name, panel.series.spread(12)) for panel in drawn]
     rows = [(name, tokens, *values[shown]) for name, series in kept for tokens, values in zip(*series, strict=True)]
-    return Table(("quantity", "tokens seen", *titles_of(shown)), rows)
-
-
-def titles_of(layers: list[int]) -> list[str]:
-    """Return what the panels or columns of layers are called."""
-    return [f"layer {layer}" for layer in layers]
+    return Table(("quantity", "tokens seen", *pictures.titles_of(shown)), rows)

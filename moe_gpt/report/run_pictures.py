@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -121,9 +121,7 @@ def draw_norms(run: RunRecords) -> Picture:
     """Draw each group's parameter norm, gradient norm, and update relative to its parameters."""
     groups = list(dict.fromkeys(group for line in run.records for group in line["groups"]))
     need(groups, "no step has recorded norms")
-    size, gradient, update = (
-        {group: run.norms(group, f"{kind}_norm") for group in groups} for kind in ("parameter", "gradient", "update")
-    )
+    size, gradient, update = (_norms(run, groups, kind) for kind in ("parameter_norm", "gradient_norm", "update_norm"))
     ratio = {group: _relative(update[group], size[group]) for group in groups}
     drawn = {"parameters": size, "gradients": gradient, "update / param.": ratio}
     with pictures.drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
@@ -138,6 +136,10 @@ def draw_norms(run: RunRecords) -> Picture:
         table = _table_of_norms(drawn)
         last = [(group, value) for group, series in ratio.items() for value in series.values[-1:]]
         return pictures.finish(figure, "norms", table, n_groups=len(groups), last=last)
+
+
+def _norms(run: RunRecords, groups: Sequence[str], kind: str) -> dict[str, Series]:
+    return {group: run.record_values("groups", group, kind) for group in groups}
 
 
 def _table_of_norms(drawn: dict[str, dict[str, Series]]) -> Table:
@@ -171,17 +173,20 @@ def draw_speed(run: RunRecords) -> Picture:
         return pictures.finish(figure, "speed", table, run=run, speed=speed.values, median=np.median(speed.values))
 
 
-def _mark_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None:
-    """Draw a line between the stages that were begun, and number above it those that are wide enough for it."""
+def _begun_stages(run: RunRecords) -> list[tuple[int, int]]:
+    """Return where the stages that were begun start and end."""
     last = run.last("tokens_seen")
     ends = [min(stage.get("until_tokens") or last, last) for stage in run.stages]
-    begun = [(start, end) for start, end in itertools.pairwise([0, *ends]) if start < last]
-    if len(begun) < 2:
-        return
-    look = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7.5}
-    for number, (start, end) in enumerate(begun, 1):
-        if start:
-            axes.axvline(start, color=pictures.INK, linewidth=0.7, linestyle=":")
-        if with_numbers and end - start > 0.02 * last:
+    return [(start, end) for start, end in itertools.pairwise([0, *ends]) if start < last]
+
+
+def _mark_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None:
+    """Draw a line between the stages that were begun, and number above it those that are wide enough for it."""
+    stages = _begun_stages(run)
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7.5}
+    for start, _ in stages[1:]:
+        axes.axvline(start, color=pictures.INK, linewidth=0.7, linestyle=":")
+    for number, (start, end) in enumerate(stages, 1):
+        if with_numbers and len(stages) > 1 and end - start > 0.02 * stages[-1][1]:
             middle = ((start + end) / 2, 1.0)
             axes.annotate(str(number), middle, xycoords=("data", "axes fraction"), xytext=(0, 2), **look)

@@ -5,6 +5,7 @@ Functions here find the values of an answer; words.yaml says it.
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,25 +92,16 @@ def known_settings(section: type[SectionType], values: dict[str, Any]) -> Sectio
 
 
 def _whether_it_learned(run: RunRecords) -> Facts:
-    losses = {source: series.values for source, series in run.all_scores().items()}
-    need(losses, "there is no evaluation")
+    scores = run.all_scores()
+    need(scores, "there is no evaluation")
     size = run.section("model").get("vocab_size")
     guess = math.log(size) if isinstance(size, int) and size > 1 else math.inf
-    n_evaluations = [len(values) for values in losses.values()]
-    verdicts = [_is_better(values, guess) for values in losses.values()]
-    is_known = max(n_evaluations) > 1 or math.isfinite(guess)
-    scores = [
-        (
-            source,
-            values[0],
-            values[-1],
-            perplexity(values[-1]),
-            run.scores(source, "bits_per_byte").values[-1:].tolist(),
-        )
-        for source, values in losses.items()
-    ]
-    facts = {"scores": scores, "n_evaluations": n_evaluations, "guess": guess, "infinity": math.inf}
-    return facts | {"verdict": any(verdicts) + all(verdicts) if is_known else 3}
+    verdicts = [_is_better(series.values, guess) for series in scores.values()]
+    facts = {"scores": scores, "perplexity": perplexity, "guess": guess, "infinity": math.inf}
+    return facts | {
+        "n_evaluations": [len(series.tokens) for series in scores.values()],
+        "verdict": any(verdicts) + all(verdicts),
+    }
 
 
 def _is_better(losses: np.ndarray, guess: float) -> bool:
@@ -163,10 +155,11 @@ def _whether_it_was_worth_it(run: RunRecords) -> Facts:
 
 
 def _what_went_wrong(run: RunRecords) -> Facts:
-    kinds = [str(event.get("kind")) for event in run.events if event.get("kind") not in _ORDINARY_EVENTS]
+    kinds = collections.Counter(str(event.get("kind")) for event in run.events)
+    dropped = np.array([line.get("dropped_fraction") for line in run.steps], dtype=float)
     return {
         "skipped": [line["step"] for line in run.steps if line.get("skipped")],
-        "dropped": 100 * float(np.mean([line.get("dropped_fraction") or 0.0 for line in run.steps] or [0.0])),
-        "kinds": sorted(kinds),
-        "n_resumes": sum(event.get("kind") == "resume" for event in run.events),
+        "dropped": 100 * np.nan_to_num(dropped).sum() / max(1, len(dropped)),
+        "kinds": sorted((kinds - collections.Counter(dict.fromkeys(_ORDINARY_EVENTS, len(run.events)))).elements()),
+        "n_resumes": kinds["resume"],
     }

@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 
 from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_over, draw_curves
-from moe_gpt.report.comparison.groups import Group, differing_keys, group_runs, table_of_differences
-from moe_gpt.report.comparison.runs import ComparedRun, compared_runs
+from moe_gpt.report.comparison.runs import (
+    ComparedRun,
+    Group,
+    compared_runs,
+    differing_keys,
+    group_runs,
+    table_of_differences,
+)
 from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.words import paragraphs, words
-from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, Units, format_digits
+from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, format_digits
 
 _QUANTITIES = {
     "tokens": ("Text seen", TOKENS),
@@ -86,10 +92,15 @@ def _comparability(runs: Sequence[ComparedRun], sources: Sequence[str]) -> dict[
     """Return which runs have scores, whether of the same sources, and what makes them scores of other text."""
     scored = [run for run in runs if run.scored_at is not None]
     other_text = list(filter(_SAYS_WHAT_IS_SCORED.fullmatch, differing_keys(runs)))
-    if len({run.longest for run in runs if run.settings}) > 1:
+    if len({_longest(run.settings) for run in runs if run.settings}) > 1:
         other_text.append("the longest seq_len")
     common = set(sources).intersection(*(run.records.all_scores() for run in scored))
     return {"scored": scored, "has_common_source": bool(common), "other_text": other_text}
+
+
+def _longest(settings: dict[str, Any]) -> int:
+    lengths = [value for key, value in settings.items() if key.endswith(".seq_len") and isinstance(value, int)]
+    return max(lengths, default=0)
 
 
 def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Table:
@@ -99,40 +110,20 @@ def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Tab
         "Seeds": [str(row.n_seeds) if row.runs[0].settings else "?" for row in rows],
         "State": [row.runs[0].state for row in rows],
     }
-    return Table.of(columns | _columns_of_scores(metric, sources, rows) | _columns_of_costs(rows), "At the end")
-
-
-def _columns_of_scores(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> dict[str, list[str]]:
-    scored = itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS])
-    return {f"{source} ({m.unit})": [_spread(_last_scores(row, source, m)) for row in rows] for source, m in scored}
-
-
-def _columns_of_costs(rows: Sequence[Group]) -> dict[str, list[str]]:
-    columns = {}
+    for source, m in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
+        columns[f"{source} ({m.unit})"] = [_spread(row.last_scores(source, m.key)) for row in rows]
+    totals = {quantity: [row.totals(quantity) for row in rows] for quantity in _QUANTITIES}
     for quantity, (name, units) in _QUANTITIES.items():
-        size, unit = units.fitting(_largest(units, rows))
-        columns[f"{name} ({unit})"] = [_spread(_totals(row, quantity) / size) for row in rows]
-    return columns
+        alike = [totals[other] for other, (_, same) in _QUANTITIES.items() if same is units]
+        largest = max(itertools.chain(*itertools.chain(*alike)), default=0.0)
+        size, unit = units.fitting(largest or 1.0)
+        columns[f"{name} ({unit})"] = [_spread([total / size for total in found]) for found in totals[quantity]]
+    return Table.of(columns, "At the end")
 
 
-def _last_scores(row: Group, source: str, metric: Metric) -> np.ndarray:
-    return np.concatenate([run.records.scores(source, metric.key).values[-1:] for run in row.runs])
-
-
-def _totals(row: Group, quantity: str) -> np.ndarray:
-    return np.array([run.totals[quantity] for run in row.runs if quantity in run.totals])
-
-
-def _largest(units: Units, rows: Sequence[Group]) -> float:
-    """Return the largest of all that has these units, so that quantities of a kind share one."""
-    alike = [quantity for quantity, (_, other) in _QUANTITIES.items() if other is units]
-    values = np.concatenate([_totals(row, quantity) for row in rows for quantity in alike])
-    return float(values.max(initial=0.0)) or 1.0
-
-
-def _spread(values: np.ndarray) -> str:
+def _spread(values: Sequence[float]) -> str:
     """Return the mean, with the least and the greatest where they differ; a question mark for no values."""
-    if not len(values):
+    if not values:
         return "?"
-    mean, least, greatest = (format_digits(float(f(values))) for f in (np.mean, np.min, np.max))
+    mean, least, greatest = (format_digits(float(f(values))) for f in (np.mean, min, max))
     return mean if least == greatest else f"{mean} ({least} to {greatest})"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_gpt.report.comparison.groups import Group
-from moe_gpt.report.comparison.runs import ComparedRun
+from moe_gpt.report.comparison.runs import ComparedRun, Group
 from moe_gpt.report.pictures import Picture, Table, finish, line_look, panels
 from moe_gpt.terminal.numbers import FLOPS, TIME, TOKENS, Units, format_digits
 
@@ -108,7 +107,7 @@ def draw_curves(found: Curves, groups: Sequence[Group], rows: Sequence[Group]) -
     labels = [textwrap.fill(label, _LEGEND_CHARACTERS) for label in looks]
     n_columns = max(1, _LEGEND_CHARACTERS // (max(map(len, labels)) + 8))
     legend = 0.2 * math.ceil(sum(label.count("\n") + 1 for label in labels) / n_columns)
-    with panels(list(by_source), min(3, len(by_source)), legend, 2.9, width=_WIDTH) as (figure, grid):
+    with panels(list(by_source), min(3, len(by_source)), (legend, 2.9), width=_WIDTH) as (figure, grid):
         for axes, curves in zip(grid, by_source.values(), strict=True):
             _draw_panel(axes, curves, size)
             axes.set(xlabel=f"{cost.label} ({unit})", ylabel=f"Validation loss ({found.metric.unit})")
