@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from moe_gpt.config import ModelConfig, ScheduleConfig
@@ -79,14 +80,9 @@ def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[
     if end is None:
         key = f"schedule.stages.{len(schedule.stages) - 1}.until_tokens"
         raise InputError(f"{key} is null, one big epoch of the data; give the tokens to plan for (--tokens)")
-    stages, start = [], 0
-    for index, stage in enumerate(schedule.stages):
-        is_last = index == len(schedule.stages) - 1
-        stop = end if is_last or stage.until_tokens is None else min(end, stage.until_tokens)
-        if stop > start:
-            stages.append(StageTokens(stage.seq_len, stop - start))
-            start = stop
-    return stages
+    ends = [*(min(end, stage.until_tokens or end) for stage in schedule.stages[:-1]), end]
+    parts = zip(schedule.stages, itertools.pairwise([0, *ends]), strict=True)
+    return [StageTokens(stage.seq_len, stop - start) for stage, (start, stop) in parts if stop > start]
 
 
 def training_flops(model: ModelConfig, stages: list[StageTokens], counts: ParameterCounts) -> int:

@@ -50,12 +50,7 @@ def find_problems(
 ) -> list[RouterProblem]:
     """Return what is wrong at the last of the records; nothing for a healthy router, a dense model or no records.
 
-    Args:
-        records: of which only the newest are looked at.
-        gradients: of the newest evaluation after the first step, if there is one.
-        model: the shape, and how it is balanced.
-        faults: the thresholds that users may set.
-        record_every_steps: optimizer steps between two records.
+    Only the newest of the records are looked at. The gradients are those of the newest evaluation after a step.
     """
     if model.is_dense:
         return []
@@ -102,8 +97,9 @@ def _problems_of_growth(records: Records, window: int, model: ModelConfig) -> li
         problems.append(RouterProblem("imbalance_growing", layer, text, _ADVICE_ON_BALANCE[model.balance]))
     for layer, first, last in _grown(parts, "router_z_loss", _GROWTH_OF_Z, _LARGE_Z):
         text = f"router logits grow: z loss {first:.0f} before, {last:.0f} now"
-        advice = "raise loss.router_z_loss_weight, or lower optimizer.lr"
-        problems.append(RouterProblem("z_growing", layer, text, advice))
+        problems.append(
+            RouterProblem("z_growing", layer, text, "raise loss.router_z_loss_weight, or lower optimizer.lr")
+        )
     return sorted(problems, key=lambda problem: problem.layer)
 
 

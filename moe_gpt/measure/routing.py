@@ -75,7 +75,8 @@ def co_activation(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[
     choices = _check_choices(choices, ("N", "K"), n_experts)
     pairs = choices[:, :, None] * n_experts + choices[:, None, :]  # (N, K, K), an expert with itself included
     tokens = np.bincount(pairs.ravel(), minlength=n_experts**2).reshape(n_experts, n_experts)
-    shares = _divide(tokens, np.diagonal(tokens)[:, None])
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        shares = tokens / np.diagonal(tokens)[:, None]
     np.fill_diagonal(shares, np.nan)
     return shares
 
@@ -246,18 +247,13 @@ def _shares(counts: Real[np.ndarray, "... E"], of_even_share: bool = False) -> F
         raise ValueError(f"counts must have shape (..., E) and not be empty, got {values.shape}")
     if not (np.isfinite(values) & (values >= 0)).all():
         raise ValueError(f"counts must be finite and at least 0, got {values.min()} to {values.max()}")
-    return _divide(values * (values.shape[-1] if of_even_share else 1), values.sum(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        return values * (values.shape[-1] if of_even_share else 1) / values.sum(axis=-1, keepdims=True)
 
 
 def _entropy(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
     logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))  # 0 ln 0 is 0
     return np.asarray(0 - (shares * logarithms).sum(axis=-1))  # and not -0
-
-
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide, 0 / 0 being nan without a warning."""
-    with np.errstate(invalid="ignore"):
-        return numerator / denominator
 
 
 def _check_choices(
