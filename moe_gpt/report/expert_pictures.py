@@ -49,8 +49,7 @@ def draw_load(run: RunRecords) -> Picture:
         axes.invert_yaxis()
         _explain_colours(figure, [axes], "load (1 = even)")
         table = Table.of({"layer": range(n_layers)} | {f"expert {e}": loads[:, e] for e in range(n_experts)})
-        ranges = [(layer, row.min(), row.max()) for layer, row in enumerate(loads)]
-        return pictures.finish(figure, "load", table, n_experts=n_experts, step=arrays.step, ranges=ranges)
+        return pictures.finish(figure, "load", table, step=arrays.step, loads=loads)
 
 
 def _draw_ratios(axes: Axes, x: np.ndarray, y: np.ndarray, ratios: np.ndarray) -> None:
@@ -94,12 +93,8 @@ def draw_load_over_training(run: RunRecords) -> Picture:
         for layer, axes in panels.items():
             _draw_ratios(axes, _edges(drawn.tokens), places, drawn.values[:, layer].T)
         _explain_colours(figure, list(panels.values()), "load (1 = even)")
-        first, last = series.values[[0, -1]].max(axis=-1)
-        busiest, table = (
-            [(layer, first[layer], last[layer]) for layer in panels],
-            _table_by_expert(drawn.spread(6), panels),
-        )
-        return pictures.finish(figure, "load-over-training", table, busiest=busiest, **layers)
+        table = _table_by_expert(drawn.spread(6), panels)
+        return pictures.finish(figure, "load-over-training", table, loads=series.values, **layers)
 
 
 def _table_by_expert(loads: Series, layers: Iterable[int]) -> Table:

@@ -197,7 +197,12 @@ def standalone(picture: Picture) -> str:
 def count_axis(axes: Axes, label: str = "tokens seen") -> None:
     """Label the horizontal axis, and write its numbers as ``format_count`` does."""
     axes.set_xlabel(label)
-    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+    axes.xaxis.set_major_formatter(count_tick)
+
+
+def count_tick(value: float, place: float) -> str:
+    """Return what a tick of an axis of counts says; matplotlib gives its place, too."""
+    return format_count(value)
 
 
 def log_axis(axes: Axes) -> None:

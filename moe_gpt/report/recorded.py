@@ -125,9 +125,9 @@ class RunRecords:
     def n_experts(self) -> int:
         """The number of experts: that of the counts, or else the config's."""
         counted = [counts.shape[-1] for arrays in self.arrays for counts in arrays.tokens_per_expert.values()]
-        n_experts = counted[-1] if counted else self.section("model").get("n_experts")
+        n_experts: Any = [self.section("model").get("n_experts"), *counted][-1]
         need(isinstance(n_experts, int), "the number of experts is not recorded")
-        return int(n_experts or 0)
+        return n_experts
 
     def last(self, key: str) -> int:
         """Return the largest ``step`` or ``tokens_seen`` of all steps and evaluations, 0 where there is none."""
@@ -167,16 +167,14 @@ class RunRecords:
 
     def last_with_counts(self) -> EvaluationArrays:
         """Return the newest evaluation that has counted assignments."""
-        return self._last(lambda arrays: arrays.tokens_per_expert, "how many tokens each expert gets")
+        found = [arrays for arrays in self.arrays if arrays.tokens_per_expert]
+        need(found, "no evaluation has kept how many tokens each expert gets")
+        return found[-1]
 
     def last_with_choices(self) -> EvaluationArrays:
         """Return the newest evaluation that has kept which experts a slice of text went to."""
-        what = "which experts a slice of text went to (train.record_tokens)"
-        return self._last(EvaluationArrays.n_choices, what)
-
-    def _last(self, has: Callable[[EvaluationArrays], Any], what: str) -> EvaluationArrays:
-        found = list(filter(has, self.arrays))
-        need(found, f"no evaluation has kept {what}")
+        found = list(filter(EvaluationArrays.n_choices, self.arrays))
+        need(found, "no evaluation has kept which experts a slice of text went to (train.record_tokens)")
         return found[-1]
 
     def counts_by_source(self) -> tuple[list[str], np.ndarray]:
@@ -187,9 +185,9 @@ class RunRecords:
         return sources, np.stack([found[source] for source in sources])
 
 
-def section_of(config: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Return a section of a config, empty where it is none: a stranger's config may hold anything."""
-    section = _at(keys, config)
+def section_of(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the section at a path of keys, empty where it is none: a stranger's config may hold anything."""
+    section = _at(keys, values)
     return section if isinstance(section, dict) else {}
 
 

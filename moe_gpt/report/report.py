@@ -23,7 +23,7 @@ from moe_gpt.files.durable import replace_file
 from moe_gpt.report import expert_pictures, routed_text, router_pictures, run_pictures
 from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Picture, Table, standalone
-from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.recorded import RunRecords, section_of
 from moe_gpt.report.routed_text import show_controls
 from moe_gpt.report.run_summary import domain_table, perplexity, summarise
 from moe_gpt.report.series import spread
@@ -98,9 +98,9 @@ def _spread_over(values: Sequence[Any], limit: int) -> list[Any]:
 
 def _sections_of(run: RunRecords) -> Iterator[Section]:
     """Yield the sections of one run, in the order of words.yaml."""
-    kinds = {None, "dense" if run.is_dense else "experts", "config" if run.config else None}
+    has = {None: True, "dense": run.is_dense, "experts": not run.is_dense, "config": bool(run.config)}
     for name, told in words()["sections"].items():
-        if told.get("only") in kinds:
+        if has[told.get("only")]:
             section = Section(name, told["title"])
             for part, find in _FINDS.get(name, ()):
                 section.add(part, find, run)
@@ -112,8 +112,7 @@ def _validation_table(run: RunRecords) -> Table:
     rows = []
     for source, losses in run.all_scores().items():
         bits = dict(zip(*run.scores(source, "bits_per_byte"), strict=True))
-        for tokens, loss in zip(*losses.spread(2), strict=True):
-            rows.append((source, tokens, loss, perplexity(float(loss)), bits.get(tokens)))
+        rows += [(source, *at, perplexity(at[1]), bits.get(at[0])) for at in zip(*losses.spread(2), strict=True)]
     need(rows, "there is no evaluation, so there are no scores on held-out text")
     columns = ("source", "tokens seen", "loss (nats per token)", "perplexity", "bits per byte")
     return Table(columns, rows, "Held-out text at the first and the last evaluation")
@@ -132,8 +131,8 @@ def _differences_between_sources(run: RunRecords) -> Table:
 def _generated(run: RunRecords) -> list[tuple[str, list[tuple[int, str]]]]:
     """Return the generated texts of each source, with the steps that they are from."""
     found = collections.defaultdict[str, list[tuple[int, str]]](list)
-    for line in (line for line in run.evaluations if isinstance(line.get("samples"), dict)):
-        for source, text in line["samples"].items():
+    for line in run.evaluations:
+        for source, text in section_of(line, "samples").items():
             found[source].append((line["step"], str(text)))
     need(found, "no evaluation has kept a generated text (train.sample_tokens)")
     return [(source, found[source]) for source in run.in_order(found)]

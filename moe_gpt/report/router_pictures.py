@@ -103,13 +103,8 @@ def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None,
                 pictures.log_axis(axes)
         pictures.label_panels(grid, n_columns, [panel.unit for panel in drawn], pictures.count_axis)
         pictures.legend_below(figure, grid[:1])
-        facts = {"panels": [_facts(panel, shown) for panel in drawn], "shown": shown, "n_layers": n_layers}
-        return pictures.finish(figure, name, _table_by_layer(drawn, shown), chance=chance, **facts)
-
-
-def _facts(panel: _Panel, shown: list[int]) -> dict[str, Any]:
-    first, last = panel.series.values[[0, -1]]
-    return {"title": panel.title, "unit": panel.unit, "ends": [(layer, first[layer], last[layer]) for layer in shown]}
+        facts = {"panels": drawn, "chance": chance, "shown": shown, "n_layers": n_layers}
+        return pictures.finish(figure, name, _table_by_layer(drawn, shown), **facts)
 
 
 def _table_by_layer(drawn: list[_Panel], shown: list[int]) -> Table:

@@ -17,7 +17,6 @@ from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import COLOURS, Picture, Table
 from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import Series, spread
-from moe_gpt.terminal.numbers import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,9 +42,8 @@ def draw_losses(run: RunRecords) -> Picture:
         pictures.count_axis(axes)
         _mark_stages(axes, run)
         pictures.legend_below(figure, [axes])
-        named = {"training": smooth, **scores} if training.is_there else scores
-        ends = [(name, line.values[0], line.values[-1]) for name, line in named.items()]
-        return pictures.finish(figure, "losses", _table_of_losses(smooth, scores), run=run, ends=ends)
+        lines = {"training": smooth, **scores} if training.is_there else scores
+        return pictures.finish(figure, "losses", _table_of_losses(smooth, scores), run=run, lines=lines)
 
 
 def _table_of_losses(smooth: Series, scores: dict[str, Series]) -> Table:
@@ -72,7 +70,7 @@ def draw_schedule(run: RunRecords) -> Picture:
             axes.plot(*line.shortened(), drawstyle="steps-pre", color=COLOURS[0])
             axes.set_ylabel(name.replace(" seq", "\nseq"))
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda value, _: format_count(value) if value >= 1 else f"{value:g}")
+            axes.yaxis.set_major_formatter(pictures.count_tick)
             _mark_stages(axes, run, with_numbers=axes is rows[0])
         pictures.count_axis(rows[-1])
         columns = {name: line.spread(_MOST_ROWS).values for name, line in lines.items()}
@@ -90,10 +88,8 @@ def mean_by_position(arrays: EvaluationArrays, source: str, buckets: Sequence[tu
 
 def draw_positions(run: RunRecords) -> Picture:
     """Draw the loss by place in the sequence, at the first evaluation after a step and at the last."""
-    found = [arrays for arrays in run.arrays if arrays.nats and arrays.counts]
-    need(found, "no evaluation has kept its losses by position")
-    after_steps = [arrays for arrays in found if arrays.step > 0] or found
-    chosen = [after_steps[place] for place in spread(len(after_steps), 2)]
+    chosen = _first_and_last([arrays for arrays in run.arrays if arrays.nats and arrays.counts])
+    need(chosen, "no evaluation has kept its losses by position")
     buckets = position_buckets(max(map(len, chosen[-1].nats.values())))
     columns: dict[str, list] = {"positions": [f"{start} to {end - 1}" for start, end in buckets]}
     with pictures.drawing(height=3.0) as (figure, axes):
@@ -108,6 +104,12 @@ def draw_positions(run: RunRecords) -> Picture:
         steps, table = [f"{arrays.step:,}" for arrays in chosen], Table.of(columns)
         facts = {"steps": steps, "last": table.columns[-1], "rows": table.rows}
         return pictures.finish(figure, "loss-by-position", table, **facts)
+
+
+def _first_and_last(arrays: Sequence[EvaluationArrays]) -> list[EvaluationArrays]:
+    """Return the first after a step and the last, or the only one."""
+    after_steps = [found for found in arrays if found.step > 0] or arrays
+    return [after_steps[place] for place in spread(len(after_steps), 2)]
 
 
 def _by_place(arrays: EvaluationArrays, source: str) -> tuple[list[float], list[float]]:
@@ -133,9 +135,7 @@ def draw_norms(run: RunRecords) -> Picture:
         columns[0].set_ylabel("Euclidean norm")
         columns[2].set_ylabel("ratio of norms")
         pictures.legend_below(figure, columns[:1])
-        table = _table_of_norms(drawn)
-        last = [(group, value) for group, series in ratio.items() for value in series.values[-1:]]
-        return pictures.finish(figure, "norms", table, n_groups=len(groups), last=last)
+        return pictures.finish(figure, "norms", _table_of_norms(drawn), ratios=ratio)
 
 
 def _norms(run: RunRecords, groups: Sequence[str], kind: str) -> dict[str, Series]:
@@ -166,7 +166,7 @@ def draw_speed(run: RunRecords) -> Picture:
         axes.plot(*speed.shortened(), color=COLOURS[0])
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens per second")
-        axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
+        axes.yaxis.set_major_formatter(pictures.count_tick)
         pictures.count_axis(axes)
         _mark_stages(axes, run)
         table = Table.of(dict(zip(("tokens seen", "tokens per second"), speed.spread(_MOST_ROWS), strict=True)))

@@ -72,9 +72,7 @@ class _Reader:
             notes=self.notes,
         )
         if lines:
-            without = sorted({line["step"] for line in run.evaluations} - {arrays.step for arrays in run.arrays})
-            every = run.section("train").get("record_every_steps", "not set")
-            self.notes += paragraphs(words()["reading"], run=run, without=without, every=every)
+            self.notes += _notes_on_gaps(run)
         return run
 
     def noted(self, what: str, read: Callable[[Path], T], path: Path, otherwise: T) -> T:
@@ -133,6 +131,12 @@ class _Reader:
                 self.notes.append(f"{path.name} is of another model, and left out: {reason}")
             elif arrays:
                 yield arrays
+
+
+def _notes_on_gaps(run: RunRecords) -> list[str]:
+    without = sorted({line["step"] for line in run.evaluations} - {arrays.step for arrays in run.arrays})
+    every = run.section("train").get("record_every_steps", "not set")
+    return paragraphs(words()["reading"], run=run, without=without, every=every)
 
 
 def _load_arrays(path: Path) -> EvaluationArrays | None:

@@ -160,6 +160,6 @@ def _what_went_wrong(run: RunRecords) -> Facts:
     return {
         "skipped": [line["step"] for line in run.steps if line.get("skipped")],
         "dropped": 100 * np.nan_to_num(dropped).sum() / max(1, len(dropped)),
-        "kinds": sorted((kinds - collections.Counter(dict.fromkeys(_ORDINARY_EVENTS, len(run.events)))).elements()),
+        "kinds": sorted(kind for kind in kinds.elements() if kind not in _ORDINARY_EVENTS),
         "n_resumes": kinds["resume"],
     }

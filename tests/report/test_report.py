@@ -155,6 +155,14 @@ def test_layers_can_be_picked_without_a_script(whole):
         assert [" checked" in button for button in buttons] == [True, False]
 
 
+def test_routed_text_has_the_colour_of_the_first_expert(whole):
+    """A token's colour is its first expert, its tooltip has all of them in order."""
+    tokens = re.findall(r'<b class="e(\d+)" title="(\d+), then (\d+)">', whole.read_text())
+    first = make_run().arrays[-1].slices["prose"].choices[0, 0]
+    assert [(int(best), int(second)) for _, best, second in tokens[: len(first)]] == [tuple(pair) for pair in first]
+    assert all(colour == best for colour, best, _ in tokens)
+
+
 def test_hostile_texts_are_escaped(page_of):
     """Source names, samples, tokens and events may contain anything."""
     name = '<script>alert("1")</script>$x$'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_over, draw_curves
+from moe_gpt.report.comparison.curves import BITS, NATS, QUANTITIES, Metric, curves_over, draw_curves
 from moe_gpt.report.comparison.runs import (
     ComparedRun,
     Group,
@@ -22,16 +23,8 @@ from moe_gpt.report.comparison.runs import (
 from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.words import paragraphs, words
-from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, format_digits
+from moe_gpt.terminal.numbers import Units, format_digits
 
-_QUANTITIES = {
-    "tokens": ("Text seen", TOKENS),
-    "active": ("Active", PARAMETERS),
-    "total": ("Total", PARAMETERS),
-    "flops": ("Training compute", FLOPS),
-    "seconds": ("Training time", TIME),
-}
-"""What a run has of each is in ``ComparedRun.totals``."""
 _SAYS_WHAT_IS_SCORED = re.compile(
     r"data\.(validation_\w+|document_masking|sources\.\d+\.(?!prompt|epochs|weight|streaming).*)"
 )
@@ -69,7 +62,7 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
     sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
     tokenised, unknown = _tokenisers(runs)
     metric = NATS if len(tokenised) + bool(unknown) < 2 else BITS
-    curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
+    curves = [curves_over(cost, metric, sources, groups) for cost in QUANTITIES if cost.picture]
     facts = {"runs": runs, "groups": groups, "curves": curves, "tokenised": tokenised, "unknown": unknown}
     return Comparison(
         pictures=[draw_curves(found, groups, rows) for found in curves if found.curves],
@@ -112,18 +105,24 @@ def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Tab
     }
     for source, m in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
         columns[f"{source} ({m.unit})"] = [_spread(row.last_scores(source, m.key)) for row in rows]
-    totals = {quantity: [row.totals(quantity) for row in rows] for quantity in _QUANTITIES}
-    for quantity, (name, units) in _QUANTITIES.items():
-        alike = [totals[other] for other, (_, same) in _QUANTITIES.items() if same is units]
-        largest = max(itertools.chain(*itertools.chain(*alike)), default=0.0)
-        size, unit = units.fitting(largest or 1.0)
-        columns[f"{name} ({unit})"] = [_spread([total / size for total in found]) for found in totals[quantity]]
-    return Table.of(columns, "At the end")
+    return Table.of(columns | _columns_of_costs(rows), "At the end")
 
 
-def _spread(values: Sequence[float]) -> str:
+def _columns_of_costs(rows: Sequence[Group]) -> dict[str, list[str]]:
+    """Return a column for each quantity; those of a kind share the unit that fits the largest."""
+    columns, largest = {}, collections.defaultdict[Units, float](float)
+    totals = {quantity: [np.array(row.totals(quantity.key)) for row in rows] for quantity in QUANTITIES}
+    for quantity, found in totals.items():
+        largest[quantity.units] = max(largest[quantity.units], np.concatenate(found).max(initial=0.0))
+    for quantity, found in totals.items():
+        size, unit = quantity.units.fitting(largest[quantity.units] or 1.0)
+        columns[f"{quantity.label} ({unit})"] = [_spread(values / size) for values in found]
+    return columns
+
+
+def _spread(values: Sequence[float] | np.ndarray) -> str:
     """Return the mean, with the least and the greatest where they differ; a question mark for no values."""
-    if not values:
+    if not len(values):
         return "?"
     mean, least, greatest = (format_digits(float(f(values))) for f in (np.mean, min, max))
     return mean if least == greatest else f"{mean} ({least} to {greatest})"

@@ -59,9 +59,9 @@ class ComparedRun:
     @functools.cached_property
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of the steps that have all of them."""
-        rows = [[line.get(key) for key in _COLUMNS] for line in self.records.steps]
-        complete = [row for row in rows if all(map(_is_positive, row))]
-        return dict(zip(_COLUMNS, np.array(complete, dtype=float).reshape(-1, len(_COLUMNS)).T, strict=True))
+        values = [[line.get(key) for key in _COLUMNS] for line in self.records.steps]
+        rows = np.array(values, dtype=float).reshape(-1, len(_COLUMNS))  # what is not there becomes nan
+        return dict(zip(_COLUMNS, rows[(rows > 0).all(axis=1)].T, strict=True))
 
     @functools.cached_property
     def sums(self) -> dict[str, np.ndarray]:
@@ -79,11 +79,11 @@ class ComparedRun:
     @functools.cached_property
     def totals(self) -> dict[str, float]:
         """Everything that is known of the run's size and cost, by quantity."""
-        totals = {"tokens": float(self.records.last("tokens_seen"))} | {
-            name: float(sums[-1]) for name, sums in self.sums.items()
-        }
-        counts = count_parameters(self.model)._asdict() if isinstance(self.model, ModelConfig) else {}
-        return totals | {name: float(counts[name]) for name in ("active", "total") if name in counts}
+        totals = {name: float(sums[-1]) for name, sums in self.sums.items()}
+        if isinstance(self.model, ModelConfig):
+            counts = count_parameters(self.model)
+            totals |= {"active": float(counts.active), "total": float(counts.total)}
+        return totals | {"tokens": float(self.records.last("tokens_seen"))}
 
     def spent(self, quantity: str, tokens: np.ndarray) -> np.ndarray | None:
         """Return what a run had cost when so many tokens were seen; None where that is not known."""
@@ -97,8 +97,8 @@ class ComparedRun:
     @property
     def total_tokens(self) -> int | None:
         """Tokens at the end of the schedule; None where the config does not say."""
-        ends = [stage.get("until_tokens") for stage in self.records.stages]
-        return ends[-1] if ends and isinstance(ends[-1], int) else None
+        end: Any = [None, *(stage.get("until_tokens") for stage in self.records.stages)][-1]
+        return end if isinstance(end, int) else None
 
     @property
     def scored_at(self) -> int | None:
@@ -121,10 +121,6 @@ class ComparedRun:
         sources = list(self.records.all_scores())
         last = self.records.evaluations[-1] if sources else {}
         return [source for source in sources if last.get(str(MetricName(source, "ce_loss")), 0.0) is None]
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
 
 
 def compared_runs(runs: Sequence[RunRecords]) -> list[ComparedRun]:
