@@ -1,7 +1,7 @@
 """Pictures for reports: matplotlib figures that read well in light and dark, on paper, and without seeing them.
 
 A picture is an SVG whose ink takes the page's colour, the same as PNG on white, a sentence that says what is in it, and
-the numbers it was drawn from. Its words are in words.yaml, its colours in style.yaml.
+the numbers it was drawn from. Its words are in picture_words.yaml, its colours in style.yaml.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
 
     Args:
         figure: with everything in it.
-        name: of the picture, in words.yaml.
+        name: of the picture, in picture_words.yaml.
         table: the numbers that it was drawn from.
         facts: what its words are about.
     """

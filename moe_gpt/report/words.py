@@ -1,4 +1,4 @@
-"""What a report says: the templates of words.yaml, filled with values of runs.
+"""What a report says: the templates of words.yaml and picture_words.yaml, filled with values of runs.
 
 Python finds values, the templates say them. What comes out is plain text: the page escapes it.
 """
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 
 @functools.cache
 def words() -> dict[str, Any]:
-    """Return what words.yaml has."""
-    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+    """Return what words.yaml and picture_words.yaml have."""
+    return _read("words.yaml") | _read("picture_words.yaml")
+
+
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def say(template: str, **facts: Any) -> str:

@@ -39,7 +39,7 @@ class Quantity(NamedTuple):
     label: str
     units: Units
     picture: str = ""
-    """Where curves over it are drawn: the name in words.yaml."""
+    """Where curves over it are drawn: the name in picture_words.yaml."""
 
 
 QUANTITIES = (
