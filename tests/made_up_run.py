@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_gpt.measure.health import Gradients
-from moe_gpt.report.run_records import EvaluationArrays, RunRecords, Slice
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice
 
 L, E, K, V, T = 2, 4, 2, 50, 80
 SOURCES = ("prose", "code")

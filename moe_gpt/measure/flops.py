@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 from moe_gpt.config import ModelConfig, ScheduleConfig
@@ -50,13 +51,8 @@ def count_flops(config: ModelConfig, seq_len: int, counts: ParameterCounts | Non
     """Count the matrix products of a forward pass over sequences of ``seq_len`` (as in PaLM, arXiv 2204.02311, app. B).
 
     Twice the parameters of each matrix that a token meets, and 2 · 2 · n_heads · head_dim for each of the
-    (seq_len + 1) / 2 positions that it sees on average: the causal half, where PaLM counts all. Norms, softmax,
-    the embedding's look-up and what is computed twice to save memory do not count.
-
-    Args:
-        config: the shape.
-        seq_len: positions.
-        counts: of the same config, where they are known already.
+    (seq_len + 1) / 2 positions that it sees on average: the causal half, where PaLM counts all. Norms, softmax, the
+    embedding's look-up and what is computed twice to save memory do not count. ``counts`` saves counting again.
     """
     counts = counts or count_parameters(config)
     attention_of_a_layer = counts.attention * config.attention_sharing // config.n_layers
@@ -71,11 +67,7 @@ def count_flops(config: ModelConfig, seq_len: int, counts: ParameterCounts | Non
 
 
 def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[StageTokens]:
-    """Return the tokens of each stage.
-
-    Args:
-        schedule: the stages.
-        tokens: where the run ends instead: earlier, or later with the last stage prolonged.
+    """Return the tokens of each stage; with ``tokens`` the run ends there, and its last stage is cut or prolonged.
 
     Raises:
         InputError: where the last stage ends with the data, whose size is not known here, and no tokens are given.
@@ -86,18 +78,11 @@ def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[
             raise InputError(f"tokens must be from 1 to {_MOST_TOKENS:.0e}, got {tokens:g}")
         end = round(tokens)
     if end is None:
-        raise InputError(
-            f"schedule.stages.{len(schedule.stages) - 1}.until_tokens is null, one big epoch of the data; "
-            "give the tokens to plan for (--tokens)"
-        )
-    stages, start = [], 0
-    for index, stage in enumerate(schedule.stages):
-        is_last = index == len(schedule.stages) - 1
-        stop = end if is_last or stage.until_tokens is None else min(end, stage.until_tokens)
-        if stop > start:
-            stages.append(StageTokens(stage.seq_len, stop - start))
-            start = stop
-    return stages
+        key = f"schedule.stages.{len(schedule.stages) - 1}.until_tokens"
+        raise InputError(f"{key} is null, one big epoch of the data; give the tokens to plan for (--tokens)")
+    ends = [*(min(end, stage.until_tokens or end) for stage in schedule.stages[:-1]), end]
+    parts = zip(schedule.stages, itertools.pairwise([0, *ends]), strict=True)
+    return [StageTokens(stage.seq_len, stop - start) for stage, (start, stop) in parts if stop > start]
 
 
 def training_flops(model: ModelConfig, stages: list[StageTokens], counts: ParameterCounts) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 
 from moe_gpt.config import FaultConfig, ModelConfig
 
+Records = Sequence[Mapping[str, Any]]
+"""The ``routing`` of recorded steps of metrics.jsonl, oldest first."""
 _GROWTH_OF_IMBALANCE = 1.5
 _SEVERE_IMBALANCE = 0.4
 """Share of the largest possible violation, E / K - 1."""
@@ -44,20 +46,11 @@ class Gradients(NamedTuple):
 
 
 def find_problems(
-    records: Sequence[Mapping[str, Any]],
-    gradients: Gradients | None,
-    model: ModelConfig,
-    faults: FaultConfig,
-    record_every_steps: int,
+    records: Records, gradients: Gradients | None, model: ModelConfig, faults: FaultConfig, record_every_steps: int
 ) -> list[RouterProblem]:
     """Return what is wrong at the last of the records; nothing for a healthy router, a dense model or no records.
 
-    Args:
-        records: the ``routing`` of recorded steps of ``metrics.jsonl``, oldest first; only the newest are looked at.
-        gradients: of the newest evaluation after the first step, if there is one.
-        model: the shape, and how it is balanced.
-        faults: the thresholds that users may set.
-        record_every_steps: optimizer steps between two records.
+    Only the newest of the records are looked at. The gradients are those of the newest evaluation after a step.
     """
     if model.is_dense:
         return []
@@ -78,14 +71,12 @@ def recorded_window(faults: FaultConfig, record_every_steps: int) -> int:
     return max(1, faults.routing_window // max(1, record_every_steps))
 
 
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+def _mean(records: Records, key: str) -> np.ndarray:
     """Return the mean over records of a value by layer (L, ...); nan where a step was not finite."""
     return np.mean([np.array(record[key], dtype=float) for record in records], axis=0)
 
 
-def _problems_of_load(
-    records: Sequence[Mapping[str, Any]], model: ModelConfig, faults: FaultConfig
-) -> Iterator[RouterProblem]:
+def _problems_of_load(records: Records, model: ModelConfig, faults: FaultConfig) -> Iterator[RouterProblem]:
     advice = _ADVICE_ON_BALANCE[model.balance]
     for layer, loads in enumerate(_mean(records, "load")):
         dead = np.flatnonzero(loads < faults.dead_expert_load).tolist()
@@ -98,35 +89,34 @@ def _problems_of_load(
             yield RouterProblem("routing_collapsed", layer, text, advice)
 
 
-def _problems_of_growth(records: Sequence[Mapping[str, Any]], window: int, model: ModelConfig) -> list[RouterProblem]:
+def _problems_of_growth(records: Records, window: int, model: ModelConfig) -> list[RouterProblem]:
     parts = [records[start : start + window] for start in range(0, 3 * window, window)]
     severe, problems = _SEVERE_IMBALANCE * (model.n_experts / model.top_k - 1), []
-    for layer, first, last in _grown([_mean(part, "max_violation") for part in parts], _GROWTH_OF_IMBALANCE, severe):
+    for layer, first, last in _grown(parts, "max_violation", _GROWTH_OF_IMBALANCE, severe):
         text = f"imbalance grows: the busiest expert had {1 + first:.1f} times the mean load, now {1 + last:.1f}"
         problems.append(RouterProblem("imbalance_growing", layer, text, _ADVICE_ON_BALANCE[model.balance]))
-    for layer, first, last in _grown([_mean(part, "router_z_loss") for part in parts], _GROWTH_OF_Z, _LARGE_Z):
+    for layer, first, last in _grown(parts, "router_z_loss", _GROWTH_OF_Z, _LARGE_Z):
         text = f"router logits grow: z loss {first:.0f} before, {last:.0f} now"
-        advice = "raise loss.router_z_loss_weight, or lower optimizer.lr"
-        problems.append(RouterProblem("z_growing", layer, text, advice))
+        problems.append(
+            RouterProblem("z_growing", layer, text, "raise loss.router_z_loss_weight, or lower optimizer.lr")
+        )
     return sorted(problems, key=lambda problem: problem.layer)
 
 
-def _grown(parts: Sequence[np.ndarray], factor: float, limit: float) -> Iterator[tuple[int, float, float]]:
-    """Yield layer, first and last value where a value (L,) rose twice, by ``factor`` in all, beyond ``limit``."""
-    first, middle, last = parts
+def _grown(parts: Sequence[Records], key: str, factor: float, limit: float) -> Iterator[tuple[int, float, float]]:
+    """Yield layer, first and last mean where a value (L,) rose twice, by ``factor`` in all, beyond ``limit``."""
+    first, middle, last = (_mean(part, key) for part in parts)
     has_grown = (first < middle) & (middle < last) & (last > factor * first) & (last > limit)
     for layer in np.flatnonzero(has_grown).tolist():
         yield layer, float(first[layer]), float(last[layer])
 
 
-def _problems_of_information(records: Sequence[Mapping[str, Any]], model: ModelConfig) -> Iterator[RouterProblem]:
+def _problems_of_information(records: Records, model: ModelConfig) -> Iterator[RouterProblem]:
     information = _mean(records, "mean_probability_entropy") - _mean(records, "token_entropy")
     for layer, value in enumerate(information):
         if value < _LEAST_INFORMATION:
-            text = (
-                f"routing hardly depends on the input: a token's probabilities tell {value:.2%} of what they could "
-                "about which token it is"
-            )
+            told = f"a token's probabilities tell {value:.2%} of what they could about which token it is"
+            text = f"routing hardly depends on the input: {told}"
             advice = "lower loss.load_balancing_loss_weight or loss.router_z_loss_weight, or raise optimizer.lr"
             yield RouterProblem("routing_ignores_input", layer, text, advice)
 
@@ -134,9 +124,8 @@ def _problems_of_information(records: Sequence[Mapping[str, Any]], model: ModelC
 def _problems_of_learning(gradients: Gradients, model: ModelConfig) -> Iterator[RouterProblem]:
     for layer, (router, expert) in enumerate(zip(gradients.routers, gradients.experts, strict=True)):
         if router < _LEAST_GRADIENT_RATIO * expert:
-            text = (
-                f"the router does not learn from cross entropy: its gradient is {router:.1e}, the experts' {expert:.1e}"
-            )
+            norms = f"its gradient is {router:.1e}, the experts' {expert:.1e}"
+            text = f"the router does not learn from cross entropy: {norms}"
             advice = "see that nothing detaches the weights of the chosen experts"
             if model.top_k == 1:
                 advice += ", and that one expert's weight is not rescaled to 1 (model.normalize_topk=false)"

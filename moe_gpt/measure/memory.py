@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.config import ModelConfig, RunConfig, StageConfig
 from moe_gpt.files.tensors import TensorSpec
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
 from moe_gpt.model.shapes import shapes_only
@@ -54,7 +54,7 @@ def needed_memory(
 ) -> NeededMemory:
     """Return what this project's own training takes: predicted in float32 on a CPU, elsewhere what is certain.
 
-    That is weights, gradients and two moments in float32, 16 bytes a parameter.
+    What is certain are weights, gradients and two moments in float32, 16 bytes a parameter.
     """
     counts = counts or count_parameters(model_of(config))
     if device.type == "cpu" and precision == "fp32":
@@ -66,25 +66,19 @@ def predict_training_memory_cpu(config: RunConfig, counts: ParameterCounts | Non
     """Return the peak memory in bytes of a float32 training step on a CPU, beyond the imported torch.
 
     Weights, moments, and of gradients and activations what is alive at the worst time of a backward pass: at its start
-    all activations and the first gradients, at its end one layer's activations and all gradients. Then the heap's
-    holes (a factor that was measured), and what torch loads at its first step. Evaluation, recording and saving in the
-    background, which copies 12 bytes a parameter, come on top.
+    all activations and the first gradients, at its end one layer's activations and all gradients. Evaluation, recording
+    and saving in the background, which copies 12 bytes a parameter, come on top.
     """
-    model = model_of(config)
-    counts = counts or count_parameters(model)
-    alive = max(
-        _alive(model, counts, max(1, min(config.train.micro_batch_tokens, max(stage.batch_range)) // stage.seq_len),
-               stage.seq_len, config.train.activation_checkpointing, config.data.document_masking)
-        for stage in config.schedule.stages
-    )  # fmt: skip
+    counts = counts or count_parameters(model_of(config))
+    alive = max(_alive(config, stage, counts) for stage in config.schedule.stages)
     return round(_HEAP_HOLES * alive) + _LIBRARIES
 
 
-def _alive(
-    model: ModelConfig, counts: ParameterCounts, n_sequences: int, seq_len: int, recompute: bool, masking: bool
-) -> int:
-    tokens = n_sequences * seq_len
-    kept = kept_activation_bytes(model, n_sequences, seq_len, masking)
+def _alive(config: RunConfig, stage: StageConfig, counts: ParameterCounts) -> int:
+    model, recompute = model_of(config), config.train.activation_checkpointing
+    n_sequences = max(1, min(config.train.micro_batch_tokens, max(stage.batch_range)) // stage.seq_len)
+    tokens = n_sequences * stage.seq_len
+    kept = kept_activation_bytes(model, n_sequences, stage.seq_len, config.data.document_masking)
     layer_kept = _kept_when_recomputed(model, tokens) if recompute else kept.layer
     layer_gradients = _FLOAT * (counts.total - counts.embedding) // model.n_layers
     output_gradient = _FLOAT * (model.vocab_size or 1) * model.d_model
@@ -106,7 +100,8 @@ def kept_activation_bytes(
     values = _FLOAT * N * (2 * G if is_copied else H + 2 * G) * Dh
     mixed = _FLOAT * N * H * Dh * (2 if keeps_documents_apart else 1)  # one product for all queries copies them
     attention = rotated + values + mixed + _probabilities(n_sequences, H, seq_len, keeps_documents_apart)
-    layer = 2 * norm + attention + (_dense_kept(model, N) if model.is_dense else _experts_kept(model, N))
+    dense = _FLOAT * N * 3 * model.d_ff  # gate and up, and their product
+    layer = 2 * norm + attention + (dense if model.is_dense else _experts_kept(model, N))
     angles = _FLOAT * Dh * (N if keeps_documents_apart else seq_len)
     ends = _FLOAT * (N * D + N) + _LONG * N + angles  # final norm, token ids, rotary angles
     loss = _FLOAT * (N * D + (model.vocab_size or 1) * D)  # its gradients are made in the forward pass
@@ -124,15 +119,10 @@ def _probabilities(n_sequences: int, n_heads: int, seq_len: int, keeps_documents
     return _FLOAT * n_sequences * n_heads * pairs
 
 
-def _dense_kept(model: ModelConfig, tokens: int) -> int:
-    return _FLOAT * tokens * 3 * model.d_ff  # gate and up, and their product
-
-
 def _experts_kept(model: ModelConfig, tokens: int) -> int:
     rows, E, K = _rows(model, tokens), model.n_experts, model.top_k
-    experts = (
-        _FLOAT * rows * (2 * model.d_model + 2 * model.d_ff) + _LONG * rows
-    )  # in, out, gate and up; whose they are
+    # in, out, gate and up; whose they are
+    experts = _FLOAT * rows * (2 * model.d_model + 2 * model.d_ff) + _LONG * rows
     # logits, their copy for the z loss of all layers, probabilities, their order, log-partition; weights and rows of
     # the assignments; shares of the experts
     router = tokens * (3 * _FLOAT * E + _LONG * E + _FLOAT + _FLOAT * K + _LONG * K) + _FLOAT * E
@@ -147,12 +137,9 @@ def _rows(model: ModelConfig, tokens: int) -> int:
 
 
 def _transient_bytes(model: ModelConfig, tokens: int) -> int:
-    """Return the buffers of the feed-forward networks' backward pass.
-
-    Gradients of rows in and out, and four buffers of width d_ff, which hold one expert's rows at a time.
-    """
+    """Return the buffers of the feed-forward networks' backward pass: gradients of rows, and four of width d_ff."""
     rows = tokens if model.is_dense else _rows(model, tokens)
-    return _FLOAT * rows * (2 * model.d_model + 4 * model.d_ff // model.n_experts)
+    return _FLOAT * rows * (2 * model.d_model + 4 * model.d_ff // model.n_experts)  # d_ff: one expert at a time
 
 
 def _kept_when_recomputed(model: ModelConfig, tokens: int) -> int:
@@ -178,14 +165,11 @@ class CheckpointBytes(NamedTuple):
 def checkpoint_bytes(config: ModelConfig) -> CheckpointBytes:
     """Return the size of a checkpoint after a step, exact to the byte: 12 bytes a parameter, and the files' headers."""
     model = shapes_only(config)
-    parameters = dict(model.named_parameters())
-    weights = {name: tuple(t.shape) for name, t in {**parameters, **dict(model.named_buffers())}.items()}
-    optimizer = {
-        f"{name}.{part}": () if part == "step" else tuple(parameter.shape)
-        for name, parameter in parameters.items()
-        for part in ("step", "exp_avg", "exp_avg_sq")
-    }
-    return CheckpointBytes(_file_bytes(weights), _file_bytes(optimizer))
+    parameters, buffers = ({n: tuple(t.shape) for n, t in x} for x in (model.named_parameters(), model.named_buffers()))
+    optimizer: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameters.items():
+        optimizer |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+    return CheckpointBytes(_file_bytes(parameters | buffers), _file_bytes(optimizer))
 
 
 def _file_bytes(shapes: dict[str, tuple[int, ...]]) -> int:

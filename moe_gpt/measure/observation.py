@@ -1,4 +1,7 @@
-"""What a model does with some tokens: what its routers decide, and what they would learn."""
+"""What a model does with some tokens: what its routers decide, and what they would learn.
+
+With ``end_of_text_id`` documents are kept apart, as in training with ``data.document_masking``.
+"""
 
 from __future__ import annotations
 
@@ -59,12 +62,8 @@ def observe_routing(model: MoEGPT, batch: MicroBatch, precision: Precision) -> R
 def cross_entropy_gradients(
     model: MoEGPT, inputs: np.ndarray, targets: np.ndarray, precision: Precision, end_of_text_id: int | None = None
 ) -> Gradients:
-    """Return what routers and experts would learn from cross entropy on (B, T) tokens; ``.grad`` stays as it is.
-
-    With ``end_of_text_id`` documents are kept apart, as in training with ``data.document_masking``.
-    """
-    layers = model.moe_layers()
-    device = model.embedding.weight.device
+    """Return what routers and experts would learn from cross entropy on (B, T) tokens; ``.grad`` stays as it is."""
+    layers, device = model.moe_layers(), model.embedding.weight.device
     (batch,) = split_batch(Batch(inputs, targets), inputs.size, device, end_of_text_id)
     with evaluating(model), torch.enable_grad(), autocast(device, precision), without_compiler():
         ce, _ = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
@@ -83,10 +82,7 @@ def cross_entropy_gradients(
 def choices_on(
     model: MoEGPT, tokens: np.ndarray, precision: Precision, end_of_text_id: int | None = None
 ) -> np.ndarray:
-    """Return the experts that each token of (B, T) goes to, best first, (L, B, T, K); no layers if dense.
-
-    With ``end_of_text_id`` documents are kept apart, as in training with ``data.document_masking``.
-    """
+    """Return the experts that each token of (B, T) goes to, best first, (L, B, T, K); no layers if dense."""
     device = model.embedding.weight.device
     (batch,) = split_batch(Batch(tokens, tokens), tokens.size, device, end_of_text_id)
     with evaluating(model), autocast(device, precision):

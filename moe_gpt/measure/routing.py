@@ -2,9 +2,13 @@
 
 Pure functions over numpy arrays on the host. ``counts`` (..., E) are assignments, of which a token makes K;
 ``choices`` (..., N, K) are expert ids, best first, all K of a token different; the L layers lead where arrays are
-stacked. Logarithms are natural. Of a row of counts without any assignment nothing is known: its loads, shares and
-entropy are nan, and it neither violates the balance nor has dead experts.
-The definitions are those of OLMoE (arXiv 2409.02060, section 5 of v2) unless a docstring cites another source.
+stacked. Logarithms are natural. The definitions are those of OLMoE (arXiv 2409.02060, section 5 of v2) unless a
+docstring cites another source.
+
+Of a row of counts without any assignment nothing is known: its loads, shares and entropy are nan, and it neither
+violates the balance nor has dead experts. Every function raises ``ValueError`` for counts that are empty, negative or
+not finite, for choices that are empty, have ids outside 0 to E - 1 or name an expert twice for a token, and for arrays
+whose shapes do not fit; docstrings name only what else it refuses.
 """
 
 from __future__ import annotations
@@ -19,18 +23,11 @@ from jaxtyping import Bool, Float, Integer, Real
 def max_violation(counts: Any) -> Any:
     """Return how far the busiest expert is above the mean: max / mean - 1 (MaxVio, arXiv 2408.15664).
 
-    From 0, exactly balanced, to E - 1, one expert takes all (E / K - 1 with the K different experts of a token); a
-    row of zeros gives 0. Chance gives a little more than 0, and the less the more assignments are counted.
+    From 0, exactly balanced, to E - 1, one expert takes all (E / K - 1 with the K different experts of a token). Chance
+    gives a little more than 0, and the less the more assignments are counted.
 
-    Args:
-        counts: (..., E), a numpy array or a torch tensor. The values of a tensor are not checked, as that would wait
-            for its device.
-
-    Returns:
-        (...), of the same kind; a tensor stays on its device, in float32.
-
-    Raises:
-        ValueError: if an array is empty, negative or not finite.
+    ``counts`` are a numpy array or a torch tensor, which stays on its device, in float32, and whose values are not
+    checked, as that would wait for the device.
     """
     if hasattr(counts, "amax"):  # a tensor
         counts = counts.float()
@@ -41,24 +38,16 @@ def max_violation(counts: Any) -> Any:
 def load(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
     """Return each expert's share of the assignments in units of the even share: E · n_e / Σ n.
 
-    From 0, unused, to E, takes all; 1 is even and is what chance gives. The mean over experts is 1; nan for a row of
-    zeros. The shares are the f of the load-balancing loss (Switch, arXiv 2101.03961, eq. 5) for any K.
-
-    Raises:
-        ValueError: if ``counts`` is empty, negative or not finite.
+    From 0, unused, to E, takes all; 1 is even and is what chance gives. The mean over experts is 1. The shares are the
+    f of the load-balancing loss (Switch, arXiv 2101.03961, eq. 5) for any K.
     """
-    counts = _check_counts(counts)
-    return _divide(counts * counts.shape[-1], counts.sum(axis=-1, keepdims=True))
+    return _shares(counts, of_even_share=True)
 
 
 def dead_experts(counts: Real[np.ndarray, "... E"], threshold: float = 0.01) -> Bool[np.ndarray, "... E"]:
-    """Tell which experts have a load below ``threshold``, in units of the even load: E · n_e / Σ n < threshold.
+    """Tell which experts have a load below ``threshold``.
 
-    Chance makes none at the default, 1 % of an even load, once the mean count is above about 20; a row of zeros has
-    none. The limit is ours.
-
-    Raises:
-        ValueError: if ``counts`` is empty, negative or not finite.
+    Chance makes none at the default, 1 % of the even load, once the mean count is above about 20. The limit is ours.
     """
     return load(counts) < threshold
 
@@ -66,15 +55,8 @@ def dead_experts(counts: Real[np.ndarray, "... E"], threshold: float = 0.01) -> 
 def saturation(choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray, "L N K"]) -> Float[np.ndarray, " L"]:
     """Return how much of the final routing an earlier checkpoint has: the mean over tokens of |E ∩ E_final| / K.
 
-    E is the set of a token's experts, so their order does not count. From 0 to 1, 1 for the same experts; chance is
-    K / E where loads are even, more where both checkpoints prefer the same experts (OLMoE, section 5.1).
-
-    Args:
-        choices: of the earlier checkpoint.
-        final: of the last one, for the same tokens.
-
-    Raises:
-        ValueError: if the shapes differ or are empty, or the experts of a token are not different.
+    E is the set of a token's experts, so their order does not count (section 5.1). From 0 to 1; chance is K / E where
+    loads are even, more where both checkpoints prefer the same experts. Both arrays are of the same tokens.
     """
     if np.shape(choices) != np.shape(final):
         raise ValueError(f"choices and final must have the same shape, got {np.shape(choices)} and {np.shape(final)}")
@@ -84,20 +66,17 @@ def saturation(choices: Integer[np.ndarray, "L N K"], final: Integer[np.ndarray,
 
 
 def co_activation(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[np.ndarray, "E E"]:
-    """Return the share of expert i's tokens that also go to j, at [i, j]: N_ij / N_i (OLMoE, section 5.2).
+    """Return the share of expert i's tokens that also go to j, at [i, j]: N_ij / N_i (section 5.2).
 
-    N_i counts tokens sent to i, N_ij those sent to both. From 0 to 1; not symmetric where loads differ. Chance is
-    (K - 1) / (E - 1) where loads are even, ``co_activation_by_chance`` otherwise. The diagonal and the rows of
-    unused experts are nan; every other row sums to K - 1. All pairs of a token's experts count, whereas OLMoE's
-    script counts only neighbours in the list.
-
-    Raises:
-        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token.
+    From 0 to 1; not symmetric where loads differ. Chance is (K - 1) / (E - 1) where loads are even, and
+    ``co_activation_by_chance`` otherwise. The diagonal and the rows of unused experts are nan; every other row sums to
+    K - 1. All pairs of a token's experts count, whereas OLMoE's script counts only neighbours in the list.
     """
     choices = _check_choices(choices, ("N", "K"), n_experts)
     pairs = choices[:, :, None] * n_experts + choices[:, None, :]  # (N, K, K), an expert with itself included
     tokens = np.bincount(pairs.ravel(), minlength=n_experts**2).reshape(n_experts, n_experts)
-    shares = _divide(tokens, np.diagonal(tokens)[:, None])
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        shares = tokens / np.diagonal(tokens)[:, None]
     np.fill_diagonal(shares, np.nan)
     return shares
 
@@ -105,13 +84,9 @@ def co_activation(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[
 def co_activation_by_chance(choices: Integer[np.ndarray, "N K"], n_experts: int) -> Float[np.ndarray, "E E"]:
     """Return what ``co_activation`` would be if only the loads decided: (K - 1) · n_j / (Σ n - n_i) at [i, j].
 
-    That is, the other K - 1 places of a token of expert i are filled from the other experts in proportion to their
-    counts n. From 0 to 1, and (K - 1) / (E - 1) where loads are even. The diagonal is nan; rows sum to K - 1, those
-    of unused experts too. A definition of ours: it keeps the row sums of ``co_activation`` exactly, at the price
-    that n_i times its row i is a symmetric table only where loads are even.
-
-    Raises:
-        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token.
+    The other K - 1 places of a token of expert i are filled from the other experts in proportion to their counts n. The
+    diagonal is nan; rows sum to K - 1, those of unused experts too. A definition of ours: it keeps the row sums of
+    ``co_activation`` exactly, but n_i times its row i is a symmetric table only where loads are even.
     """
     choices = _check_choices(choices, ("N", "K"), n_experts)
     counts = np.bincount(choices.ravel(), minlength=n_experts)
@@ -124,14 +99,8 @@ def co_activation_by_chance(choices: Integer[np.ndarray, "N K"], n_experts: int)
 def domain_shares(counts: Real[np.ndarray, "n_sources ... E"]) -> Float[np.ndarray, "n_sources ... E"]:
     """Return the share of each domain's assignments that each expert gets: n_se / Σ_e n_se.
 
-    From 0 to 1, summing to 1 over experts; chance is 1 / E; nan for a domain without assignments. OLMoE (section
-    5.3) divides by tokens instead: its domain specialization is K times this, with chance K / E.
-
-    Args:
-        counts: of the domains (sources of text), which lead; layers may follow.
-
-    Raises:
-        ValueError: if ``counts`` is empty, negative or not finite, or has no axis of domains.
+    Domains are sources of text. From 0 to 1, summing to 1 over experts; chance is 1 / E. OLMoE (section 5.3) divides by
+    tokens instead: its domain specialization is K times this, with chance K / E.
     """
     if np.ndim(counts) < 2:
         raise ValueError(f"counts must have shape (n_sources, ..., E), domains first, got {np.shape(counts)}")
@@ -151,17 +120,10 @@ def domain_information(counts: Real[np.ndarray, "n_sources E"]) -> DomainInforma
     """Return the mutual information between domain and expert of an assignment: H(mean of p_s) - mean of H(p_s).
 
     p_s are the shares of the experts in domain s and H is the entropy. All domains have equal weight, however many
-    tokens they have, so this is also the Jensen-Shannon divergence of the p_s. It lies between 0, where all domains
-    are alike, and min(ln n_sources, ln E): what there is to know, and what an expert can tell. Chance gives 0, but for
-    a bias upwards of about (n_sources - 1)(E - 1) / (2 · assignments) nats. Domains that share no expert reach
-    ln n_sources; the K different experts of a token keep it below ln(E / K). One domain or one expert gives 0 and 0.
-    A summary of ours of the domain specialization in OLMoE, section 5.3.
-
-    Args:
-        counts: of one layer; every domain needs at least one assignment.
-
-    Raises:
-        ValueError: if ``counts`` is empty, negative or not finite, not of shape (n_sources, E), or zero for a domain.
+    tokens they have, so this is also the Jensen-Shannon divergence of the p_s. Chance gives 0, but for a bias upwards
+    of about (n_sources - 1)(E - 1) / (2 · assignments) nats. Domains that share no expert reach ln n_sources; the K
+    different experts of a token keep it below ln(E / K). One domain or one expert gives 0 and 0. A summary of ours of
+    the domain specialization in section 5.3. Every domain needs an assignment.
     """
     if np.ndim(counts) != 2:
         raise ValueError(f"counts must have shape (n_sources, E), one layer, got {np.shape(counts)}")
@@ -187,12 +149,9 @@ class RoutingLocality(NamedTuple):
 def routing_locality(choices: Integer[np.ndarray, "B T K"]) -> RoutingLocality:
     """Return the share of consecutive positions with the same first choice, and what chance gives: Σ p_e².
 
-    p are the experts' shares of the first choices. Both are from 0 to 1; chance is 1 / E where first choices are
-    even and more otherwise. Pairs lie within a sequence; where documents are packed, a pair across their border
-    counts. Mixtral (arXiv 2401.04088, table 5) gives the share for its first choices, and 1 / E as chance.
-
-    Raises:
-        ValueError: if ``choices`` is empty, has fewer than two positions or the same expert twice for a token.
+    p are the experts' shares of the first choices; chance is 1 / E where they are even and more otherwise. Pairs lie
+    within a sequence, which needs two positions; where documents are packed, a pair across their border counts. Mixtral
+    (arXiv 2401.04088, table 5) gives the share for its first choices, and 1 / E as chance.
     """
     first = _check_choices(choices, ("B", "T", "K"))[..., 0]
     if first.shape[1] < 2:
@@ -221,24 +180,20 @@ def vocabulary_specialisation(
     min_count: int = 10,
     top: int = 10,
 ) -> list[list[TokenShare]]:
-    """Return for each expert the token ids that it sees most beyond chance, at most ``top``.
+    """Return for each expert the token ids that it sees most beyond chance.
 
-    count = n_xe, how often id x was sent to expert e; share = n_xe / n_x, of its n_x occurrences, which is OLMoE's
-    vocabulary specialization (section 5.4); excess = n_xe - n_x · K · s_e, with s_e the expert's share of all
-    assignments. Only a positive excess is listed, the largest first, equal ones by id. Sorted by share the list
-    would be one of rare ids; the excess also weighs how much of the expert's work an id is. Chance gives a share of
-    K / E where loads are even and an excess of 0, give or take sqrt(n_x · K · s_e).
+    Of an id x that occurs n_x times and goes to expert e n_xe times, the share n_xe / n_x is OLMoE's vocabulary
+    specialization (section 5.4). The excess is n_xe - n_x · K · s_e, with s_e the expert's share of all assignments.
+    Only a positive excess is listed, the largest first, equal ones by id. Sorted by share the list would be one of rare
+    ids; the excess also weighs how much of the expert's work an id is. Chance gives a share of K / E where loads are
+    even and an excess of 0, give or take sqrt(n_x · K · s_e).
 
     Args:
         tokens: input ids; for OLMoE's other views, the predicted or the true next ids.
         choices: of the same tokens, in one layer.
         n_experts: E, the length of the result.
         min_count: ids that occur less often are left out, as chance alone gives them large shares.
-        top: entries for each expert, at least 1.
-
-    Raises:
-        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token, if
-            ``tokens`` does not have its length, or if ``top`` is below 1.
+        top: most entries for each expert, at least 1.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
@@ -260,15 +215,10 @@ def token_concentration(
 ) -> float:
     """Return how far the token id alone decides the expert: the mean over ids x of max_e n_xe / n_x.
 
-    n_x counts the occurrences of an id and n_xe those sent to expert e; every id that occurs at least ``min_count``
-    times has the same weight. From K / E, all ids go to all experts alike, to 1, every id has an expert that it always
-    goes to; chance is K / E where loads are even, and more at small counts, as a maximum of noisy shares is biased
-    upwards. nan where no id occurs often enough. A summary of ours of the vocabulary specialization in OLMoE,
-    section 5.4.
-
-    Raises:
-        ValueError: if ``choices`` is empty, has ids outside 0 to E - 1 or the same expert twice for a token, or if
-            ``tokens`` does not have its length.
+    Every id that occurs at least ``min_count`` times has the same weight; nan where none does. From K / E, all ids go
+    to all experts alike, to 1, every id has an expert that it always goes to. Chance is K / E where loads are even, and
+    more at small counts, as a maximum of noisy shares is biased upwards. A summary of ours of the vocabulary
+    specialization in section 5.4.
     """
     _, occurrences, counts = _count_tokens(tokens, choices, n_experts)
     frequent = occurrences >= min_count
@@ -290,30 +240,20 @@ def _count_tokens(
     return ids, np.bincount(rows), counts
 
 
-def _shares(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
-    counts = _check_counts(counts)
-    return _divide(counts, counts.sum(axis=-1, keepdims=True))
+def _shares(counts: Real[np.ndarray, "... E"], of_even_share: bool = False) -> Float[np.ndarray, "... E"]:
+    """Return each expert's share of a row; with ``of_even_share`` in units of 1 / E."""
+    values = np.asarray(counts, dtype=np.float64)  # exact up to 2^53
+    if not values.ndim or not values.size:
+        raise ValueError(f"counts must have shape (..., E) and not be empty, got {values.shape}")
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"counts must be finite and at least 0, got {values.min()} to {values.max()}")
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        return values * (values.shape[-1] if of_even_share else 1) / values.sum(axis=-1, keepdims=True)
 
 
 def _entropy(shares: Float[np.ndarray, "... E"]) -> Float[np.ndarray, "..."]:
     logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))  # 0 ln 0 is 0
     return np.asarray(0 - (shares * logarithms).sum(axis=-1))  # and not -0
-
-
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide, 0 / 0 being nan without a warning."""
-    with np.errstate(invalid="ignore"):
-        return numerator / denominator
-
-
-def _check_counts(counts: Real[np.ndarray, "... E"]) -> Float[np.ndarray, "... E"]:
-    """Return the counts in float64, exact up to 2^53."""
-    values = np.asarray(counts, dtype=np.float64)
-    if not values.ndim or not values.size:
-        raise ValueError(f"counts must have shape (..., E) and not be empty, got {values.shape}")
-    if not (np.isfinite(values) & (values >= 0)).all():
-        raise ValueError(f"counts must be finite and at least 0, got {values.min()} to {values.max()}")
-    return values
 
 
 def _check_choices(
@@ -322,10 +262,8 @@ def _check_choices(
     """Return the ids in int64, as products of small integer types would overflow."""
     choices = np.asarray(choices)
     if choices.ndim != len(axes) or not choices.size or choices.dtype.kind not in "iu":
-        shape = f"({', '.join(axes)})"
-        raise ValueError(
-            f"choices must be whole numbers of shape {shape} and not empty, got {choices.dtype} of {choices.shape}"
-        )
+        wanted, found = f"({', '.join(axes)})", f"{choices.dtype} of {choices.shape}"
+        raise ValueError(f"choices must be whole numbers of shape {wanted} and not empty, got {found}")
     choices = choices.astype(np.int64, copy=False)
     if choices.min() < 0 or (n_experts is not None and choices.max() >= n_experts):
         limit = "" if n_experts is None else f" and below n_experts={n_experts}"

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from moe_gpt.report.run_records import RunRecords
-
 T = TypeVar("T")
 _UNREADABLE = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What unexpected values raise on their way into a picture."""
@@ -21,28 +19,21 @@ class NotRecorded(ValueError):
 
 
 def need(found: Any, otherwise: str) -> None:
-    """Refuse to go on without something.
-
-    Args:
-        found: what must be there: true, or not empty.
-        otherwise: the message of ``NotRecorded``.
-    """
+    """Raise ``NotRecorded`` with the message ``otherwise`` where nothing was found: false, or empty."""
     if not found:
         raise NotRecorded(otherwise)
 
 
-def attempt(find: Callable[[RunRecords], T], run: RunRecords) -> tuple[T | None, str]:
-    """Return what ``find`` makes of a run, and no reason; or None, and a sentence that says why."""
+def attempt(what: str, find: Callable[..., T], *arguments: Any) -> tuple[T | None, str]:
+    """Return what a function finds, and no reason; or None, and a sentence that says why there is no ``what``."""
     try:
-        return find(run), ""
+        return find(*arguments), ""
     except NotRecorded as error:
-        return None, sentence(str(error))
+        return None, _sentence(str(error))
     except _UNREADABLE as error:
-        what = find.__name__.removeprefix("draw_").strip("_").replace("_", " ")
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        return None, sentence(f"{what}; what was recorded cannot be read: {type(error).__name__}, {reason}")
+        return None, _sentence(f"{what}; what was recorded cannot be read: {type(error).__name__}, {reason}")
 
 
-def sentence(text: str) -> str:
-    """Return words as a sentence."""
+def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."

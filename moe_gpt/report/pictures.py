@@ -1,15 +1,13 @@
 """Pictures for reports: matplotlib figures that read well in light and dark, on paper, and without seeing them.
 
 A picture is an SVG whose ink takes the page's colour, the same as PNG on white, a sentence that says what is in it, and
-the numbers it was drawn from. Colour-blind readers can tell the colours apart: lines have Okabe and Ito's palette
-(https://jfly.uni-koeln.de/color/), maps matplotlib's diverging PuOr.
+the numbers it was drawn from. Its words are in picture_words.yaml, its colours in style.yaml.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import html
 import io
 import re
@@ -19,36 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from moe_gpt.report.series import Series, spread
+from moe_gpt.report.words import say, words
 from moe_gpt.terminal.numbers import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b3a600")
+_STYLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("style.yaml").read_text(encoding="utf-8"))
+COLOURS: list[str] = _STYLE["colours"]
 """For lines, in this order; beyond them line styles change."""
+INK: str = _STYLE["ink"]
+"""What text and axes are drawn with."""
+MOST_LAYERS = 8
+"""Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 WIDTH = 5.6
 """Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
-_LINE_STYLES = ("-", "--", ":", "-.")
-_INK, _GRID = "#010203", "#040506"
-"""What text, axes and grids are drawn with; the SVG has the page's CSS variables --ink and --grid in their place."""
-_INKED = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-_EMPTY = ("axes.facecolor", "figure.facecolor", "legend.facecolor")
-_STYLE: dict[Any, Any] = {
-    **dict.fromkeys(_INKED, _INK),
-    **dict.fromkeys(_EMPTY, "none"),
-    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.titlesize": 10,
-    "font.size": 9.5,
-    "grid.alpha": 1.0,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moe_gpt",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +42,17 @@ class Table:
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    title: str = ""
 
     @classmethod
-    def of(cls, columns: Mapping[str, Iterable[Any]]) -> Table:
+    def of(cls, columns: Mapping[str, Iterable[Any]], title: str = "") -> Table:
         """Return the table of equally long columns by their headings."""
-        return cls(tuple(columns), list(zip(*columns.values(), strict=True)))
+        return cls(tuple(columns), list(zip(*columns.values(), strict=True)), title)
+
+    def turned(self) -> Table:
+        """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
+        headings, *rows = zip(self.columns, *self.rows, strict=True)
+        return Table(headings, rows, self.title)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +73,8 @@ class Picture:
 
 def line_look(index: int) -> dict[str, Any]:
     """Return colour and style of the line with this index: different for the first 32."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": _LINE_STYLES[index // len(COLOURS) % len(_LINE_STYLES)],
-    }
+    again, place = divmod(index, len(COLOURS))
+    return {"color": COLOURS[place], "linestyle": _STYLE["line_styles"][again % len(_STYLE["line_styles"])]}
 
 
 @contextlib.contextmanager
@@ -98,7 +87,7 @@ def drawing(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(_STYLE["matplotlib"]):
         figure, axes = pyplot.subplots(n_rows, n_columns, figsize=(width, height), layout="constrained", **options)
         try:
             yield figure, axes
@@ -108,11 +97,14 @@ def drawing(
 
 @contextlib.contextmanager
 def panels(
-    titles: Sequence[str], n_columns: int, height: float, row_height: float, **options: Any
+    titles: Sequence[str], n_columns: int, heights: tuple[float, float], **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
-    """Open a figure with a panel for each title, as an array of axes; ``height`` is what is there besides the rows."""
+    """Open a figure with a panel for each title, as an array of axes.
+
+    ``heights`` are the inches that are there besides the rows, and those of a row.
+    """
     n_rows = -(-len(titles) // n_columns)
-    total = height + row_height * n_rows
+    total = heights[0] + heights[1] * n_rows
     with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
         for axes in grid.flat[len(titles) :]:
             axes.set_visible(False)
@@ -126,9 +118,31 @@ def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], lab
     for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
         if index % n_columns == 0 or unit != units[index - index % n_columns]:
             axes.set_ylabel(unit)
-        if index + n_columns >= len(units):
-            axes.tick_params(labelbottom=True)
-            label_x(axes)
+    for axes in grid[-n_columns:]:
+        axes.tick_params(labelbottom=True)
+        label_x(axes)
+
+
+@contextlib.contextmanager
+def by_layer(
+    n_layers: int, most: int, n_columns: int, heights: tuple[float, float], unit: str, label_x: Callable[[Axes], Any]
+) -> Iterator[tuple[Figure, dict[int, Axes], dict[str, Any]]]:
+    """Open a figure with a panel for each layer, at most so many, evenly spread; with what its words say of layers."""
+    shown = spread(n_layers, most)
+    with panels(titles_of(shown), n_columns, heights, sharex=True, sharey=True) as (figure, grid):
+        label_panels(grid, n_columns, [unit] * len(shown), label_x)
+        yield figure, dict(zip(shown, grid, strict=True)), {"shown": shown, "n_layers": n_layers}
+
+
+def titles_of(layers: Sequence[int]) -> list[str]:
+    """Return what the panels or columns of layers are called."""
+    return [f"layer {layer}" for layer in layers]
+
+
+def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300, **look: Any) -> None:
+    """Draw lines over tokens seen by their labels, each with a look of its own, as means of at most ``limit`` parts."""
+    for index, (label, series) in enumerate(lines.items()):
+        axes.plot(*series.shortened(limit), label=label, **line_look(index), **look)
 
 
 def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
@@ -140,23 +154,17 @@ def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
     figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
 
 
-@functools.cache
-def words() -> dict[str, dict[str, Any]]:
-    """Return the words of each picture, from words.yaml."""
-    return yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-
-
 def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
     """Return the picture of a figure that is drawn; call it inside ``drawing``.
 
     Args:
         figure: with everything in it.
-        name: of the picture, in words.yaml.
+        name: of the picture, in picture_words.yaml.
         table: the numbers that it was drawn from.
-        facts: what the words have in braces; parts of a list are set off by semicolons.
+        facts: what its words are about.
     """
-    told, facts = words()[name], {key: "; ".join(f) if isinstance(f, list) else f for key, f in facts.items()}
-    alt, caption = (" ".join(told[kind].format(**facts).split()) for kind in ("alt", "caption"))
+    told = words()["pictures"][name]
+    alt, caption = (say(told[kind], **facts) for kind in ("alt", "caption"))
     return Picture(name, told["title"], alt, caption, *render(figure, name), table)
 
 
@@ -174,7 +182,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width: \2pt"', svg, count=1)
-    return svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
+    return svg.replace(INK, "var(--ink)").replace(_STYLE["grid"], "var(--grid)")
 
 
 def standalone(picture: Picture) -> str:
@@ -189,7 +197,12 @@ def standalone(picture: Picture) -> str:
 def count_axis(axes: Axes, label: str = "tokens seen") -> None:
     """Label the horizontal axis, and write its numbers as ``format_count`` does."""
     axes.set_xlabel(label)
-    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+    axes.xaxis.set_major_formatter(count_tick)
+
+
+def count_tick(value: float, place: float) -> str:
+    """Return what a tick of an axis of counts says; matplotlib gives its place, too."""
+    return format_count(value)
 
 
 def log_axis(axes: Axes) -> None:
@@ -202,15 +215,3 @@ def log_axis(axes: Axes) -> None:
     leading = "23468" if high < 10 * low else "235" if high < 100 * low else ""
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in leading else "")
-
-
-def mark_stages(axes: Axes, ends: Sequence[int], labels: Sequence[str]) -> None:
-    """Draw a vertical line at each end of a stage but the last, and name the stages above the axes."""
-    starts = [0, *ends[:-1]]
-    for start, end, label in zip(starts, ends, labels, strict=True):
-        if start:
-            axes.axvline(start, color=_INK, linewidth=0.7, linestyle=":")
-        axes.annotate(
-            label, ((start + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2),
-            textcoords="offset points", ha="center", va="bottom", fontsize=7.5,
-        )  # fmt: skip

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure import routing
-from moe_gpt.report import recorded_routing as recorded
 from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.run_records import EvaluationArrays, RunRecords, Slice
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import spread
 
 _MOST_LAYERS = 8
@@ -20,107 +17,61 @@ _MOST_TOKENS = 6000
 """Tokens of sample text on a page, those of all layers together."""
 _MIN_COUNT = 10
 """Tokens that occur less often say little about an expert."""
-N_COLOURS = 16
+_N_COLOURS = 16
 """Colours of experts in text; beyond them they repeat, and the number in a token's tooltip tells them apart."""
 
 
-@dataclass(frozen=True)
-class FavouriteToken:
-    """A token that an expert sees beyond chance."""
+def favourite_tokens(run: RunRecords) -> list[tuple[int, list[list[tuple[str, float]]]]]:
+    """Return for each layer and expert the tokens that it sees most beyond chance.
 
-    text: str
-    percent: float
-    """Of the token's occurrences that go to the expert."""
-    count: int
-
-
-@dataclass(frozen=True)
-class RoutedToken:
-    """A token of sample text."""
-
-    text: str
-    colour: int
-    experts: str
-
-
-@dataclass(frozen=True)
-class RoutedSample:
-    """Text of one source."""
-
-    source: str
-    tokens: list[RoutedToken]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a layer picker shows for one layer."""
-
-    index: int
-    favourites: list[list[FavouriteToken]]
-    """By expert."""
-    samples: list[RoutedSample]
-
-
-def favourite_tokens(run: RunRecords) -> list[Layer]:
-    """Return for each layer the tokens that its experts see most beyond chance."""
-    arrays, n_experts = recorded.last_with_choices(run), recorded.n_experts_of(run)
-    tokens, choices = recorded.joined_tokens(arrays), recorded.joined_choices(arrays)
+    With each token is the percentage of its occurrences that go to the expert.
+    """
+    arrays, n_experts = run.last_with_choices(), run.n_experts
+    tokens, choices = arrays.tokens(), arrays.choices()
     top, layers = 8 if n_experts <= 32 else 5, []
-    for index in spread(len(choices), _MOST_LAYERS):
-        shares = routing.vocabulary_specialisation(tokens, choices[index], n_experts, _MIN_COUNT, top)
-        favourites = [
-            [FavouriteToken(show_token(run.tokenizer, s.token), 100 * s.share, s.count) for s in expert]
-            for expert in shares
-        ]
-        layers.append(Layer(index, favourites, []))
+    for layer in spread(len(choices), _MOST_LAYERS):
+        found = routing.vocabulary_specialisation(tokens, choices[layer], n_experts, _MIN_COUNT, top)
+        layers.append((layer, [[(show_token(run.tokenizer, s.token), 100 * s.share) for s in of] for of in found]))
     return layers
 
 
-def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[Layer]:
-    """Return for each layer the start of every source's kept slice with the experts of each token.
+def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[tuple[int, dict[str, list[tuple[str, list[int]]]]]]:
+    """Return for each layer and source the start of the kept slice: tokens with their experts, best first.
 
     Args:
         run: with kept slices.
         n_tokens: of each source; fewer where many sources and layers would make the page large.
     """
-    kept = recorded.last_with_choices(run).slices
-    sources = [source for source in recorded.in_order(run, kept) if kept[source].choices.size]
-    shown = spread(max(len(kept[source].choices) for source in sources), _MOST_LAYERS)
-    n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(sources) * len(shown))))
-
-    return [
-        Layer(layer, [], [_sample(run.tokenizer, source, kept[source], layer, n_tokens) for source in sources])
-        for layer in shown
-    ]
-
-
-def _sample(tokenizer: Tokenizer | None, source: str, kept: Slice, layer: int, n_tokens: int) -> RoutedSample:
-    chosen = kept.choices[layer].reshape(-1, kept.choices.shape[-1])[:n_tokens]
-    pairs = zip(kept.tokens.ravel()[:n_tokens].tolist(), chosen.tolist(), strict=True)
-    return RoutedSample(source, [_route(tokenizer, *pair) for pair in pairs])
-
-
-def _route(tokenizer: Tokenizer | None, token: int, experts: list[int]) -> RoutedToken:
-    text = show_token(tokenizer, token, keep_spaces=True)
-    return RoutedToken(text, experts[0] % N_COLOURS, ", then ".join(map(str, experts)))
+    slices = run.last_with_choices().slices
+    kept = {source: slices[source] for source in run.in_order(slices) if slices[source].choices.size}
+    shown = spread(max(len(part.choices) for part in kept.values()), _MOST_LAYERS)
+    n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(kept) * len(shown))))
+    layers: list[tuple[int, dict]] = [(layer, {}) for layer in shown]
+    for source, part in kept.items():
+        texts = [show_token(run.tokenizer, token, keep_spaces=True) for token in part.tokens.flat[:n_tokens].tolist()]
+        for layer, by_source in layers:
+            chosen = part.choices[layer].reshape(-1, part.choices.shape[-1])[:n_tokens]
+            by_source[source] = list(zip(texts, chosen.tolist(), strict=True))
+    return layers
 
 
 def colour_names(run: RunRecords) -> list[str]:
     """Return the experts of each colour."""
-    n_experts = recorded.n_experts_of(run)
-    return [", ".join(map(str, range(c, n_experts, N_COLOURS))) for c in range(min(N_COLOURS, n_experts))]
+    n_experts = run.n_experts
+    return [", ".join(map(str, range(c, n_experts, _N_COLOURS))) for c in range(min(_N_COLOURS, n_experts))]
 
 
 def concentration_table(run: RunRecords) -> Table:
     """Return how far the token alone, and the expert before, decide the expert: by layer, with chance."""
-    arrays, n_experts = recorded.last_with_choices(run), recorded.n_experts_of(run)
-    tokens, rows = recorded.joined_tokens(arrays), []
-    for index, choices in enumerate(recorded.joined_choices(arrays)):
+    arrays, n_experts = run.last_with_choices(), run.n_experts
+    tokens, rows = arrays.tokens(), []
+    for index, choices in enumerate(arrays.choices()):
         concentration = routing.token_concentration(tokens, choices, n_experts, _MIN_COUNT)
         values = (concentration, choices.shape[-1] / n_experts, *_locality(arrays, index))
         rows.append((index, *(float(f"{100 * value:.3g}") for value in values)))
     places = ("token concentration (%)", "by chance (%)", "neighbours with the same first expert (%)", "by chance (%)")
-    return Table(("layer", *places), rows)
+    title = "How far the token alone, and the token before it, decide the expert (tokens that occur 10 times or more)"
+    return Table(("layer", *places), rows, title)
 
 
 def _locality(arrays: EvaluationArrays, layer: int) -> np.ndarray:
@@ -138,17 +89,13 @@ def show_token(tokenizer: Tokenizer | None, token: int, keep_spaces: bool = Fals
         token: the id.
         keep_spaces: for running text: spaces stay, and lines end after the sign for it.
     """
-    text = show_controls(_decode(tokenizer, token))
+    try:
+        text = show_controls(tokenizer.decode([token])) if tokenizer else ""
+    except (IndexError, OverflowError, TypeError, ValueError):
+        text = ""
     if not text:
         return f"#{token} "
     return text.replace("\n", "↵\n") if keep_spaces else text.replace("\n", "↵").replace(" ", "␣")
-
-
-def _decode(tokenizer: Tokenizer | None, token: int) -> str:
-    try:
-        return tokenizer.decode([token]) if tokenizer else ""
-    except (IndexError, OverflowError, TypeError, ValueError):
-        return ""
 
 
 _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

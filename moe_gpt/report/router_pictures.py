@@ -6,24 +6,17 @@ quantities are those of ``moe_gpt.measure.routing``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_gpt.measure import routing
 from moe_gpt.report import pictures
-from moe_gpt.report import recorded_routing as recorded
 from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Picture, Table
-from moe_gpt.report.run_records import RunRecords
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import Series, spread
-from moe_gpt.terminal.numbers import format_number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-MOST_LAYERS = 8
-"""Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
+from moe_gpt.report.words import words
 
 
 class _Panel(NamedTuple):
@@ -42,9 +35,9 @@ class _Panel(NamedTuple):
 
 def draw_violation(run: RunRecords) -> Picture:
     """Draw how far the busiest expert is above the mean: in training batches and on held-out text."""
-    tokens, arrays = recorded.over_training(run, lambda arrays: arrays.tokens_per_expert)
-    held_out = Series(tokens, np.array([routing.max_violation(recorded.total_counts(found)) for found in arrays]))
-    found = {"in training batches": run.routing_values("max_violation"), "on held-out text": held_out}
+    tokens, arrays = run.over_training(lambda arrays: arrays.tokens_per_expert)
+    held_out = Series(tokens, np.array([routing.max_violation(found.total_counts()) for found in arrays]))
+    found = {"in training batches": run.record_values("routing", "max_violation"), "on held-out text": held_out}
     drawn = [_Panel(title, "largest load - 1", series) for title, series in found.items() if series.is_there]
     need(drawn, "neither a step nor an evaluation has recorded the balance of experts")
     return _lines_by_layer("violation", drawn)
@@ -52,21 +45,24 @@ def draw_violation(run: RunRecords) -> Picture:
 
 def draw_entropies(run: RunRecords) -> Picture:
     """Draw how sure the router is of single tokens, and how even its probabilities are over all of them."""
-    return _lines_by_layer("entropies", _recorded_panels(run, "entropies"))
+    return _recorded_values(run, "entropies")
 
 
 def draw_router(run: RunRecords) -> Picture:
     """Draw first choice's weight, margin, largest logit and z loss."""
-    return _lines_by_layer("router", _recorded_panels(run, "router"))
+    return _recorded_values(run, "router")
 
 
-def _recorded_panels(run: RunRecords, name: str) -> list[_Panel]:
-    return [_Panel(title, unit, run.routing_values(key)) for title, unit, key in pictures.words()[name]["panels"]]
+def _recorded_values(run: RunRecords, name: str) -> Picture:
+    panels = words()["pictures"][name]["panels"]
+    return _lines_by_layer(
+        name, [_Panel(title, unit, run.record_values("routing", key)) for title, unit, key in panels]
+    )
 
 
 def draw_gradients(run: RunRecords) -> Picture:
     """Draw the router's gradient from cross entropy alone, relative to the experts'."""
-    tokens, arrays = recorded.over_training(run, lambda arrays: arrays.gradients)
+    tokens, arrays = run.over_training(lambda arrays: arrays.gradients)
     need(arrays, "no evaluation has recorded gradients")
     routers, experts = np.array([found.gradients for found in arrays], dtype=float).transpose(1, 0, 2)
     ratio = np.divide(routers, experts, out=np.full_like(routers, np.nan), where=experts > 0)
@@ -76,20 +72,18 @@ def draw_gradients(run: RunRecords) -> Picture:
 
 def draw_dropped(run: RunRecords) -> Picture:
     """Draw the share of assignments that found their expert full."""
-    tokens, fractions = run.routing_values("dropped_fraction")
+    tokens, fractions = run.record_values("routing", "dropped_fraction")
     return _lines_by_layer("dropped", [_Panel("", "% of assignments", Series(tokens, 100 * fractions))])
 
 
 def draw_saturation(run: RunRecords) -> Picture:
     """Draw how much of the final routing each evaluation already has."""
-    times, arrays = recorded.over_training(run, recorded.n_choices)
+    times, arrays = run.over_training(EvaluationArrays.n_choices)
     need(len(arrays) >= 2, f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
-    final, n_experts = recorded.joined_choices(arrays[-1]), recorded.n_experts_of(run)
-    is_same = np.array([recorded.has_same_text(found, arrays[-1]) for found in arrays])
-    same = [recorded.joined_choices(arrays[place]) for place in np.flatnonzero(is_same)]
-    series = Series(times[is_same], np.array([routing.saturation(choices, final) for choices in same]))
-    panel = _Panel("", "share of the final experts", series)
-    return _lines_by_layer("saturation", [panel], chance=final.shape[-1] / n_experts)
+    final, is_same = arrays[-1].choices(), np.array([found.has_same_text(arrays[-1]) for found in arrays])
+    shares = [routing.saturation(arrays[place].choices(), final) for place in np.flatnonzero(is_same)]
+    panel = _Panel("", "share of the final experts", Series(times[is_same], np.array(shares)))
+    return _lines_by_layer("saturation", [panel], chance=final.shape[-1] / run.n_experts)
 
 
 def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None, log_scale: bool = False) -> Picture:
@@ -97,45 +91,23 @@ def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None,
     lacking = ", ".join(panel.name for panel in drawn if not panel.series.is_there)
     need(not lacking, f"not recorded: {lacking}")
     n_layers, n_columns = drawn[0].series.values.shape[1], min(2, len(drawn))
-    shown = spread(n_layers, MOST_LAYERS)
-    with pictures.panels([panel.title for panel in drawn], n_columns, 0.6, 1.75, sharex=True) as (figure, grid):
-        for axes, panel in zip(grid, drawn, strict=True):
-            _draw_layers(axes, panel.series, shown)
+    shown = spread(n_layers, pictures.MOST_LAYERS)
+    with pictures.panels([panel.title for panel in drawn], n_columns, (0.6, 1.75), sharex=True) as (figure, grid):
+        for axes, (_, _, series) in zip(grid, drawn, strict=True):
+            marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(series.tokens) <= 20 else {}
+            lines = [Series(series.tokens, series.values[:, layer]) for layer in shown]
+            pictures.draw_lines(axes, dict(zip(pictures.titles_of(shown), lines, strict=True)), **marker)
             if chance is not None:
                 axes.axhline(chance, color="#888888", linestyle="--", linewidth=1, label="chance")
             if log_scale:
                 pictures.log_axis(axes)
         pictures.label_panels(grid, n_columns, [panel.unit for panel in drawn], pictures.count_axis)
         pictures.legend_below(figure, grid[:1])
-        told, layers = " ".join(_in_words(panel, shown) for panel in drawn), which_layers(n_layers, shown)
-        return pictures.finish(figure, name, _table_by_layer(drawn, shown), told=told, chance=chance, layers=layers)
-
-
-def _draw_layers(axes: Axes, series: Series, shown: list[int]) -> None:
-    marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(series.tokens) <= 20 else {}
-    for index, layer in enumerate(shown):
-        line = Series(series.tokens, series.values[:, layer]).shortened(300)
-        axes.plot(*line, label=f"layer {layer}", **pictures.line_look(index), **marker)
-
-
-def _in_words(panel: _Panel, shown: list[int]) -> str:
-    values = panel.series.values
-    ends = [f"layer {i} {format_number(values[0, i])} to {format_number(values[-1, i])}" for i in shown]
-    name = ", ".join(filter(None, (panel.title, panel.unit)))
-    return f"{name[:1].upper()}{name[1:]}, from the first to the last value: {'; '.join(ends)}."
+        facts = {"panels": drawn, "chance": chance, "shown": shown, "n_layers": n_layers}
+        return pictures.finish(figure, name, _table_by_layer(drawn, shown), **facts)
 
 
 def _table_by_layer(drawn: list[_Panel], shown: list[int]) -> Table:
     kept = [(panel.name, panel.series.spread(12)) for panel in drawn]
     rows = [(name, tokens, *values[shown]) for name, series in kept for tokens, values in zip(*series, strict=True)]
-    return Table(("quantity", "tokens seen", *titles_of(shown)), rows)
-
-
-def titles_of(layers: list[int]) -> list[str]:
-    """Return what the panels or columns of layers are called."""
-    return [f"layer {layer}" for layer in layers]
-
-
-def which_layers(n_layers: int, shown: list[int]) -> str:
-    """Say which layers are drawn, where it is not all of them."""
-    return "" if len(shown) == n_layers else f"Layers shown: {', '.join(map(str, shown))} of 0 to {n_layers - 1}."
+    return Table(("quantity", "tokens seen", *pictures.titles_of(shown)), rows)

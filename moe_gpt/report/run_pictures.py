@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_gpt.measure.positions import position_buckets
 from moe_gpt.report import pictures
 from moe_gpt.report.missing import need
-from moe_gpt.report.pictures import Picture, Table
-from moe_gpt.report.recorded_routing import in_order
-from moe_gpt.report.run_records import EvaluationArrays, RunRecords
+from moe_gpt.report.pictures import COLOURS, Picture, Table
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import Series, spread
-from moe_gpt.terminal.numbers import format_count, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NORM_COLUMNS = ("group", "tokens seen", "parameters", "gradient", "update / parameters")
 _MOST_ROWS = 40
 """Rows of the table behind a line."""
 
@@ -34,26 +31,19 @@ def draw_losses(run: RunRecords) -> Picture:
     need(training.is_there or scores, "neither a training step nor an evaluation is recorded")
     window = max(1, len(training.values) // 60)
     smooth = training.smoothed(window)
-    named = {"training": smooth, **scores} if training.is_there else scores
     with pictures.drawing(height=3.0) as (figure, axes):
         if training.is_there:
-            axes.plot(*training.shortened(), color=pictures.COLOURS[6], alpha=0.35, linewidth=0.7)
+            axes.plot(*training.shortened(), color=COLOURS[6], alpha=0.35, linewidth=0.7)
             label = f"training, mean of {window} steps" if window > 1 else "training"
-            axes.plot(*smooth.shortened(), color=pictures.COLOURS[6], label=label)
-        for index, (source, score) in enumerate(scores.items()):
-            axes.plot(*score, label=f"validation: {source}", marker="o", markersize=3, **pictures.line_look(index))
+            axes.plot(*smooth.shortened(), color=COLOURS[6], label=label)
+        lines = {f"validation: {source}": score for source, score in scores.items()}
+        pictures.draw_lines(axes, lines, limit=1200, marker="o", markersize=3)
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes)
-        _show_stages(axes, run)
+        _mark_stages(axes, run)
         pictures.legend_below(figure, [axes])
-        return pictures.finish(
-            figure,
-            "losses",
-            _table_of_losses(smooth, scores),
-            tokens=format_count(run.last("tokens_seen")),
-            told=[f"{name} from {line.values[0]:.3f} to {line.values[-1]:.3f}" for name, line in named.items()],
-            stages=describe_stages(run),
-        )
+        lines = {"training": smooth, **scores} if training.is_there else scores
+        return pictures.finish(figure, "losses", _table_of_losses(smooth, scores), run=run, lines=lines)
 
 
 def _table_of_losses(smooth: Series, scores: dict[str, Series]) -> Table:
@@ -71,28 +61,22 @@ def _table_of_losses(smooth: Series, scores: dict[str, Series]) -> Table:
 
 def draw_schedule(run: RunRecords) -> Picture:
     """Draw learning rate, tokens of a step and sequence length, one above the other."""
-    rate, batch, length = (run.step_values(key) for key in ("lr", "batch_tokens", "seq_len"))
-    need(rate.is_there and batch.is_there and length.is_there, "no training step is recorded")
-    lines = {"learning rate": rate, "tokens per step": batch, "tokens per sequence": length}
+    names = {"lr": "learning rate", "batch_tokens": "tokens per step", "seq_len": "tokens per sequence"}
+    lines = {name: run.step_values(key) for key, name in names.items()}
+    need(all(line.is_there for line in lines.values()), "no training step is recorded")
+    rate, batch, length = lines.values()
     with pictures.drawing(3, 1, height=4.0, sharex=True) as (figure, rows):
         for axes, (name, line) in zip(rows, lines.items(), strict=True):
-            axes.plot(*line.shortened(), drawstyle="steps-pre", color=pictures.COLOURS[0])
+            axes.plot(*line.shortened(), drawstyle="steps-pre", color=COLOURS[0])
             axes.set_ylabel(name.replace(" seq", "\nseq"))
             axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(lambda value, _: format_count(value) if value >= 1 else f"{value:g}")
-            _show_stages(axes, run, with_numbers=axes is rows[0])
+            axes.yaxis.set_major_formatter(pictures.count_tick)
+            _mark_stages(axes, run, with_numbers=axes is rows[0])
         pictures.count_axis(rows[-1])
         columns = {name: line.spread(_MOST_ROWS).values for name, line in lines.items()}
-        return pictures.finish(
-            figure,
-            "schedule",
-            Table.of({"tokens seen": rate.spread(_MOST_ROWS).tokens} | columns),
-            peak=rate.values.max(),
-            rate=rate.values[-1],
-            batch=batch.values[[0, -1]],
-            length=length.values[[0, -1]],
-            stages=describe_stages(run),
-        )
+        table = Table.of({"tokens seen": rate.spread(_MOST_ROWS).tokens} | columns)
+        facts = {"rate": rate.values, "batch": batch.values, "length": length.values}
+        return pictures.finish(figure, "schedule", table, run=run, **facts)
 
 
 def mean_by_position(arrays: EvaluationArrays, source: str, buckets: Sequence[tuple[int, int]]) -> list[float]:
@@ -110,18 +94,16 @@ def draw_positions(run: RunRecords) -> Picture:
     columns: dict[str, list] = {"positions": [f"{start} to {end - 1}" for start, end in buckets]}
     with pictures.drawing(height=3.0) as (figure, axes):
         for arrays, style in zip(chosen, ("--", "-")[-len(chosen) :], strict=True):
-            for index, source in enumerate(in_order(run, arrays.nats)):
-                look = {"color": pictures.COLOURS[index % len(pictures.COLOURS)], "linestyle": style}
-                axes.plot(*_by_place(arrays, source), label=f"{source} at step {arrays.step:,}", **look)
+            for index, source in enumerate(run.in_order(arrays.nats)):
+                label, look = f"{source} at step {arrays.step:,}", {"color": COLOURS[index % len(COLOURS)]}
+                axes.plot(*_by_place(arrays, source), label=label, linestyle=style, **look)
                 columns[f"{source}, step {arrays.step:,} (nats)"] = mean_by_position(arrays, source, buckets)
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes, "place in the sequence (tokens before it)")
         pictures.legend_below(figure, [axes])
         steps, table = [f"{arrays.step:,}" for arrays in chosen], Table.of(columns)
-        told = [f"{place}: {format_number(values[-1])}" for place, *values in table.rows]
-        return pictures.finish(
-            figure, "loss-by-position", table, steps=" and ".join(steps), last=table.columns[-1], told=told
-        )
+        facts = {"steps": steps, "last": table.columns[-1], "rows": table.rows}
+        return pictures.finish(figure, "loss-by-position", table, **facts)
 
 
 def _first_and_last(arrays: Sequence[EvaluationArrays]) -> list[EvaluationArrays]:
@@ -141,24 +123,31 @@ def draw_norms(run: RunRecords) -> Picture:
     """Draw each group's parameter norm, gradient norm, and update relative to its parameters."""
     groups = list(dict.fromkeys(group for line in run.records for group in line["groups"]))
     need(groups, "no step has recorded norms")
-    rows, last = [], []
+    size, gradient, update = (_norms(run, groups, kind) for kind in ("parameter_norm", "gradient_norm", "update_norm"))
+    ratio = {group: _relative(update[group], size[group]) for group in groups}
+    drawn = {"parameters": size, "gradients": gradient, "update / param.": ratio}
     with pictures.drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
-        for index, group in enumerate(groups):
-            size, gradient = run.norms(group, "parameter_norm"), run.norms(group, "gradient_norm")
-            ratio = _relative(run.norms(group, "update_norm"), size)
-            for axes, series in zip(columns, (size, gradient, ratio), strict=True):
-                axes.plot(*series.shortened(300), label=group, **pictures.line_look(index))
-            kept = (ratio.spread(6).tokens, *(series.spread(6).values for series in (size, gradient, ratio)))
-            rows += [(group, *row) for row in zip(*kept, strict=False)]
-            last += [f"{group} {format_number(float(value))}" for value in ratio.values[-1:]]
-        for axes, label in zip(columns, ("parameters", "gradients", "update / param."), strict=True):
-            axes.set_title(label, fontsize=9.5)
+        for axes, (title, lines) in zip(columns, drawn.items(), strict=True):
+            pictures.draw_lines(axes, lines)
+            axes.set_title(title, fontsize=9.5)
             pictures.log_axis(axes)
             pictures.count_axis(axes)
         columns[0].set_ylabel("Euclidean norm")
         columns[2].set_ylabel("ratio of norms")
         pictures.legend_below(figure, columns[:1])
-        return pictures.finish(figure, "norms", Table(_NORM_COLUMNS, rows), n_groups=len(groups), told=", ".join(last))
+        return pictures.finish(figure, "norms", _table_of_norms(drawn), ratios=ratio)
+
+
+def _norms(run: RunRecords, groups: Sequence[str], kind: str) -> dict[str, Series]:
+    return {group: run.record_values("groups", group, kind) for group in groups}
+
+
+def _table_of_norms(drawn: dict[str, dict[str, Series]]) -> Table:
+    rows = []
+    for group, ratio in drawn["update / param."].items():
+        kept = (lines[group].spread(6).values for lines in drawn.values())
+        rows += [(group, *row) for row in zip(ratio.spread(6).tokens, *kept, strict=False)]
+    return Table(("group", "tokens seen", "parameters", "gradient", "update / parameters"), rows)
 
 
 def _relative(update: Series, size: Series) -> Series:
@@ -174,37 +163,30 @@ def draw_speed(run: RunRecords) -> Picture:
     speed = run.step_values("tokens_per_second")
     need(speed.is_there, "no step has recorded its speed")
     with pictures.drawing(height=2.4) as (figure, axes):
-        axes.plot(*speed.shortened(), color=pictures.COLOURS[0])
+        axes.plot(*speed.shortened(), color=COLOURS[0])
         axes.set_ylim(bottom=0)
         axes.set_ylabel("tokens per second")
-        axes.yaxis.set_major_formatter(lambda value, _: format_count(value))
+        axes.yaxis.set_major_formatter(pictures.count_tick)
         pictures.count_axis(axes)
-        _show_stages(axes, run)
+        _mark_stages(axes, run)
         table = Table.of(dict(zip(("tokens seen", "tokens per second"), speed.spread(_MOST_ROWS), strict=True)))
-        middle, least, greatest = (format_count(float(f(speed.values))) for f in (np.median, np.min, np.max))
-        return pictures.finish(
-            figure, "speed", table, middle=middle, least=least, greatest=greatest, stages=describe_stages(run)
-        )
+        return pictures.finish(figure, "speed", table, run=run, speed=speed.values, median=np.median(speed.values))
 
 
-def describe_stages(run: RunRecords) -> str:
-    """Return the stages in words, numbered as in the pictures; nothing for a single one."""
-    texts = []
-    for number, stage in enumerate(run.stages, 1):
-        sizes = np.ravel(stage.get("batch_tokens") or [None]).tolist()
-        size = " to ".join(dict.fromkeys(map(format_number, sizes)))
-        end = f" until {format_count(stage['until_tokens'])}" if stage.get("until_tokens") else ""
-        texts.append(f"{number}{end}: sequences of {stage.get('seq_len')} tokens, {size} tokens a step")
-    return f"Stages of the curriculum: {'; '.join(texts)}." if len(texts) > 1 else ""
-
-
-def _show_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None:
-    """Mark the ends of the stages that were begun, and number those that are wide enough for it."""
+def _begun_stages(run: RunRecords) -> list[tuple[int, int]]:
+    """Return where the stages that were begun start and end."""
     last = run.last("tokens_seen")
-    ends = np.array([min(stage.get("until_tokens") or last, last) for stage in run.stages], dtype=int)
-    starts = np.concatenate([[0], ends])[:-1]
-    lengths = (ends - starts)[starts < last]
-    if len(lengths) > 1:
-        is_wide = with_numbers & (lengths > 0.02 * last)
-        numbers = [str(i) if wide else "" for i, wide in enumerate(is_wide, 1)]
-        pictures.mark_stages(axes, ends[: len(lengths)].tolist(), numbers)
+    ends = [min(stage.get("until_tokens") or last, last) for stage in run.stages]
+    return [(start, end) for start, end in itertools.pairwise([0, *ends]) if start < last]
+
+
+def _mark_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None:
+    """Draw a line between the stages that were begun, and number above it those that are wide enough for it."""
+    stages = _begun_stages(run)
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7.5}
+    for start, _ in stages[1:]:
+        axes.axvline(start, color=pictures.INK, linewidth=0.7, linestyle=":")
+    for number, (start, end) in enumerate(stages, 1):
+        if with_numbers and len(stages) > 1 and end - start > 0.02 * stages[-1][1]:
+            middle = ((start + end) / 2, 1.0)
+            axes.annotate(str(number), middle, xycoords=("data", "axes fraction"), xytext=(0, 2), **look)

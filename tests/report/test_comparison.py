@@ -8,7 +8,7 @@ import pytest
 
 from moe_gpt.report.comparison.compare import Comparison, compare_runs
 from moe_gpt.report.pictures import Picture
-from moe_gpt.report.run_records import RunRecords
+from moe_gpt.report.recorded import RunRecords
 
 CONFIG = {
     "model": {

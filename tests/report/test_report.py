@@ -17,8 +17,8 @@ import yaml
 from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
 
 from moe_gpt.errors import InputError
+from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.report import write_report
-from moe_gpt.report.run_records import RunRecords
 from moe_gpt.report.run_summary import summarise
 
 REPOSITORY = Path(__file__).parents[2]
@@ -153,6 +153,14 @@ def test_layers_can_be_picked_without_a_script(whole):
         buttons = re.findall(rf'<input type="radio" name="{name}"[^>]*>', page)
         assert len(buttons) == L
         assert [" checked" in button for button in buttons] == [True, False]
+
+
+def test_routed_text_has_the_colour_of_the_first_expert(whole):
+    """A token's colour is its first expert, its tooltip has all of them in order."""
+    tokens = re.findall(r'<b class="e(\d+)" title="(\d+), then (\d+)">', whole.read_text())
+    first = make_run().arrays[-1].slices["prose"].choices[0, 0]
+    assert [(int(best), int(second)) for _, best, second in tokens[: len(first)]] == [tuple(pair) for pair in first]
+    assert all(colour == best for colour, best, _ in tokens)
 
 
 def test_hostile_texts_are_escaped(page_of):

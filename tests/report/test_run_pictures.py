@@ -11,7 +11,7 @@ from moe_gpt.measure.positions import position_buckets
 from moe_gpt.report import expert_pictures, router_pictures, run_pictures
 from moe_gpt.report.missing import NotRecorded
 from moe_gpt.report.routed_text import favourite_tokens, routed_samples, show_controls, show_token
-from moe_gpt.report.run_pictures import describe_stages, mean_by_position
+from moe_gpt.report.run_pictures import mean_by_position
 from moe_gpt.report.series import Series, spread
 from moe_gpt.terminal.numbers import format_count, format_number
 
@@ -80,10 +80,10 @@ def test_position_means_by_hand():
 
 def test_stages_are_described_and_numbered():
     """Each stage has its end, length and batch; a single stage needs no words."""
-    text = describe_stages(make_run())
+    text = run_pictures.draw_speed(make_run()).caption
     assert "1 until 1k: sequences of 40 tokens, 40 tokens a step" in text
     assert "2 until 3k: sequences of 80 tokens, 80 to 160 tokens a step" in text
-    assert describe_stages(make_run(config={})) == ""
+    assert "sequences of" not in run_pictures.draw_speed(make_run(config={})).caption
 
 
 def test_stages_not_reached_are_not_drawn(rendered):
@@ -184,14 +184,12 @@ def test_tokens_show_their_white_space():
 
 
 def test_routed_samples_follow_the_choices():
-    """A token's colour is its first expert, its tooltip has all of them in order."""
+    """Each token of running text has its experts, best first."""
     run = make_run()
-    layer = routed_samples(run, n_tokens=5)[1]
-    first, second = run.arrays[-1].slices["prose"].choices[1, 0, 0]
-    assert [sample.source for sample in layer.samples] == ["prose", "code"]
-    assert len(layer.samples[0].tokens) == 5
-    assert layer.samples[0].tokens[0].experts == f"{first}, then {second}"
-    assert layer.samples[0].tokens[0].colour == first
+    layer, samples = routed_samples(run, n_tokens=5)[1]
+    assert (layer, list(samples)) == (1, ["prose", "code"])
+    assert [experts for _, experts in samples["prose"]] == run.arrays[-1].slices["prose"].choices[1, 0, :5].tolist()
+    assert samples["prose"][4][0] == "t4"
 
 
 def test_favourite_tokens_are_those_beyond_chance():
@@ -200,6 +198,6 @@ def test_favourite_tokens_are_those_beyond_chance():
     for part in arrays.slices.values():
         part.choices[:] = [1, 2]
         part.choices[:, part.tokens == 5] = [0, 3]
-    favourites = favourite_tokens(dataclasses.replace(run, arrays=[arrays]))[0].favourites
-    assert favourites[0][0].text == "t5"
-    assert favourites[0][0].percent == 100
+    layer, favourites = favourite_tokens(dataclasses.replace(run, arrays=[arrays]))[0]
+    assert layer == 0
+    assert favourites[0][0] == ("t5", 100)

@@ -41,11 +41,11 @@ def test_whole_run_is_read(run_dir):
     assert tokens[-1] == 6144
     last = run.arrays[-1]
     assert loss[-1] == pytest.approx(last.nats["code"].sum() / last.counts["code"].sum())
-    assert run.routing_values("load")[1].shape == (5, 2, 4)
-    assert run.routing_values("margin")[1].shape == (5, 2)
+    assert run.record_values("routing", "load")[1].shape == (5, 2, 4)
+    assert run.record_values("routing", "margin")[1].shape == (5, 2)
     assert last.slices["prose"].choices.shape[:1] == (2,)
     assert last.gradients.routers.shape == (2,)
-    assert len(run.norms("routers", "update_norm")[1]) == 5
+    assert len(run.record_values("groups", "routers", "update_norm")[1]) == 5
     assert run.tokenizer.decode(last.slices["code"].tokens[0].tolist())
     assert run.events[0]["kind"] == "start"
 
@@ -102,7 +102,7 @@ def test_run_that_has_hardly_begun(run_dir):
     run = read_run(run_dir)
     assert [note.partition(":")[0] for note in run.notes] == ["no evaluation", "no recorded steps"]
     assert run.scores("code")[0].shape == (0,)
-    assert run.routing_values("load")[1].size == 0
+    assert run.record_values("routing", "load")[1].size == 0
 
 
 def test_run_of_an_older_version(run_dir):

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from moe_gpt.report.comparison import notes
-from moe_gpt.report.comparison.curves import BITS, COSTS, NATS, Metric, curves_in_words, curves_over, draw_curves
-from moe_gpt.report.comparison.groups import Group, group_runs, table_of_differences
-from moe_gpt.report.comparison.runs import compared_runs
+from moe_gpt.report.comparison.curves import BITS, NATS, QUANTITIES, Metric, curves_over, draw_curves
+from moe_gpt.report.comparison.runs import (
+    ComparedRun,
+    Group,
+    compared_runs,
+    differing_keys,
+    group_runs,
+    table_of_differences,
+)
 from moe_gpt.report.pictures import Picture, Table
-from moe_gpt.report.run_records import RunRecords
-from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, Units, format_digits
+from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.words import paragraphs, words
+from moe_gpt.terminal.numbers import Units, format_digits
 
-_QUANTITIES = {
-    "tokens": ("Text seen", TOKENS),
-    "active": ("Active", PARAMETERS),
-    "total": ("Total", PARAMETERS),
-    "flops": ("Training compute", FLOPS),
-    "seconds": ("Training time", TIME),
-}
-"""What a run has of each is in ``ComparedRun.totals``."""
+_SAYS_WHAT_IS_SCORED = re.compile(
+    r"data\.(validation_\w+|document_masking|sources\.\d+\.(?!prompt|epochs|weight|streaming).*)"
+)
+"""Settings that decide which text is held out, and what of it a token sees."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +60,40 @@ def compare_runs(records: Sequence[RunRecords]) -> Comparison:
     groups = group_runs(runs)
     rows = list(itertools.chain(*map(Group.by_end, groups)))
     sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
-    metric, notes_on_metric = notes.choose_metric(runs)
-    all_curves = [curves_over(cost, metric, sources, groups) for cost in COSTS]
-    told = itertools.chain(
-        *map(notes.note_costs, runs),
-        notes_on_metric,
-        *map(notes.note_group, groups),
-        notes.note_scores(runs, sources),
-        *map(notes.note_broken, runs),
-        notes.note_other_text(runs),
-        *(notes.note_left_out(found, runs) for found in all_curves),
-    )
+    tokenised, unknown = _tokenisers(runs)
+    metric = NATS if len(tokenised) + bool(unknown) < 2 else BITS
+    curves = [curves_over(cost, metric, sources, groups) for cost in QUANTITIES if cost.picture]
+    facts = {"runs": runs, "groups": groups, "curves": curves, "tokenised": tokenised, "unknown": unknown}
     return Comparison(
-        pictures=[draw_curves(found, groups, curves_in_words(found, rows)) for found in all_curves if found.curves],
+        pictures=[draw_curves(found, groups, rows) for found in curves if found.curves],
         final=_final(metric, sources, rows),
         differences=table_of_differences(runs),
-        notes=list(told),
+        notes=paragraphs(words()["comparison"]["notes"], **facts, **_comparability(runs, sources)),
     )
+
+
+def _tokenisers(runs: Sequence[ComparedRun]) -> tuple[list[str], str]:
+    """Return the names of the runs of each tokenizer, and of those whose tokenizer is not known."""
+    by_digest: dict[str | None, list[str]] = {}
+    for run in runs:
+        by_digest.setdefault(run.records.tokenizer_digest, []).append(run.label)
+    unknown = ", ".join(by_digest.pop(None, []))
+    return list(map(", ".join, by_digest.values())), unknown
+
+
+def _comparability(runs: Sequence[ComparedRun], sources: Sequence[str]) -> dict[str, Any]:
+    """Return which runs have scores, whether of the same sources, and what makes them scores of other text."""
+    scored = [run for run in runs if run.scored_at is not None]
+    other_text = list(filter(_SAYS_WHAT_IS_SCORED.fullmatch, differing_keys(runs)))
+    if len({_longest(run.settings) for run in runs if run.settings}) > 1:
+        other_text.append("the longest seq_len")
+    common = set(sources).intersection(*(run.records.all_scores() for run in scored))
+    return {"scored": scored, "has_common_source": bool(common), "other_text": other_text}
+
+
+def _longest(settings: dict[str, Any]) -> int:
+    lengths = [value for key, value in settings.items() if key.endswith(".seq_len") and isinstance(value, int)]
+    return max(lengths, default=0)
 
 
 def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Table:
@@ -81,40 +103,26 @@ def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Tab
         "Seeds": [str(row.n_seeds) if row.runs[0].settings else "?" for row in rows],
         "State": [row.runs[0].state for row in rows],
     }
-    return Table.of(columns | _columns_of_scores(metric, sources, rows) | _columns_of_costs(rows))
-
-
-def _columns_of_scores(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> dict[str, list[str]]:
-    scored = itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS])
-    return {f"{source} ({m.unit})": [_spread(_last_scores(row, source, m)) for row in rows] for source, m in scored}
+    for source, m in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
+        columns[f"{source} ({m.unit})"] = [_spread(row.last_scores(source, m.key)) for row in rows]
+    return Table.of(columns | _columns_of_costs(rows), "At the end")
 
 
 def _columns_of_costs(rows: Sequence[Group]) -> dict[str, list[str]]:
-    columns = {}
-    for quantity, (name, units) in _QUANTITIES.items():
-        size, unit = units.fitting(_largest(units, rows))
-        columns[f"{name} ({unit})"] = [_spread(_totals(row, quantity) / size) for row in rows]
+    """Return a column for each quantity; those of a kind share the unit that fits the largest."""
+    columns, largest = {}, collections.defaultdict[Units, float](float)
+    totals = {quantity: [np.array(row.totals(quantity.key)) for row in rows] for quantity in QUANTITIES}
+    for quantity, found in totals.items():
+        largest[quantity.units] = max(largest[quantity.units], np.concatenate(found).max(initial=0.0))
+    for quantity, found in totals.items():
+        size, unit = quantity.units.fitting(largest[quantity.units] or 1.0)
+        columns[f"{quantity.label} ({unit})"] = [_spread(values / size) for values in found]
     return columns
 
 
-def _last_scores(row: Group, source: str, metric: Metric) -> np.ndarray:
-    return np.concatenate([run.records.scores(source, metric.key).values[-1:] for run in row.runs])
-
-
-def _totals(row: Group, quantity: str) -> np.ndarray:
-    return np.array([run.totals[quantity] for run in row.runs if quantity in run.totals])
-
-
-def _largest(units: Units, rows: Sequence[Group]) -> float:
-    """Return the largest of all that has these units, so that quantities of a kind share one."""
-    alike = [quantity for quantity, (_, other) in _QUANTITIES.items() if other is units]
-    values = np.concatenate([_totals(row, quantity) for row in rows for quantity in alike])
-    return float(values.max(initial=0.0)) or 1.0
-
-
-def _spread(values: np.ndarray) -> str:
+def _spread(values: Sequence[float] | np.ndarray) -> str:
     """Return the mean, with the least and the greatest where they differ; a question mark for no values."""
     if not len(values):
         return "?"
-    mean, least, greatest = (format_digits(float(f(values))) for f in (np.mean, np.min, np.max))
+    mean, least, greatest = (format_digits(float(f(values))) for f in (np.mean, min, max))
     return mean if least == greatest else f"{mean} ({least} to {greatest})"

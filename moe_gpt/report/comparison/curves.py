@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from moe_gpt.report.comparison.groups import Group
-from moe_gpt.report.comparison.runs import ComparedRun
+from moe_gpt.report.comparison.runs import ComparedRun, Group
 from moe_gpt.report.pictures import Picture, Table, finish, line_look, panels
-from moe_gpt.terminal.numbers import FLOPS, TIME, TOKENS, Units, format_digits
+from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, Units, format_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,21 +31,23 @@ class Metric(NamedTuple):
 NATS, BITS = Metric("ce_loss", "nats per token"), Metric("bits_per_byte", "bits per byte")
 
 
-class Cost(NamedTuple):
-    """What curves are drawn over."""
+class Quantity(NamedTuple):
+    """A size of a run, or what it cost."""
 
-    name: str
-    """Of the picture, in words.yaml."""
-    quantity: str
-    """As ``ComparedRun.spent`` names it."""
+    key: str
+    """In ``ComparedRun.totals``."""
     label: str
     units: Units
+    picture: str = ""
+    """Where curves over it are drawn: the name in picture_words.yaml."""
 
 
-COSTS = (
-    Cost("compare-tokens", "tokens", "Text seen", TOKENS),
-    Cost("compare-flops", "flops", "Training compute", FLOPS),
-    Cost("compare-time", "seconds", "Training time", TIME),
+QUANTITIES = (
+    Quantity("tokens", "Text seen", TOKENS, "compare-tokens"),
+    Quantity("active", "Active", PARAMETERS),
+    Quantity("total", "Total", PARAMETERS),
+    Quantity("flops", "Training compute", FLOPS, "compare-flops"),
+    Quantity("seconds", "Training time", TIME, "compare-time"),
 )
 
 
@@ -63,7 +64,7 @@ class Curve(NamedTuple):
 class Curves(NamedTuple):
     """All curves over one cost."""
 
-    cost: Cost
+    cost: Quantity
     metric: Metric
     curves: list[Curve]
 
@@ -83,32 +84,44 @@ class Curves(NamedTuple):
         return self.cost.units.fitting(max(curve.costs.max() for curve in self.curves))
 
 
-def curves_over(cost: Cost, metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> Curves:
+def curves_over(cost: Quantity, metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> Curves:
     """Return the curves of all runs with scores and known cost; the runs of a group look the same."""
     members = [(run, line_look(index)) for index, group in enumerate(groups) for run in group.runs]
     curves = []
     for source, (run, look) in itertools.product(sources, members):
         scores = run.records.scores(source, metric.key)
-        costs = run.spent(cost.quantity, scores.tokens)
+        costs = run.spent(cost.key, scores.tokens)
         if scores.is_there and costs is not None:
             curves.append(Curve(run, look, source, costs, scores.values))
     return Curves(cost, metric, curves)
 
 
-def draw_curves(found: Curves, groups: Sequence[Group], told: str) -> Picture:
-    """Draw a panel for each source."""
+def draw_curves(found: Curves, groups: Sequence[Group], rows: Sequence[Group]) -> Picture:
+    """Draw a panel for each source.
+
+    Args:
+        found: what to draw.
+        groups: runs that look the same.
+        rows: runs whose ends the words give together.
+    """
     cost, (size, unit), by_source = found.cost, found.unit, found.by_source
     looks = {g.label: line_look(index) for index, g in enumerate(groups) if set(g.runs) & set(found.runs)}
-    labels = [textwrap.fill(label, _LEGEND_CHARACTERS) for label in looks]
-    n_columns = max(1, _LEGEND_CHARACTERS // (max(map(len, labels)) + 8))
-    legend = 0.2 * math.ceil(sum(label.count("\n") + 1 for label in labels) / n_columns)
-    with panels(list(by_source), min(3, len(by_source)), legend, 2.9, width=_WIDTH) as (figure, grid):
+    labels, n_columns, height = _legend(looks)
+    with panels(list(by_source), min(3, len(by_source)), (height, 2.9), width=_WIDTH) as (figure, grid):
         for axes, curves in zip(grid, by_source.values(), strict=True):
             _draw_panel(axes, curves, size)
             axes.set(xlabel=f"{cost.label} ({unit})", ylabel=f"Validation loss ({found.metric.unit})")
         handles = [grid[0].plot([], [], **look)[0] for look in looks.values()]
         figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
-        return finish(figure, cost.name, _table(found), told=told)
+        ends = {source: _ends(cost, curves, rows) for source, curves in by_source.items()}
+        return finish(figure, cost.picture, _table(found), metric=found.metric, label=cost.label, ends=ends)
+
+
+def _legend(names: Iterable[str]) -> tuple[list[str], int, float]:
+    """Return a legend's labels, its columns and its height in inches."""
+    labels = [textwrap.fill(name, _LEGEND_CHARACTERS) for name in names]
+    n_columns = max(1, _LEGEND_CHARACTERS // (max(map(len, labels)) + 8))
+    return labels, n_columns, 0.2 * math.ceil(sum(label.count("\n") + 1 for label in labels) / n_columns)
 
 
 def _draw_panel(axes: Axes, curves: Sequence[Curve], size: float) -> None:
@@ -132,14 +145,7 @@ def _table(found: Curves) -> Table:
     return Table(("Source", "Run", f"{found.cost.label} ({unit})", f"Validation loss ({found.metric.unit})"), rows)
 
 
-def curves_in_words(found: Curves, rows: Sequence[Group]) -> str:
-    """Say for each source where the runs end, the lowest first, and how far apart."""
-    first = f"Validation loss in {found.metric.unit} over {found.cost.label.lower()}, a panel for each source."
-    ends = {source: _ends(found.cost, curves, rows) for source, curves in found.by_source.items()}
-    return " ".join([first, *(f"{source}: {_ranking(places)}." for source, places in ends.items())])
-
-
-class _End(NamedTuple):
+class End(NamedTuple):
     """Where a row's runs end on the average; sorted by score."""
 
     score: float
@@ -147,20 +153,11 @@ class _End(NamedTuple):
     label: str
 
 
-def _ends(cost: Cost, curves: Sequence[Curve], rows: Sequence[Group]) -> list[_End]:
+def _ends(cost: Quantity, curves: Sequence[Curve], rows: Sequence[Group]) -> list[End]:
     ends = []
     for row in rows:
         found = [(curve.scores[-1], curve.costs[-1]) for curve in curves if curve.run in row.runs]
         if found:
             score, spent = np.mean(found, axis=0).tolist()
-            ends.append(_End(score, cost.units.format(spent), row.label + " on average" * (len(row.runs) > 1)))
+            ends.append(End(score, cost.units.format(spent), row.label + " on average" * (len(row.runs) > 1)))
     return sorted(ends)
-
-
-def _ranking(ends: Sequence[_End]) -> str:
-    lowest, *others = ends
-    parts = [f"{lowest.label} ends {'lowest, ' if others else ''}at {format_digits(lowest.score)} after {lowest.spent}"]
-    for end in others[:4]:
-        above = format_digits(end.score - lowest.score)
-        parts.append(f"{above} below {end.label} ({format_digits(end.score)} after {end.spent})")
-    return ", ".join(parts) + ", then others" * (len(others) > 4)

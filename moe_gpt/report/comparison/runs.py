@@ -1,24 +1,36 @@
-"""What follows from a run's records for a comparison: its settings, what it cost, how far it came."""
+"""Runs beside others: what one cost and how far it came, which belong together, and how their settings differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.config.flat import flatten
 from moe_gpt.errors import ConfigError
 from moe_gpt.measure.flops import count_flops
+from moe_gpt.measure.metric_names import MetricName
 from moe_gpt.measure.parameters import count_parameters
-from moe_gpt.report.run_records import RunRecords
-from moe_gpt.terminal.numbers import TOKENS
+from moe_gpt.report.pictures import Table
+from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.words import say, words
 
 _COLUMNS = ("tokens_seen", "batch_tokens", "seq_len", "tokens_per_second")
+_MAY_DIFFER_IN_GROUP = re.compile(
+    r"train\.(seed|log_every_steps|eval_every_steps|record_\w+|sample_tokens)|tracking|checkpoint\..*"
+    r"|data\.(cache_dir|verify_tokens|sources\.\d+\.prompt)"
+)
+"""The seed, where files are, and what is recorded."""
+_NOT_THERE = object()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,9 +59,9 @@ class ComparedRun:
     @functools.cached_property
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of the steps that have all of them."""
-        rows = [[line.get(key) for key in _COLUMNS] for line in self.records.steps]
-        complete = [row for row in rows if all(map(_is_positive, row))]
-        return dict(zip(_COLUMNS, np.array(complete, dtype=float).reshape(-1, len(_COLUMNS)).T, strict=True))
+        values = [[line.get(key) for key in _COLUMNS] for line in self.records.steps]
+        rows = np.array(values, dtype=float).reshape(-1, len(_COLUMNS))  # what is not there becomes nan
+        return dict(zip(_COLUMNS, rows[(rows > 0).all(axis=1)].T, strict=True))
 
     @functools.cached_property
     def sums(self) -> dict[str, np.ndarray]:
@@ -67,9 +79,11 @@ class ComparedRun:
     @functools.cached_property
     def totals(self) -> dict[str, float]:
         """Everything that is known of the run's size and cost, by quantity."""
-        totals = {"tokens": float(self.tokens_seen)} | {name: float(sums[-1]) for name, sums in self.sums.items()}
-        counts = count_parameters(self.model)._asdict() if isinstance(self.model, ModelConfig) else {}
-        return totals | {name: float(counts[name]) for name in ("active", "total") if name in counts}
+        totals = {name: float(sums[-1]) for name, sums in self.sums.items()}
+        if isinstance(self.model, ModelConfig):
+            counts = count_parameters(self.model)
+            totals |= {"active": float(counts.active), "total": float(counts.total)}
+        return totals | {"tokens": float(self.records.last("tokens_seen"))}
 
     def spent(self, quantity: str, tokens: np.ndarray) -> np.ndarray | None:
         """Return what a run had cost when so many tokens were seen; None where that is not known."""
@@ -81,15 +95,10 @@ class ComparedRun:
         return np.concatenate([[0.0], self.sums[quantity]])[n_steps]
 
     @property
-    def tokens_seen(self) -> int:
-        """Tokens at the last step or evaluation."""
-        return self.records.last("tokens_seen")
-
-    @property
     def total_tokens(self) -> int | None:
         """Tokens at the end of the schedule; None where the config does not say."""
-        ends = [stage.get("until_tokens") for stage in self.records.stages]
-        return ends[-1] if ends and isinstance(ends[-1], int) else None
+        end: Any = [None, *(stage.get("until_tokens") for stage in self.records.stages)][-1]
+        return end if isinstance(end, int) else None
 
     @property
     def scored_at(self) -> int | None:
@@ -99,33 +108,112 @@ class ComparedRun:
     @property
     def is_stopped(self) -> bool:
         """Whether the schedule has more tokens than the run has seen."""
-        return self.total_tokens is not None and self.tokens_seen < self.total_tokens
+        return self.total_tokens is not None and self.records.last("tokens_seen") < self.total_tokens
 
     @property
     def state(self) -> str:
         """How far the run came, in words."""
-        text = "end of schedule not known" if self.total_tokens is None else "finished"
-        if self.is_stopped:
-            seen = TOKENS.format(self.tokens_seen).removesuffix(" tokens")
-            text = f"stopped at {seen} of {TOKENS.format(self.total_tokens or 0)}"
-        is_behind = self.scored_at is not None and self.scored_at < self.tokens_seen
-        return text + (f", last scored at {TOKENS.format(self.scored_at or 0)}" if is_behind else "")
+        return say(words()["comparison"]["state"], run=self)
 
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    @property
+    def broken(self) -> list[str]:
+        """The sources whose loss at the last evaluation is not finite."""
+        sources = list(self.records.all_scores())
+        last = self.records.evaluations[-1] if sources else {}
+        return [source for source in sources if last.get(str(MetricName(source, "ce_loss")), 0.0) is None]
 
 
 def compared_runs(runs: Sequence[RunRecords]) -> list[ComparedRun]:
     """Name each run after its folder, with as many parents as it takes; a folder given again gets a number."""
     paths = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
-    numbers = [paths[:index].count(path) + 1 for index, path in enumerate(paths)]
-    suffixes = ["" if number == 1 else f" #{number}" for number in numbers]
-    labels = [f"{_shortest(path, set(paths))}{suffix}" for path, suffix in zip(paths, suffixes, strict=True)]
-    return [ComparedRun(run, label) for run, label in zip(runs, labels, strict=True)]
+    compared = []
+    for index, (run, path) in enumerate(zip(runs, paths, strict=True)):
+        earlier = paths[:index].count(path)
+        compared.append(ComparedRun(run, f"{_shortest(path, set(paths))}{f' #{earlier + 1}' * bool(earlier)}"))
+    return compared
 
 
 def _shortest(path: tuple[str, ...], paths: set[tuple[str, ...]]) -> PurePath:
     """Return the shortest end of a path that no other path has."""
     ends = (path[-n_parts:] for n_parts in range(1, len(path) + 1))
     return PurePath(*next(end for end in ends if sum(other[-len(end) :] == end for other in paths) == 1))
+
+
+class Group(NamedTuple):
+    """Runs that one label, one colour and one row stand for."""
+
+    runs: list[ComparedRun]
+
+    @property
+    def n_seeds(self) -> int:
+        """How many different seeds there are."""
+        return len({run.settings.get("train.seed") for run in self.runs})
+
+    @property
+    def label(self) -> str:
+        """The name of the first run, with how many there are."""
+        n_runs, first = len(self.runs), self.runs[0].label
+        kind = "seeds" if self.n_seeds == n_runs else "runs"
+        return f"{first} ({n_runs} {kind})" if n_runs > 1 else first
+
+    def last_scores(self, source: str, key: str) -> list[float]:
+        """Return the last score of each run that has one."""
+        return [score for run in self.runs for score in run.records.scores(source, key).values[-1:]]
+
+    def totals(self, quantity: str) -> list[float]:
+        """Return what each run has of a quantity, where that is known."""
+        return [run.totals[quantity] for run in self.runs if quantity in run.totals]
+
+    def by_end(self) -> list[Group]:
+        """Return the group's runs that ended at the same place together."""
+        return _together(self.runs, lambda run: (run.records.last("tokens_seen"), run.scored_at))
+
+
+def group_runs(runs: Sequence[ComparedRun]) -> list[Group]:
+    """Put runs with equal settings and tokenizers together; one whose config cannot be read stays alone."""
+
+    def identity(run: ComparedRun) -> Any:
+        settings = {key: value for key, value in run.settings.items() if not _MAY_DIFFER_IN_GROUP.fullmatch(key)}
+        return (settings, run.records.tokenizer_digest) if settings else object()
+
+    return _together(runs, identity)
+
+
+def _together(runs: Sequence[ComparedRun], identity: Callable[[ComparedRun], Any]) -> list[Group]:
+    """Return the runs of equal identity as groups, in the order of their first runs; identities need no hash."""
+    identities: list[Any] = []
+    groups: list[Group] = []
+    for run in runs:
+        found = identity(run)
+        if found not in identities:
+            identities.append(found)
+            groups.append(Group([]))
+        groups[identities.index(found)].runs.append(run)
+    return groups
+
+
+def differing_keys(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the settings that differ between the runs whose config can be read, in the order of the configs."""
+    settings = [run.settings for run in runs if run.settings]
+    return [key for key in dict.fromkeys(itertools.chain(*settings)) if _differs(key, settings)]
+
+
+def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
+    first, *others = (found.get(key, _NOT_THERE) for found in settings)
+    return any(value != first for value in others)
+
+
+def table_of_differences(runs: Sequence[ComparedRun]) -> Table:
+    """Return the settings that differ, with a column for each run whose config can be read."""
+    readable = [run for run in runs if run.settings]
+    rows = [[key, *(_setting(run.settings, key) for run in readable)] for key in differing_keys(runs)]
+    columns = ["Setting", *(run.label for run in readable)]
+    return Table(columns, rows or [["(nothing)", *[""] * len(readable)]], "Settings that differ")
+
+
+def _setting(settings: dict[str, Any], key: str) -> str:
+    """Return a value as YAML spells it, in full: two that differ must not look the same."""
+    if key not in settings:
+        return "not there"
+    text = yaml.safe_dump(settings[key], default_flow_style=True, allow_unicode=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,65 @@
+"""What a report says: the templates of words.yaml and picture_words.yaml, filled with values of runs.
+
+Python finds values, the templates say them. What comes out is plain text: the page escapes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from moe_gpt.terminal.numbers import TOKENS, format_count, format_digits, format_number, plural
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+@functools.cache
+def words() -> dict[str, Any]:
+    """Return what words.yaml and picture_words.yaml have."""
+    return _read("words.yaml") | _read("picture_words.yaml")
+
+
+def _read(name: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def say(template: str, **facts: Any) -> str:
+    """Return a template with its values, as one line."""
+    return " ".join(_render(template, facts).split())
+
+
+def paragraphs(template: str, **facts: Any) -> list[str]:
+    """Return a template with its values as paragraphs, which lines of it are; empty ones are left out."""
+    return [" ".join(line.split()) for line in _render(template, facts).splitlines() if line.strip()]
+
+
+def _render(template: str, facts: dict[str, Any]) -> str:
+    return _environment().from_string(template).render(facts)
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    environment.filters |= {
+        "count": format_count,
+        "digits": format_digits,
+        "each": _each,
+        "fmt": format,
+        "number": format_number,
+        "plural": plural,
+        "tokens": TOKENS.format,
+    }
+    environment.globals["shared"] = environment.from_string(words()["shared"]).module
+    return environment
+
+
+def _each(rows: Iterable[Sequence[Any]], text: str, separator: str = "; ") -> str:
+    """Return a text for each row, with the row's values in its braces."""
+    return separator.join(text.format(*row) for row in rows)
