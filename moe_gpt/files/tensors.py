@@ -2,8 +2,7 @@
 
 The format (https://huggingface.co/docs/safetensors): the length of a JSON header in 8 bytes, the header with each
 tensor's type, shape and place, then the data. Several files have an index beside them that says where each tensor
-is. Reading is the library's; its writer wants all tensors of a file at once and orders its metadata at random, so
-writing is done here.
+is. Reading is the library's; its writer wants all tensors of a file in memory at once, so writing is done here.
 """
 
 from __future__ import annotations
@@ -142,7 +141,8 @@ def write_sharded(
         write_file(folder / INDEX_FILE, [json.dumps(index, indent=2).encode() + b"\n"])
 
 
-def _chunks(specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+def header_of(specs: Iterable[TensorSpec]) -> bytes:
+    """Return what stands before the data of a file with these tensors: the header and its length."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -150,7 +150,11 @@ def _chunks(specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> Itera
         header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    yield len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text
+
+
+def _chunks(specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+    yield header_of(specs)
     for spec in specs:
         tensor = read(spec.name).detach().to("cpu", spec.dtype).contiguous()
         if tuple(tensor.shape) != spec.shape:

@@ -5,13 +5,12 @@ The activations are those that the paths of ``moe_gpt.model`` for CPUs keep for 
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 import torch
 
 from moe_gpt.config import ModelConfig, RunConfig, StageConfig
-from moe_gpt.files.tensors import TensorSpec
+from moe_gpt.files.tensors import TensorSpec, header_of
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.ops.cpu_attention import LONGEST_BY_PRODUCTS, QUERY_BLOCK
@@ -173,11 +172,6 @@ def checkpoint_bytes(config: ModelConfig) -> CheckpointBytes:
 
 
 def _file_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return the size of a safetensors file as ``tensor_files.write_tensors`` writes it: length, header, data."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + TensorSpec(name, shape, torch.float32).n_bytes
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = len(json.dumps(header).encode())
-    return 8 + text + -text % 8 + end
+    """Return the size of a safetensors file with these float32 tensors."""
+    specs = [TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()]
+    return len(header_of(specs)) + sum(spec.n_bytes for spec in specs)

@@ -79,6 +79,8 @@ def fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
         return False
     if rows.device.type == "cuda":
         return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    if rows.is_meta:  # to show what a GPU would be asked for
+        return rows.dtype == torch.bfloat16
     if rows.device.type == "cpu":
         return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and not torch.compiler.is_compiling())
     return False

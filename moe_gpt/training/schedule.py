@@ -85,11 +85,6 @@ class Schedule:
         decay_tokens = min(self._config.decay_fraction * self.total_tokens, self.total_tokens - warmup)
         return low + (peak - low) * min(1.0, (self.total_tokens - tokens) / decay_tokens)
 
-    @property
-    def longest_seq_len(self) -> int:
-        """The longest sequence of any stage."""
-        return max(stage.config.seq_len for stage in self.stages)
-
 
 def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]:
     start = 0

@@ -223,8 +223,3 @@ def test_schedule_refuses_a_place_outside_the_run(tokens_seen):
     """There is no step before the first or after the last token; the error has the limit and the value."""
     with pytest.raises(ValueError, match=rf"below 5120, got {tokens_seen}"):
         make_schedule().at(tokens_seen)
-
-
-def test_longest_seq_len_is_the_longest_of_any_stage():
-    """The longest sequence need not be the last stage's."""
-    assert make_schedule([until(512, 64), until(1024, 256), until(2048, 128)]).longest_seq_len == 256
