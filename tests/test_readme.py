@@ -44,7 +44,7 @@ def test_readme_example_runs():
 
 
 def test_readme_stays_short():
-    """Under 1,200 words."""
+    """The README has fewer than 1,200 words."""
     assert len(README.split()) < 1200
 
 

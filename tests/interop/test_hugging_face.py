@@ -81,7 +81,7 @@ def test_fused_experts_load(tmp_path):
 
 
 def test_equal_models_give_equal_files(tmp_path):
-    """Byte for byte."""
+    """Exporting the same model twice writes the same bytes."""
     for name in ("a", "b"):
         hugging_face.save(tiny_model(), tmp_path / name)
     for file in (tmp_path / "a").iterdir():
@@ -185,7 +185,7 @@ def test_other_models_are_refused_by_name(folder, changes, message):
 
 
 def test_several_problems_are_reported_together(folder):
-    """One line each, with the file."""
+    """Every problem has a line of its own, which names the file."""
     edit_json(folder / "config.json", hidden_act="gelu", num_experts_per_tok=1)
     with pytest.raises(InputError) as caught:
         hugging_face.load(folder)
@@ -193,7 +193,7 @@ def test_several_problems_are_reported_together(folder):
 
 
 def test_damaged_weights_are_named(folder):
-    """Cut off, foreign, of an unreadable type, or absent."""
+    """A file that is cut off, foreign, of an unreadable type or absent is an error that names it."""
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -239,7 +239,7 @@ def test_tied_matrix_stored_twice_is_fine(tmp_path):
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_not_left_over(folder):
-    """They follow from rope_theta."""
+    """Saved rotary frequencies are passed over, because they follow from rope_theta."""
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
     hugging_face.load(folder)
@@ -371,7 +371,7 @@ def test_weights_that_are_not_finite_are_named(value, folder, tmp_path):
 
 
 def test_arguments_of_the_wrong_kind_are_refused(folder, tmp_path):
-    """By the functions themselves."""
+    """The functions refuse a wrong dtype or context length themselves."""
     model = hugging_face.load(folder)
     with pytest.raises(ValueError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         hugging_face.save(model, tmp_path / "x", dtype=torch.float16)

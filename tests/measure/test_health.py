@@ -91,7 +91,7 @@ def test_problems_by_hand():
 
 
 def test_nothing_is_said_of_dense_models_and_of_nothing():
-    """No experts, no records."""
+    """A model without experts and a run without records have no problems."""
     assert judge([]) == []
     assert find_problems([record()] * 12, None, ModelConfig(n_experts=1, top_k=1), FaultConfig(), 50) == []
 

@@ -8,7 +8,7 @@ from moe_gpt.measure.metric_names import MetricName, scored_sources
 
 
 def test_a_name_is_read_as_it_is_written():
-    """Parsing undoes writing."""
+    """Parsing a name gives back what was written."""
     name = MetricName("prose", "ce_loss")
     assert str(name) == "val/prose/ce_loss"
     assert MetricName.parse(str(name)) == name

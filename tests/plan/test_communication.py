@@ -27,7 +27,7 @@ def section(n_gpus: int, recompute: bool = False, **layout: object):
     ("pipeline", "micro_batches", "share"), [(1, 8, 0), (4, 1, 0.75), (4, 12, 0.2), (15, 36, 0.28)]
 )
 def test_bubble_is_the_idle_share(pipeline, micro_batches, share):
-    """(p - 1) / (m + p - 1): nothing for one stage, all but a p-th for one micro-batch."""
+    """The bubble is (p - 1) / (m + p - 1): nothing for one stage, all but a p-th for one micro-batch."""
     assert bubble(pipeline, micro_batches) == pytest.approx(share)
 
 

@@ -111,7 +111,7 @@ def test_find_gpu_measures_the_cpu_within_a_second():
 
 
 def test_parallelism_leaves_spares():
-    """25,000 = 208 x 120 + 40."""
+    """25,000 GPUs are 208 x 120 and leave 40 spares."""
     layout = Parallelism(25_000, tensor=8, pipeline=15)
     assert (layout.model_gpus, layout.data_parallel, layout.used, layout.spares) == (120, 208, 24_960, 40)
     assert layout.batch_ranks == 208

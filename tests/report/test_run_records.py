@@ -69,7 +69,7 @@ def test_whole_run_is_read(run_dir):
     ],
 )
 def test_what_cannot_be_read_is_noted(run_dir, name, content, note):
-    """The rest is read."""
+    """What cannot be read is noted, and the rest is read."""
     if content is None:
         (run_dir / name).unlink()
     else:
@@ -118,7 +118,7 @@ def test_run_of_an_older_version(run_dir):
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
 def test_what_is_no_run_is_refused(tmp_path, make):
-    """By its name."""
+    """A folder that holds no run is refused by its name."""
     make(tmp_path / "there")
     with pytest.raises(InputError, match="there"):
         read_run(tmp_path / "there")

@@ -41,5 +41,5 @@ def test_four_digits_without_an_exponent(value, text):
 
 @pytest.mark.parametrize(("n", "text"), [(0, "0 steps"), (1, "1 step"), (1000, "1,000 steps")])
 def test_one_thing_has_no_plural(n, text):
-    """All other numbers have."""
+    """One thing is written without a plural, every other number with it."""
     assert plural(n, "step") == text

@@ -69,7 +69,7 @@ def test_mode_is_restored(model_and_tokenizer):
 
 
 def test_perplexity_beyond_floats_is_infinite():
-    """Rather than an error at the worst moment."""
+    """A loss whose exponential is beyond floats gives infinity, not an error."""
     assert Score(1e6, 1.0, 1).perplexity == math.inf
     assert Score(2.0, 1.0, 1).perplexity == pytest.approx(7.389, abs=1e-3)
 

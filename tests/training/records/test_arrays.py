@@ -120,7 +120,7 @@ def test_documents_are_kept_apart_where_training_does_so():
 
 
 def test_router_that_is_cut_off_has_no_gradient():
-    """Zero, not an error."""
+    """A router that is cut off from the loss has gradient zero, not an error."""
 
     class Frozen(Router):
         def logits(self, x):

@@ -36,7 +36,7 @@ def take_steps(n_steps: int, spoil: bool = False, **changes) -> tuple[dict, dict
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("n_steps", [1, 3])
 def test_update_norms_are_how_far_parameters_moved(variant, n_steps):
-    """With weight decay and clipping: the norm of the difference that the step made, group by group."""
+    """Each group has the norm of the difference that the step made, with weight decay and clipping."""
     norms, parameters = take_steps(n_steps, **VARIANTS[variant])
     moved: dict[str, float] = {}
     for name, (before, after) in parameters.items():

@@ -195,7 +195,7 @@ def test_dead_experts_are_warned_of_in_a_run(small_config, tmp_path):
 
 
 def test_dense_model_has_no_routing_to_judge(small_config, tmp_path):
-    """No layers, no warnings."""
+    """A dense model has no layers to judge and gets no warnings."""
     display = Listening()
     config = change(change(small_config, "model", n_experts=1, top_k=1), "faults", routing_window=2)
     run_training(config, tmp_path, display, max_steps=6)

@@ -32,7 +32,7 @@ def keys(found) -> dict[str, bool]:
 
 
 def test_nothing_changed():
-    """No news, no record."""
+    """A run that is continued as it was saved has no changes to report."""
     assert find_changes(RunConfig(), state(), identity()) == []
     assert check_changes([], [], print) == []
 
@@ -45,7 +45,7 @@ def test_settings_that_change_the_result_need_permission():
 
 
 def test_data_code_and_torch_need_permission_the_machine_does_not():
-    """Another result against the same result with other rounding."""
+    """Changes that give other results need permission; those that only round otherwise do not."""
     found = find_changes(
         RunConfig(),
         state(),

@@ -164,7 +164,7 @@ def test_background_save_is_of_the_moment_it_began(tmp_path, monkeypatch):
 
 
 def test_background_and_foreground_write_the_same(tmp_path):
-    """Byte for byte."""
+    """Saving in the background writes the same bytes as saving in the foreground."""
     state, identity = make_run()
     for name, in_background in (("a", True), ("b", False)):
         saver = CheckpointSaver(tmp_path / name, identity, CheckpointConfig(in_background=in_background))
