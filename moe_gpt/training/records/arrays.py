@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from moe_gpt.files.durable import replace_file
+from moe_gpt.files.durable import delete_leftovers, replace_file
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.observation import choices_on, mean_gradients
 from moe_gpt.model.transformer import MoEGPT
@@ -69,7 +69,8 @@ def evaluation_file(run_dir: Path, step: int) -> Path:
 
 
 def remove_later_evaluations(run_dir: Path, step: int) -> None:
-    """Remove the arrays of evaluations after a step: they are from a part of the run that is done again."""
+    """Remove the arrays of evaluations after a step, which is done again, and what a killed process left of others."""
+    delete_leftovers(run_dir / EVALUATIONS, "step_")
     for path in (run_dir / EVALUATIONS).glob("step_*.safetensors"):
         if path > evaluation_file(run_dir, step):
             path.unlink()

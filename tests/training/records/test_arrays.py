@@ -161,6 +161,7 @@ def test_interrupted_run_records_the_same(small_config, tmp_path):
     run_training(config, tmp_path / "pieces", max_steps=6)
     run_training(config, tmp_path / "pieces", resume=True, max_steps=11)
     evaluation_file(tmp_path / "pieces", 20).write_bytes(b"from a part that was lost")
+    (tmp_path / "pieces" / "evaluations" / "step_00000008.safetensors.tmp-abc").write_bytes(b"killed while writing")
     run_training(config, tmp_path / "pieces", resume=True)
     whole, pieces = (sorted((tmp_path / name / "evaluations").iterdir()) for name in ("whole", "pieces"))
     names = {path.name for path in whole}
