@@ -96,6 +96,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     path = cache / "tokenizers" / f"{key}.json"
     digest_path = path.with_suffix(".sha256")
     if not (path.is_file() and digest_path.is_file()):
+        delete_leftovers(path.parent, key)
         say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
         with _interruptible():
             tokenizer = train_tokenizer(
