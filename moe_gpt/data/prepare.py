@@ -96,14 +96,10 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     path = cache / "tokenizers" / f"{key}.json"
     digest_path = path.with_suffix(".sha256")
     if not (path.is_file() and digest_path.is_file()):
-        delete_leftovers(path.parent, key)
-        say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
-        with _interruptible():
-            tokenizer = train_tokenizer(
-                _training_texts(config), wanted.vocab_size, wanted.end_of_text, wanted.special_tokens
-            )
-        replace_file(path, tokenizer.to_json())
-        replace_file(digest_path, read_digest(path).sha256)
+        with _only_process(cache / "locks" / f"tokenizer-{key}.lock", "training the same tokenizer", say):
+            if not (path.is_file() and digest_path.is_file()):  # another process may have finished it meanwhile
+                delete_leftovers(path.parent, key)
+                _train_tokenizer(config, path, say)
     if read_digest(path).sha256 != digest_path.read_text(encoding="utf-8"):
         raise InputError(
             f"{path} is not the tokenizer that was trained: its SHA-256 differs; delete it to train it again"
@@ -119,6 +115,17 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
 
 def _names(config: DataConfig) -> str:
     return ", ".join(source.name for source in config.sources)
+
+
+def _train_tokenizer(config: DataConfig, path: Path, say: Callable[[str], None]) -> None:
+    """Write a tokenizer and then its digest, which says that it is complete."""
+    wanted = config.tokenizer
+    say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
+    with _interruptible():
+        texts = _training_texts(config)
+        tokenizer = train_tokenizer(texts, wanted.vocab_size, wanted.end_of_text, wanted.special_tokens)
+    replace_file(path, tokenizer.to_json())
+    replace_file(path.with_suffix(".sha256"), read_digest(path).sha256)
 
 
 def _training_texts(config: DataConfig) -> Iterator[str]:
