@@ -33,6 +33,7 @@ from moe_gpt.training.loop import Limits, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.checkpoint import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.saving.store import prune
 from moe_gpt.training.setup import set_up_run
 
 VARIANTS = {
@@ -92,8 +93,10 @@ def live(config: RunConfig, run_dir: Path, cache: Path, die_at_call: int | None 
         torch.set_num_threads(1)
         _slow_and_deadly_disk(die_at_call)
         run = set_up_run(config, run_dir, torch.device("cpu"), resume=True)
-        if not run.is_finished:
-            with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
+        with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
+            if run.is_finished:
+                prune(run_dir, config.checkpoint)
+            else:
                 train(run, Limits(), Silent())
         os._exit(0)
     except BaseException:

@@ -71,6 +71,7 @@ def main() -> int:
     from moe_gpt.training.loop import Limits, train
     from moe_gpt.training.recovery import TrainingStopped
     from moe_gpt.training.saving.run_folder import open_run_folder
+    from moe_gpt.training.saving.store import prune
     from moe_gpt.training.setup import set_up_run
     from moe_gpt.training.summary import describe_run
 
@@ -79,6 +80,8 @@ def main() -> int:
     )
     print(describe_run(run), flush=True)
     if run.is_finished:
+        with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
+            prune(run_dir, config.checkpoint)  # a process that was killed at the end has not done it
         print(f"this run is finished; next: {generate_command(run)}")
         return 0
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,3 +222,16 @@ def test_evaluate_scores_any_file(run_dir, tmp_path):
     assert values[0] == values[1]
     assert values[2] != values[3]
     assert script("evaluate.py", run_dir, "--stride", 4).returncode == 2
+
+
+def test_finished_run_is_tidied(run_dir, tmp_path):
+    """A checkpoint that a process killed at the very end did not prune goes when the run is resumed again."""
+    folder = tmp_path / "run"
+    arguments = ["--config", run_dir.parent / "small.yaml", "--run-dir", folder, "checkpoint.keep_last=1"]
+    assert script("train.py", *arguments).returncode == 0
+    (newest,) = (folder / "checkpoints").iterdir()
+    older = shutil.copytree(newest, newest.with_name("step_00000008"))
+    state = json.loads((older / "state.json").read_text()) | {"step": 8, "score": None}
+    (older / "state.json").write_text(json.dumps(state))
+    assert "this run is finished" in script("train.py", *arguments, "--resume").stdout
+    assert list((folder / "checkpoints").iterdir()) == [newest]
