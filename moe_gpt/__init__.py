@@ -3,8 +3,8 @@
 Shapes, everywhere in the package:
 
     B sequences · T positions in a sequence · N = B·T tokens, flattened · D d_model · H query heads
-    G key-value heads · Dh head_dim · F d_ff · E experts · K top_k · C slots per expert · L layers
-    V vocabulary · S cached positions · R rows of the dispatched buffer
+    G key-value heads · Dh head_dim · F d_ff · E experts · K top_k · L layers
+    V vocabulary · S positions of keys, cached ones included · R rows of the dispatched buffer
 
 The public names load on first use, so that ``import moe_gpt`` and ``--help`` stay quick.
 """
@@ -63,3 +63,7 @@ def _home_of(name: str) -> str:
 
 def __getattr__(name: str) -> Any:  # PEP 562
     return getattr(importlib.import_module(_home_of(name)), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

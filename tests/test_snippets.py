@@ -1,4 +1,4 @@
-"""The snippets of docs/ are the code: each stands in the file that the comment before it names, line by line."""
+"""The snippets of docs/ are the code: each stands in the file that the line before it names, line by line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SNIPPET = re.compile(r"<!-- (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
+SNIPPET = re.compile(r"^`(\S+)`:\n\n```\w+\n(.*?)```", re.DOTALL | re.MULTILINE)
 SNIPPETS = [
     (page.name, file, code)
     for page in sorted((ROOT / "docs").glob("*.md"))

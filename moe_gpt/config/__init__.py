@@ -1,6 +1,6 @@
 """Every setting, checked when it is constructed.
 
-One file for each section; a default is written here and nowhere else; a number that follows from others is a
+A file for each part of a run; a default is written here and nowhere else; a number that follows from others is a
 property. ``section.py`` has the checking, ``yaml.py`` the files and overrides. Read ``model.py`` first.
 """
 

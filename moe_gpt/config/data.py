@@ -97,7 +97,7 @@ class SourceConfig(Section):
     fim_spm_rate: Rate = 0.5
     """Share of those documents in the order suffix, prefix, middle instead of prefix, suffix, middle."""
     prompt: NonEmpty = "The "
-    """What the sample at the end of training starts with."""
+    """What the samples at evaluations start with."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the keys of one source."""

@@ -18,8 +18,8 @@ from moe_gpt.model.cache import KVCache
 
 
 def rotary_angles(
-    positions: Int[Tensor, "B T"], head_dim: int, rope_theta: float
-) -> tuple[Float[Tensor, "B T 1 {head_dim}//2"], Float[Tensor, "B T 1 {head_dim}//2"]]:
+    positions: Int[Tensor, "#B T"], head_dim: int, rope_theta: float
+) -> tuple[Float[Tensor, "#B T 1 {head_dim}//2"], Float[Tensor, "#B T 1 {head_dim}//2"]]:
     """Return cosine and sine of each position's rotation angles in float32 (RoFormer, eq. 15)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].float() * rope_theta**-exponents

@@ -27,7 +27,7 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch D"], valid_mask: Bool[Tensor, "*batch"] | None = None
     ) -> tuple[Float[Tensor, "*batch D"], None]:
-        """Return down(silu(gate(x)) · up(x)), and no routing."""
+        """Return down(silu(gate(x)) · up(x)), and no routing; the mask is for networks that have one."""
         return self.down(ops.swiglu(self.gate_up(x))), None
 
 
@@ -48,5 +48,5 @@ class Experts(nn.Module):
         nn.init.normal_(self.down, std=residual_std)
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
-        """Return each token's weighted sum over its experts' answers, in float32."""
+        """Return each token's weighted sum over its experts' answers, in the weights' type, float32."""
         return ops.mix_experts(x, routing.expert_indices, routing.expert_weights, self.gate_up, self.down)

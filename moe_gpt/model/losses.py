@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_gpt import ops
 from moe_gpt.config import LossConfig, ModelConfig
+from moe_gpt.model.moe import kept_assignments
 from moe_gpt.model.router import Routing
 from moe_gpt.ops import IGNORED_TARGET
 
@@ -67,8 +68,9 @@ def _mean(values: Tensor, valid_mask: Tensor | None, dim: int) -> Tensor:
     """Return the mean over tokens, the valid ones where a mask is given; ``dim`` is theirs."""
     if valid_mask is None:
         return values.mean(dim=dim)
-    weights = valid_mask.to(values.dtype).view(-1, *[1] * (-1 - dim))
-    return (weights * values).sum(dim=dim) / weights.sum().clamp(min=1)  # no matrix product: autocast would round it
+    weights = valid_mask.to(values.dtype)
+    total = (values.movedim(dim, -1) * weights).sum(-1)  # no matrix product: autocast would round it
+    return total / weights.sum().clamp(min=1)
 
 
 class RouterStats(NamedTuple):
@@ -85,28 +87,32 @@ class RouterStats(NamedTuple):
 
 
 def router_stats(
-    routings: Sequence[Routing], valid_mask: Bool[Tensor, "B T"] | None = None, drops_tokens: bool = False
+    routings: Sequence[Routing],
+    valid_mask: Bool[Tensor, "B T"] | None = None,
+    capacity_ratio: tuple[int, int] | None = None,
 ) -> RouterStats | None:
     """Return losses and counts of the layers' routings; None where there are none, as in a dense model.
 
     Args:
         routings: of each layer, from a forward pass.
         valid_mask: False for padding, which does not count.
-        drops_tokens: whether a weight of 0 says that the expert was full, as in training with ``capacity_factor``.
+        capacity_ratio: ``ModelConfig.capacity_ratio`` in training; None where nothing is dropped.
     """
     if not routings:
         return None
-    indices, weights, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
+    indices, _, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
     is_valid = None if valid_mask is None else valid_mask.flatten()
-    tokens_per_expert = count_assignments(indices, probs.shape[-1], is_valid)
-    is_dropped = weights == 0 if drops_tokens else torch.zeros_like(weights, dtype=torch.bool)
-    if is_valid is not None:
-        is_dropped = is_dropped & is_valid[:, None]
+    n_experts = probs.shape[-1]
+    tokens_per_expert = count_assignments(indices, n_experts, is_valid)
+    n_kept = tokens_per_expert.sum(-1)
+    if capacity_ratio is not None:
+        kept = torch.stack([kept_assignments(chosen, n_experts, capacity_ratio, is_valid) for chosen in indices])
+        n_kept = (kept if is_valid is None else kept & is_valid[:, None]).sum(dim=(1, 2))
     return RouterStats(
         load_balancing_loss(probs, tokens_per_expert, is_valid),
         router_z_loss(logits, is_valid),
         tokens_per_expert,
-        is_dropped.sum(dim=(1, 2)),
+        tokens_per_expert.sum(-1) - n_kept,
     )
 
 

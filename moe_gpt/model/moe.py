@@ -27,6 +27,29 @@ def within_capacity(
     return (n_earlier < expert_capacity).view_as(expert_indices)
 
 
+def kept_assignments(
+    expert_indices: Int[Tensor, "N K"],
+    n_experts: int,
+    capacity_ratio: tuple[int, int],
+    valid_mask: Bool[Tensor, "*batch"] | None = None,
+) -> Bool[Tensor, "N K"]:
+    """Return which assignments find room at their expert; padding takes none.
+
+    Args:
+        expert_indices: the choices.
+        n_experts: among how many.
+        capacity_ratio: slots of an expert for each assignment, as numerator and denominator; rounded up.
+        valid_mask: False for padding.
+    """
+    numerator, denominator = capacity_ratio
+    if valid_mask is None:
+        return within_capacity(expert_indices, n_experts, -(-expert_indices.numel() * numerator // denominator))
+    is_valid = valid_mask.flatten()
+    capacity = -(-is_valid.sum() * expert_indices.shape[1] * numerator // denominator)
+    elsewhere = torch.where(is_valid[:, None], expert_indices, n_experts)  # a place after the last expert
+    return within_capacity(elsewhere, n_experts + 1, capacity)
+
+
 class MoE(nn.Module):
     """Send each token to ``top_k`` of ``n_experts`` experts and return the weighted sum of their answers.
 
@@ -37,8 +60,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, make_router: Callable[[ModelConfig], nn.Module] = Router) -> None:
         super().__init__()
-        self.n_experts, self.top_k = config.n_experts, config.top_k
-        self.capacity_ratio = config.capacity_ratio
+        self.n_experts, self.top_k, self.capacity_ratio = config.n_experts, config.top_k, config.capacity_ratio
         self.router = make_router(config)
         self.experts = Experts(config)
 
@@ -54,17 +76,6 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         if self.training and self.capacity_ratio is not None:
-            kept = self._kept(routing.expert_indices, valid_mask, *self.capacity_ratio)
+            kept = kept_assignments(routing.expert_indices, self.n_experts, self.capacity_ratio, valid_mask)
             routing = routing._replace(expert_weights=routing.expert_weights * kept)
         return self.experts(tokens, routing).to(x.dtype).view_as(x), routing
-
-    def _kept(
-        self, indices: Int[Tensor, "N K"], valid_mask: Tensor | None, factor: int, per: int
-    ) -> Bool[Tensor, "N K"]:
-        """Return which assignments find room at their expert; padding takes none."""
-        if valid_mask is None:
-            return within_capacity(indices, self.n_experts, -(-indices.numel() * factor // per))
-        is_valid = valid_mask.flatten()
-        capacity = -(-is_valid.sum() * self.top_k * factor // per)
-        elsewhere = torch.where(is_valid[:, None], indices, self.n_experts)  # a place after the last expert
-        return within_capacity(elsewhere, self.n_experts + 1, capacity)

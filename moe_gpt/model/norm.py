@@ -16,6 +16,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
+    def init_weights(self, std: float, residual_std: float) -> None:
+        """Set the weight to 1."""
+        nn.init.ones_(self.weight)
+
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last dimension."""
         return ops.rms_norm(x, self.weight, self.eps)

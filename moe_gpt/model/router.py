@@ -28,7 +28,7 @@ class Routing(NamedTuple):
     router_logits: Float[Tensor, "N E"]
     """Scores before the softmax, noise included, float32."""
     router_probs: Float[Tensor, "N E"]
-    """Softmax of the logits."""
+    """Softmax of the logits: none is negative and each row sums to 1, as the balancing loss assumes."""
 
 
 def choose_experts(scores: Float[Tensor, "N E"], top_k: int) -> Int[Tensor, "N K"]:
@@ -39,8 +39,8 @@ def choose_experts(scores: Float[Tensor, "N E"], top_k: int) -> Int[Tensor, "N K
 class Router(nn.Module):
     """Linear top-k router.
 
-    For a router of your own, subclass it and override ``scores`` (what the choice is made by) or ``forward``, and
-    pass the class to ``MoEGPT(config, make_router=...)``. Whatever ``forward`` returns must be a ``Routing``.
+    For a router of your own, subclass it and override ``logits``, ``scores`` (what the choice is made by) or
+    ``forward``, and pass the class to ``MoEGPT(config, make_router=...)``. ``forward`` must return a ``Routing``.
 
     ``balance: bias`` adds a bias to the probabilities when choosing, and only then: the weights of the chosen come
     from the probabilities alone (loss-free balancing, arXiv 2408.15664, eq. 3). The bias is a buffer that training

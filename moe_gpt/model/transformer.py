@@ -20,7 +20,7 @@ from moe_gpt import ops
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.attention import Attention, rotary_angles
 from moe_gpt.model.cache import KVCache
-from moe_gpt.model.experts import Experts, FeedForward
+from moe_gpt.model.experts import FeedForward
 from moe_gpt.model.losses import CrossEntropy, RouterStats, linear_cross_entropy, router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.norm import RMSNorm
@@ -76,7 +76,7 @@ class MoEGPT(nn.Module):
 
     Args:
         config: the shape; ``vocab_size`` must be a number here.
-        make_router: what makes each layer's router from the config; for experiments with routers of your own.
+        make_router: makes each layer's router from the config; its ``init_weights``, if any, draws its weights.
 
     Raises:
         ValueError: where ``config.vocab_size`` is None.
@@ -116,10 +116,9 @@ class MoEGPT(nn.Module):
         if not self.config.tie_embeddings:
             nn.init.normal_(self.output.weight, std=std)
         for module in self.modules():
-            if isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, Attention | Router | Experts | FeedForward):
-                module.init_weights(std, std / math.sqrt(2 * self.config.n_layers))
+            init_weights: Callable[[float, float], None] | None = getattr(module, "init_weights", None)
+            if module is not self and init_weights:
+                init_weights(std, std / math.sqrt(2 * self.config.n_layers))
 
     def forward(
         self,
@@ -178,23 +177,22 @@ class MoEGPT(nn.Module):
             raise ValueError("document_ids are for whole sequences without padding and without a cache")
         T, past = tokens.shape[1], cache.length if cache else 0
         if past + T > self.config.max_seq_len:
-            raise ValueError(
-                f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
-            )
+            raise ValueError(f"max_seq_len={self.config.max_seq_len} tokens are the most, got {past + T}")
         visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)
         positions = visible.positions(T, tokens.device)
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x, routings = self.embedding(tokens), []
         for layer, block in enumerate(self.blocks):
             x, routing = block(x, rotary, visible, cache, layer)
-            routings.append(routing)
+            if routing is not None:
+                routings.append(routing)
         if cache is not None:
             cache.length += T
-        return self.final_norm(x), [] if self.config.is_dense else routings
+        return self.final_norm(x), routings
 
     def moe_layers(self) -> list[MoE]:
         """Return the mixture-of-experts layers in order; none if the model is dense."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def _stats(self, routings: list[Routing], valid_mask: Tensor | None = None) -> RouterStats | None:
-        return router_stats(routings, valid_mask, self.training and self.config.capacity_factor is not None)
+        return router_stats(routings, valid_mask, self.config.capacity_ratio if self.training else None)

@@ -66,8 +66,8 @@ def _is_plain() -> bool:
     return _chosen.way == "plain"
 
 
-def _is_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" if _chosen.way is None else _chosen.way == "cpu"
+def _is_on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu" if _chosen.way is None else _chosen.way == "cpu"
 
 
 def _takes_custom_gradient(x: Tensor) -> bool:
@@ -93,10 +93,11 @@ def prepare(visible: Visible, n_queries: int, device: torch.device) -> Visible:
     """Give a ``Visible`` the form in which ``attend`` wants it: once a forward pass, for all layers."""
     if visible.is_causal(n_queries) or _is_plain():
         return visible
-    if visible.document_ids is not None and device.type == "cuda":
-        return visible._replace(form=cuda.DocumentBlocks(visible.document_ids))
-    if visible.document_ids is not None and device.type == "cpu" and n_queries > cpu_attention.LONGEST_BY_MATRIX:
-        return visible._replace(form=cpu_attention.DocumentSpans(visible.document_ids))
+    if visible.document_ids is not None:
+        if _is_on_cpu(device) and n_queries > cpu_attention.LONGEST_BY_MATRIX:
+            return visible._replace(form=cpu_attention.DocumentSpans(visible.document_ids))
+        if device.type == "cuda" and not _is_on_cpu(device):
+            return visible._replace(form=cuda.DocumentBlocks(visible.document_ids))
     return visible._replace(form=visible.matrix(n_queries, device))
 
 
@@ -116,7 +117,7 @@ def attend(
     """
     if _is_plain():
         return plain.attend(queries, keys, values, visible.matrix(queries.shape[2], queries.device))
-    if _is_on_cpu(queries):
+    if _is_on_cpu(queries.device):
         return cpu_attention.attend(queries, keys, values, visible.form, _takes_custom_gradient(queries))
     return cuda.attend(queries, keys, values, visible.form)
 
@@ -132,7 +133,7 @@ def mix_experts(
     if _is_plain():
         return plain.mix_experts(x, expert_indices, expert_weights, gate_up, down)
     x = x.to(compute_dtype(x))
-    if _is_on_cpu(x) and cpu.are_few(expert_indices):
+    if _is_on_cpu(x.device) and cpu.are_few(expert_indices):
         return cpu.mix_few_tokens(x, expert_indices, expert_weights, gate_up, down)
     alignment = dispatch.segment_alignment(expert_indices.numel(), len(gate_up), x.device, x.dtype)
     plan = dispatch.plan_dispatch(expert_indices, len(gate_up), alignment)
@@ -147,7 +148,7 @@ def mix_experts(
 def linear_cross_entropy(
     hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
 ) -> Float[Tensor, ""]:
-    """Return the sum of -ln p(target) over the targets that count, in float32: ``plain.linear_cross_entropy``."""
+    """Return the sum of -ln p(target) in float32 or more: ``plain.linear_cross_entropy``."""
     if _is_plain():
         return plain.linear_cross_entropy(hidden, weight, targets)
     dtype = compute_dtype(hidden)

@@ -46,7 +46,7 @@ def attend(
     keys: Float[Tensor, "B G S Dh"],
     values: Float[Tensor, "B G S Dh"],
     form: Tensor | DocumentSpans | None,
-    is_large: bool,
+    use_custom_gradient: bool,
 ) -> Float[Tensor, "B H T Dh"]:
     """Return ``plain.attend``.
 
@@ -55,7 +55,7 @@ def attend(
         keys: of all S positions.
         values: beside the keys.
         form: what ``ops.prepare`` made: a matrix (#B, 1, T, S), documents, or None for causal.
-        is_large: whether custom gradients are worth it.
+        use_custom_gradient: whether ``cpu.is_worth_it``.
     """
     if isinstance(form, DocumentSpans):
         return attend_per_document(queries, keys, values, form)
@@ -66,7 +66,7 @@ def attend(
         return F.scaled_dot_product_attention(
             queries, keys, values, form, is_causal=form is None, enable_gqa=keys.shape[1] < queries.shape[1]
         )
-    if form is None and queries.shape[2] == keys.shape[2] and is_large:
+    if form is None and queries.shape[2] == keys.shape[2] and use_custom_gradient:
         return attend_in_query_blocks(queries, keys, values)
     return attend_by_products(queries, keys, values, form)
 

@@ -80,7 +80,7 @@ class _Loop:
         self.log.record_start()
         if not self.run.resumed_from:
             self.log.evaluate()
-        outcome = self.why_stop(self.limits._replace(max_minutes=None), None)
+        outcome = self.why_stop(self.limits._replace(max_minutes=None), None)  # a resumed run may be at its end
         while outcome is None:
             try:
                 self.step()
@@ -110,7 +110,8 @@ class _Loop:
         should_save = outcome is not None or is_scheduled
         should_evaluate = (outcome is not None and not is_urgent) or _is_due(step, config.train.eval_every_steps)
         if should_save or should_evaluate or _is_due(step, config.train.log_every_steps):
-            self.recovery.check_skips(fetched := self.log.fetch())
+            fetched = self.log.fetch()
+            self.recovery.check_skips(fetched)  # before they are shown: a run that goes back takes steps back
             self.log.show_and_track(fetched)
             self.recovery.look_at_save()
         score = self.log.evaluate() if should_evaluate else None

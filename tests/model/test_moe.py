@@ -24,7 +24,7 @@ def steered_layer(n_experts: int = 4, **changes: object) -> MoE:
 def run(layer: MoE, x: torch.Tensor, valid_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterStats]:
     """Return the layer's output and the statistics of this one layer, as the model makes them."""
     y, routing = layer(x, valid_mask)
-    stats = router_stats([routing], valid_mask, layer.training and layer.capacity_ratio is not None)
+    stats = router_stats([routing], valid_mask, layer.capacity_ratio if layer.training else None)
     return y, RouterStats(*(value[0] for value in stats))
 
 
