@@ -177,7 +177,9 @@ class MoEGPT(nn.Module):
             raise ValueError("document_ids are for whole sequences without padding and without a cache")
         T, past = tokens.shape[1], cache.length if cache else 0
         if past + T > self.config.max_seq_len:
-            raise ValueError(f"max_seq_len={self.config.max_seq_len} tokens are the most, got {past + T}")
+            raise ValueError(
+                f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
+            )
         visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)
         positions = visible.positions(T, tokens.device)
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
