@@ -8,14 +8,15 @@ mask or angle) changes these logits, which reach 4, by more than 0.01.
 
 from __future__ import annotations
 
+import importlib
 import json
 from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
@@ -27,8 +28,6 @@ from tiny_models import (
     training_loss,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, train_tokenizer
 from moe_gpt.files import tensors as tensor_files
@@ -38,7 +37,25 @@ from moe_gpt.interop.mixtral_layout import tensor_table
 from moe_gpt.model.losses import cross_entropy
 from moe_gpt.model.transformer import MoEGPT
 
-transformers.utils.logging.disable_progress_bar()
+pytestmark = pytest.mark.xdist_group("transformers")  # importing it takes seconds: one process does
+
+
+class _Transformers:
+    """The package, imported at first use."""
+
+    def __getattr__(self, name: str):
+        package = importlib.import_module("transformers")
+        package.utils.logging.disable_progress_bar()
+        return getattr(package, name)
+
+
+transformers = _Transformers()
+
+
+def their_balancing_loss():
+    """Return the function that Mixtral's own code has for it."""
+    return transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func
+
 
 SHAPES: dict[str, dict] = {
     "multi_query": {},
@@ -71,7 +88,7 @@ def pair(shape: str) -> tuple[MoEGPT, nn.Module]:
             router.expert_bias.zero_()
     folder = Path(mkdtemp()) / "exported"
     hugging_face.save(ours, folder)
-    return ours, AutoModelForCausalLM.from_pretrained(folder).eval()
+    return ours, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def left_padded(lengths: list[int]) -> tuple[Tensor, Tensor]:
@@ -108,7 +125,7 @@ def test_routers_agree_layer_by_layer(shape):
         torch.testing.assert_close(their_logits, logits[layer], rtol=0, atol=TOLERANCE)
         their_choice = their_logits.softmax(-1).topk(top_k).indices
         assert torch.equal(their_choice.sort().values, chosen[layer].flatten(0, 1).sort().values)
-        their_loss = load_balancing_loss_func((their_logits,), n_experts, top_k)
+        their_loss = their_balancing_loss()((their_logits,), n_experts, top_k)
         torch.testing.assert_close(their_loss, top_k * output.router_stats.load_balancing_loss[layer])
 
 
@@ -120,7 +137,7 @@ def test_balancing_loss_agrees_where_there_is_padding():
     stats = ours(tokens, valid_mask=valid).router_stats
     their_layers = theirs(tokens, attention_mask=valid.long(), output_router_logits=True).router_logits
     for layer, logits in enumerate(their_layers):
-        their_loss = load_balancing_loss_func((logits,), 5, 3, attention_mask=valid.long())
+        their_loss = their_balancing_loss()((logits,), 5, 3, attention_mask=valid.long())
         torch.testing.assert_close(their_loss, 3 * stats.load_balancing_loss[layer])
 
 
@@ -129,7 +146,7 @@ def test_exported_weight_of_the_balancing_loss_means_ours_for_one_layer():
     ours = tiny_model(n_layers=1)
     folder = Path(mkdtemp()) / "exported"
     hugging_face.save(ours, folder, load_balancing_loss_weight=0.5)
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokens = random_tokens(2, 17)
     their_loss = theirs(tokens, labels=tokens, output_router_logits=True).loss
     output = ours(tokens[:, :-1])
@@ -203,7 +220,7 @@ def test_training_agrees(shape):
     ours = tiny_model(max_seq_len=96, **SHAPES[shape])
     folder = Path(mkdtemp()) / "exported"
     hugging_face.save(ours, folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder).train()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).train()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=3e-3, weight_decay=0.1) for m in (ours.train(), theirs)]
     losses: list[tuple[float, float]] = []
     for step in range(20):
@@ -220,14 +237,14 @@ def test_training_agrees(shape):
 
 
 CONFIGS: dict[str, tuple] = {
-    "mixtral": (MixtralConfig, {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 12}),
-    "mixtral_tied": (MixtralConfig, {"num_local_experts": 4, "num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": None}),
-    "mistral_window_as_long_as_the_context": (MistralConfig, {"sliding_window": 96}),
-    "llama": (LlamaConfig, {}),
-    "llama_grouped": (LlamaConfig, {"num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 12}),
+    "mixtral_tied": ("MixtralConfig", {"num_local_experts": 4, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral_window_as_long_as_the_context": ("MistralConfig", {"sliding_window": 96}),
+    "llama": ("LlamaConfig", {}),
+    "llama_grouped": ("LlamaConfig", {"num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3}),
 }
-IS_FUSED_IN_MEMORY = int(transformers.__version__.split(".")[0]) >= 5
+IS_FUSED_IN_MEMORY = int(metadata.version("transformers").split(".")[0]) >= 5
 SAVED_FORMS = [{}, {"save_original_format": False}] if IS_FUSED_IN_MEMORY else [{}]
 
 
@@ -236,12 +253,12 @@ SAVED_FORMS = [{}, {"save_original_format": False}] if IS_FUSED_IN_MEMORY else [
 @torch.no_grad()
 def test_their_models_load_here(name, saved_as, tmp_path):
     """Models that transformers made and saved, in each form it saves experts in."""
-    make_config, changes = CONFIGS[name]
+    class_name, changes = CONFIGS[name]
     small = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 96}
-    config = make_config(**(small | {"initializer_range": 0.3} | changes))
+    config = getattr(transformers, class_name)(**(small | {"initializer_range": 0.3} | changes))
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path, **saved_as)
     ours = hugging_face.load(tmp_path)
     tokens = random_tokens(2, 40)
@@ -267,7 +284,7 @@ def test_bfloat16_export_rounds_once(tmp_path):
     """The folder is opened in bfloat16, with our weights rounded to it."""
     ours, _ = pair("multi_query")
     hugging_face.save(ours, tmp_path / "x", dtype=torch.bfloat16)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype="auto")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype="auto")
     assert theirs.dtype == torch.bfloat16
     again = hugging_face.load(tmp_path / "x")
     for (name, weight), loaded in zip(ours.named_parameters(), again.parameters(), strict=True):
@@ -285,7 +302,7 @@ def test_sharded_export_is_read_by_both(tmp_path, monkeypatch):
     tokens = random_tokens(2, 20)
     logits = ours(tokens).logits
     assert torch.equal(hugging_face.load(tmp_path / "x")(tokens).logits, logits)
-    sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    sharded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
     assert torch.equal(sharded(tokens).logits, theirs(tokens).logits)
 
 
@@ -296,7 +313,7 @@ def tokenizers():
     ours = train_tokenizer([words * 50], 400)
     folder = Path(mkdtemp()) / "exported"
     hugging_face.save(tiny_model(vocab_size=ours.vocab_size), folder, ours)
-    return ours, AutoTokenizer.from_pretrained(folder)
+    return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 CODE = st.sampled_from(
@@ -332,7 +349,7 @@ def test_generation_stops_at_end_of_text(tmp_path):
     """generate() knows end-of-text and padding from generation_config.json."""
     ours, _ = tokenizers()
     hugging_face.save(tiny_model(vocab_size=ours.vocab_size), tmp_path / "x", ours)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
     end = ours.end_of_text_id
     assert theirs.generation_config.eos_token_id == theirs.generation_config.pad_token_id == end
     assert json.loads((tmp_path / "x" / "config.json").read_text())["bos_token_id"] == end
@@ -343,7 +360,7 @@ def test_special_tokens_survive(tmp_path):
     special = ("<|padding|>", "<|user|>")
     ours = train_tokenizer(["the quick brown fox " * 20], 300, special_tokens=special)
     hugging_face.save(tiny_model(vocab_size=ours.vocab_size), tmp_path / "x", ours)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "x")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
     assert (theirs.pad_token, theirs.eos_token) == ("<|padding|>", END_OF_TEXT)
     assert theirs("<|user|>the").input_ids[0] == ours.special_id("<|user|>")
     assert hugging_face.load_tokenizer(tmp_path / "x").special_tokens() == ours.special_tokens()
