@@ -69,9 +69,9 @@ def take_turns(
                 worker.ask(warmup)
             for _ in range(rounds):
                 for worker in workers.values():
-                    worker.values += worker.ask(turns) or []
+                    worker.values += worker.ask(turns)
             for name, worker in workers.items():
-                results[name] = Turns(worker.values, worker.ask(0) or 0, worker.failure)
+                results[name] = Turns(worker.values, sum(worker.ask(0)), worker.failure)
                 if worker.failure:
                     say(f"{name} does not run here: {worker.failure}")
     return results
@@ -95,16 +95,16 @@ class _Worker:
             self._connection.send(None)
         self._process.join()
 
-    def ask(self, request: int) -> Any:
-        """Return what ``request`` calls gave, or for 0 the most memory it held; None once it has failed."""
+    def ask(self, request: int) -> list[Any]:
+        """Return what ``request`` calls gave, or for 0 the most memory it held; nothing once it has failed."""
         if self.failure:
-            return None
+            return []
         try:
             self._connection.send(request)
             failure, answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(timeout=10)
-            failure, answer = f"its process ended, with status {self._process.exitcode}", None
+            failure, answer = f"its process ended, with status {self._process.exitcode}", []
         self.failure = failure or None
         return answer
 
@@ -118,13 +118,13 @@ def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[]
     for request in _requests(connection):
         try:
             contender = contender or build(name)
-            answer = [contender() for _ in range(request)] if request else _peak_memory_beyond(before)
+            answer = [contender() for _ in range(request)] if request else [_peak_memory_beyond(before)]
             connection.send(("", answer))
         except InputError as error:
-            connection.send((str(error), None))
+            connection.send((str(error), []))
         except Exception as error:
             traceback.print_exc()
-            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], None))
+            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], []))
 
 
 def _requests(connection: Connection) -> Iterator[int]:
