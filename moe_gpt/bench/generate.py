@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_gpt.bench.contenders import Workload, experts_setting
-from moe_gpt.bench.rounds import take_turns
-from moe_gpt.errors import InputError
+from moe_gpt.bench.rounds import require, take_turns
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import autocast, tune_process
@@ -46,8 +45,7 @@ def bench_generate(
     for batch_size in batch_sizes:
         make = functools.partial(_make_decoder, workload, batch_size, n_new)
         turns = take_turns(NAMES, make, rounds, turns=1, warmup=1, at_once=True, say=say)
-        if not turns["moe_gpt"].values:
-            raise InputError(f"moe_gpt does not run here, so there is nothing to compare: {turns['moe_gpt'].failure}")
+        require(turns, "moe_gpt")
         speeds = {
             name: batch_size * (n_new - 1) / statistics.median(turn.others for turn in turns[name].values)
             for name in NAMES

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_gpt.bench.contenders import Workload, dense_twin
-from moe_gpt.bench.rounds import take_turns
+from moe_gpt.bench.rounds import require, take_turns
 from moe_gpt.config import ModelConfig
-from moe_gpt.errors import InputError
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.losses import router_stats
 from moe_gpt.model.moe import MoE
@@ -39,8 +38,7 @@ def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str]
         f"one layer: d_model {m.d_model}, {m.n_experts} experts top-{m.top_k}, d_ff {m.d_ff}; {workload.batch_tokens} "
         f"tokens, forward and backward; {workload.device}, {workload.precision}"
     )
-    if not turns["dense"].values:
-        raise InputError(f"the dense layer does not run here, so there is nothing to compare: {turns['dense'].failure}")
+    require(turns, "dense")
     medians = {name: statistics.median(turns[name].values) for name in names if turns[name].values}
     results = []
     for name, seconds in medians.items():

@@ -29,6 +29,16 @@ class Turns(NamedTuple):
     """Why there are no values."""
 
 
+def require(turns: dict[str, Turns], name: str) -> None:
+    """Refuse to compare with a contender that gave nothing.
+
+    Raises:
+        InputError: with the reason why it does not run.
+    """
+    if not turns[name].values:
+        raise InputError(f"{name} does not run here, so there is nothing to compare: {turns[name].failure}")
+
+
 def take_turns(
     names: Sequence[str],
     build: Callable[[str], Callable[[], Any]],
@@ -51,18 +61,17 @@ def take_turns(
             demands.
         say: told who fails, and why.
     """
-    groups = [list(names)] if at_once else [[name] for name in names]
     results: dict[str, Turns] = {}
-    for group in groups:
+    for group in [list(names)] if at_once else [[name] for name in names]:
         with contextlib.ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(name, build)) for name in group}
             for worker in workers.values():
-                worker.call(warmup)
+                worker.ask(warmup)
             for _ in range(rounds):
                 for worker in workers.values():
-                    worker.values += worker.call(turns)
+                    worker.values += worker.ask(turns)
             for name, worker in workers.items():
-                results[name] = Turns(worker.values, worker.peak_memory(), worker.failure)
+                results[name] = Turns(worker.values, sum(worker.ask(0)), worker.failure)
                 if worker.failure:
                     say(f"{name} does not run here: {worker.failure}")
     return results
@@ -86,28 +95,18 @@ class _Worker:
             self._connection.send(None)
         self._process.join()
 
-    def call(self, times: int) -> list[Any]:
-        """Return what ``times`` calls gave; nothing once it has failed."""
-        return self._ask(times) or []
-
-    def peak_memory(self) -> int:
-        """Return the most memory it held."""
-        return self._ask(0) or 0
-
-    def _ask(self, request: int) -> Any:
+    def ask(self, request: int) -> list[Any]:
+        """Return what ``request`` calls gave, or for 0 the most memory it held; nothing once it has failed."""
         if self.failure:
-            return None
+            return []
         try:
             self._connection.send(request)
             failure, answer = self._connection.recv()
         except (EOFError, OSError):
-            failure, answer = f"its process ended, with status {self._exit_status()}", None
+            self._process.join(timeout=10)
+            failure, answer = f"its process ended, with status {self._process.exitcode}", []
         self.failure = failure or None
         return answer
-
-    def _exit_status(self) -> int | None:
-        self._process.join(timeout=10)
-        return self._process.exitcode
 
 
 def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[], Any]]) -> None:
@@ -119,13 +118,13 @@ def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[]
     for request in _requests(connection):
         try:
             contender = contender or build(name)
-            answer = [contender() for _ in range(request)] if request else _peak_memory_beyond(before)
+            answer = [contender() for _ in range(request)] if request else [_peak_memory_beyond(before)]
             connection.send(("", answer))
         except InputError as error:
-            connection.send((str(error), None))
+            connection.send((str(error), []))
         except Exception as error:
             traceback.print_exc()
-            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], None))
+            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], []))
 
 
 def _requests(connection: Connection) -> Iterator[int]:

@@ -34,23 +34,18 @@ def points(device: str, precision: Precision) -> list[Point]:
     *checkpointed* is the axis of sequence lengths with activation checkpointing.
     """
 
-    def at(axis: str, value: int, n_sequences: int = _SEQUENCES, seq_len: int = _SEQ_LEN, **changes: Any) -> Point:
-        model = dataclasses.replace(_BASE, **{key: value for key, value in changes.items() if key != "checkpointed"})
-        is_checkpointed = changes.get("checkpointed", False)
-        tokens = n_sequences * seq_len
-        work = Workload(
-            model, n_sequences, seq_len, device, precision, tokens, activation_checkpointing=is_checkpointed
-        )
-        return Point(axis, value, work)
+    def at(axis: str, value: int, n_sequences: int = _SEQUENCES, seq_len: int = _SEQ_LEN, **sizes: int) -> Point:
+        model = dataclasses.replace(_BASE, **sizes)  # type: ignore[arg-type]
+        work = Workload(model, n_sequences, seq_len, device, precision, n_sequences * seq_len)
+        return Point(axis, value, dataclasses.replace(work, activation_checkpointing=axis == "checkpointed"))
 
-    total = _SEQUENCES * _SEQ_LEN
     lengths = (128, 256, 512, 1024, 2048, 4096)
+    total = _SEQUENCES * _SEQ_LEN
     return [
         *(at("experts", n, n_experts=n) for n in (4, 8, 16, 32, 64, 128, 256)),
         *(at("d_ff", n, d_ff=n) for n in (64, 128, 256, 512, 1024)),
         *(at("sequences", n, n_sequences=n) for n in (4, 8, 16, 32, 64)),
-        *(at("seq_len", n, n_sequences=total // n, seq_len=n) for n in lengths),
-        *(at("checkpointed", n, n_sequences=total // n, seq_len=n, checkpointed=True) for n in lengths),
+        *(at(axis, n, n_sequences=total // n, seq_len=n) for axis in ("seq_len", "checkpointed") for n in lengths),
     ]
 
 

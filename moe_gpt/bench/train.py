@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
-from moe_gpt.bench.rounds import Turns, take_turns
+from moe_gpt.bench.rounds import Turns, require, take_turns
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.ops.device import Precision, synchronize, tune_process
@@ -41,8 +41,7 @@ def bench_train(
     at_once = torch.device(workload.device).type == "cpu"
     make = functools.partial(_make_step, workload)
     turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=5, at_once=at_once, say=say)
-    if not turns["moe_gpt"].values:
-        raise InputError(f"moe_gpt does not run here, so there is nothing to compare: {turns['moe_gpt'].failure}")
+    require(turns, "moe_gpt")
     peak = statistics.median(turns.pop(_GEMM).values)
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")

@@ -82,15 +82,15 @@ def verify(checkpoints: list[Path]) -> int:
     from moe_gpt.errors import InputError
     from moe_gpt.training.saving.checkpoint import verify_checkpoint
 
-    n_damaged = 0
+    status = 0
     for path in checkpoints:
         try:
             verify_checkpoint(path)
             print(f"{path.name}: every file is what was saved")
         except (InputError, OSError) as error:
             print(f"{path.name}: DAMAGED: {error}")
-            n_damaged += 1
-    return 1 if n_damaged else 0
+            status = 1
+    return status
 
 
 def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:

@@ -15,6 +15,7 @@ import importlib.util
 import itertools
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,17 +49,22 @@ def iterate_documents(source: SourceConfig, progress: ReadingProgress | None = N
             a hub that cannot be reached.
     """
     progress = progress or ReadingProgress()
-    if source.builtin:
-        documents = iterate_builtin(source.builtin)
-    else:
-        documents = (Document(text, text) for text in _iterate_texts(source, progress))
+    documents = iterate_builtin(source.builtin) if source.builtin else _iterate_read(source, progress)
     documents = (document for document in documents if len(document.text) >= source.min_chars)
     if source.deduplicate:
         documents = _without_repeats(documents)
     for index, document in enumerate(itertools.islice(documents, source.max_documents)):
-        if source.max_documents:
-            progress.fraction = max(progress.fraction or 0.0, index / source.max_documents)
+        progress.fraction = _further(progress.fraction, index, source.max_documents)
         yield document
+
+
+def _further(fraction: float | None, index: int, n_documents: int | None) -> float | None:
+    return max(fraction or 0.0, index / n_documents) if n_documents else fraction
+
+
+def _iterate_read(source: SourceConfig, progress: ReadingProgress) -> Iterator[Document]:
+    texts = _dataset_texts(source, progress) if source.dataset else _files_texts(source, progress)
+    return (Document(text, text) for text in texts)
 
 
 def _without_repeats(documents: Iterator[Document]) -> Iterator[Document]:
@@ -70,11 +76,16 @@ def _without_repeats(documents: Iterator[Document]) -> Iterator[Document]:
             yield document
 
 
+_ORIGIN = (
+    "builtin", "files", "dataset", "subset", "split", "revision", "text_field", "template", "errors", "min_chars",
+    "deduplicate", "max_documents", "max_tokens",
+)  # fmt: skip
+
+
 def describe_origin(source: SourceConfig) -> dict[str, Any]:
     """Return what identifies a source's text without reading all of it: for files, their sizes and times too."""
-    keys = ["builtin", "files", "dataset", "subset", "split", "revision", "text_field", "template", "errors"]
-    keys += ["min_chars", "deduplicate", "max_documents", "max_tokens"]
-    origin: dict[str, Any] = {key: getattr(source, key) for key in keys}
+    origin: dict[str, Any] = {key: getattr(source, key) for key in _ORIGIN}
+    origin["python"] = platform.python_version() if source.builtin else None
     origin["stat"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _local_files(source)]
     return origin
 
@@ -95,16 +106,17 @@ def expand_files(source: SourceConfig) -> list[Path]:
         InputError: where a path or glob matches nothing.
     """
     patterns = source.files if isinstance(source.files, tuple) else (source.files or "",)
-    files: set[Path] = set()
-    for pattern in patterns:
-        path = Path(os.path.expanduser(pattern))
-        matches = [path] if path.is_file() else [Path(match) for match in glob.glob(str(path), recursive=True)]
-        matches = [match.resolve() for match in matches if match.is_file()]
-        if not matches:
-            remedy = f"it is a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the folder is {Path.cwd()}"
-            raise InputError(f"source {source.name}: files={pattern!r} matches no file; {remedy}")
-        files.update(matches)
-    return sorted(files)
+    return sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)))
+
+
+def _matches(name: str, pattern: str) -> set[Path]:
+    path = Path(os.path.expanduser(pattern))
+    found = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
+    files = {Path(match).resolve() for match in found if os.path.isfile(match)}
+    if not files:
+        remedy = f"it is a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the folder is {Path.cwd()}"
+        raise InputError(f"source {name}: files={pattern!r} matches no file; {remedy}")
+    return files
 
 
 _BUILDERS = {".jsonl": "lines", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -112,10 +124,7 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def _iterate_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:
-    if source.dataset:
-        yield from _dataset_texts(source, progress)
-        return
+def _files_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:
     paths = expand_files(source)
     sizes = [path.stat().st_size for path in paths]
     n_bytes, n_finished, n_chars = sum(sizes), 0, 0
@@ -189,31 +198,32 @@ def _file_rows(builder: str, path: Path, source: SourceConfig) -> Iterator[dict[
     with contextlib.ExitStack() as stack:
         if source.errors == "replace" and builder != "parquet":
             path = stack.enter_context(_with_bytes_replaced(path))
-        if builder == "parquet" and path.suffix.lower() == ".parquet" and _is_empty_parquet(path):
+        if path.suffix.lower() == ".parquet" and _is_empty_parquet(path):
             return
         rows = _open_rows(builder, path, _columns(source))
-        yield from (_parse_line(row["text"]) for row in rows if row["text"].strip()) if builder == "lines" else rows
+        yield from _parse_lines(rows) if builder == "lines" else rows
 
 
 def _open_rows(builder: str, path: Path, columns: tuple[str, ...]) -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise each file is reported over the network
-    options: dict[str, Any] = {}
-    if builder == "text":
-        options = {"sample_by": "document"}
-    if builder == "lines":  # the JSON reader takes dates for times, and falls over columns that come and go
-        builder, options = "text", {"sample_by": "line"}
-    if builder == "csv":  # a cell is text, whatever it looks like
-        options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+    options_of: dict[str, dict[str, Any]] = {
+        "text": {"sample_by": "document"},
+        "lines": {"sample_by": "line"},  # the JSON reader takes dates for times, and falls over columns that vary
+        "csv": {"converters": dict.fromkeys(columns, str), "keep_default_na": False},  # a cell is text
+    }
+    options = options_of.get(builder, {})
+    builder = "text" if builder == "lines" else builder
     return datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
 
 
-def _parse_line(line: str) -> dict[str, Any]:
-    row = json.loads(line.removeprefix("\ufeff"))
-    if not isinstance(row, dict):
-        raise ValueError(f"a line must be a JSON object, got {shown(row)}")
-    return row
+def _parse_lines(rows: Any) -> Iterator[dict[str, Any]]:
+    for line in filter(str.strip, (row["text"] for row in rows)):
+        row = json.loads(line.removeprefix("\ufeff"))
+        if not isinstance(row, dict):
+            raise ValueError(f"a line must be a JSON object, got {shown(row)}")
+        yield row
 
 
 def _is_empty_parquet(path: Path) -> bool:

@@ -56,7 +56,8 @@ class Encoder:
         if self._rearrange is not None:
             for index, document in enumerate(documents):
                 rearranged = None if held_out[index] else self._rearrange(document.text)
-                encoded[index] = encoded[index] if rearranged is None else rearranged
+                if rearranged is not None:
+                    encoded[index] = rearranged
         return list(map(EncodedDocument, encoded, held_out))
 
 
@@ -86,17 +87,26 @@ def encode_documents(
     groups = itertools.chain([first], groups)
     pool = _start_pool(encoder, processes)
     if pool is None:
-        say("this process encodes alone, others died; does your script lack `if __name__ == '__main__':`?")
+        say(
+            "Worker processes could not start, so one process will tokenise alone (slower). If you call this from a "
+            "script, put it under `if __name__ == '__main__':`."
+        )
         yield from map(encoder, groups)
         return
+    yield from _encode_in_pool(groups, pool, _GROUPS_AHEAD * processes)
+
+
+def _encode_in_pool(
+    groups: Iterable[list[Document]], pool: ProcessPoolExecutor, n_ahead: int
+) -> Generator[list[EncodedDocument], None, None]:
+    under_way: deque[Future[list[EncodedDocument]]] = deque()
     try:
-        under_way: deque[Future[list[EncodedDocument]]] = deque()
         for group in groups:
             under_way.append(pool.submit(_encode_group, group))
-            if len(under_way) > _GROUPS_AHEAD * processes:
+            if len(under_way) > n_ahead:
                 yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        for future in under_way:
+            yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
+import math
 import os
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -86,7 +85,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     if wanted.hub:
         return Tokenizer.from_hub(wanted.hub, wanted.revision, wanted.end_of_text)
     key = _fingerprint(
-        [_origin(source) for source in config.sources],
+        [describe_origin(source) for source in config.sources],
         wanted.vocab_size,
         wanted.end_of_text,
         wanted.special_tokens,
@@ -96,7 +95,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     path = cache / "tokenizers" / f"{key}.json"
     digest_path = path.with_suffix(".sha256")
     if not (path.is_file() and digest_path.is_file()):
-        with _only_process(cache / "locks" / f"tokenizer-{key}.lock", "training the same tokenizer", say):
+        with _lock(cache / "locks" / f"tokenizer-{key}.lock", "training the same tokenizer", say):
             if not (path.is_file() and digest_path.is_file()):  # another process may have finished it meanwhile
                 delete_leftovers(path.parent, key)
                 _train_tokenizer(config, path, say)
@@ -131,29 +130,35 @@ def _train_tokenizer(config: DataConfig, path: Path, say: Callable[[str], None])
 def _training_texts(config: DataConfig) -> Iterator[str]:
     """Yield the texts that the tokenizer learns from; nothing held out for validation is among them."""
     for source in config.sources:
-        n_bytes, held_out = 0, ""
-        for document in iterate_documents(source):
-            if is_held_out(document, config.validation_fraction):
-                held_out = held_out or document.text
-                continue
-            yield document.text
-            n_bytes += len(document.text)
-            if n_bytes >= _TOKENIZER_SAMPLE_BYTES:
-                break
-        if not n_bytes and not held_out:
-            raise InputError(f"source {source.name} has no documents with text; give it some, or remove the source")
-        if not n_bytes:  # a single book, which is split by position
-            yield held_out
+        yield from _sample(source, config.validation_fraction)
+
+
+def _sample(source: SourceConfig, validation_fraction: float) -> Iterator[str]:
+    n_chars, held_out = 0, ""
+    for document in iterate_documents(source):
+        if is_held_out(document, validation_fraction):
+            held_out = held_out or document.text
+            continue
+        yield document.text
+        n_chars += len(document.text)
+        if n_chars >= _TOKENIZER_SAMPLE_BYTES:
+            return
+    if not n_chars and not held_out:
+        raise InputError(f"source {source.name} has no documents with text; give it some, or remove the source")
+    if not n_chars:  # a single book, which is split by position
+        yield held_out
 
 
 def _obtain_source(
     source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, cache: Path, say: Callable[[str], None]
 ) -> PreparedSource:
     fim = (source.fim_rate, source.fim_spm_rate) if source.fim_rate else None
-    key = _fingerprint(_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction, fim)
+    key = _fingerprint(
+        describe_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction, fim
+    )
     folder = cache / "tokens" / f"{source.name}-{key}"
     if not folder.is_dir():
-        with _only_process(cache / "locks" / f"{folder.name}.lock", f"tokenising {source.name}", say):
+        with _lock(cache / "locks" / f"{folder.name}.lock", f"tokenising {source.name}", say):
             if not folder.is_dir():  # another process may have finished it meanwhile
                 delete_leftovers(folder.parent, folder.name)
                 _tokenise(source, config, tokenizer, folder, say)
@@ -168,30 +173,21 @@ def _tokenise(
     say(f"tokenising {source.name}")
     encoder = Encoder(tokenizer, config.validation_fraction, source.fim_rate, source.fim_spm_rate)
     reading = ReadingProgress()
+
+    def report(n_documents: int, n_tokens: int) -> None:
+        fraction = max(reading.fraction or 0.0, n_tokens / (source.max_tokens or math.inf))
+        left = bar.time_left(fraction)
+        text = f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens"
+        text += "" if left is None else f", about {left} left"
+        total = round(n_tokens / fraction) if fraction else None
+        bar.update(n_tokens, f"{n_documents:,} documents", text, total=total)
+
     documents = iterate_documents(source, reading)
     with (
         contextlib.closing(encode_documents(documents, encoder, config.processes, say)) as encoded,
         contextlib.closing(ProgressBar(source.name, say=say)) as bar,
     ):
-        report = functools.partial(_report, bar, source, reading)
         build_store(source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report)
-
-
-def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_documents: int, n_tokens: int) -> None:
-    """Show the documents and tokens so far, and the time left where it can be told."""
-    fraction = max(reading.fraction or 0.0, n_tokens / source.max_tokens if source.max_tokens else 0.0)
-    left = bar.time_left(fraction)
-    bar.update(
-        n_tokens,
-        f"{n_documents:,} documents",
-        f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens"
-        + (f", about {left} left" if left is not None else ""),
-        total=round(n_tokens / fraction) if fraction else None,
-    )
-
-
-def _origin(source: SourceConfig) -> dict[str, Any]:
-    return {**describe_origin(source), "python": platform.python_version() if source.builtin else None}
 
 
 @contextlib.contextmanager
@@ -207,20 +203,15 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-@contextlib.contextmanager
-def _only_process(lock_file: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+def _lock(lock_file: Path, what: str, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
     """Wait until no other process holds the lock, and hold it; the lock of a process that died is free."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         say(f"waiting for another process that is {what}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _fingerprint(*parts: Any) -> str:

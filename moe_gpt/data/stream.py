@@ -131,13 +131,11 @@ class TrainingStream:
         first, last = (n_sequences * r // n_ranks for r in (rank, rank + 1))
         tokens_seen, batch_tokens = tokens_seen + first * seq_len, (last - first) * seq_len
         source, position = self._source_positions(tokens_seen, batch_tokens)
-        inputs, targets = np.empty(batch_tokens, np.int64), np.empty(batch_tokens, np.int64)
-        for index, text in enumerate(self._texts):
-            mine = source == index
-            if mine.any():
-                _, place = self._text_positions(index, position[mine])
-                inputs[mine] = text.tokens[place]
-                targets[mine] = text.tokens[(place + 1) % len(text.tokens)]
+        inputs, targets = np.empty((2, batch_tokens), np.int64)
+        for index in np.unique(source).tolist():
+            mine, tokens = source == index, self._texts[index].tokens
+            _, place = self._text_positions(index, position[mine])
+            inputs[mine], targets[mine] = tokens[place], tokens[(place + 1) % len(tokens)]
         return Batch(inputs.reshape(-1, seq_len), targets.reshape(-1, seq_len))
 
     def locate(self, token_index: int) -> Location:
@@ -197,14 +195,11 @@ class TrainingStream:
         return epoch, place
 
 
-class ValidationRows(NamedTuple):
-    """A fixed slice of held-out text as sequences with targets."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
+ValidationRows = Batch
+"""A fixed slice of held-out text as sequences with targets."""
 
 
-def validation_rows(tokens: Tokens, seq_len: int, max_tokens: int) -> ValidationRows:
+def validation_rows(tokens: Tokens, seq_len: int, max_tokens: int) -> Batch:
     """Cut the start of held-out tokens into sequences: at most ``max_tokens``, the same at every evaluation.
 
     Text shorter than one sequence gives one shorter sequence.
@@ -213,4 +208,4 @@ def validation_rows(tokens: Tokens, seq_len: int, max_tokens: int) -> Validation
     seq_len = min(seq_len, n_targets)
     n_targets -= n_targets % seq_len
     window = np.asarray(tokens[: n_targets + 1], dtype=np.int64)
-    return ValidationRows(window[:-1].reshape(-1, seq_len), window[1:].reshape(-1, seq_len))
+    return Batch(window[:-1].reshape(-1, seq_len), window[1:].reshape(-1, seq_len))

@@ -47,7 +47,6 @@ class CheckedTokens:
         self._ids = np.memmap(path, dtype=dtype, mode="r")
         self._block_tokens = _BLOCK_BYTES // self._ids.itemsize
         self._unchecked = np.ones(len(self._digests) // 32, dtype=bool)
-        self._n_unchecked = len(self._unchecked)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -58,7 +57,7 @@ class CheckedTokens:
         Raises:
             InputError: where a block is not what was written.
         """
-        if self._n_unchecked:
+        if self._unchecked.any():
             self._check(places)
         return self._ids[places]
 
@@ -69,15 +68,14 @@ class CheckedTokens:
         else:
             blocks = np.unique(places // self._block_tokens)
         for block in blocks[self._unchecked[blocks]].tolist():
-            ids = self._ids[block * self._block_tokens : (block + 1) * self._block_tokens]
+            start = block * self._block_tokens
+            ids = self._ids[start : start + self._block_tokens]
             if hashlib.sha256(ids.data).digest() != self._digests[32 * block : 32 * block + 32]:
                 raise InputError(
-                    f"{self._path}: the tokens from {block * self._block_tokens:,} to "
-                    f"{block * self._block_tokens + len(ids):,} are not those that were written: their SHA-256 "
-                    f"differs; {_ADVICE}"
+                    f"{self._path}: the tokens from {start:,} to {start + len(ids):,} are not those that were "
+                    f"written: their SHA-256 differs; {_ADVICE}"
                 )
             self._unchecked[block] = False
-            self._n_unchecked -= 1
 
 
 class TokenStore:
@@ -144,6 +142,14 @@ class _SplitWriter:
         self.file.truncate()
         tokens.tofile(self.file)
         self.ends, self.n_bytes = array("q", ends), n_bytes
+
+    def finish(self, ends_file: Path) -> str:
+        """Force the tokens to the disk, write where the documents end, and return the SHA-256 of that."""
+        ends = io.BytesIO()
+        np.save(ends, np.array(self.ends, dtype=np.int64))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return write_file(ends_file, [ends.getbuffer()]).sha256
 
 
 def build_store(
@@ -222,13 +228,7 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
 
 
 def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype) -> None:
-    digest_of_ends = {}
-    for split, writer in writers.items():
-        ends = io.BytesIO()
-        np.save(ends, np.array(writer.ends, dtype=np.int64))
-        digest_of_ends[split] = write_file(folder / f"{split}_ends.npy", [ends.getbuffer()]).sha256
-        writer.file.flush()
-        os.fsync(writer.file.fileno())
+    digest_of_ends = {split: writer.finish(folder / f"{split}_ends.npy") for split, writer in writers.items()}
     meta = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype.name,
@@ -263,30 +263,28 @@ def verify_store(folder: Path) -> None:
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        sizes = {f"{split}.bin": meta["n_tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
-        n_ends = {f"{split}_ends.npy": meta["n_documents"][split] for split in SPLITS}
-        wanted = {f"{split}.sha256": meta["digest_of_blocks"][split] for split in SPLITS}
+        itemsize = np.dtype(meta["dtype"]).itemsize
+        checks = [
+            (folder / f"{split}{ending}", found, what, wanted[split] * size)
+            for ending, found, what, wanted, size in (
+                (".bin", lambda path: path.stat().st_size, "{:,} bytes", meta["n_tokens"], itemsize),
+                ("_ends.npy", lambda path: len(np.load(path, mmap_mode="r")), "{:,} documents", meta["n_documents"], 1),
+                (".sha256", lambda path: read_digest(path).sha256, "SHA-256 {}", meta["digest_of_blocks"], 1),
+            )
+            for split in SPLITS
+        ]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{folder}: meta.json cannot be used ({error!r}); {_ADVICE}") from None
-    for name, size in sizes.items():
-        _verify_size(folder / name, size)
-    for name, count in n_ends.items():
-        _verify_ends(folder / name, count)
-    for name, digest in wanted.items():
-        if not (folder / name).is_file() or read_digest(folder / name).sha256 != digest:
-            raise InputError(f"{folder}: {name} is missing or not what was written; {_ADVICE}")
+    for check in checks:
+        _verify(*check)
 
 
-def _verify_size(file: Path, size: int) -> None:
-    found = file.stat().st_size if file.is_file() else 0
-    if found != size:
-        raise InputError(f"{file.parent}: {file.name} has {found:,} bytes, written were {size:,}; {_ADVICE}")
-
-
-def _verify_ends(file: Path, count: int) -> None:
+def _verify(file: Path, find: Callable[[Path], int | str], what: str, wanted: int | str) -> None:
     try:
-        ends = np.load(file, mmap_mode="r", allow_pickle=False)
+        found = find(file)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file.parent}: {file.name} cannot be used ({error}); {_ADVICE}") from None
-    if len(ends) != count:
-        raise InputError(f"{file.parent}: {file.name} has {len(ends)} documents, written were {count}; {_ADVICE}")
+    if found != wanted:
+        raise InputError(
+            f"{file.parent}: {file.name} has {what.format(found)}, written with {what.format(wanted)}; {_ADVICE}"
+        )

@@ -7,6 +7,7 @@ a special token stays text.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,11 +96,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts in parallel.
-
-        Raises:
-            InputError: where a text holds half of a surrogate pair, which no UTF-8 can spell.
-        """
+        """Encode several texts in parallel, as ``encode_arrays`` does."""
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -111,20 +108,13 @@ class Tokenizer:
         Raises:
             InputError: where a text holds half of a surrogate pair, which no UTF-8 can spell.
         """
-        pieces: list[str] = []
-        n_pieces = []
-        for text in texts:
-            if not _is_unicode(text):
-                raise InputError(f"text must be valid Unicode, got a lone surrogate in {ascii(text[:40])}")
-            before = len(pieces)
-            pieces.extend(_cut_before_spaces(text, self._piece_chars))
-            n_pieces.append(len(pieces) - before)
-        ids: list[np.ndarray] = []
-        for group in in_groups(pieces, len, _CHARS_AT_ONCE):
-            encoded = self._backend.encode_batch_fast(group, add_special_tokens=False)
-            ids.extend(np.array(item.ids, dtype=np.uint32) for item in encoded)
-        remaining = iter(ids)
-        return [np.concatenate([next(remaining) for _ in range(count)]) for count in n_pieces]
+        pieces = [list(_cut_before_spaces(_checked(text), self._piece_chars)) for text in texts]
+        ids = (
+            np.array(encoding.ids, dtype=np.uint32)
+            for group in in_groups(itertools.chain.from_iterable(pieces), len, _CHARS_AT_ONCE)
+            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False)
+        )
+        return [np.concatenate(list(itertools.islice(ids, len(parts)))) for parts in pieces]
 
     def _may_be_cut_before_spaces(self) -> bool:
         """Whether a text may be encoded in pieces that begin with a space: true of GPT-2's byte level.
@@ -191,14 +181,11 @@ class Tokenizer:
         length of the token in UTF-8, with SentencePiece's word mark as a space and its <0xNN> as one byte.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        special = self.special_tokens()
-        decoder = json.dumps(json.loads(self._backend.to_str())["decoder"])
-        is_byte_level = '"ByteLevel"' in decoder
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if token in special:
-                continue
             spelled = re.sub(r"^<0x[0-9A-F]{2}>$", " ", token.replace("\u2581", " "))
             lengths[index] = len(token) if is_byte_level else len(spelled.encode())
+        lengths[list(self.special_tokens().values())] = 0
         return lengths
 
     def to_json(self) -> str:
@@ -234,12 +221,12 @@ def _cut_before_spaces(text: str, piece_chars: int | None) -> Iterator[str]:
     yield text[start:]
 
 
-def _is_unicode(text: str) -> bool:
+def _checked(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        raise InputError(f"text must be valid Unicode, got a lone surrogate in {ascii(text[:40])}") from None
+    return text
 
 
 def train_tokenizer(

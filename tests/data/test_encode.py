@@ -102,7 +102,7 @@ def test_script_without_a_guard_is_encoded_by_one_process_and_told_why(tmp_path)
     body = "groups = encode_documents(DOCUMENTS, Encoder(TOKENIZER, 0.3), 2)\nprint(len(flat(groups)))\n"
     path.write_text(SCRIPT.format(tests=os.path.dirname(os.path.dirname(__file__))) + body)
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120, check=True)
-    assert "does your script lack `if __name__ == '__main__':`?" in done.stdout
+    assert "`if __name__ == '__main__':`" in done.stdout
     assert done.stdout.endswith("300\n")
 
 
@@ -123,8 +123,25 @@ print(len(prepare_data(config).sources[0].train))
     path.write_text(SCRIPT.format(tests=os.path.dirname(os.path.dirname(__file__))) + body)
     command = [sys.executable, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
-    assert "does your script lack `if __name__ == '__main__':`?" in done.stdout
+    assert "`if __name__ == '__main__':`" in done.stdout
     assert int(done.stdout.split()[-1]) > 1000
+
+
+def test_multiprocessing_still_marks_a_process_that_is_starting(tmp_path):
+    """``refuse_in_starting_process`` reads the private ``current_process()._inheriting``: True only at the start."""
+    path = tmp_path / "script.py"
+    path.write_text(
+        "import multiprocessing\n"
+        "process = multiprocessing.current_process()\n"
+        "print(__name__, getattr(process, '_inheriting', 'no mark'), flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=print, args=('up',))\n"
+        "    child.start()\n"
+        "    child.join()\n"
+    )
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60, check=True)
+    assert "__mp_main__ True" in done.stdout, "current_process()._inheriting is gone: see refuse_in_starting_process"
+    assert "__main__ no mark" in done.stdout
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
