@@ -54,7 +54,7 @@ transformers = _Transformers()
 
 def their_balancing_loss():
     """Return the function that Mixtral's own code has for it."""
-    return transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func
+    return importlib.import_module("transformers.models.mixtral.modeling_mixtral").load_balancing_loss_func
 
 
 SHAPES: dict[str, dict] = {
