@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
-import math
 import os
 import signal
 import threading
@@ -173,21 +173,22 @@ def _tokenise(
     say(f"tokenising {source.name}")
     encoder = Encoder(tokenizer, config.validation_fraction, source.fim_rate, source.fim_spm_rate)
     reading = ReadingProgress()
-
-    def report(n_documents: int, n_tokens: int) -> None:
-        fraction = max(reading.fraction or 0.0, n_tokens / (source.max_tokens or math.inf))
-        left = bar.time_left(fraction)
-        text = f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens"
-        text += "" if left is None else f", about {left} left"
-        total = round(n_tokens / fraction) if fraction else None
-        bar.update(n_tokens, f"{n_documents:,} documents", text, total=total)
-
     documents = iterate_documents(source, reading)
     with (
         contextlib.closing(encode_documents(documents, encoder, config.processes, say)) as encoded,
         contextlib.closing(ProgressBar(source.name, say=say)) as bar,
     ):
+        report = functools.partial(_report, bar, source, reading)
         build_store(source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report)
+
+
+def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_documents: int, n_tokens: int) -> None:
+    """Show the documents and tokens so far, and the time left where it can be told."""
+    fraction = max(reading.fraction or 0.0, n_tokens / source.max_tokens if source.max_tokens else 0.0)
+    left = bar.time_left(fraction)
+    line = f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens"
+    line += f", about {left} left" if left is not None else ""
+    bar.update(n_tokens, f"{n_documents:,} documents", line, total=round(n_tokens / fraction) if fraction else None)
 
 
 @contextlib.contextmanager
