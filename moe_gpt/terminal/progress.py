@@ -32,7 +32,7 @@ class ProgressBar:
     ) -> None:
         self._say, self._pending, self._line_at = say or _print, "", time.monotonic()
         self._is_terminal = sys.stderr.isatty()
-        self._started_at, self._started_with = time.monotonic(), done
+        self._started_at = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -89,12 +89,14 @@ class ProgressBar:
     @contextlib.contextmanager
     def _aside(self, is_same_terminal: bool) -> Iterator[None]:
         """Take the bar away while something else is printed on its terminal."""
-        should_return = self._is_terminal and is_same_terminal
+        should_return = self._bar.live.is_started and is_same_terminal
         if should_return:
             self._bar.stop()
-        yield
-        if should_return:
-            self._bar.start()
+        try:
+            yield
+        finally:
+            if should_return:
+                self._bar.start()
 
     def close(self) -> None:
         """Take the bar away."""
