@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ class ProgressBar:
     def __init__(
         self, description: str, total: int | None = None, done: int = 0, say: Callable[[str], None] | None = None
     ) -> None:
-        self._say, self._pending, self._line_at = say or _print, "", time.monotonic()
+        self._say, self._pending, self._line_at = say or functools.partial(print, flush=True), "", time.monotonic()
         self._is_terminal = sys.stderr.isatty()
         self._started_at = time.monotonic()
         self._bar = Progress(
@@ -110,7 +111,3 @@ class _Tokens(ProgressColumn):
         of = f"/{format_count(task.total)}" if task.total else ""
         speed = f", {format_count(task.speed)} tokens/s" if task.speed else ""
         return Text(f"{format_count(task.completed)}{of} tokens{speed}")
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
