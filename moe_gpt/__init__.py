@@ -1,9 +1,25 @@
 """moe_gpt: the GPT-4 recipe as it was publicly reported, small enough to train on a laptop or one GPU.
 
+To train and to use a model:
+
+    train(config, overrides=(), run_dir=None, ...)   train a model and return the run
+    load(path)                                       load a run, a checkpoint or a Hugging Face folder
+    save(model, folder)                              write a Hugging Face folder
+    read_run(run_dir)                                what a run recorded, as pandas tables
+    LanguageModel                                    what load returns: generate, stream, evaluate, route, plot_route
+    Callback, EarlyStopping                          be told what happens while a run trains, and stop it
+
+To build one:
+
+    ModelConfig, RunConfig, load_run_config          the settings of a model and of a run
+    MoEGPT, ModelOutput                              the decoder, and what a forward pass returns
+    MoE, Router, Routing, RouterStats                an expert layer, its router, the router's decision, statistics
+    SamplingConfig, generate, load_model             ids in, ids out
+
 Shapes, everywhere in the package:
 
     B sequences · T positions in a sequence · N = B·T tokens, flattened · D d_model · H query heads
-    G key-value heads · Dh head_dim · F d_ff · E experts · K top_k · L layers
+    G key-value heads · Dh head_dim · F d_ff · E experts · K experts of a token · L layers
     V vocabulary · S positions of keys, cached ones included · R rows of the dispatched buffer
 
 The public names load on first use, so that ``import moe_gpt`` and ``--help`` stay quick.
@@ -13,6 +29,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_gpt.api.loaded import LanguageModel, load, save
+    from moe_gpt.api.records import read_run
+    from moe_gpt.api.training import train
     from moe_gpt.config import ModelConfig, RunConfig
     from moe_gpt.config.yaml import load_run_config
     from moe_gpt.inference.generate import SamplingConfig, generate
@@ -20,11 +39,31 @@ if TYPE_CHECKING:
     from moe_gpt.model.moe import MoE
     from moe_gpt.model.router import Router, Routing
     from moe_gpt.model.transformer import ModelOutput, MoEGPT
+    from moe_gpt.training.callbacks import Callback, EarlyStopping
     from moe_gpt.training.saving.saved_model import load_model
 
 __version__ = "0.1.0"
 
+_NAMES_BY_PLACE = {
+    "api.loaded": ("LanguageModel", "load", "save"),
+    "api.records": ("read_run",),
+    "api.training": ("train",),
+    "config": ("ModelConfig", "RunConfig"),
+    "config.yaml": ("load_run_config",),
+    "inference.generate": ("SamplingConfig", "generate"),
+    "model.losses": ("RouterStats",),
+    "model.moe": ("MoE",),
+    "model.router": ("Router", "Routing"),
+    "model.transformer": ("MoEGPT", "ModelOutput"),
+    "training.callbacks": ("Callback", "EarlyStopping"),
+    "training.saving.saved_model": ("load_model",),
+}
+_PLACES = {name: place for place, names in _NAMES_BY_PLACE.items() for name in names}
+
 __all__ = [
+    "Callback",
+    "EarlyStopping",
+    "LanguageModel",
     "MoE",
     "MoEGPT",
     "ModelConfig",
@@ -35,35 +74,20 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "generate",
+    "load",
     "load_model",
     "load_run_config",
+    "read_run",
+    "save",
+    "train",
 ]
 
 
-def _home_of(name: str) -> str:
-    match name:
-        case "ModelConfig" | "RunConfig":
-            return "moe_gpt.config"
-        case "load_run_config":
-            return "moe_gpt.config.yaml"
-        case "MoEGPT" | "ModelOutput":
-            return "moe_gpt.model.transformer"
-        case "RouterStats":
-            return "moe_gpt.model.losses"
-        case "MoE":
-            return "moe_gpt.model.moe"
-        case "Router" | "Routing":
-            return "moe_gpt.model.router"
-        case "SamplingConfig" | "generate":
-            return "moe_gpt.inference.generate"
-        case "load_model":
-            return "moe_gpt.training.saving.saved_model"
-    raise AttributeError(f"module 'moe_gpt' has no attribute {name!r}")
-
-
 def __getattr__(name: str) -> Any:  # PEP 562
-    return getattr(importlib.import_module(_home_of(name)), name)
+    if name not in _PLACES:
+        raise AttributeError(f"module 'moe_gpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moe_gpt.{_PLACES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"importlib", "TYPE_CHECKING", "Any"})

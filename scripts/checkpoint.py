@@ -1,7 +1,6 @@
 """Look after a run's checkpoints: python scripts/checkpoint.py list|verify|prune runs/tiny."""
 
-from moe_gpt.commands.checkpoint import main
-from moe_gpt.commands.cli import run_script
+from moe_gpt.commands.app import run
 
 if __name__ == "__main__":
-    run_script(main)
+    run("checkpoint")

@@ -1,7 +1,6 @@
 """Print loss, perplexity and bits per byte on held-out text, or on any: python scripts/evaluate.py runs/tiny."""
 
-from moe_gpt.commands.cli import run_script
-from moe_gpt.commands.evaluate import main
+from moe_gpt.commands.app import run
 
 if __name__ == "__main__":
-    run_script(main)
+    run("evaluate")

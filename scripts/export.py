@@ -1,7 +1,6 @@
 """Write a model as a Hugging Face folder: python scripts/export.py runs/tiny exported/tiny."""
 
-from moe_gpt.commands.cli import run_script
-from moe_gpt.commands.export import main
+from moe_gpt.commands.app import run
 
 if __name__ == "__main__":
-    run_script(main)
+    run("export")

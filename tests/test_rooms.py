@@ -26,6 +26,7 @@ ROOMS = (
     "plan",
     "report",
     "bench",
+    "api",
     "commands",
 )
 """From the ground up. A new room takes its place here in the commit that adds it."""

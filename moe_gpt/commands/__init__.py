@@ -1,4 +1,5 @@
-"""The command lines.
+"""The command lines of ``moe-gpt``.
 
-Each parses its arguments, builds what they name and calls the library. Read ``train.py`` first.
+Each command is a function whose parameters are its arguments; it builds what they name and calls the library. Read
+``train.py`` first.
 """

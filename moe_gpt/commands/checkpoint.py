@@ -1,65 +1,39 @@
-"""Look after a run's checkpoints: python scripts/checkpoint.py list|verify|prune runs/tiny."""
+"""``moe-gpt checkpoint``: look after a run's checkpoints."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 
-from moe_gpt.commands.cli import ArgumentParser, count_argument
+from moe_gpt.commands.options import Switch, Whole, WholeOrZero, flat
 
+def find_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first.
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(
-        description=__doc__,
-        epilog="exit status: 0, 1 where verify finds a damaged checkpoint, 2 bad input",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("list", "show each checkpoint's step, tokens, size and validation loss"),
-        ("verify", "compare every file with the manifest"),
-        ("prune", "delete what the run's own settings, or those given here, do not keep"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-        if name == "prune":
-            command.add_argument("--keep-last", type=count_argument, help="newest to keep (default: the run's)")
-            command.add_argument("--keep-every-steps", type=_steps, help="keep multiples, 0 none (default: the run's)")
-            command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-    return parser.parse_args()
-
-
-def _steps(text: str) -> int:
-    return 0 if text == "0" else count_argument(text)
-
-
-def main() -> int:
-    """Do what the first argument says."""
-    arguments = parse_arguments()
-
+    Raises:
+        FileNotFoundError: where there is none.
+    """
     from moe_gpt.training.saving.checkpoint import list_checkpoints
 
-    checkpoints = list_checkpoints(arguments.run)
+    checkpoints = list_checkpoints(run)
     if not checkpoints:
-        raise FileNotFoundError(f"no checkpoints in {arguments.run}; give a run folder such as runs/tiny")
-    if arguments.command == "list":
-        show(checkpoints)
-    elif arguments.command == "verify":
-        return verify(checkpoints)
-    else:
-        prune_run(arguments, checkpoints)
-    return 0
+        raise FileNotFoundError(f"no checkpoints in {run}; give a run folder such as runs/tiny")
+    return checkpoints
 
 
-def show(checkpoints: list[Path]) -> None:
-    """Print a table; the files' contents are not checked."""
+def show(run: Path) -> None:
+    """Show each checkpoint's step, tokens, size and validation loss; the files' contents are not checked.
+
+    Args:
+        run: A run folder.
+    """
     from moe_gpt.errors import InputError
     from moe_gpt.terminal.tables import format_table
     from moe_gpt.training.saving.checkpoint import read_state
     from moe_gpt.training.saving.store import list_set_aside
 
     rows, unreadable = [], []
+    checkpoints = find_checkpoints(run)
     for path in checkpoints:
         size = sum(file.stat().st_size for file in path.iterdir())
         try:
@@ -73,17 +47,21 @@ def show(checkpoints: list[Path]) -> None:
     print(format_table(("checkpoint", "tokens seen", "size", "validation", ""), rows))
     for text in unreadable:
         print(text)
-    for path in list_set_aside(checkpoints[0].parent.parent):
+    for path in list_set_aside(run):
         print(f"{path.name} is set aside; delete it when nobody wants to look at it")
 
 
-def verify(checkpoints: list[Path]) -> int:
-    """Print a line for each checkpoint; return 1 where one is damaged."""
+def verify(run: Path) -> int:
+    """Compare every file with the manifest; exit with status 1 where a checkpoint is damaged.
+
+    Args:
+        run: A run folder.
+    """
     from moe_gpt.errors import InputError
     from moe_gpt.training.saving.checkpoint import verify_checkpoint
 
     status = 0
-    for path in checkpoints:
+    for path in find_checkpoints(run):
         try:
             verify_checkpoint(path)
             print(f"{path.name}: every file is what was saved")
@@ -93,20 +71,38 @@ def verify(checkpoints: list[Path]) -> int:
     return status
 
 
-def prune_run(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
-    """Delete what is not to be kept, and say what went."""
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """What is kept."""
+
+    keep_last: Whole | None = None
+    """Newest checkpoints to keep; by default as the run's config says."""
+    keep_every_steps: WholeOrZero | None = None
+    """Keep multiples of this step, 0 none; by default as the run's config says."""
+    dry_run: Switch = False
+    """Only say what would be deleted."""
+
+
+def prune(run: Path, *, options: PruneOptions = PruneOptions()) -> None:
+    """Delete what the run's own settings, or those given here, do not keep.
+
+    Args:
+        run: A run folder.
+    """
+    from moe_gpt.training.saving import store
     from moe_gpt.training.saving.checkpoint import read_config
     from moe_gpt.training.saving.run_folder import hold
-    from moe_gpt.training.saving.store import prunable_checkpoints, prune
 
+    checkpoints = find_checkpoints(run)
+    given = {"keep_last": options.keep_last, "keep_every_steps": options.keep_every_steps}
     config = read_config(checkpoints[-1]).checkpoint
-    given = {"keep_last": arguments.keep_last, "keep_every_steps": arguments.keep_every_steps}
     config = dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
-    if arguments.dry_run:
-        gone, verb = prunable_checkpoints(arguments.run, config), "would delete"
+    if options.dry_run:
+        gone, verb = store.prunable_checkpoints(run, config), "would delete"
     else:
-        with hold(arguments.run):
-            gone, verb = prune(arguments.run, config), "deleted"
+        with hold(run):
+            gone, verb = store.prune(run, config), "deleted"
     for path in gone:
         print(f"{verb} {path}")
     print(f"{len(checkpoints) - len(gone)} kept")

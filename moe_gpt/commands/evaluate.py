@@ -1,119 +1,117 @@
-"""Print loss, perplexity and bits per byte on held-out text, or on any: python scripts/evaluate.py runs/tiny."""
+"""``moe-gpt evaluate``: loss, perplexity and bits per byte of held-out text, or of any files."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from moe_gpt.commands.cli import ArgumentParser, count_argument, positive_argument
+from cyclopts import Group, Parameter
+
+from moe_gpt.commands.options import AboveZero, Device, Precision, Switch, Whole, Words, flat
 from moe_gpt.errors import InputError
+from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
-    import torch
+    from moe_gpt.api.loaded import LanguageModel
 
-    from moe_gpt.ops.device import Precision
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a run folder (its newest checkpoint) or a checkpoint; with --files also a Hugging Face folder",
-    )
-    parser.add_argument(
-        "--files",
-        action="append",
-        metavar="GLOB",
-        help="score these files instead of the run's held-out text (.jsonl, .parquet, .csv: column text); repeatable",
-    )
-    parser.add_argument(
-        "--stride", type=count_argument, help="with --files: tokens that the window moves (default: half the context)"
-    )
-    parser.add_argument(
-        "--by-position", action="store_true", help="held-out loss by place in the sequence, instead of its mean"
-    )
-    parser.add_argument("--context", type=count_argument, help="held-out sequences of this length (default: the run's)")
-    parser.add_argument(
-        "--rope-theta", type=positive_argument, help="base of the rotary frequencies (default: the run's)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=count_argument, help="held-out tokens per source (default: validation_tokens)"
-    )
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    return parser.parse_args()
+FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Where"))
+_OF_HELD_OUT = ("by_position", "context", "rope_theta", "max_tokens")
 
 
-def main() -> None:
-    """Score the run's sources, or files."""
-    arguments = parse_arguments()
-    if arguments.stride and not arguments.files:
-        raise InputError(f"--stride is for --files, got --stride {arguments.stride} without it")
-    for name in ("max_tokens", "context", "rope_theta", "by_position"):
-        if arguments.files and getattr(arguments, name):
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What to score, and where."""
+
+    files: Annotated[Words, Parameter(group=FILES)] = ()
+    """Score these files (a path or a glob) instead of the run's held-out text."""
+    text_field: Annotated[str | None, Parameter(group=FILES)] = None
+    """The column of .jsonl, .parquet and .csv files that holds the text; text by default."""
+    stride: Annotated[Whole | None, Parameter(group=FILES)] = None
+    """Tokens that the window moves; half the context by default."""
+    by_position: Annotated[Switch, Parameter(group=HELD_OUT)] = False
+    """Loss by place in the sequence, instead of its mean."""
+    context: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
+    """Length of the sequences; the run's by default."""
+    rope_theta: Annotated[AboveZero | None, Parameter(group=HELD_OUT)] = None
+    """Base of the rotary frequencies; the run's by default."""
+    max_tokens: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
+    """Tokens of each source; data.validation_tokens of the run by default."""
+    router: Annotated[str | None, Parameter(group=PLACE)] = None
+    """The router that the model was trained with, as FILE.py:NAME, if it was one of your own."""
+    precision: Annotated[Precision, Parameter(group=PLACE)] = "auto"
+    """Compute type."""
+    device: Annotated[Device, Parameter(group=PLACE)] = "auto"
+    """Where to compute."""
+
+
+def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> None:
+    """Print a table with the loss of each source of a run, or of each of the files.
+
+    Args:
+        model: A run folder (its newest checkpoint) or a checkpoint; with --files also a Hugging Face folder.
+    """
+    for name in ("stride", "text_field"):
+        if getattr(options, name) and not options.files:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is for --files, got --{flag} {getattr(options, name)} without it")
+    for name in _OF_HELD_OUT:
+        if options.files and getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} is for held-out text, got it with --files")
 
-    from moe_gpt.ops.device import pick_device, pick_precision, tune_process
+    from moe_gpt.api.loaded import load
+    from moe_gpt.interop.hugging_face import is_model_folder
+    from moe_gpt.training.saving.own_code import find_router
+    from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
-    device = pick_device(arguments.device)
-    tune_process(device)
-    precision = pick_precision(arguments.precision, device)
-    score = score_files if arguments.files else score_held_out
-    print(score(arguments, device, precision))
+    if not options.files and is_model_folder(model):
+        resolve_checkpoint(model)  # says that it takes --files
+    make_router = find_router(options.router) if options.router else None
+    loaded = load(model, options.device, make_router=make_router, precision=options.precision)
+    note(f"{loaded.path}, {loaded.model.embedding.weight.device}, {loaded.precision}")
+    print(score_files(loaded, options) if options.files else score_held_out(loaded, options))
 
 
-def score_held_out(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> str:
-    """Return a table with a row per source of the run."""
+def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
+    """Return a table with a row for each source of the run."""
     from moe_gpt.data.prepare import prepare_data
     from moe_gpt.training.evaluation import format_positions, format_scores
     from moe_gpt.training.saving.checkpoint import read_state
-    from moe_gpt.training.saving.saved_model import load_model
     from moe_gpt.training.setup import build_evaluator
 
-    loaded = load_model(arguments.model, device)
-    note(f"{loaded.path}, {device}, {precision}")
-    data = prepare_data(loaded.config.data, loaded.tokenizer, say=note)
+    config, model = loaded.run_config, loaded.model
+    assert config, "a run has a config"
+    data = prepare_data(config.data, loaded.tokenizer, say=note)
     if data.fingerprint != read_state(loaded.path)["data_fingerprint"]:
-        note("note: the text of the sources is not what it was in training, so the held-out part differs too")
-    model, context = loaded.model, arguments.context
+        note("note: the text of the sources has changed since training, so the held-out part differs too")
     model.config = dataclasses.replace(
         model.config,
-        max_seq_len=max(context or 0, model.config.max_seq_len),
-        rope_theta=arguments.rope_theta or model.config.rope_theta,
+        max_seq_len=max(options.context or 0, model.config.max_seq_len),
+        rope_theta=options.rope_theta or model.config.rope_theta,
     )
-    evaluator = build_evaluator(loaded.config, data, arguments.max_tokens, context)
-    if arguments.by_position:
-        return format_positions(evaluator.by_position(model, precision))
-    return format_scores(evaluator(model, precision))
+    evaluator = build_evaluator(config, data, options.max_tokens, options.context)
+    if options.by_position:
+        return format_positions(evaluator.by_position(model, loaded.precision))
+    return format_scores(evaluator(model, loaded.precision))
 
 
-def score_files(arguments: argparse.Namespace, device: torch.device, precision: Precision) -> str:
-    """Return a table with a row per glob."""
-    from moe_gpt.config import SourceConfig
-    from moe_gpt.data.corpus import iterate_documents
-    from moe_gpt.interop import hugging_face
+def score_files(loaded: LanguageModel, options: EvaluateOptions) -> str:
+    """Return a table with a row for each glob."""
     from moe_gpt.training.evaluation import format_scores
-    from moe_gpt.training.saving.saved_model import LoadedRun, load_model
-    from moe_gpt.training.score_text import score_documents
 
-    loaded: hugging_face.LoadedFolder | LoadedRun
-    if hugging_face.is_model_folder(arguments.model):
-        loaded = hugging_face.load_with_tokenizer(arguments.model, device)
-    else:
-        loaded = load_model(arguments.model, device)
-    stride = arguments.stride or max(1, loaded.model.config.max_seq_len // 2)
-    note(f"{loaded.path}, {device}, {precision}, windows of {loaded.model.config.max_seq_len} tokens every {stride}")
-    scores = {}
-    for pattern in arguments.files:
-        documents = (document.text for document in iterate_documents(SourceConfig(name="files", files=pattern)))
-        scores[pattern] = score_documents(loaded.model, loaded.tokenizer, documents, precision, stride)
-    return format_scores(scores)
+    stride = options.stride or max(1, loaded.config.max_seq_len // 2)
+    note(f"windows of {loaded.config.max_seq_len} tokens every {stride}")
+    field = options.text_field or "text"
+    try:
+        return format_scores({files: loaded.evaluate(Path(files), text_field=field, stride=stride) for files in options.files})
+    except InputError as error:
+        hint = "; name the column with --text-field" if "text_field=" in str(error) else ""
+        text = str(error).removeprefix("source files: ").replace("text_field=", "--text-field ")
+        raise InputError(f"--files: {text.replace('files=', '')}{hint}") from None
 
 
 def note(text: str) -> None:
     """Tell a person what is not part of the result."""
-    print(text, file=sys.stderr)
+    print(wrap(text), file=sys.stderr)

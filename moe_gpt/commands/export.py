@@ -1,42 +1,39 @@
-"""Write a model as a Hugging Face folder: python scripts/export.py runs/tiny exported/tiny."""
+"""``moe-gpt export``: write a model as a Hugging Face folder."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import re
 from pathlib import Path
+from typing import Literal
 
-from moe_gpt.commands.cli import ArgumentParser
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(
-        description=__doc__,
-        epilog="A model with experts becomes a MixtralForCausalLM, a dense one a LlamaForCausalLM; transformers, vLLM "
-        "and llama.cpp open them without this package (docs/running-elsewhere.md).",
-    )
-    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run folder means its newest checkpoint")
-    parser.add_argument("folder", metavar="OUT_DIR", type=Path, help="new or empty")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: float32")
-    parser.add_argument(
-        "--license",
-        type=_licence,
-        default="unknown",
-        help="identifier for the model card, such as apache-2.0 (default: unknown)",
-    )
-    return parser.parse_args()
+from moe_gpt.commands.options import flat
+from moe_gpt.errors import InputError
 
 
-def _licence(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9.+-]+", text):
-        raise argparse.ArgumentTypeError(f"must be an identifier such as apache-2.0, got {text!r}")
-    return text
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How the folder is written."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the files."""
+    license: str = "unknown"
+    """Identifier for the model card, such as apache-2.0."""
 
 
-def main() -> None:
-    """Export, then say what was written and how to use it."""
-    arguments = parse_arguments()
+def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()) -> None:
+    """Write a model as a Hugging Face folder, and say how to use it.
+
+    A model with experts becomes a MixtralForCausalLM, a dense one a LlamaForCausalLM. Transformers, vLLM and llama.cpp
+    open them without moe_gpt (docs/running-elsewhere.md).
+
+    Args:
+        model: A run folder (its newest checkpoint) or a checkpoint.
+        folder: Where to write; new or empty.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9.+-]+", options.license):
+        raise InputError(f"--license must be an identifier such as apache-2.0, got {options.license!r}")
 
     from moe_gpt.files.tensors import TensorReader
     from moe_gpt.interop import hugging_face
@@ -45,8 +42,10 @@ def main() -> None:
     from moe_gpt.training.records.metrics import scores_at
     from moe_gpt.training.saving.saved_model import describe_model, open_checkpoint
 
-    saved = open_checkpoint(arguments.model)
+    saved = open_checkpoint(model)
     config = saved.config
+    if saved.router:
+        raise InputError(hugging_face.own_router_text(saved.router["name"]))
     training = Training(
         config,
         saved.step,
@@ -57,16 +56,16 @@ def main() -> None:
     hugging_face.export(
         config.model,
         TensorReader([saved.weights_file]).read,
-        arguments.folder,
+        folder,
         saved.tokenizer,
-        hugging_face.DTYPES[arguments.dtype],
+        hugging_face.DTYPES[options.dtype],
         config.loss.load_balancing_loss_weight,
-        model_card(arguments.folder.absolute().name, training, arguments.dtype, arguments.license),
+        model_card(folder.absolute().name, training, options.dtype, options.license),
         keep_template=False,
     )
     architecture = "LlamaForCausalLM" if config.model.is_dense else "MixtralForCausalLM"
-    n_bytes = sum(file.stat().st_size for file in arguments.folder.iterdir())
-    print(f"{saved.path} -> {arguments.folder}: {architecture}, {arguments.dtype}, {n_bytes / 1e6:,.1f} MB")
+    n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{saved.path} -> {folder}: {architecture}, {options.dtype}, {n_bytes / 1e6:,.1f} MB")
     if config.model.attention_sharing > 1:
         total = count_parameters(config.model).total
         print(f"note: attention shared by layers is written once for each, so there are more than {total:,} parameters")
@@ -76,4 +75,4 @@ def main() -> None:
     if start or end:
         spelled = " ".join(saved.tokenizer.spell(index) for index in (*start, *end))
         print(f"note: the exported tokenizer does not put {spelled} around texts, because training did not")
-    print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(arguments.folder)!r})")
+    print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")

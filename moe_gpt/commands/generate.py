@@ -1,80 +1,116 @@
-"""Continue a prompt: python scripts/generate.py runs/tiny --prompt "def "."""
+"""``moe-gpt generate``: continue a prompt."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from moe_gpt.commands.cli import ArgumentParser, count_argument
+from cyclopts import Group, Parameter
 
+from moe_gpt.commands.options import Device, Precision, Switch, Whole, flat, read_as
+from moe_gpt.config.section import Seed
+from moe_gpt.errors import InputError
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder (Mixtral, Mistral, Llama)",
-    )
-    parser.add_argument("--prompt", default="", help="the text to continue; the model sees exactly its tokens")
-    parser.add_argument(
-        "--bos",
-        action="store_true",
-        help="put end-of-text before the prompt, as before a document (a Hugging Face tokenizer that starts every "
-        "text with a token of its own, such as <s>, does so anyway)",
-    )
-    parser.add_argument("--max-new-tokens", type=count_argument, default=200, help="default: 200")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the K likeliest tokens; 0 from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to P (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="default: fp32 on a CPU, else auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    return parser.parse_args()
+if TYPE_CHECKING:
+    from moe_gpt.api.loaded import LanguageModel
+
+PROMPT, SAMPLING, PLACE = (Group.create_ordered(name) for name in ("What to continue", "How to draw", "Where"))
 
 
-def main() -> None:
-    """Write the prompt and what follows it to stdout."""
-    arguments = parse_arguments()
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """What to continue, how, and where."""
 
-    from moe_gpt.inference.generate import SamplingConfig, generate
-    from moe_gpt.interop import hugging_face
-    from moe_gpt.ops.device import pick_device, pick_precision, tune_process
-    from moe_gpt.training.saving.saved_model import LoadedRun, load_model
+    prompt: Annotated[str | None, Parameter(group=PROMPT)] = None
+    """The text to continue; the model sees exactly its tokens. Without one, on a terminal, each line that you type is
+    continued."""
+    prompt_file: Annotated[Path | None, Parameter(group=PROMPT)] = None
+    """A file whose text is the prompt."""
+    bos: Annotated[Switch, Parameter(group=PROMPT)] = False
+    """Put end-of-text before the prompt, as before a document. A Hugging Face tokenizer that starts every text with a
+    token of its own, such as <s>, does so anyway."""
+    samples: Annotated[Whole, Parameter(group=PROMPT)] = 1
+    """How many continuations to write, each with a seed of its own."""
+    max_new_tokens: Annotated[Whole, Parameter(group=SAMPLING)] = 200
+    """Tokens to write at most."""
+    temperature: Annotated[float, Parameter(group=SAMPLING)] = 0.8
+    """0 takes the most likely token each time."""
+    top_k: Annotated[int, Parameter(group=SAMPLING)] = 0
+    """Draw from this many most likely tokens; 0 from all."""
+    top_p: Annotated[float, Parameter(group=SAMPLING)] = 1.0
+    """Draw from the most likely tokens that together have this probability."""
+    seed: Annotated[Seed, read_as(Seed), Parameter(group=SAMPLING)] = 0
+    """Of the draws."""
+    router: Annotated[str | None, Parameter(group=PLACE)] = None
+    """The router that the model was trained with, as FILE.py:NAME, if it was one of your own."""
+    precision: Annotated[Precision | None, Parameter(group=PLACE)] = None
+    """Compute type; fp32 on a CPU, else auto, by default."""
+    device: Annotated[Device, Parameter(group=PLACE)] = "auto"
+    """Where to compute."""
 
-    sampling = SamplingConfig(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
-    device = pick_device(arguments.device)
-    tune_process(device)
-    precision = pick_precision(arguments.precision or ("fp32" if device.type == "cpu" else "auto"), device)
-    loaded: hugging_face.LoadedFolder | LoadedRun
-    start: list[int] = []
-    if hugging_face.is_model_folder(arguments.model):
-        loaded = hugging_face.load_with_tokenizer(arguments.model, device)
-        start = loaded.text_start
-    else:
-        loaded = load_model(arguments.model, device)
-    print(f"{loaded.path}, {device}, {precision}", file=sys.stderr)
-    tokenizer = loaded.tokenizer
-    prompt = (start or [tokenizer.end_of_text_id] * arguments.bos) + tokenizer.encode(arguments.prompt)
-    ids = generate(
-        loaded.model,
-        prompt,
-        arguments.max_new_tokens,
-        sampling,
-        arguments.seed,
-        tokenizer.end_of_text_id,
-        precision,
-    )
-    written = list(prompt)
-    pieces = tokenizer.decode_stream(_remember(ids, written), context=prompt)
-    first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
-    print(arguments.prompt + first, end="", flush=True)
-    for text in pieces:
-        print(text, end="", flush=True)
-    print()
-    if len(written) == loaded.model.config.max_seq_len:
-        print(f"stopped: the context of {len(written)} tokens is full", file=sys.stderr)
+
+def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> None:
+    """Write a prompt and what a model makes of it to stdout.
+
+    Args:
+        model: A run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder (Mixtral, Mistral, Llama).
+    """
+    prompt = find_prompt(options)
+
+    from moe_gpt.api.loaded import load
+    from moe_gpt.training.saving.own_code import find_router
+
+    make_router = find_router(options.router) if options.router else None
+    loaded = load(model, options.device, make_router=make_router, precision=options.precision)
+    device = loaded.model.embedding.weight.device
+    print(f"{loaded.path}, {device}, {loaded.precision}", file=sys.stderr)
+    if prompt is not None or not sys.stdin.isatty():
+        write_samples(loaded, prompt or "", options)
+        return
+    print("type a prompt and press return; an empty line ends", file=sys.stderr)
+    while prompt := sys.stdin.readline().rstrip("\n"):
+        write_samples(loaded, prompt, options)
+
+
+def find_prompt(options: GenerateOptions) -> str | None:
+    """Return the prompt that was given, by itself or in a file; None where none was.
+
+    Raises:
+        InputError: where both were given, or the file is not UTF-8 text.
+    """
+    if options.prompt_file is None:
+        return "" if options.prompt is None and options.bos else options.prompt
+    if options.prompt is not None:
+        raise InputError(f"--prompt and --prompt-file: give one of them, got --prompt-file {options.prompt_file} too")
+    try:
+        return options.prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-file {options.prompt_file} is not UTF-8 text: {error}") from None
+
+
+def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions) -> None:
+    """Write the prompt with each continuation of it, as it is made."""
+    from moe_gpt.inference.generate import SamplingConfig
+
+    sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    ids, limit = loaded.encode(prompt, options.bos), loaded.config.max_seq_len
+    for index in range(options.samples):
+        written = list(ids)
+        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index)
+        pieces = loaded.tokenizer.decode_stream(_remember(new, written), context=ids)
+        first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
+        if options.samples > 1:
+            print(f"--- sample {index + 1} ---")
+        print(prompt + first, end="", flush=True)
+        for text in pieces:
+            print(text, end="", flush=True)
+        print()
+        if len(written) == limit:
+            print(f"stopped: the context of {limit} tokens is full", file=sys.stderr)
 
 
 def _remember(ids: Iterator[int], written: list[int]) -> Iterator[int]:

@@ -1,149 +1,213 @@
-"""Say what a run takes before paying for it: python scripts/plan.py --config gpt4.yaml --n-gpus 25000 --tensor 8."""
+"""``moe-gpt plan``: say what a run takes before paying for it."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from moe_gpt.commands.cli import ArgumentParser
-from moe_gpt.config.section import Section, default_of, field_docs
+from cyclopts import Group, Parameter
+
+from moe_gpt.commands.options import AboveZero, Switch, Whole, Words, flat, read_as
+from moe_gpt.config.section import NonNegative, Rate
 from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.plan.hardware import Parallelism, find_gpu
-from moe_gpt.plan.options import Failures, PlanOptions
+from moe_gpt.plan.options import DraftedTokens, Failures, PlanOptions, Utilisation
 
-_OF_TRAINING = {name: name for name in ("mfu", "price", "context", "tokens", "budget", "micro_batch_sequences")}
-_OF_FAILURES = {
-    "gpu_hours_between": "gpu_hours_between_failures",
-    "restart_seconds": "restart_seconds",
-    "checkpoint_seconds": "checkpoint_seconds",
-    "interval_seconds": "checkpoint_interval_seconds",
-}
-_OF_SERVING = {name: name for name in ("batch", "acceptance", "draft_cost", "gamma")}
-"""Fields of the plan's options that are arguments, and the arguments' names."""
+OUTPUT, CLUSTER, TRAINING, FAILURES, SERVING = (
+    Group.create_ordered(name) for name in ("What is shown", "The cluster", "Training", "Failures", "Serving")
+)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(
-        description=__doc__,
-        epilog="The reported system: --config gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1. "
-        "Every number has a name; --explain NAME says how it is computed and where the formula is from.",
-    )
-    parser.add_argument("--config", help="path of a YAML file, or a name in configs/")
-    parser.add_argument("--json", action="store_true", help="JSON alone, in base units: FLOPs, bytes, seconds, dollars")
-    parser.add_argument("--explain", metavar="NAME", help="formula and source of a number of the plan")
-    parser.add_argument("--extrapolate", action="store_true", help="the forecast of 2020 instead of a plan")
-    parser.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="with --extrapolate: another input"
-    )
-    _training_arguments(parser.add_argument_group("training"))
-    _serving_arguments(parser.add_argument_group("serving"))
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings over the file's")
-    return parser.parse_intermixed_args()
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What is shown."""
+
+    all: Annotated[Switch, Parameter(group=OUTPUT)] = False
+    """Every number of the plan, instead of the answer alone."""
+    json: Annotated[Switch, Parameter(group=OUTPUT)] = False
+    """Every number as JSON alone, in base units: FLOPs, bytes, seconds, dollars."""
+    explain: Annotated[str | None, Parameter(group=OUTPUT)] = None
+    """Formula and source of a number of the plan, by its name."""
+    extrapolate: Annotated[Switch, Parameter(group=OUTPUT)] = False
+    """The forecast of 2020 instead of a plan."""
+    set: Annotated[Words, Parameter(group=OUTPUT)] = ()
+    """With --extrapolate: another input, as NAME=VALUE."""
 
 
-def _training_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--gpu",
-        default="a100-80gb",
-        help="a name of the table, cpu (measured), or name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,"
-        "network=5e10 (default: a100-80gb)",
-    )
-    group.add_argument("--n-gpus", type=int, help="GPUs of the cluster (default: tensor x pipeline x expert)")
-    for name in ("tensor", "pipeline", "expert"):
-        group.add_argument(f"--{name}", type=int, default=1, help=f"{name}-parallel GPUs (default: 1)")
-    group.add_argument("--zero", default="1", help="0, 1, 2, 3 or fsdp (default: 1)")
-    group.add_argument("--days", type=float, help="Also say the MFU of a run that took so many days.")
-    group.add_argument("--recompute", action=argparse.BooleanOptionalAction, help=field_docs(PlanOptions)["recompute"])
-    _add_options(group, PlanOptions, _OF_TRAINING)
-    _add_options(group, Failures, _OF_FAILURES)
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The cluster that trains."""
+
+    gpu: Annotated[str, Parameter(group=CLUSTER)] = "a100-80gb"
+    """A name of the table; or cpu, which is measured; or
+    name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10."""
+    n_gpus: Annotated[int | None, Parameter(group=CLUSTER)] = None
+    """GPUs of the cluster; tensor x pipeline x expert by default."""
+    tensor: Annotated[int, Parameter(group=CLUSTER)] = 1
+    """Tensor-parallel GPUs."""
+    pipeline: Annotated[int, Parameter(group=CLUSTER)] = 1
+    """Pipeline-parallel GPUs."""
+    expert: Annotated[int, Parameter(group=CLUSTER)] = 1
+    """Expert-parallel GPUs."""
+    zero: Annotated[Literal["0", "1", "2", "3", "fsdp"], Parameter(group=CLUSTER)] = "1"
+    """Stage of ZeRO."""
+
+    def layout(self) -> Parallelism:
+        """Return how training is spread over the GPUs."""
+        n_gpus = self.tensor * self.pipeline * self.expert if self.n_gpus is None else self.n_gpus
+        zero: Any = int(self.zero) if self.zero.isdecimal() else self.zero
+        return Parallelism(n_gpus, self.tensor, self.pipeline, self.expert, zero)
 
 
-def _serving_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--serve-gpus", type=int, help="GPUs of the cluster (default: those of one copy)")
-    group.add_argument("--serve-tensor", type=int, help="GPUs that share a layer (default: as in training)")
-    group.add_argument("--serve-pipeline", type=int, help="stages of a copy (default: as in training)")
-    _add_options(group, PlanOptions, _OF_SERVING)
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """What training is supposed to be; the defaults are those of ``PlanOptions``."""
+
+    mfu: Annotated[Utilisation | None, read_as(Utilisation), Parameter(group=TRAINING)] = None
+    """Model FLOPs utilisation: the share of all GPUs' peak that 6 N D per second comes to; 0.4 by default."""
+    price: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
+    """Dollars per GPU-hour; 1 by default."""
+    context: Annotated[Whole | None, Parameter(group=TRAINING)] = None
+    """Positions that a token sees; the last stage's sequence length by default."""
+    tokens: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
+    """Training tokens; by default those of the schedule, or at most those of the sources."""
+    budget: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
+    """Also say the tokens that so many dollars pay for."""
+    days: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
+    """Also say the MFU of a run that took so many days."""
+    recompute: Annotated[bool | None, Parameter(group=TRAINING)] = None
+    """Compute activations again in the backward pass; by default as the config says."""
+    micro_batch_sequences: Annotated[Whole | None, Parameter(group=TRAINING)] = None
+    """Sequences of one forward pass; 1 by default."""
 
 
-def _add_options(group: argparse._ArgumentGroup, section: type[Section], arguments: Mapping[str, str]) -> None:
-    """Add an argument for each of the fields, described by the field's docstring; the section checks the values."""
-    docs, fields = field_docs(section), {field.name: field for field in dataclasses.fields(section)}
-    for name, argument in arguments.items():
-        default = default_of(fields[name])
-        shown = "" if default is None else f" (default: {default:,g})"
-        group.add_argument(f"--{argument.replace('_', '-')}", help=(docs[name] + shown).replace("%", "%%"))
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfFailures:
+    """How often the run breaks; the defaults are those of ``Failures``."""
+
+    gpu_hours_between_failures: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
+    """Mean GPU hours between two failures; 50,000 by default."""
+    restart_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
+    """From a failure to the next useful step; 900 by default."""
+    checkpoint_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
+    """How long a checkpoint stops training; 60 by default."""
+    checkpoint_interval_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
+    """Between the ends of two checkpoints; the interval that loses least by default."""
+
+    def failures(self) -> Failures:
+        """Return how often the run breaks."""
+        names = {"gpu_hours_between_failures": "gpu_hours_between", "checkpoint_interval_seconds": "interval_seconds"}
+        return Failures(**{names.get(name, name): value for name, value in _given(self).items()})
 
 
-def _given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields whose arguments were given; the others keep the section's defaults."""
-    values = {name: getattr(arguments, argument) for name, argument in names.items()}
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How the model is served; the defaults are those of ``PlanOptions``."""
+
+    serve_gpus: Annotated[int | None, Parameter(group=SERVING)] = None
+    """GPUs of the cluster; those of one copy by default."""
+    serve_tensor: Annotated[int | None, Parameter(group=SERVING)] = None
+    """GPUs that share a layer; as in training by default."""
+    serve_pipeline: Annotated[int | None, Parameter(group=SERVING)] = None
+    """Stages of a copy; as in training by default."""
+    batch: Annotated[Whole | None, Parameter(group=SERVING)] = None
+    """Sequences that pass through a stage together; 64 by default."""
+    acceptance: Annotated[Rate | None, read_as(Rate), Parameter(group=SERVING)] = None
+    """Probability that a drafted token is accepted; 0.8 by default."""
+    draft_cost: Annotated[NonNegative | None, read_as(NonNegative), Parameter(group=SERVING)] = None
+    """A step of the draft model over a step of the model; 0.05 by default."""
+    gamma: Annotated[DraftedTokens | None, read_as(DraftedTokens), Parameter(group=SERVING)] = None
+    """Tokens drafted at a time; 4 by default."""
+
+    def layout(self, training: Cluster) -> Parallelism:
+        """Return how serving is spread over the GPUs."""
+        tensor = training.tensor if self.serve_tensor is None else self.serve_tensor
+        pipeline = training.pipeline if self.serve_pipeline is None else self.serve_pipeline
+        try:
+            return Parallelism(tensor * pipeline if self.serve_gpus is None else self.serve_gpus, tensor, pipeline)
+        except InputError as error:
+            raise InputError(f"--serve-gpus, --serve-tensor, --serve-pipeline: {error}") from None
+
+
+def _given(options: Any, *without: str) -> dict[str, Any]:
+    """Return the options that were given; for the others the planner's defaults hold."""
+    values = {name: value for name, value in vars(options).items() if name not in without}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def main() -> None:
-    """Print the plan, the forecast, or the explanation of a number."""
-    arguments = parse_arguments()
+def plan(
+    config: str | None = None,
+    *overrides: str,
+    shown: Shown = Shown(),
+    cluster: Cluster = Cluster(),
+    training: Training = Training(),
+    failures: OfFailures = OfFailures(),
+    serving: Serving = Serving(),
+) -> None:
+    """Say what a run takes before paying for it.
 
+    The reported system: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1. Every
+    number has a name; --explain NAME says how it is computed and where the formula is from.
+
+    Args:
+        config: A YAML file, or the name of a config that comes with moe_gpt, such as gpt4.yaml.
+        overrides: Settings over the file's, as key.path=value.
+    """
     from moe_gpt.plan.plan import describe
     from moe_gpt.plan.quantities import explain, to_json
 
-    if arguments.explain is not None and arguments.json:
+    if shown.explain is not None and shown.json:
         raise InputError("--explain is for people: give it without --json")
-    if arguments.extrapolate and arguments.config:
-        raise InputError(f"--extrapolate takes no config, got --config {arguments.config}")
-    sections = forecast(arguments.set) if arguments.extrapolate else plan(arguments)
-    if arguments.explain is not None:
-        print(explain(sections, arguments.explain))
-    elif arguments.json:
+    if shown.extrapolate and config:
+        raise InputError(f"--extrapolate takes no config, got {config}")
+    if shown.extrapolate:
+        sections = forecast(shown.set)
+    else:
+        if not config:
+            raise InputError("CONFIG is missing: a plan needs one, such as small.yaml; --extrapolate works without")
+        if shown.set:
+            raise InputError(f"--set is for --extrapolate, got {shown.set[0]}; settings of the config go without it")
+        sections = plan_config(config, overrides, cluster, training, failures, serving)
+    if shown.explain is not None:
+        print(explain(sections, shown.explain))
+    elif shown.json:
         print(json.dumps(to_json(sections), indent=2))
     else:
         print(describe(sections))
 
 
-def plan(arguments: argparse.Namespace) -> list:
+def plan_config(
+    config: str,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    training: Training,
+    failures: OfFailures,
+    serving: Serving,
+) -> list:
     """Return the sections of a config's plan."""
     from moe_gpt.plan.plan import plan_run
 
-    if not arguments.config:
-        raise InputError("--config is needed for a plan; --extrapolate works without one")
-    if arguments.set:
-        raise InputError(f"--set is for --extrapolate, got {arguments.set[0]}; settings of the config go without it")
     options = PlanOptions(
-        gpu=find_gpu(arguments.gpu),
-        layout=_training_layout(arguments),
-        serving=_serving_layout(arguments),
-        recompute=arguments.recompute,
-        duration_seconds=None if arguments.days is None else arguments.days * 86_400,
-        failures=Failures(**_given(arguments, _OF_FAILURES)),
-        **_given(arguments, _OF_TRAINING | _OF_SERVING),
+        gpu=find_gpu(cluster.gpu),
+        layout=cluster.layout(),
+        serving=serving.layout(cluster),
+        duration_seconds=None if training.days is None else training.days * 86_400,
+        failures=failures.failures(),
+        **_given(training, "days"),
+        **_given(serving, "serve_gpus", "serve_tensor", "serve_pipeline"),
     )
-    return plan_run(load_run_config(arguments.config, arguments.overrides), options)
+    return plan_run(load_run_config(config, overrides), options)
 
 
-def _training_layout(arguments: argparse.Namespace) -> Parallelism:
-    tensor, pipeline, expert = arguments.tensor, arguments.pipeline, arguments.expert
-    n_gpus = tensor * pipeline * expert if arguments.n_gpus is None else arguments.n_gpus
-    zero: Any = int(arguments.zero) if arguments.zero.isdecimal() else arguments.zero
-    return Parallelism(n_gpus, tensor, pipeline, expert, zero)
-
-
-def _serving_layout(arguments: argparse.Namespace) -> Parallelism:
-    tensor = arguments.tensor if arguments.serve_tensor is None else arguments.serve_tensor
-    pipeline = arguments.pipeline if arguments.serve_pipeline is None else arguments.serve_pipeline
-    try:
-        return Parallelism(
-            tensor * pipeline if arguments.serve_gpus is None else arguments.serve_gpus, tensor, pipeline
-        )
-    except InputError as error:
-        raise InputError(f"--serve-gpus, --serve-tensor, --serve-pipeline: {error}") from None
-
-
-def forecast(given: list[str]) -> list:
+def forecast(given: Sequence[str]) -> list:
     """Return the forecast of 2020 with the inputs that were given."""
     from moe_gpt.plan.scaling_laws import ForecastInputs, extrapolate
 

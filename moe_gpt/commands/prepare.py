@@ -1,41 +1,37 @@
-"""Tokenise a config's sources ahead of training, and show what the model will see."""
+"""``moe-gpt prepare``: tokenise the text of a config ahead of training, and show what the model will see."""
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
-from moe_gpt.commands.cli import ArgumentParser
+from moe_gpt.commands.options import Switch
 from moe_gpt.config.yaml import load_run_config
 from moe_gpt.terminal.tables import format_table
+from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
     from moe_gpt.config import RunConfig
     from moe_gpt.data.prepare import PreparedData
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
-    parser.add_argument("--show", action="store_true", help="also print sequences as training will read them")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings over the file's")
-    return parser.parse_intermixed_args()
+def prepare(config: str, *overrides: str, show: Switch = False) -> None:
+    """Tokenise the text of a config where that is not done yet, and print a table of its sources.
 
-
-def main() -> None:
-    """Prepare what is missing, then print a table of the sources."""
-    arguments = parse_arguments()
-    config = load_run_config(arguments.config, arguments.overrides)
+    Args:
+        config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
+        overrides: Settings over the file's, as key.path=value.
+        show: Also print sequences as training will read them.
+    """
+    settings = load_run_config(config, overrides)
 
     from moe_gpt.data.prepare import prepare_data
     from moe_gpt.training.setup import fill_in
 
-    data = prepare_data(config.data)
-    config, schedule, shares = fill_in(config, data, None)
+    data = prepare_data(settings.data, say=lambda text: print(wrap(text), flush=True))
+    settings, schedule, shares = fill_in(settings, data, None)
     print(describe_sources(data, shares, schedule.total_tokens))
-    if arguments.show:
-        show_sequences(config, data, shares)
+    if show:
+        show_sequences(settings, data, shares)
 
 
 def describe_sources(data: PreparedData, shares: list[float], total_tokens: int) -> str:

@@ -1,43 +1,40 @@
-"""Write a page about a run, or about several side by side: python scripts/report.py runs/tiny."""
+"""``moe-gpt report``: write a page about a run, or about several side by side."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_gpt.commands.cli import ArgumentParser
+from moe_gpt.commands.options import Switch
+from moe_gpt.errors import InputError
+from moe_gpt.terminal.wrapping import wrap
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(
-        description=__doc__,
-        epilog="The page is one file that opens offline; its pictures are also written beside it, as SVG and PNG, into "
-        "a folder with the same name and -pictures. Several runs are compared, each with its summary; for all about "
-        "one of them give it alone.",
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder, finished or not")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="default: RUN/report.html; of several runs report.html here"
-    )
-    return parser.parse_args()
+def report(*runs: Path, out: Path | None = None, watch: Switch = False) -> None:
+    """Write a page about a run, or about several side by side.
 
+    The page is one file that opens offline. Its pictures are also written beside it, as SVG and PNG, into a folder with
+    the same name and -pictures. Several runs are compared, each with its summary; for all about one of them give it
+    alone.
 
-def main() -> None:
-    """Read the runs and write the page."""
-    arguments = parse_arguments()
+    Args:
+        runs: Run folders, finished or not.
+        out: The page; RUN/report.html by default, and report.html here for several runs.
+        watch: Write the page again and again while a run trains.
+    """
+    if not runs:
+        raise InputError("RUNS is missing; give run folders such as runs/tiny")
 
     from moe_gpt.report.report import write_report
     from moe_gpt.report.run_records import read_run
 
-    path = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
-    check_paths(arguments.runs, path)
-    runs = [read_run(run) for run in arguments.runs]
-    write_report(runs, path)
-    for run in runs:
+    path = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    check_paths(runs, path)
+    found = [read_run(run) for run in runs]
+    write_report(found, path)
+    for run in found:
         for note in run.notes:
-            print(f"{run.name}: {note}")
+            print(wrap(f"{run.name}: {note}"))
     print(f"wrote {path}")
 
 
@@ -47,8 +44,6 @@ def check_paths(runs: Sequence[Path], path: Path) -> None:
     Raises:
         InputError: which names the path.
     """
-    from moe_gpt.errors import InputError
-
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out must be a file that ends in .html, got {path}")
     folders = [run.resolve() for run in runs]

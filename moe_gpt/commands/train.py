@@ -1,105 +1,116 @@
-"""Train a mixture-of-experts decoder: python scripts/train.py --config tiny.yaml."""
+"""``moe-gpt train``: train a mixture-of-experts decoder."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from moe_gpt.commands.cli import (
-    ArgumentParser,
-    command_line,
-    count_argument,
-    describe_settings,
-    positive_argument,
-)
-from moe_gpt.config.yaml import find_config, load_run_config
+from cyclopts import Group, Parameter
+
+from moe_gpt.commands.next_command import command_line, repeated
+from moe_gpt.commands.options import AboveZero, Device, Switch, Whole, Words, flat
 from moe_gpt.errors import InputError
+from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
+    from moe_gpt.training.loop import Limits
     from moe_gpt.training.setup import Run
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+START, LIMITS, OWN = (Group.create_ordered(name) for name in ("Starting and going on", "When to stop", "Where and with what"))
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit status: 0 done or stopped by a limit, 2 bad input, 3 training could not go on (the message says "
-        "why and what is saved), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM\n\n"
-        "keys of a config, for the YAML file and for key.path=value:\n" + "\n".join(describe_settings()),
-    )
-    parser.add_argument("--config", required=True, help="path of a YAML file, or a name in configs/")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<config name>")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, or start")
-    parser.add_argument(
-        "--init-from",
-        metavar="MODEL",
-        help="start a new run with the weights of a run, a checkpoint or a Hugging Face folder; those of a dense model "
-        "can start a mixture of experts (with --resume: unless the run has started)",
-    )
-    parser.add_argument(
-        "--allow-changes",
-        metavar="KEY,KEY",
-        type=lambda text: [key.strip() for key in text.split(",") if key.strip()],
-        action="extend",
-        default=[],
-        help="with --resume: go on although these are not what they were (a setting or a section such as optimizer, "
-        "data.<source>, code, torch, moe_gpt); the checkpoint records it",
-    )
-    parser.add_argument("--max-steps", type=count_argument, help="stop after this optimizer step of the run")
-    parser.add_argument("--max-minutes", type=positive_argument, help="stop after this time")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings over the file's")
-    return parser.parse_intermixed_args()
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a run starts, when it stops, and where."""
+
+    run_dir: Annotated[Path | None, Parameter(group=START)] = None
+    """Where the run is kept; runs/ and the name of the config by default."""
+    resume: Annotated[Switch, Parameter(group=START)] = False
+    """Go on from the newest checkpoint, or start where there is none."""
+    init_from: Annotated[str | None, Parameter(group=START)] = None
+    """Start a new run with the weights of a run, a checkpoint or a Hugging Face folder. Those of a dense model can
+    start a mixture of experts. With --resume: unless the run has started."""
+    allow_changes: Annotated[Words, Parameter(group=START)] = ()
+    """With --resume: go on although these are not what they were, as KEY,KEY. A key is a setting or a section such as
+    optimizer, data.SOURCE, router, code, torch or moe_gpt. The checkpoint records it."""
+    max_steps: Annotated[Whole | None, Parameter(group=LIMITS)] = None
+    """Stop after this optimizer step of the run."""
+    max_minutes: Annotated[AboveZero | None, Parameter(group=LIMITS)] = None
+    """Stop after this time."""
+    fit_schedule: Annotated[Switch, Parameter(group=LIMITS)] = False
+    """Shrink the schedule to --max-steps: otherwise the learning rate follows the whole schedule."""
+    router: Annotated[str | None, Parameter(group=OWN)] = None
+    """A router of your own, as FILE.py:NAME. The checkpoint records its name and source."""
+    device: Annotated[Device, Parameter(group=OWN)] = "auto"
+    """Where to train."""
 
 
-def main() -> int:
-    """Train, then say what came out and what to do next."""
-    arguments = parse_arguments()
-    config = load_run_config(arguments.config, arguments.overrides)
-    run_dir = arguments.run_dir or Path("runs") / find_config(arguments.config).stem
-    if arguments.allow_changes and not arguments.resume:
-        raise InputError(f"--allow-changes is for --resume, got {','.join(arguments.allow_changes)} without it")
+def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) -> int:
+    """Train a mixture-of-experts decoder, save it, and say what came out.
 
-    from moe_gpt.ops.device import pick_device
-    from moe_gpt.training.display import TerminalDisplay
-    from moe_gpt.training.loop import Limits, train
+    Args:
+        config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
+        overrides: Settings over the file's, as key.path=value.
+    """
+    from moe_gpt.api.training import fit_budget, prepare, train_to_the_end
+    from moe_gpt.model.router import Router
+    from moe_gpt.training.loop import Limits
     from moe_gpt.training.recovery import TrainingStopped
-    from moe_gpt.training.saving.run_folder import open_run_folder
-    from moe_gpt.training.saving.store import prune
-    from moe_gpt.training.setup import set_up_run
+    from moe_gpt.training.saving.own_code import find_router
+    from moe_gpt.training.setup import OwnParts
     from moe_gpt.training.summary import describe_run
 
-    run = set_up_run(
-        config, run_dir, pick_device(arguments.device), arguments.resume, arguments.init_from, arguments.allow_changes
+    limits = Limits(options.max_steps, options.max_minutes)
+    run = prepare(
+        config,
+        overrides,
+        options.run_dir,
+        resume=options.resume,
+        init_from=options.init_from,
+        allow_changes=[key.strip() for words in options.allow_changes for key in words.split(",") if key.strip()],
+        fit_steps=fit_budget(options.fit_schedule, options.max_steps),
+        device=options.device,
+        own=OwnParts(find_router(options.router) if options.router else Router),
+        say=lambda text: print(wrap(text), flush=True),
     )
-    print(describe_run(run), flush=True)
-    if run.is_finished:
-        with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
-            prune(run_dir, config.checkpoint)  # a process that was killed at the end has not done it
-        print(f"this run is finished; next: {generate_command(run)}")
+    print(wrap(describe_run(run), " " * 11), flush=True)
+    if note := note_on_schedule(run, limits):
+        print(wrap(note, " " * 11), flush=True)
+    was_finished = run.is_finished
+    try:
+        outcome, display = train_to_the_end(run, limits)
+    except TrainingStopped as stopped:
+        print(f"error: {stopped}", file=sys.stderr)
+        return 3
+    if was_finished:
+        print(f"this run is finished; next:\n  {generate_command(run)}")
         return 0
-    with (
-        open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged),
-        contextlib.closing(TerminalDisplay(run.schedule.total_tokens, run.state.tokens_seen)) as display,
-    ):
-        try:
-            outcome = train(run, Limits(arguments.max_steps, arguments.max_minutes), display)
-        except TrainingStopped as stopped:
-            print(f"error: {stopped}", file=sys.stderr)
-            return 3
     if outcome in EXIT_STATUS:
-        resume = command_line(*(word for word in sys.argv if word != "--resume"), "--resume")
-        print(f"{outcome}: saved step {run.state.step}; continue with: {resume}", file=sys.stderr)
+        print(f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}", file=sys.stderr)
         return EXIT_STATUS[outcome]
     print(display.summary())
     say_what_came_out(run, outcome)
     return 0
+
+
+def note_on_schedule(run: Run, limits: Limits) -> str:
+    """Return what a limit on the steps means for the learning rate; nothing where it ends no run early."""
+    from moe_gpt.training.schedule import tokens_after
+
+    if limits.max_steps is None or run.state.step >= limits.max_steps:
+        return ""
+    end = tokens_after(run.schedule, limits.max_steps - run.state.step, run.state.tokens_seen)
+    if end >= run.schedule.total_tokens:
+        return ""
+    share = end / run.schedule.total_tokens
+    return (
+        f"note       --max-steps {limits.max_steps} ends this run after {end:,} tokens, {share:.1%} of the schedule; the "
+        "learning rate follows the whole schedule, and --fit-schedule would shrink it to these steps"
+    )
 
 
 def say_what_came_out(run: Run, outcome: str) -> None:
@@ -112,20 +123,18 @@ def say_what_came_out(run: Run, outcome: str) -> None:
     if run.resumed_from == resolve_checkpoint(run.run_dir):
         print(f"already at step {run.state.step}; nothing was trained")
     elif outcome != "finished":
-        print(
-            f"stopped by {outcome} at step {run.state.step}; to go on, repeat with --resume and a later limit, or none"
-        )
+        print(wrap(f"stopped by {outcome} at step {run.state.step}; to go on, repeat with --resume and a later limit"))
     if run.config.train.report:
-        report(run.run_dir)
-    print(f"next: {generate_command(run)}\n      {command_line('scripts/evaluate.py', run.run_dir)}")
+        write_page(run.run_dir)
+    print(f"next:\n  {generate_command(run)}\n  {command_line('evaluate', run.run_dir)}")
 
 
 def generate_command(run: Run) -> str:
     """Return a command that continues a prompt of the run's last source."""
-    return command_line("scripts/generate.py", run.run_dir, "--prompt", run.config.data.sources[-1].prompt)
+    return command_line("generate", run.run_dir, "--prompt", run.config.data.sources[-1].prompt)
 
 
-def report(run_dir: Path) -> None:
+def write_page(run_dir: Path) -> None:
     """Write the run's report; the run is saved, whatever goes wrong here."""
     from moe_gpt.report.report import write_report
     from moe_gpt.report.run_records import read_run
@@ -134,7 +143,10 @@ def report(run_dir: Path) -> None:
     try:
         write_report([read_run(run_dir)], path)
     except Exception as error:
-        command = command_line("scripts/report.py", run_dir)
-        print(f"warning: no report ({type(error).__name__}: {error}); try again with: {command}", file=sys.stderr)
+        print(
+            f"warning: no report ({type(error).__name__}: {error}); try again with:\n  "
+            + command_line("report", run_dir),
+            file=sys.stderr,
+        )
     else:
         print(f"report: {path}")

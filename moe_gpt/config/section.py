@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from moe_gpt.errors import ConfigError, shown
+from moe_gpt.errors import ConfigError, InputError, shown
 
 
 class Problem(NamedTuple):
@@ -60,6 +60,19 @@ NonNegative = Annotated[Real, Field(ge=0, title="a number of at least 0")]
 Share = Annotated[Real, Field(gt=0, lt=1, title="a number above 0 and below 1")]
 Rate = Annotated[Real, Field(ge=0, le=1, title="a number from 0 to 1")]
 Fraction = Annotated[Real, Field(ge=0, lt=1, title="a number of at least 0 and below 1")]
+
+
+def require(kind: Any, **values: Any) -> None:
+    """Check that all values are of a kind, such as ``Positive`` or ``Count``.
+
+    Raises:
+        InputError: with the name and the value of the first that is not.
+    """
+    for name, value in values.items():
+        try:
+            _adapter(kind).validate_python(value)
+        except ValidationError:
+            raise InputError(f"{name} must be {expectation(kind)}, got {shown(value)}") from None
 
 
 def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Problem]:

@@ -13,7 +13,9 @@ from moe_gpt.config import RunConfig
 from moe_gpt.config.section import Section
 from moe_gpt.errors import ConfigError, InputError, shown
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).resolve().parents[2] / "configs")
+CONFIGS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
+"""The configs that come with the package; a checkout where links do not work has them at its top."""
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -186,9 +186,9 @@ def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_
     """Show the documents and tokens so far, and the time left where it can be told."""
     fraction = max(reading.fraction or 0.0, n_tokens / source.max_tokens if source.max_tokens else 0.0)
     left = bar.time_left(fraction)
-    line = f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens"
-    line += f", about {left} left" if left is not None else ""
-    bar.update(n_tokens, f"{n_documents:,} documents", line, total=round(n_tokens / fraction) if fraction else None)
+    still = f", about {left} left" if left is not None else ""
+    line = f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens{still}"
+    bar.update(n_tokens, f"{n_documents:,} documents{still}", line, total=round(n_tokens / fraction) if fraction else None)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.files.durable import complete_folder, filled_folder, write_file
 from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
+from moe_gpt.model.router import Router
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 
@@ -222,13 +223,24 @@ def save(
         load_balancing_loss_weight: ours, translated into ``router_aux_loss_coef``.
 
     Raises:
-        InputError: where the folder is not empty; for settings that change the function and that Mixtral does not
+        InputError: for routers that are not exactly ``Router``; where the folder is not empty; for settings that change the function and that Mixtral does not
             have (``balance: bias`` once the bias has moved, ``normalize_topk: false``), by name; for a tokenizer with
             more tokens than the model; for weights that are not finite; where the folder cannot be written.
         ValueError: for another dtype.
     """
+    for layer in model.moe_layers():
+        if type(layer.router) is not Router:
+            raise InputError(own_router_text(type(layer.router).__qualname__))
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     export(model.config, own.__getitem__, folder, tokenizer, dtype, load_balancing_loss_weight)
+
+
+def own_router_text(name: str) -> str:
+    """Say why a model with a router of one's own is not exported."""
+    return (
+        f"a model with the router {name} cannot be exported: as a Mixtral it would choose experts by a linear top-k "
+        "router, and compute something else"
+    )
 
 
 def export(

@@ -100,6 +100,9 @@ def router_stats(
     """
     if not routings:
         return None
+    if len({routing.expert_indices.shape for routing in routings}) > 1:  # routers of one's own may differ in K
+        stats = [router_stats([routing], valid_mask, capacity_ratio) for routing in routings]
+        return RouterStats(*map(torch.cat, zip(*stats, strict=True)))
     indices, _, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
     is_valid = None if valid_mask is None else valid_mask.flatten()
     n_experts = probs.shape[-1]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.experts import Experts
-from moe_gpt.model.router import Router, Routing
+from moe_gpt.model.router import MakeRouter, Router, Routing, check_routing
 
 
 def within_capacity(
@@ -51,16 +49,16 @@ def kept_assignments(
 
 
 class MoE(nn.Module):
-    """Send each token to ``top_k`` of ``n_experts`` experts and return the weighted sum of their answers.
+    """Send each token to the K of E experts that the router names; return the weighted sum of their answers.
 
     Dropless, unless ``capacity_factor`` is set and the module is in training mode: then an assignment beyond
     ceil(capacity_factor · N · K / E) of its expert contributes nothing, and the kept weights are not rescaled
     (GShard, arXiv 2006.16668). With dropping, a sequence's output depends on the earlier rows of its batch.
     """
 
-    def __init__(self, config: ModelConfig, make_router: Callable[[ModelConfig], nn.Module] = Router) -> None:
+    def __init__(self, config: ModelConfig, make_router: MakeRouter = Router) -> None:
         super().__init__()
-        self.n_experts, self.top_k, self.capacity_ratio = config.n_experts, config.top_k, config.capacity_ratio
+        self.n_experts, self.capacity_ratio = config.n_experts, config.capacity_ratio
         self.router = make_router(config)
         self.experts = Experts(config)
 
@@ -75,6 +73,8 @@ class MoE(nn.Module):
         """
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
+        if type(self.router) is not Router:
+            check_routing(routing, len(tokens), self.n_experts)
         if self.training and self.capacity_ratio is not None:
             kept = kept_assignments(routing.expert_indices, self.n_experts, self.capacity_ratio, valid_mask)
             routing = routing._replace(expert_weights=routing.expert_weights * kept)

@@ -7,6 +7,7 @@ changes which experts are chosen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,3 +86,26 @@ class Router(nn.Module):
         else:
             expert_weights = router_probs.gather(-1, expert_indices)
         return Routing(expert_indices, expert_weights, router_logits, router_probs)
+
+
+def check_routing(routing: object, n_tokens: int, n_experts: int) -> None:
+    """Check what a router of one's own returned for N tokens: any K from 1 to E is right.
+
+    Raises:
+        ValueError: which says what the router must return.
+    """
+    if not isinstance(routing, Routing):
+        raise ValueError(f"a router must return a moe_gpt.Routing, got {type(routing).__name__}")
+    indices, N, E = routing.expert_indices, n_tokens, n_experts
+    shapes, K = [tuple(part.shape) for part in routing], indices.shape[-1] if indices.dim() else 0
+    if shapes != [(N, K), (N, K), (N, E), (N, E)] or not 1 <= K <= E:
+        raise ValueError(f"a router must return shapes (N, K), (N, K), (N, E), (N, E) with N={N}, E={E}, got {shapes}")
+    if indices.dtype != torch.int64 or not routing.expert_weights.is_floating_point():
+        types = f"{indices.dtype}, {routing.expert_weights.dtype}"
+        raise ValueError(f"a router must return expert_indices in int64 and expert_weights in a float, got {types}")
+    in_range = ((indices >= 0) & (indices < E)).all()
+    ops.require(in_range, f"a router must return expert_indices from 0 to {E - 1}, got others")
+
+
+MakeRouter = Callable[[ModelConfig], nn.Module]
+"""Makes a layer's router from the config; the class ``Router`` is one."""

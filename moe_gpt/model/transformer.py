@@ -24,7 +24,7 @@ from moe_gpt.model.experts import FeedForward
 from moe_gpt.model.losses import CrossEntropy, RouterStats, linear_cross_entropy, router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.norm import RMSNorm
-from moe_gpt.model.router import Router, Routing
+from moe_gpt.model.router import MakeRouter, Router, Routing
 
 
 class ModelOutput(NamedTuple):
@@ -82,11 +82,11 @@ class MoEGPT(nn.Module):
         ValueError: where ``config.vocab_size`` is None.
     """
 
-    def __init__(self, config: ModelConfig, make_router: Callable[[ModelConfig], nn.Module] = Router) -> None:
+    def __init__(self, config: ModelConfig, make_router: MakeRouter = Router) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size must be a number to build a model, got None; give the tokenizer's size")
-        self.config = config
+        self.config, self.make_router = config, make_router
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layers):

@@ -26,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "mix_experts",
     "prepare",
+    "require",
     "rms_norm",
     "rotate",
     "swiglu",
@@ -72,6 +73,18 @@ def _is_on_cpu(device: torch.device) -> bool:
 
 def _takes_custom_gradient(x: Tensor) -> bool:
     return cpu.is_worth_it(x) if _chosen.way is None else _chosen.way == "cpu"
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise ValueError with a message where a boolean is False; on a device that computes later, fail later.
+
+    Inside ``torch.compile`` the error is a RuntimeError.
+    """
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
 
 
 def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_gpt.config import RunConfig
 from moe_gpt.config.section import Flag, Positive, Problem, Section, Share
-from moe_gpt.plan.checks import read_data
+from moe_gpt.plan.data_files import read_data
 from moe_gpt.plan.hardware import GPUS, Parallelism
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.plan import plan_run

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moe_gpt.config import ModelConfig
 from moe_gpt.config.section import Count, Positive, Problem, Section
 from moe_gpt.errors import ConfigError, InputError
-from moe_gpt.plan.checks import read_data
+from moe_gpt.plan.data_files import read_data
 from moe_gpt.plan.quantities import PlanSection, plan_section
 
 ZeroStage = Literal[0, 1, 2, 3, "fsdp"]

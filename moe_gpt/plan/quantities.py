@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from moe_gpt.errors import InputError
-from moe_gpt.plan.checks import read_data
+from moe_gpt.plan.data_files import read_data
 from moe_gpt.terminal.numbers import Unit, format_value
 
 

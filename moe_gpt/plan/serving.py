@@ -16,7 +16,7 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.config.section import Count, CountOrZero
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
-from moe_gpt.plan.checks import require
+from moe_gpt.config.section import require
 from moe_gpt.plan.hardware import Gpu, Parallelism
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.parameters import counts_of

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from moe_gpt.terminal.numbers import format_count
+from moe_gpt.terminal.wrapping import wrap
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,13 +33,12 @@ class ProgressBar:
         self, description: str, total: int | None = None, done: int = 0, say: Callable[[str], None] | None = None
     ) -> None:
         self._say, self._pending, self._line_at = say or functools.partial(print, flush=True), "", time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal, self._description = sys.stderr.isatty(), description
         self._started_at = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             _Tokens(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
             transient=True,
@@ -65,6 +65,13 @@ class ProgressBar:
         if time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES:
             self.flush()
 
+    def describe(self, description: str) -> None:
+        """Say what goes on now, beside the bar, or in a line of its own unless it is what the bar began with."""
+        if self._is_terminal:
+            self._bar.update(self._task, description=description)
+        elif description != self._description:
+            self._say(description)
+
     def flush(self) -> None:
         """Print the newest line that has not been printed."""
         if self._pending:
@@ -85,7 +92,7 @@ class ProgressBar:
         """Print a warning on stderr without tearing the bar."""
         self.flush()
         with self._aside(True):
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(wrap(f"warning: {text}"), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _aside(self, is_same_terminal: bool) -> Iterator[None]:
@@ -105,9 +112,8 @@ class ProgressBar:
 
 
 class _Tokens(ProgressColumn):
-    """Tokens done, in all, and a second."""
+    """Tokens done, and in all."""
 
     def render(self, task: Task) -> Text:
         of = f"/{format_count(task.total)}" if task.total else ""
-        speed = f", {format_count(task.speed)} tokens/s" if task.speed else ""
-        return Text(f"{format_count(task.completed)}{of} tokens{speed}")
+        return Text(f"{format_count(task.completed)}{of} tokens")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from typing import Any, Protocol
 
+from moe_gpt.terminal.numbers import format_count
 from moe_gpt.terminal.progress import ProgressBar
+from moe_gpt.terminal.wrapping import wrap
 from moe_gpt.training.evaluation import Score, format_scores
 
 
@@ -15,6 +18,9 @@ class Display(Protocol):
 
     def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
         """Show the newest metrics."""
+
+    def evaluating(self, step: int) -> None:
+        """Show that an evaluation begins."""
 
     def scores(self, step: int, scores: dict[str, Score]) -> None:
         """Show an evaluation."""
@@ -29,6 +35,9 @@ class Silent:
     def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
         """Show nothing."""
 
+    def evaluating(self, step: int) -> None:
+        """Show nothing."""
+
     def scores(self, step: int, scores: dict[str, Score]) -> None:
         """Show nothing."""
 
@@ -40,42 +49,48 @@ class TerminalDisplay:
     """A progress bar over tokens where stderr is a terminal, otherwise a line now and then.
 
     Args:
-        total_tokens: of the whole run.
+        end: the count of tokens at which this process stops, as far as steps decide it.
         tokens_seen: when this process begins.
+        max_minutes: after which it stops in any case.
     """
 
-    def __init__(self, total_tokens: int, tokens_seen: int) -> None:
-        self._total = total_tokens
-        self._bar = ProgressBar("training", total_tokens, tokens_seen)
+    def __init__(self, end: int, tokens_seen: int, max_minutes: float | None = None) -> None:
+        self._end, self._last = end, tokens_seen
+        self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._bar = ProgressBar("training", end, tokens_seen)
         self._scores: dict[str, Score] = {}
-        self._first: tuple[float, int] | None = None
+        self._tokens = self._seconds = 0.0
 
     def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show loss and speed."""
+        """Show loss and speed; the speed is that of all steps so far, without evaluations and saves."""
+        is_first, new = not self._seconds, max(0, tokens_seen - self._last)
+        self._last = tokens_seen
+        self._tokens, self._seconds = self._tokens + new, self._seconds + new / line["tokens_per_second"]
+        speed = self._tokens / self._seconds if self._seconds else line["tokens_per_second"]
+        end = round(min(self._end, tokens_seen + speed * max(0.0, self._deadline - time.monotonic())))
+        left = datetime.timedelta(seconds=round((end - tokens_seen) / speed))
         ce_loss = "skipped" if line["ce_loss"] is None else f"{line['ce_loss']:.3f}"
-        note = f"ce_loss {ce_loss}, seq_len {line['seq_len']}"
-        self._bar.update(tokens_seen, note, self._line(tokens_seen, ce_loss, line), self._total)
+        note = f"{format_count(speed)}/s, {left} left, ce_loss {ce_loss}"
+        text = (
+            f"step {line['step']}: {format_count(tokens_seen)} of {format_count(end)} tokens, {speed:,.0f} tokens/s, "
+            f"{left} left\n    ce_loss {ce_loss}, lr {line['lr']:.2e}, {line['batch_tokens']:,} tokens a step in "
+            f"sequences of {line['seq_len']}"
+        )
+        self._bar.update(tokens_seen, note, text, end)
+        if is_first:
+            self._bar.flush()
+
+    def evaluating(self, step: int) -> None:
+        """Show that an evaluation begins."""
+        self._bar.flush()
+        self._bar.describe(f"evaluating at step {step}")
 
     def scores(self, step: int, scores: dict[str, Score]) -> None:
         """Show an evaluation, after the newest metrics."""
-        self._bar.flush()
+        self._bar.describe("training")
         parts = [f"{name} {s.ce_loss:.3f} ({s.bits_per_byte:.3f} bits per byte)" for name, s in scores.items()]
-        self._bar.say(f"validation at step {step}: " + ", ".join(parts))
+        self._bar.say(wrap(f"validation at step {step}: " + ", ".join(parts)))
         self._scores = scores
-
-    def _line(self, tokens_seen: int, ce_loss: str, line: dict[str, Any]) -> str:
-        now = time.monotonic()
-        self._first = self._first or (now, tokens_seen)
-        started_at, started_with = self._first
-        speed = line["tokens_per_second"]
-        if tokens_seen > started_with:  # the mean since the first line; that one knows only its own speed
-            speed = (tokens_seen - started_with) / (now - started_at)
-        left = datetime.timedelta(seconds=round((self._total - tokens_seen) / speed))
-        return (
-            f"step {line['step']}: {tokens_seen:,} tokens, ce_loss {ce_loss}, lr {line['lr']:.2e}, "
-            f"{line['batch_tokens']:,} tokens a step in sequences of {line['seq_len']}, "
-            f"{line['tokens_per_second']:,.0f} tokens/s, {left} left"
-        )
 
     def warn(self, text: str) -> None:
         """Print a warning on stderr."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_gpt.config import OptimizerConfig
+from moe_gpt.errors import InputError
 from moe_gpt.model.transformer import MoEGPT
 
 
@@ -27,6 +28,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def check_optimizer(model: MoEGPT, optimizer: torch.optim.Optimizer) -> None:
+    """Check that the optimizer has every parameter that wants a gradient: others would silently never learn.
+
+    Raises:
+        InputError: naming those that it does not have.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left_out:
+        raise InputError(
+            f"the optimizer does not have {', '.join(left_out[:5])}; change the model before the optimizer is built: "
+            "give set_up_run or moe_gpt.train a make_router, or freeze them with requires_grad_(False)"
+        )
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Recovery:
     def __init__(self, run: Run, log: RunLog) -> None:
         self.run, self.state, self.config, self.log = run, run.state, run.config, log
         self.saver = CheckpointSaver(run.run_dir, run.identity, run.config.checkpoint)
-        self._has_recorded_save = False
+        self._n_told = 0
 
     def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
         """Save a checkpoint; where that fails, warn and train on, unless it is the last.
@@ -79,6 +79,7 @@ class Recovery:
             if is_last:
                 raise TrainingStopped(f"step {self.state.step} could not be saved: {error}; {self.saved()}") from error
             self._warn("cannot_save", f"step {self.state.step} is not saved: {error}")
+        self.look_at_save()
         self.log.restart_clock()
 
     def wait_for_save(self) -> None:
@@ -89,12 +90,15 @@ class Recovery:
             self._warn("cannot_save", f"a checkpoint could not be saved: {error}")
 
     def look_at_save(self) -> None:
-        """Note how the save in the background went, if it has ended."""
+        """Note how the save in the background went, if it has ended, and tell the callbacks."""
         if self.saver.has_failed:
             self.wait_for_save()
-        if self.saver.has_saved and not self._has_recorded_save:
+        new = self.saver.saved[self._n_told :]
+        if new and not self._n_told:
             self.log.record("first_checkpoint")  # says later that there was one
-            self._has_recorded_save = True
+        self._n_told += len(new)
+        for path in new:
+            self.log.callbacks.tell("on_save", path)
 
     def check_skips(self, fetched: Fetched) -> None:
         """Count the steps in a row that were not finite.

@@ -6,10 +6,11 @@ The reports raise the sequence length step by step and the batch size over days;
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
 from moe_gpt.errors import InputError
@@ -21,6 +22,16 @@ class StepPlan(NamedTuple):
     seq_len: int
     batch_tokens: int
     lr: float
+
+
+class StepSchedule(Protocol):
+    """What may stand for the stage table: a schedule of one's own needs ``at`` alone.
+
+    An attribute ``total_tokens`` says where it ends; without one it ends where the stage table does.
+    """
+
+    def at(self, tokens_seen: int) -> StepPlan:
+        """Return the plan of the step that starts after ``tokens_seen`` tokens; equal arguments give equal plans."""
 
 
 class Stage(NamedTuple):
@@ -84,6 +95,104 @@ class Schedule:
             return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
         decay_tokens = min(self._config.decay_fraction * self.total_tokens, self.total_tokens - warmup)
         return low + (peak - low) * min(1.0, (self.total_tokens - tokens) / decay_tokens)
+
+
+class OwnSchedule(Schedule):
+    """A schedule of one's own in the place of the stage table, with every plan checked.
+
+    Args:
+        given: makes the plans.
+        table: the config's, whose sequence lengths the data is laid out for.
+        max_seq_len: of the model.
+    """
+
+    def __init__(self, given: StepSchedule, table: Schedule, max_seq_len: int) -> None:
+        self.given, self.stages, self._max_seq_len = given, table.stages, max_seq_len
+        self.total_tokens = getattr(given, "total_tokens", table.total_tokens)
+        self._chunk_tokens = chunk_tokens([stage.config for stage in table.stages])
+
+    def at(self, tokens_seen: int) -> StepPlan:
+        """Return the given schedule's plan; the last step may go beyond ``total_tokens``.
+
+        Raises:
+            InputError: naming the schedule and what is wrong with its plan.
+        """
+        plan = self.given.at(tokens_seen)
+        problem = self._problem(plan)
+        if problem:
+            name = type(self.given).__qualname__
+            raise InputError(f"the schedule {name} gives {plan!r} after {tokens_seen:,} tokens: {problem}")
+        return StepPlan(*plan)
+
+    def _problem(self, plan: Any) -> str | None:
+        if not isinstance(plan, tuple) or len(plan) != len(StepPlan._fields):
+            return "it must be a StepPlan(seq_len, batch_tokens, lr)"
+        seq_len, batch_tokens, lr = plan
+        if not isinstance(seq_len, int) or not 1 <= seq_len <= self._max_seq_len:
+            return f"seq_len must be a whole number from 1 to model.max_seq_len={self._max_seq_len}"
+        if self._chunk_tokens % seq_len:
+            return f"seq_len must divide {self._chunk_tokens}; add it to the seq_len of schedule.stages"
+        if not isinstance(batch_tokens, int) or batch_tokens < 1 or batch_tokens % seq_len:
+            return f"batch_tokens must be a multiple of seq_len={seq_len}, at least once"
+        if not 0 <= lr < math.inf:
+            return "lr must be a number of at least 0"
+        return None
+
+
+def chunk_tokens(stages: Sequence[StageConfig]) -> int:
+    """Return the tokens that the stream takes from one source at a time: whole sequences of every stage."""
+    return math.lcm(*(stage.seq_len for stage in stages))
+
+
+def tokens_after(schedule: Schedule, n_steps: int, tokens_seen: int = 0) -> int:
+    """Return how many tokens have been seen ``n_steps`` steps later, or at the end where that comes first."""
+    while n_steps > 0 and tokens_seen < schedule.total_tokens:
+        tokens_seen, n_steps = tokens_seen + schedule.at(tokens_seen).batch_tokens, n_steps - 1
+    return tokens_seen
+
+
+def fit_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, schedule: Schedule, n_steps: int) -> ScheduleConfig:
+    """Return the stage table shrunk so that it ends after at most ``n_steps`` optimizer steps, and close to them.
+
+    Every end and the warm-up move by the same share; lengths and batches stay.
+
+    Args:
+        config: of the stage table.
+        optimizer: of the learning rate.
+        schedule: of both, with its ends known.
+        n_steps: the budget.
+
+    Raises:
+        InputError: where a stage would have no step.
+    """
+    share = min(1.0, n_steps / count_steps(schedule))
+    while True:
+        fitted = _shrunk(config, schedule, share, n_steps)
+        n_found = count_steps(Schedule(fitted, optimizer, 0))
+        if n_found <= n_steps:
+            return fitted
+        share *= (n_steps - 0.5) / n_found
+
+
+def count_steps(schedule: Schedule) -> int:
+    """Return the optimizer steps of a whole schedule."""
+    tokens_seen = n_steps = 0
+    while tokens_seen < schedule.total_tokens:
+        tokens_seen, n_steps = tokens_seen + schedule.at(tokens_seen).batch_tokens, n_steps + 1
+    return n_steps
+
+
+def _shrunk(config: ScheduleConfig, schedule: Schedule, share: float, n_steps: int) -> ScheduleConfig:
+    stages, start = [], 0
+    for index, stage in enumerate(schedule.stages):
+        unit = math.lcm(*(s.config.seq_len for s in schedule.stages[index : index + 2]))
+        end = round(stage.end * share / unit) * unit
+        if end <= start:
+            raise InputError(f"schedule.stages.{index} would have no step in {n_steps} steps; allow more of them")
+        stages.append(dataclasses.replace(stage.config, until_tokens=end))
+        start = end
+    warmup_tokens = min(int(config.warmup_tokens * share), start - 1)
+    return dataclasses.replace(config, stages=tuple(stages), warmup_tokens=warmup_tokens)
 
 
 def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]:

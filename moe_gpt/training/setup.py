@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.parallelize import apply_execution
 from moe_gpt.errors import InputError
 from moe_gpt.measure.memory import needed_memory
+from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, available_memory_bytes, pick_precision, tune_process
 from moe_gpt.terminal.numbers import format_value
@@ -34,6 +34,7 @@ from moe_gpt.training.saving.checkpoint import (
     read_tokenizer,
 )
 from moe_gpt.training.saving.initial_weights import InitialWeights, check_fits, open_initial_weights
+from moe_gpt.training.saving.own_code import describe_source
 from moe_gpt.training.saving.run_folder import (
     check_checkpoints_are_there,
     check_not_in_use,
@@ -41,7 +42,7 @@ from moe_gpt.training.saving.run_folder import (
     refuse_existing_run,
 )
 from moe_gpt.training.saving.store import Damaged, find_good_checkpoint
-from moe_gpt.training.schedule import Schedule
+from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule
 from moe_gpt.training.step import TrainState
 
 
@@ -79,6 +80,13 @@ class Run:
         return self.state.tokens_seen >= self.schedule.total_tokens
 
 
+class OwnParts(NamedTuple):
+    """What users put in the place of ours."""
+
+    make_router: MakeRouter = Router
+    schedule: StepSchedule | None = None
+
+
 class Start(NamedTuple):
     """What a run begins with, as far as its folder and ``--init-from`` tell."""
 
@@ -102,6 +110,8 @@ def set_up_run(
     init_from: str | None = None,
     allow_changes: Collection[str] = (),
     say: Callable[[str], None] = print,
+    own: OwnParts = OwnParts(),
+    fit_steps: int | None = None,
 ) -> Run:
     """Prepare data, build the model, and restore what is to be restored. The run folder is not touched.
 
@@ -113,6 +123,8 @@ def set_up_run(
         init_from: run, checkpoint or Hugging Face folder whose weights and tokenizer a new run starts with.
         allow_changes: keys that may differ from the run that is resumed, although its results change with them.
         say: told about slow steps, damaged checkpoints, and differences that do not stop the run.
+        own: a router or a schedule of one's own.
+        fit_steps: shrink the schedule to this many optimizer steps.
 
     Raises:
         InputError: for a folder that holds a run and is not to be resumed; settings, data or weights that do not
@@ -124,11 +136,17 @@ def set_up_run(
     check_writable(run_dir)
     check_not_in_use(run_dir)
     check_checkpoints_are_there(run_dir)
-    start = find_start(config, run_dir, init_from, say)
-    return assemble(config, run_dir, device, start, allow_changes, say)
+    start = find_start(config, run_dir, init_from, say, own.make_router)
+    return assemble(config, run_dir, device, start, allow_changes, say, own, fit_steps)
 
 
-def find_start(config: RunConfig, run_dir: Path, init_from: str | None, say: Callable[[str], None]) -> Start:
+def find_start(
+    config: RunConfig,
+    run_dir: Path,
+    init_from: str | None,
+    say: Callable[[str], None],
+    make_router: MakeRouter = Router,
+) -> Start:
     """Return what the run begins with: its newest good checkpoint, else the model of ``init_from``, else nothing."""
     saved, damaged = _newest_good_checkpoint(run_dir, say)
     if saved:
@@ -137,7 +155,7 @@ def find_start(config: RunConfig, run_dir: Path, init_from: str | None, say: Cal
         return Start(saved, damaged, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
     if not init_from:
         return Start()
-    initial = open_initial_weights(init_from, config.model.max_seq_len)
+    initial = open_initial_weights(init_from, config.model.max_seq_len, make_router)
     check_fits(initial, config)
     _say_what_differs(initial, config, say)
     return Start(initial=initial, tokenizer=initial.tokenizer, vocab_size=initial.model.vocab_size)
@@ -150,20 +168,31 @@ def assemble(
     start: Start,
     allow_changes: Collection[str],
     say: Callable[[str], None],
+    own: OwnParts = OwnParts(),
+    fit_steps: int | None = None,
 ) -> Run:
     """Prepare data, check what changed since the checkpoint, build the model and restore or copy its weights.
 
     Arguments and errors are those of ``set_up_run``.
     """
     data = prepare_data(config.data, start.tokenizer, say)
-    config, schedule, shares = fill_in(config, data, start.vocab_size)
+    config, schedule, shares = fill_in(config, data, start.vocab_size, fit_steps)
+    if own.schedule is not None:
+        schedule = OwnSchedule(own.schedule, schedule, config.model.max_seq_len)
     precision = pick_precision(config.train.precision, device)
     tune_process(device, config.train.deterministic)
-    identity = RunIdentity(config, data.tokenizer, data.fingerprint, describe_environment(device, precision))
+    identity = RunIdentity(
+        config,
+        data.tokenizer,
+        data.fingerprint,
+        describe_environment(device, precision),
+        router=describe_source(own.make_router, Router),
+        schedule=describe_source(type(own.schedule), type(None)),
+    )
     identity, changes = _with_history(identity, start, allow_changes, say)
     require_tracker(config.tracking)
     _warn_of_memory(config, device, precision, say)
-    state = build_state(config, device)
+    state = build_state(config, device, own.make_router)
     if start.saved:
         load_training_state(state, start.saved)
     elif start.initial:
@@ -263,24 +292,33 @@ def build_evaluator(
 
 def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float]) -> TrainingStream:
     """Return the run's stream; its chunks hold whole sequences of every stage."""
-    chunk_tokens = math.lcm(*(stage.seq_len for stage in config.schedule.stages))
-    return TrainingStream([source.train for source in data.sources], shares, config.train.seed, chunk_tokens)
+    unit = chunk_tokens(config.schedule.stages)
+    return TrainingStream([source.train for source in data.sources], shares, config.train.seed, unit)
 
 
-def build_state(config: RunConfig, device: torch.device) -> TrainState:
-    """Return a fresh model and optimizer; the initial weights are the same on every device."""
+def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter = Router) -> TrainState:
+    """Return a fresh model and optimizer; the initial weights are the same on every device.
+
+    Raises:
+        InputError: where the load is balanced by a bias that the routers do not have.
+    """
     torch.manual_seed(config.train.seed)
-    model = MoEGPT(config.model).to(device)
+    model = MoEGPT(config.model, make_router).to(device)
+    if config.model.balance == "bias" and not all(hasattr(m.router, "expert_bias") for m in model.moe_layers()):
+        raise InputError("model.balance=bias needs a router with a buffer expert_bias; use balance=loss or none")
     return TrainState(model, build_optimizer(model, config.optimizer))
 
 
-def fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> tuple[RunConfig, Schedule, list[float]]:
+def fill_in(
+    config: RunConfig, data: PreparedData, vocab_size: int | None, fit_steps: int | None = None
+) -> tuple[RunConfig, Schedule, list[float]]:
     """Return the config with what follows from the data, its schedule, and each source's share of the tokens.
 
     Args:
         config: as the user gave it.
         data: the tokenised sources.
         vocab_size: of the weights that the run goes on from; used where the config names none.
+        fit_steps: shrink the schedule to this many optimizer steps.
     """
     uses_weights = any(source.config.weight for source in data.sources)
     shares: list[float] = [
@@ -294,6 +332,9 @@ def fill_in(config: RunConfig, data: PreparedData, vocab_size: int | None) -> tu
             "leave it out to follow the tokenizer"
         )
     schedule = Schedule(config.schedule, config.optimizer, int(sum(shares)))
+    if fit_steps:
+        fitted = fit_schedule(config.schedule, config.optimizer, schedule, fit_steps)
+        config, schedule = dataclasses.replace(config, schedule=fitted), Schedule(fitted, config.optimizer, 0)
     *stages, last = config.schedule.stages
     last = dataclasses.replace(last, until_tokens=schedule.total_tokens)
     config = dataclasses.replace(

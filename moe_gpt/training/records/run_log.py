@@ -7,9 +7,11 @@ import datetime
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from moe_gpt.config.yaml import to_plain
+from moe_gpt.training.callbacks import Callback, Callbacks
 from moe_gpt.training.display import Display
 from moe_gpt.training.evaluation import SourceEvaluation
 from moe_gpt.training.records.arrays import remove_later_evaluations, write_evaluation
@@ -31,8 +33,9 @@ class RunFolderGone(Exception):  # noqa: N818 (the loop makes an account of it)
 class RunLog:
     """A run's files that only grow, its warnings and its trackers."""
 
-    def __init__(self, run: Run, display: Display) -> None:
+    def __init__(self, run: Run, display: Display, callbacks: Sequence[Callback] = ()) -> None:
         self.run, self.state, self.config, self.display = run, run.state, run.config, display
+        self.callbacks = Callbacks(run, callbacks)
         self.metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.state.step if run.resumed_from else -1)
         self.events = JsonLines(run.run_dir / "events.jsonl")
         self.spikes = SpikeDetector(run.config.faults)
@@ -154,18 +157,21 @@ class RunLog:
         Raises:
             RunFolderGone: where the run folder is gone.
         """
+        self.display.evaluating(self.state.step)
         evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision)
         step, texts = self.state.step, self.sample()
         line = {"step": step, "tokens_seen": self.state.tokens_seen, **score_line(evaluations, texts)}
         self.metrics.append(line)
         self.write_log()
         self.keep_arrays(evaluations)
-        self.display.scores(step, {name: found.score for name, found in evaluations.items()})
+        scores = {name: found.score for name, found in evaluations.items()}
+        self.display.scores(step, scores)
         self.tracker.log(step, tracked_values(line))
         for name, text in texts.items():
             self.tracker.text(step, f"samples/{name}", text)
+        self.callbacks.tell("on_evaluation", scores)
         self.restart_clock()
-        mean = statistics.fmean(found.score.ce_loss for found in evaluations.values())
+        mean = statistics.fmean(score.ce_loss for score in scores.values())
         return mean if math.isfinite(mean) else None
 
     def sample(self) -> dict[str, str]:

@@ -110,6 +110,8 @@ def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity:
         *_changed_settings(saved_config, identity.config),
         *_changed_data(saved_state["data_fingerprint"], identity.data_fingerprint),
         *_changed_environment(saved_state["environment"], identity.environment),
+        *_changed_own_code("router", saved_state["router"], identity.router),
+        *_changed_own_code("schedule", saved_state["schedule"], identity.schedule),
     ]
 
 
@@ -136,6 +138,12 @@ def _changed_environment(saved: dict[str, Any], found: dict[str, Any]) -> Iterat
             names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
             old, new = "another", f"changed in {', '.join(names)}"
         yield Change(key, old, new, needs_permission=key in _NEEDS_PERMISSION)
+
+
+def _changed_own_code(key: str, saved: dict[str, str] | None, found: dict[str, str] | None) -> Iterator[Change]:
+    if saved != found:
+        old, new = (f"{code['name']} (source {code['digest']})" if code else "ours" for code in (saved, found))
+        yield Change(key, old, new, needs_permission=True)
 
 
 def check_changes(

@@ -23,6 +23,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
+from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.step import TrainState
@@ -45,6 +46,8 @@ _ADDED_IN_VERSION_2: dict[str, Any] = {
     "score": None,
     "is_scheduled": True,
     "initialised_from": None,
+    "router": None,
+    "schedule": None,
 }
 
 
@@ -59,6 +62,10 @@ class RunIdentity(NamedTuple):
     """The model whose weights the run started with (--init-from)."""
     changes: tuple[dict[str, Any], ...] = ()
     """What was changed on purpose when the run was resumed (--allow-changes)."""
+    router: dict[str, str] | None = None
+    """Name and source digest of a router of one's own (``describe_source``)."""
+    schedule: dict[str, str] | None = None
+    """Of a schedule of one's own."""
 
 
 class Snapshot(NamedTuple):
@@ -139,6 +146,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) ->
             "environment": identity.environment,
             "initialised_from": identity.initialised_from,
             "changes": list(identity.changes),
+            "router": identity.router,
+            "schedule": identity.schedule,
         }
         texts = {
             _STATE: json.dumps(state, indent=2),
@@ -241,7 +250,7 @@ def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
     return Tokenizer.load(path / _TOKENIZER, end_of_text)
 
 
-def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
     """Return a checkpoint's weights by name, after comparing their names and shapes with the config.
 
     Nothing of the size that the config names is allocated before the file is known to hold it.
@@ -253,7 +262,7 @@ def read_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     reader = TensorReader([path / WEIGHTS])
     if config.n_layers > len(reader.names):  # a model without end would take long to describe
         raise InputError(f"checkpoint {path} is of another model: it has {len(reader.names)} tensors in all")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config)).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
     _compare(shapes, {name: reader.shape(name) for name in reader.names}, f"checkpoint {path}")
     return {name: reader.read(name) for name in reader.names}
 
@@ -294,7 +303,8 @@ def load_training_state(state: TrainState, path: Path) -> None:
     Raises:
         InputError: where it is of another model or format.
     """
-    copy_weights(state.model, read_weights(path, state.model.config), f"checkpoint {path}")
+    model = state.model
+    copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
     saved = TensorReader([path / _OPTIMIZER])
     for name, parameter in state.model.named_parameters():
         if f"{name}.step" in saved.names:

@@ -19,16 +19,19 @@ from moe_gpt.config.yaml import to_plain
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
+from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.model.upcycle import starts_as_same_function, upcycle
 from moe_gpt.training.saving.checkpoint import (
     copy_weights,
     model_tensors,
     read_config,
+    read_state,
     read_tokenizer,
     read_weights,
     verify_checkpoint,
 )
+from moe_gpt.training.saving.own_code import router_for
 from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
 _ANY_CONTEXT = ("max_seq_len", "rope_theta")
@@ -46,6 +49,8 @@ class InitialWeights(NamedTuple):
     """The settings that mean this tokenizer."""
     read: Callable[[], dict[str, Tensor]]
     """Returns the weights by our names."""
+    make_router: MakeRouter = Router
+    """What their routers are."""
 
     def is_upcycled_into(self, config: ModelConfig) -> bool:
         """Whether a model of this config would begin with every expert as these weights' dense feed-forward."""
@@ -54,23 +59,28 @@ class InitialWeights(NamedTuple):
     def copy_into(self, model: MoEGPT) -> None:
         """Put the weights into a model whose config ``check_fits`` accepted.
 
-        What they have no part of keeps its initial values: the routers of an upcycled model, a new balancing bias.
+        What they have no part of keeps its initial values: the routers of an upcycled model, routers of another
+        kind, a new balancing bias.
         """
         tensors = self.read()
         if self.is_upcycled_into(model.config):
             tensors = upcycle(tensors, model.config)
-        own = model_tensors(model)
-        is_new = (".router.weight", ".router.expert_bias") if self.model.is_dense else (".router.expert_bias",)
-        tensors |= {name: own[name] for name in own.keys() - tensors.keys() if name.endswith(is_new)}
+        own, is_new = model_tensors(model), ".router.expert_bias"
+        if self.model.is_dense or model.make_router is not self.make_router:
+            tensors, is_new = {name: t for name, t in tensors.items() if ".router." not in name}, ".router."
+        tensors |= {name: own[name] for name in own.keys() - tensors.keys() if is_new in name}
         copy_weights(model, tensors, str(self.path))
 
 
-def open_initial_weights(path: str | Path, max_seq_len: int) -> InitialWeights:
+def open_initial_weights(
+    path: str | Path, max_seq_len: int, make_router: MakeRouter | None = None
+) -> InitialWeights:
     """Open what ``--init-from`` names.
 
     Args:
         path: a run folder, a checkpoint, or a Hugging Face folder.
         max_seq_len: the context that the weights will be used with.
+        make_router: the router of one's own that a run was trained with, if it was.
 
     Raises:
         FileNotFoundError: where there is neither a complete checkpoint nor a config.json.
@@ -88,13 +98,15 @@ def open_initial_weights(path: str | Path, max_seq_len: int) -> InitialWeights:
         )
     checkpoint = resolve_checkpoint(path)
     verify_checkpoint(checkpoint)
-    config = read_config(checkpoint)
+    config, router = read_config(checkpoint), read_state(checkpoint)["router"]
+    make_router = router_for(router, make_router, str(checkpoint)) if router else Router
     return InitialWeights(
         path=checkpoint,
         model=config.model,
         tokenizer=read_tokenizer(checkpoint, config.data.tokenizer.end_of_text),
         tokenizer_config=config.data.tokenizer,
-        read=lambda: read_weights(checkpoint, config.model),
+        read=lambda: read_weights(checkpoint, config.model, make_router),
+        make_router=make_router,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from moe_gpt.config import RunConfig
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
+from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.saving.checkpoint import (
     FILES_TO_USE_A_MODEL,
@@ -24,6 +25,7 @@ from moe_gpt.training.saving.checkpoint import (
     read_weights,
     verify_checkpoint,
 )
+from moe_gpt.training.saving.own_code import router_for
 
 
 class SavedModel(NamedTuple):
@@ -35,6 +37,8 @@ class SavedModel(NamedTuple):
     step: int
     tokens_seen: int
     initialised_from: str | None
+    router: dict[str, str] | None
+    """Name and source digest of a router of one's own."""
 
     @property
     def weights_file(self) -> Path:
@@ -93,7 +97,7 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
         raise InputError(f"{error}{advice}") from None
     state, config = read_state(path), read_config(path)
     tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
-    return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"])
+    return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"], state["router"])
 
 
 def describe_model(path: str) -> str:
@@ -103,15 +107,23 @@ def describe_model(path: str) -> str:
     return (f"{place.parent.parent.name}, {place.name}" if is_checkpoint else place.name) + how
 
 
-def load_model(run_or_checkpoint: str | Path, device: str | torch.device = "cpu") -> LoadedRun:
+def load_model(
+    run_or_checkpoint: str | Path, device: str | torch.device = "cpu", make_router: MakeRouter | None = None
+) -> LoadedRun:
     """Return the model of a run folder's newest checkpoint, or of one checkpoint, in evaluation mode.
+
+    Args:
+        run_or_checkpoint: the folder of either.
+        device: where the model goes.
+        make_router: the router of one's own that the model was trained with, if it was.
 
     Raises:
         FileNotFoundError: where there is no complete checkpoint.
-        InputError: where it is damaged or of another format.
+        InputError: where it is damaged or of another format, or its router is missing or another one.
     """
     saved = open_checkpoint(run_or_checkpoint)
-    weights = read_weights(saved.path, saved.config.model)
-    model = MoEGPT(saved.config.model)
+    make_router = router_for(saved.router, make_router, str(saved.path))
+    weights = read_weights(saved.path, saved.config.model, make_router)
+    model = MoEGPT(saved.config.model, make_router)
     copy_weights(model, weights, f"checkpoint {saved.path}")
     return LoadedRun(model.to(device).eval(), saved.tokenizer, saved.config, saved.step, saved.path)

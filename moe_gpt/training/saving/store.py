@@ -160,8 +160,8 @@ class CheckpointSaver:
         self._run_dir, self._identity, self._config = run_dir, identity, config
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.has_saved = False
-        """Whether a checkpoint was written."""
+        self.saved: list[Path] = []
+        """The checkpoints that were written."""
 
     @property
     def has_failed(self) -> bool:
@@ -191,7 +191,7 @@ class CheckpointSaver:
             folder.parent.mkdir(parents=True, exist_ok=True)
             delete_leftovers(folder.parent, "step_")
             write_checkpoint(folder, snapshot, self._identity)
-            self.has_saved = True
+            self.saved.append(folder)
             for path in checkpoints_not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)
 

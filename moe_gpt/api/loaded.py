@@ -1,0 +1,271 @@
+"""A trained model with its tokenizer: text in, text out."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_gpt.config import ModelConfig, RunConfig, SourceConfig
+from moe_gpt.config.section import Count, require
+from moe_gpt.data.corpus import iterate_documents
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.errors import InputError
+from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.interop import hugging_face
+from moe_gpt.model.router import MakeRouter
+from moe_gpt.model.transformer import MoEGPT, evaluating
+from moe_gpt.ops.device import Precision, autocast, pick_device, pick_precision, tune_process
+from moe_gpt.training.evaluation import Score
+from moe_gpt.training.saving.saved_model import load_model
+from moe_gpt.training.score_text import score_documents
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model that reads and writes text; ``moe_gpt.load`` makes one."""
+
+    model: MoEGPT
+    tokenizer: Tokenizer | None
+    """None for a Hugging Face folder without tokenizer.json; then there is no text in or out."""
+    path: Path
+    """Where it was loaded from."""
+    run_config: RunConfig | None = None
+    """Of the run that trained it; None for a Hugging Face folder."""
+    text_start: tuple[int, ...] = ()
+    """Ids that a Hugging Face folder's tokenizer puts before every text, such as Llama's <s>."""
+    precision: Precision = "fp32"
+    """Compute type."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape of the model."""
+        return self.model.config
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 200,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        bos: bool = False,
+    ) -> str:
+        """Return what the model writes after a prompt, without the prompt.
+
+        It stops at end-of-text, after ``max_new_tokens``, or where the context is full. Equal arguments give equal
+        text.
+
+        Args:
+            prompt: the model sees exactly its tokens.
+            max_new_tokens: at most.
+            temperature: 0 takes the most likely token each time.
+            top_k: draw from this many most likely tokens; 0 from all.
+            top_p: draw from the most likely tokens that together have this probability.
+            seed: of the draws.
+            bos: put end-of-text before the prompt, as before a document in training.
+
+        Raises:
+            InputError: where the prompt has no token or fills the context, or a setting is out of its range.
+        """
+        return "".join(
+            self.stream(
+                prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, bos=bos
+            )
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 200,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        bos: bool = False,
+    ) -> Iterator[str]:
+        """Yield what ``generate`` returns piece by piece, in whole characters.
+
+        Arguments and errors are those of ``generate``; a setting out of its range is refused at once, the prompt when
+        the first piece is asked for.
+        """
+        require(Count, max_new_tokens=max_new_tokens)
+        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+        ids = self.encode(prompt, bos)
+        return self._tokenizer().decode_stream(self.continue_ids(ids, max_new_tokens, sampling, seed), context=ids)
+
+    def continue_ids(self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int) -> Iterator[int]:
+        """Yield the ids of new tokens after given ones; see ``moe_gpt.generate``."""
+        end = self._tokenizer().end_of_text_id
+        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision)
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Return the ids that the model sees of a text."""
+        tokenizer = self._tokenizer()
+        start = list(self.text_start) or [tokenizer.end_of_text_id] * bos
+        return start + tokenizer.encode(text)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(f"{self.path} has no tokenizer.json, so it takes no text; save the model with a tokenizer")
+        return self.tokenizer
+
+    def evaluate(
+        self,
+        texts: str | Path | Sequence[str | Path],
+        *,
+        text_field: str = "text",
+        stride: int | None = None,
+    ) -> Score:
+        """Return the loss in nats per token, bits per byte and perplexity of texts or files.
+
+        Every token is predicted once, with at least the context minus ``stride`` tokens before it where there are so
+        many.
+
+        Args:
+            texts: one or several. A ``Path``, and a string that is a glob of existing files, is read as ``--files`` of
+                ``moe-gpt evaluate`` is; any other string is a text.
+            text_field: the column of .jsonl, .parquet and .csv files.
+            stride: tokens that the window moves; half the context by default.
+
+        Raises:
+            InputError: where there is no text, or a file cannot be read.
+        """
+        given = [texts] if isinstance(texts, str | Path) else texts
+        stride = stride or max(1, self.config.max_seq_len // 2)
+        documents = (text for each in given for text in _documents(each, text_field))
+        return score_documents(self.model, self._tokenizer(), documents, self.precision, stride)
+
+    @torch.inference_mode()
+    def route(self, text: str) -> pandas.DataFrame:
+        """Return which experts each token goes to: a row for each token, layer and choice.
+
+        Columns: ``position``, ``token`` (its text), ``layer``, ``choice`` (0 is the first), ``expert`` and
+        ``weight``, with which the expert's output counts.
+
+        Raises:
+            InputError: where the model is dense, or the text has no token or more than the context.
+        """
+        import pandas
+
+        ids = self.encode(text)
+        if self.config.is_dense:
+            raise InputError("a dense model has no routes: model.n_experts is 1")
+        if not 0 < len(ids) <= self.config.max_seq_len:
+            raise InputError(f"the text must have from 1 to {self.config.max_seq_len} tokens, got {len(ids)}")
+        device = self.model.embedding.weight.device
+        with evaluating(self.model), autocast(device, self.precision):
+            _, routings = self.model.hidden(torch.tensor([ids], device=device))
+        names = [self._tokenizer().decode([token]) for token in ids]
+        rows = [
+            (position, names[position], layer, choice, expert, weight)
+            for layer, routing in enumerate(routings)
+            for position, (experts, weights) in enumerate(
+                zip(routing.expert_indices.tolist(), routing.expert_weights.tolist(), strict=True)
+            )
+            for choice, (expert, weight) in enumerate(zip(experts, weights, strict=True))
+        ]
+        return pandas.DataFrame(rows, columns=["position", "token", "layer", "choice", "expert", "weight"])
+
+    def plot_route(self, text: str) -> Figure:
+        """Return a picture of ``route``: tokens from left to right, layers from bottom to top, experts as colours.
+
+        The number in a cell is the first choice; the stronger its colour, the larger its weight.
+        """
+        from matplotlib.figure import Figure
+
+        table = self.route(text)
+        first = table[table["choice"] == 0]
+        experts = first.pivot(index="layer", columns="position", values="expert")
+        weights = first.pivot(index="layer", columns="position", values="weight")
+        n_layers, n_tokens = experts.shape
+        figure = Figure(figsize=(max(4.0, 0.45 * n_tokens + 1), 0.45 * n_layers + 1.4), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(
+            experts.to_numpy() % 20, alpha=weights.to_numpy().clip(0.2, 1), cmap="tab20", vmin=0, vmax=20, aspect="auto"
+        )
+        for layer in range(n_layers):
+            for position in range(n_tokens):
+                axes.text(position, layer, experts.iat[layer, position], ha="center", va="center", fontsize=8)
+        tokens = first[first["layer"] == 0]["token"].map(lambda token: token.replace("\n", "↵").replace(" ", "␣"))
+        axes.set_xticks(range(n_tokens), tokens, rotation=60, ha="right", parse_math=False)
+        axes.set_yticks(range(n_layers))
+        axes.invert_yaxis()
+        axes.set(xlabel="token", ylabel="layer", title="First expert of each token")
+        return figure
+
+    def __repr__(self) -> str:
+        """Return path, size and vocabulary in a line."""
+        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        experts = "dense" if self.config.is_dense else f"{self.config.n_experts} experts"
+        return f"LanguageModel({str(self.path)!r}, {n_parameters:,} parameters, {experts})"
+
+
+def _documents(given: str | Path, text_field: str) -> Iterator[str]:
+    """Yield a text, or the documents of files."""
+    if isinstance(given, str) and not _is_files(given):
+        yield given
+        return
+    source = SourceConfig(name="files", files=str(given), text_field=text_field)
+    for document in iterate_documents(source):
+        yield document.text
+
+
+def _is_files(text: str) -> bool:
+    return len(text) < 4096 and "\n" not in text and "\0" not in text and bool(glob.glob(text, recursive=True))
+
+
+def load(
+    path: str | Path, device: str = "auto", *, make_router: MakeRouter | None = None, precision: str | None = None
+) -> LanguageModel:
+    """Load a run (its newest checkpoint), a checkpoint, or a Hugging Face folder of Mixtral, Mistral or Llama.
+
+    Args:
+        path: the folder.
+        device: auto, cpu, cuda or mps.
+        make_router: the router of one's own that the model was trained with, if it was.
+        precision: auto, bf16 or fp32; by default fp32 on a CPU, else auto.
+
+    Raises:
+        FileNotFoundError: where there is no model.
+        InputError: where the model is damaged, or its router is missing or another one.
+    """
+    place = pick_device(device)
+    tune_process(place)
+    chosen = pick_precision(precision or ("fp32" if place.type == "cpu" else "auto"), place)
+    if hugging_face.is_model_folder(path):
+        if make_router is not None:
+            raise InputError(f"{path} is a Hugging Face folder: its routers are Mixtral's; leave make_router out")
+        if not (Path(path) / "tokenizer.json").is_file():
+            return LanguageModel(hugging_face.load(path).to(place), None, Path(path), precision=chosen)
+        model, tokenizer, start, folder = hugging_face.load_with_tokenizer(path, place)
+        return LanguageModel(model, tokenizer, folder, text_start=tuple(start), precision=chosen)
+    run = load_model(path, place, make_router)
+    return LanguageModel(run.model, run.tokenizer, run.path, run.config, precision=chosen)
+
+
+def save(model: MoEGPT | LanguageModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write a model as a Hugging Face folder, Mixtral or Llama, which ``load`` and transformers read.
+
+    Args:
+        model: of ``load``, with its tokenizer; or a ``MoEGPT``.
+        folder: new or empty.
+        tokenizer: of a ``MoEGPT``; without one the folder has none, and what is loaded takes no text.
+
+    Raises:
+        InputError: for a model with routers of its own: as a Mixtral it would compute something else.
+    """
+    if isinstance(model, LanguageModel):
+        model, tokenizer = model.model, tokenizer or model.tokenizer
+    hugging_face.save(model, Path(folder), tokenizer)

@@ -1,0 +1,55 @@
+"""What a run recorded, as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_gpt.config.flat import flatten
+from moe_gpt.report import run_records
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedRun:
+    """A run folder, finished or not; ``moe_gpt.read_run`` makes one."""
+
+    path: Path
+    config: dict[str, Any]
+    """The settings of config.yaml."""
+    steps: list[dict[str, Any]] = dataclasses.field(repr=False)
+    evaluation_lines: list[dict[str, Any]] = dataclasses.field(repr=False)
+    notes: list[str]
+    """What is missing or cannot be read."""
+
+    @cached_property
+    def metrics(self) -> pandas.DataFrame:
+        """A row for each optimizer step, with the columns of metrics.jsonl (docs/runs.md)."""
+        return _table(self.steps)
+
+    @cached_property
+    def evaluations(self) -> pandas.DataFrame:
+        """A row for each evaluation: ``step``, ``tokens_seen``, ``val/<source>/ce_loss``, ``val/<source>/bits_per_byte`` and so on."""
+        return _table(self.evaluation_lines)
+
+
+def _table(lines: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Return a row for each step, its last line where it was done again; sections become columns with dotted names."""
+    import pandas
+
+    by_step = {line["step"]: flatten(line) for line in lines}
+    return pandas.DataFrame(list(by_step.values()))
+
+
+def read_run(run_dir: str | Path) -> RecordedRun:
+    """Read what a run recorded; files that are damaged or missing are named in ``notes``.
+
+    Raises:
+        InputError: where the folder is missing or no run's.
+    """
+    found = run_records.read_run(run_dir)
+    return RecordedRun(found.run_dir, found.config, found.steps, found.evaluations, found.notes)

@@ -1,0 +1,147 @@
+"""Training from Python: what ``moe-gpt train`` does, with parts of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_gpt.config import RunConfig
+from moe_gpt.config.section import Count, Positive, require
+from moe_gpt.config.yaml import find_config, load_run_config
+from moe_gpt.errors import InputError
+from moe_gpt.model.router import MakeRouter, Router
+from moe_gpt.ops.device import pick_device
+from moe_gpt.training.callbacks import Callback
+from moe_gpt.training.display import TerminalDisplay
+from moe_gpt.training.loop import Limits, Outcome
+from moe_gpt.training.loop import train as train_run
+from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.saving.store import prune
+from moe_gpt.training.schedule import StepSchedule, tokens_after
+from moe_gpt.training.setup import OwnParts, Run, set_up_run
+
+
+def train(
+    config: str | Path | RunConfig,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    init_from: str | Path | None = None,
+    allow_changes: Collection[str] = (),
+    max_steps: int | None = None,
+    max_minutes: float | None = None,
+    fit_schedule: bool = False,
+    device: str = "auto",
+    make_router: MakeRouter = Router,
+    schedule: StepSchedule | None = None,
+    callbacks: Sequence[Callback] = (),
+    say: Callable[[str], None] = print,
+) -> Run:
+    """Train a model and return the run: ``run.state.model`` is trained, and ``run.run_dir`` holds what was recorded.
+
+    Args:
+        config: a YAML file, the name of one that comes with moe_gpt (``"tiny.yaml"``), or a ``RunConfig``.
+        overrides: settings over the file's, as ``{"model.n_layers": 2}`` or ``["model.n_layers=2"]``.
+        run_dir: where the run is kept; ``runs/<name of the config>`` by default.
+        resume: go on from the run's newest checkpoint, or start where there is none.
+        init_from: a run, a checkpoint or a Hugging Face folder whose weights a new run starts with.
+        allow_changes: with ``resume``, settings that may differ from those of the run.
+        max_steps: stop after this optimizer step of the run; the learning rate still follows the whole schedule.
+        max_minutes: stop after this time.
+        fit_schedule: shrink the schedule to ``max_steps`` instead.
+        device: auto, cpu, cuda or mps.
+        make_router: makes each layer's router; its name and source are recorded, and loading asks for it again.
+        schedule: plans each step in the place of the config's stages; see ``StepSchedule``.
+        callbacks: told of steps, evaluations, saves and the end; see ``Callback``.
+        say: told what is worth knowing before training starts.
+
+    Raises:
+        InputError: for bad settings and folders, with a line for each problem.
+        TrainingStopped: where training could not go on; it says what is saved.
+    """
+    require(Count | None, max_steps=max_steps)
+    require(Positive | None, max_minutes=max_minutes)
+    run = prepare(
+        config,
+        overrides,
+        run_dir,
+        resume=resume,
+        init_from=init_from,
+        allow_changes=allow_changes,
+        fit_steps=fit_budget(fit_schedule, max_steps),
+        device=device,
+        own=OwnParts(make_router, schedule),
+        say=say,
+    )
+    train_to_the_end(run, Limits(max_steps, max_minutes), callbacks)
+    return run
+
+
+def prepare(
+    config: str | Path | RunConfig,
+    overrides: Mapping[str, Any] | Sequence[str],
+    run_dir: str | Path | None,
+    *,
+    resume: bool,
+    init_from: str | Path | None,
+    allow_changes: Collection[str],
+    fit_steps: int | None,
+    device: str,
+    own: OwnParts,
+    say: Callable[[str], None],
+) -> Run:
+    """Return a run that can start; arguments and errors are those of ``train`` and ``set_up_run``."""
+    if allow_changes and not resume:
+        raise InputError(f"--allow-changes is for --resume, got {','.join(allow_changes)} without it")
+    if isinstance(config, RunConfig):
+        if overrides or run_dir is None:
+            raise InputError("with a RunConfig there are no overrides (use dataclasses.replace), and run_dir is needed")
+        settings = config
+    else:
+        settings = load_run_config(config, as_overrides(overrides))
+        run_dir = run_dir or Path("runs") / find_config(str(config)).stem
+    start = str(init_from) if init_from else None
+    chosen = pick_device(device)
+    return set_up_run(settings, Path(run_dir), chosen, resume, start, allow_changes, say, own, fit_steps)
+
+
+def fit_budget(fit_schedule: bool, max_steps: int | None) -> int | None:
+    """Return the steps that the schedule is shrunk to, None where it is not.
+
+    Raises:
+        InputError: where it is to be shrunk to no number of steps.
+    """
+    if fit_schedule and max_steps is None:
+        raise InputError("--fit-schedule needs --max-steps: the number of steps that the schedule shrinks to")
+    return max_steps if fit_schedule else None
+
+
+def as_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
+    """Return settings in the form of the command line, ``key.path=value``."""
+    if isinstance(overrides, str):
+        raise InputError(f"overrides must be a mapping or a list of key.path=value, got {overrides!r}")
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return overrides
+
+
+def train_to_the_end(run: Run, limits: Limits, callbacks: Sequence[Callback] = ()) -> tuple[Outcome, TerminalDisplay]:
+    """Train a prepared run while holding its folder; return why it stopped, and what was shown.
+
+    A run that is already at its end is left as it is.
+    """
+    remaining = None if limits.max_steps is None else max(0, limits.max_steps - run.state.step)
+    seen, total = run.state.tokens_seen, run.schedule.total_tokens
+    end = total if remaining is None else min(total, tokens_after(run.schedule, remaining, seen))
+    with (
+        open_run_folder(run.run_dir, run.identity, run.resumed_from, run.damaged),
+        contextlib.closing(TerminalDisplay(end, seen, limits.max_minutes)) as display,
+    ):
+        if run.is_finished:
+            prune(run.run_dir, run.config.checkpoint)  # a process that was killed at the end has not done it
+            return "finished", display
+        return train_run(run, limits, display, callbacks=callbacks), display

@@ -1,0 +1,139 @@
+"""The command ``moe-gpt``: its commands, and how an error ends it.
+
+Cyclopts makes the command line of each function from its signature: a parameter is positional and a flag, docstrings
+are the help, and an error is an exception, so that it can be one line. The functions are imported when they are called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import cyclopts
+
+import moe_gpt
+from moe_gpt.errors import InputError
+
+COMMANDS = {
+    "train": "Train a model.",
+    "generate": "Continue a prompt.",
+    "evaluate": "Loss, perplexity and bits per byte of held-out text or of files.",
+    "prepare": "Tokenise the text of a config, and say what there is.",
+    "export": "Write a model as a Hugging Face folder.",
+    "report": "Write a page about a run, or about several side by side.",
+    "plan": "Say what a run takes before paying for it.",
+}
+"""Each is the function of its name in the file of its name."""
+FAMILIES = {
+    "checkpoint": {
+        "list": "Show each checkpoint's step, tokens, size and validation loss.",
+        "verify": "Compare every file with what was saved.",
+        "prune": "Delete what the run's own settings, or those given here, do not keep.",
+    },
+    "bench": {
+        "train": "Whole optimizer steps against peers, in turns.",
+        "layer": "One mixture-of-experts layer against a dense one, by routing.",
+        "generate": "Decoding against transformers on the exported model.",
+        "scaling": "How time and memory grow with experts, width, sequences and their length.",
+        "data": "Preparing text against datasets.map, and reading the stream against training.",
+        "loop": "The time to the first step, and of what a run does besides its steps.",
+    },
+}
+"""The functions of one file."""
+FAMILY_HELP = {
+    "checkpoint": "List, verify or prune the checkpoints of a run.",
+    "bench": "Measure speed and memory against what users would otherwise take.",
+}
+EPILOGUES = {
+    "train": "exit status: 0 done or stopped by a limit, 2 bad input, 3 training could not go on (the message says why "
+    "and what is saved), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM",
+    "checkpoint": "exit status: 0, 1 where verify finds a damaged checkpoint, 2 bad input",
+    "bench": "Machines are noisy: ratios within one call are what counts.",
+    "plan": "The reported system: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1",
+}
+
+
+def make_app() -> cyclopts.App:
+    """Return the command line of all commands."""
+    app = cyclopts.App(
+        name="moe-gpt",
+        help="The GPT-4 recipe as it was publicly reported, at a size for a laptop or one GPU.",
+        help_epilogue="moe-gpt COMMAND --help says what a command takes; moe-gpt --install-completion adds completion.",
+        help_format="markdown",  # breaks lines anew
+        version=moe_gpt.__version__,
+        result_action="return_value",
+    )
+    for name, text in COMMANDS.items():
+        place = f"moe_gpt.commands.{name}:{name}"
+        app.command(place, name=name, help=text, help_epilogue=EPILOGUES.get(name, ""))
+    for family, members in FAMILIES.items():
+        part = cyclopts.App(name=family, help=FAMILY_HELP[family], help_epilogue=EPILOGUES[family])
+        for name, text in members.items():
+            function = "show" if name == "list" else name  # list is Python's
+            part.command(f"moe_gpt.commands.{family}:{function}", name=name, help=text)
+        app.command(part)
+    app.register_install_completion_command()
+    return app
+
+
+def run(*words: str) -> NoReturn:
+    """Run ``moe-gpt`` with words before those of the command line, and exit: status 2 and a line for each problem.
+
+    Args:
+        words: the command, for a script that stands for it.
+    """
+    run_main(lambda: _call([*words, *sys.argv[1:]]))
+
+
+def _call(words: Sequence[str]) -> int | None:
+    try:
+        status = make_app()(words, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        raise InputError(_as_line(error)) from None
+    if list(words[:1]) == ["train"] and {"--help", "-h"} & set(words):
+        from moe_gpt.commands.options import describe_settings
+
+        print("\nkeys of a config, for the YAML file and for key.path=value:", *describe_settings(), sep="\n")
+    return status
+
+
+def _as_line(error: cyclopts.CycloptsError) -> str:
+    """Return what is wrong with a command line, with the flag or argument that it is about."""
+    chain = " ".join(error.command_chain or ())
+    argument = error.argument.name if error.argument else ""
+    if isinstance(error, cyclopts.MissingArgumentError) and error.keyword:
+        text = f"{error.keyword} needs a value"
+    elif isinstance(error, cyclopts.MissingArgumentError):
+        hint = "; give a YAML file, or a config that comes with moe_gpt: tiny.yaml" if argument == "--config" else ""
+        text = f"{argument.removeprefix('--').upper()} is missing{hint}"
+    elif isinstance(error, cyclopts.CoercionError) and error.msg:
+        text = f"{argument} {error.msg}"
+    else:
+        text = str(error).rstrip(".")
+    return f"{text}; moe-gpt {chain} --help says what there is".replace("  ", " ")
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Call a function and exit with what it returns: status 2 and one line for each problem where the input is bad."""
+    for stream in (sys.stdout, sys.stderr):  # a console may lack characters that a model writes
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        sys.exit(main() or 0)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    for line in (message or "failed without a message").splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)

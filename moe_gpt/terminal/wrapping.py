@@ -1,0 +1,35 @@
+"""Lines that fit the terminal: ``COLUMNS`` counts, else the terminal's width, else 80."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+
+_LEAST = 40
+
+
+def wrap(text: str, indent: str = "    ") -> str:
+    """Break each line between words where it is wider than the terminal; what follows a break is indented.
+
+    Words such as paths and commands are never cut, whatever their length.
+
+    Args:
+        text: of any number of lines; spaces at the start of a line stay, and are kept by what follows it.
+        indent: more of it in front of what was broken.
+    """
+    width = max(_LEAST, shutil.get_terminal_size((80, 24)).columns)
+    return "\n".join(_wrapped(line, width, indent) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int, indent: str) -> str:
+    if len(line) <= width:
+        return line
+    before = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=before + indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )

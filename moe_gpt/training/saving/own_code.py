@@ -1,0 +1,81 @@
+"""Code of one's own in a run: recorded with every checkpoint by name and digest, and asked for again when loading."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+import warnings
+from pathlib import Path
+
+from moe_gpt.errors import InputError
+from moe_gpt.model.router import MakeRouter, Router
+
+
+def describe_source(own: object, ours: object) -> dict[str, str] | None:
+    """Return what a checkpoint records of a class or function of one's own: its name and a digest of its source.
+
+    None where it is ``ours``.
+
+    The digest is of its own text alone, not of what it calls. It is "unknown" where Python has no source, as for what
+    was typed at a prompt.
+    """
+    if own is ours:
+        return None
+    try:
+        text = inspect.getsource(own)  # type: ignore[arg-type]  # a TypeError is caught
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        digest = "unknown"
+    return {"name": getattr(own, "__qualname__", type(own).__qualname__), "digest": digest}
+
+
+def find_router(place: str) -> MakeRouter:
+    """Return the router that ``file.py:Name`` means; the file is run as Python.
+
+    Raises:
+        InputError: where the form is another, the file cannot be imported, or has no such class or function.
+    """
+    file, separator, name = place.rpartition(":")
+    path = Path(file)
+    if not separator or path.suffix != ".py" or not path.is_file():
+        raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
+    spec = importlib.util.spec_from_file_location(f"router_of_{path.stem}", path)
+    assert spec and spec.loader, "a file that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--router {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, name, None)):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == spec.name]
+        raise InputError(f"--router {path} has no class or function {name}; it has {', '.join(own) or 'none'}")
+    return getattr(module, name)
+
+
+def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: str) -> MakeRouter:
+    """Return the router that a saved model is built with.
+
+    Args:
+        saved: what its checkpoint recorded.
+        given: by the user, if one was.
+        origin: of the model, for the messages.
+
+    Raises:
+        InputError: where the model had a router of its own and none, or one of another name, was given.
+    """
+    if saved is None:
+        return given or Router
+    found = describe_source(given, Router) if given else None
+    if given is None or found is None or found["name"] != saved["name"]:
+        got = "none" if given is None else getattr(given, "__qualname__", repr(given))
+        raise InputError(
+            f"{origin} was trained with the router {saved['name']}, got {got}; give it with --router "
+            f"FILE.py:{saved['name']}, or in Python with make_router={saved['name']}"
+        )
+    if found["digest"] != saved["digest"]:
+        text = f"the source of the router {saved['name']} is not what {origin} was trained with"
+        warnings.warn(text, stacklevel=3)
+    return given
