@@ -79,9 +79,7 @@ class LanguageModel:
             InputError: where the prompt has no token or fills the context, or a setting is out of its range.
         """
         return "".join(
-            self.stream(
-                prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, bos=bos
-            )
+            self.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, bos=bos)
         )
 
     def stream(
@@ -103,20 +101,29 @@ class LanguageModel:
         require(Count, max_new_tokens=max_new_tokens)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
         ids = self.encode(prompt, bos)
-        return self._tokenizer().decode_stream(self.continue_ids(ids, max_new_tokens, sampling, seed), context=ids)
+        return self.require_tokenizer().decode_stream(
+            self.continue_ids(ids, max_new_tokens, sampling, seed), context=ids
+        )
 
-    def continue_ids(self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int) -> Iterator[int]:
+    def continue_ids(
+        self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int
+    ) -> Iterator[int]:
         """Yield the ids of new tokens after given ones; see ``moe_gpt.generate``."""
-        end = self._tokenizer().end_of_text_id
+        end = self.require_tokenizer().end_of_text_id
         return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Return the ids that the model sees of a text."""
-        tokenizer = self._tokenizer()
+        tokenizer = self.require_tokenizer()
         start = list(self.text_start) or [tokenizer.end_of_text_id] * bos
         return start + tokenizer.encode(text)
 
-    def _tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer.
+
+        Raises:
+            InputError: where there is none.
+        """
         if self.tokenizer is None:
             raise InputError(f"{self.path} has no tokenizer.json, so it takes no text; save the model with a tokenizer")
         return self.tokenizer
@@ -145,7 +152,7 @@ class LanguageModel:
         given = [texts] if isinstance(texts, str | Path) else texts
         stride = stride or max(1, self.config.max_seq_len // 2)
         documents = (text for each in given for text in _documents(each, text_field))
-        return score_documents(self.model, self._tokenizer(), documents, self.precision, stride)
+        return score_documents(self.model, self.require_tokenizer(), documents, self.precision, stride)
 
     @torch.inference_mode()
     def route(self, text: str) -> pandas.DataFrame:
@@ -167,7 +174,7 @@ class LanguageModel:
         device = self.model.embedding.weight.device
         with evaluating(self.model), autocast(device, self.precision):
             _, routings = self.model.hidden(torch.tensor([ids], device=device))
-        names = [self._tokenizer().decode([token]) for token in ids]
+        names = [self.require_tokenizer().decode([token]) for token in ids]
         rows = [
             (position, names[position], layer, choice, expert, weight)
             for layer, routing in enumerate(routings)
@@ -197,7 +204,7 @@ class LanguageModel:
         )
         for layer in range(n_layers):
             for position in range(n_tokens):
-                axes.text(position, layer, experts.iat[layer, position], ha="center", va="center", fontsize=8)
+                axes.text(position, layer, str(experts.iat[layer, position]), ha="center", va="center", fontsize=8)
         tokens = first[first["layer"] == 0]["token"].map(lambda token: token.replace("\n", "↵").replace(" ", "␣"))
         axes.set_xticks(range(n_tokens), tokens, rotation=60, ha="right", parse_math=False)
         axes.set_yticks(range(n_layers))
@@ -249,8 +256,9 @@ def load(
             raise InputError(f"{path} is a Hugging Face folder: its routers are Mixtral's; leave make_router out")
         if not (Path(path) / "tokenizer.json").is_file():
             return LanguageModel(hugging_face.load(path).to(place), None, Path(path), precision=chosen)
-        model, tokenizer, start, folder = hugging_face.load_with_tokenizer(path, place)
-        return LanguageModel(model, tokenizer, folder, text_start=tuple(start), precision=chosen)
+        found = hugging_face.load_with_tokenizer(path, place)
+        start = tuple(found.text_start)
+        return LanguageModel(found.model, found.tokenizer, found.path, text_start=start, precision=chosen)
     run = load_model(path, place, make_router)
     return LanguageModel(run.model, run.tokenizer, run.path, run.config, precision=chosen)
 
@@ -267,5 +275,6 @@ def save(model: MoEGPT | LanguageModel, folder: str | Path, tokenizer: Tokenizer
         InputError: for a model with routers of its own: as a Mixtral it would compute something else.
     """
     if isinstance(model, LanguageModel):
-        model, tokenizer = model.model, tokenizer or model.tokenizer
-    hugging_face.save(model, Path(folder), tokenizer)
+        hugging_face.save(model.model, folder, tokenizer or model.tokenizer)
+    else:
+        hugging_face.save(model, folder, tokenizer)

@@ -33,7 +33,7 @@ class RecordedRun:
 
     @cached_property
     def evaluations(self) -> pandas.DataFrame:
-        """A row for each evaluation: ``step``, ``tokens_seen``, ``val/<source>/ce_loss``, ``val/<source>/bits_per_byte`` and so on."""
+        """A row for each evaluation: ``step``, ``tokens_seen``, ``val/<source>/ce_loss`` and so on."""
         return _table(self.evaluation_lines)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from moe_gpt.bench.contenders import Workload
-    from moe_gpt.ops import device
+    from moe_gpt.ops import device as ops_device
+
 
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Measurement:
     """Where, how often, and where to."""
 
     device: Device = "auto"
-    """Where to compute."""
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "auto"
     """Compute type."""
     rounds: Whole = 5
@@ -35,7 +36,7 @@ class Measurement:
     json: Path | None = None
     """Write machine and results into this file, too."""
 
-    def place(self) -> tuple[torch.device, device.Precision]:
+    def place(self) -> tuple[torch.device, ops_device.Precision]:
         """Return device and compute type."""
         from moe_gpt.ops.device import pick_device, pick_precision
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from moe_gpt.commands.options import Switch, Whole, WholeOrZero, flat
+
 
 def find_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first.
@@ -95,7 +97,7 @@ def prune(run: Path, *, options: PruneOptions = PruneOptions()) -> None:
     from moe_gpt.training.saving.run_folder import hold
 
     checkpoints = find_checkpoints(run)
-    given = {"keep_last": options.keep_last, "keep_every_steps": options.keep_every_steps}
+    given: dict[str, Any] = {"keep_last": options.keep_last, "keep_every_steps": options.keep_every_steps}
     config = read_config(checkpoints[-1]).checkpoint
     config = dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
     if options.dry_run:

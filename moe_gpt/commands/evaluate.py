@@ -44,7 +44,7 @@ class EvaluateOptions:
     precision: Annotated[Precision, Parameter(group=PLACE)] = "auto"
     """Compute type."""
     device: Annotated[Device, Parameter(group=PLACE)] = "auto"
-    """Where to compute."""
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
 
 def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> None:
@@ -105,7 +105,9 @@ def score_files(loaded: LanguageModel, options: EvaluateOptions) -> str:
     note(f"windows of {loaded.config.max_seq_len} tokens every {stride}")
     field = options.text_field or "text"
     try:
-        return format_scores({files: loaded.evaluate(Path(files), text_field=field, stride=stride) for files in options.files})
+        return format_scores(
+            {files: loaded.evaluate(Path(files), text_field=field, stride=stride) for files in options.files}
+        )
     except InputError as error:
         hint = "; name the column with --text-field" if "text_field=" in str(error) else ""
         text = str(error).removeprefix("source files: ").replace("text_field=", "--text-field ")

@@ -50,7 +50,7 @@ class GenerateOptions:
     precision: Annotated[Precision | None, Parameter(group=PLACE)] = None
     """Compute type; fp32 on a CPU, else auto, by default."""
     device: Annotated[Device, Parameter(group=PLACE)] = "auto"
-    """Where to compute."""
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
 
 def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> None:
@@ -101,7 +101,7 @@ def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions) 
     for index in range(options.samples):
         written = list(ids)
         new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index)
-        pieces = loaded.tokenizer.decode_stream(_remember(new, written), context=ids)
+        pieces = loaded.require_tokenizer().decode_stream(_remember(new, written), context=ids)
         first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
         if options.samples > 1:
             print(f"--- sample {index + 1} ---")

@@ -43,8 +43,9 @@ def _is_script() -> bool:
 
 def _python() -> str:
     """Return how to start this Python: by its name where that finds it, by a short path where there is one."""
-    found = shutil.which("python")
-    if found is not None and os.path.abspath(found) == os.path.abspath(sys.executable):
-        return "python"
+    for name in ("python", Path(sys.executable).name):
+        found = shutil.which(name)
+        if found is not None and os.path.abspath(found) == os.path.abspath(sys.executable):
+            return name
     relative = os.path.relpath(sys.executable)
     return sys.executable if relative.startswith("..") else os.path.join(os.curdir, relative)

@@ -46,7 +46,8 @@ Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 """A flag without a value."""
 Words = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
 """A flag that may be repeated."""
-Device = Literal["auto", "cpu", "cuda", "mps"]
+Device = str
+"""auto, cpu, cuda, cuda:1 and so on, mps; ``pick_device`` says what there is."""
 Precision = Literal["auto", "bf16", "fp32"]
 flat = Parameter(name="*")
 """For a dataclass of options: its fields are flags of their own."""

@@ -11,7 +11,6 @@ from cyclopts import Group, Parameter
 
 from moe_gpt.commands.next_command import command_line, repeated
 from moe_gpt.commands.options import AboveZero, Device, Switch, Whole, Words, flat
-from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
@@ -19,7 +18,9 @@ if TYPE_CHECKING:
     from moe_gpt.training.setup import Run
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
-START, LIMITS, OWN = (Group.create_ordered(name) for name in ("Starting and going on", "When to stop", "Where and with what"))
+START, LIMITS, OWN = (
+    Group.create_ordered(name) for name in ("Starting and going on", "When to stop", "Where and with what")
+)
 
 
 @flat
@@ -46,7 +47,7 @@ class TrainOptions:
     router: Annotated[str | None, Parameter(group=OWN)] = None
     """A router of your own, as FILE.py:NAME. The checkpoint records its name and source."""
     device: Annotated[Device, Parameter(group=OWN)] = "auto"
-    """Where to train."""
+    """Where to train: auto, cpu, cuda, cuda:1, mps."""
 
 
 def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) -> int:
@@ -90,7 +91,10 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
         print(f"this run is finished; next:\n  {generate_command(run)}")
         return 0
     if outcome in EXIT_STATUS:
-        print(f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}", file=sys.stderr)
+        print(
+            f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}",
+            file=sys.stderr,
+        )
         return EXIT_STATUS[outcome]
     print(display.summary())
     say_what_came_out(run, outcome)
@@ -108,8 +112,8 @@ def note_on_schedule(run: Run, limits: Limits) -> str:
         return ""
     share = end / run.schedule.total_tokens
     return (
-        f"note       --max-steps {limits.max_steps} ends this run after {end:,} tokens, {share:.1%} of the schedule; the "
-        "learning rate follows the whole schedule, and --fit-schedule would shrink it to these steps"
+        f"note       --max-steps {limits.max_steps} ends this run after {end:,} tokens, {share:.1%} of the schedule; "
+        "the learning rate follows the whole schedule, and --fit-schedule would shrink it to these steps"
     )
 
 

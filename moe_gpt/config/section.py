@@ -83,8 +83,22 @@ def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Probl
         yield Problem(keys, f"{names}: give {one}, got {' and '.join(given) or 'none of them'}")
 
 
+class _ByName(type):
+    """Makes sections from keyword arguments, with the nearest key for one that there is not."""
+
+    def __call__(cls, *values: Any, **settings: Any) -> Any:
+        known, first = annotations_of(cls), dataclasses.fields(cls)[0]  # type: ignore[arg-type]
+        if values and first.kw_only:
+            text = f"{cls.__name__} takes settings by name, such as {first.name}=..., got {shown(values[0])}"
+            raise ConfigError([text])
+        unknown = [_unknown(known, name, "").text for name in settings if name not in known]
+        if unknown:
+            raise ConfigError(unknown)
+        return super().__call__(*values, **settings)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
+class Section(metaclass=_ByName):
     """Base of all settings: checked and coerced at construction, never changed afterwards."""
 
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)

@@ -188,7 +188,9 @@ def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_
     left = bar.time_left(fraction)
     still = f", about {left} left" if left is not None else ""
     line = f"tokenising {source.name}: {n_documents:,} documents, {n_tokens:,} tokens{still}"
-    bar.update(n_tokens, f"{n_documents:,} documents{still}", line, total=round(n_tokens / fraction) if fraction else None)
+    bar.update(
+        n_tokens, f"{n_documents:,} documents{still}", line, total=round(n_tokens / fraction) if fraction else None
+    )
 
 
 @contextlib.contextmanager

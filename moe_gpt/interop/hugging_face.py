@@ -223,7 +223,8 @@ def save(
         load_balancing_loss_weight: ours, translated into ``router_aux_loss_coef``.
 
     Raises:
-        InputError: for routers that are not exactly ``Router``; where the folder is not empty; for settings that change the function and that Mixtral does not
+        InputError: for routers that are not exactly ``Router``; where the folder is not empty; for settings that change
+            the function and that Mixtral does not
             have (``balance: bias`` once the bias has moved, ``normalize_topk: false``), by name; for a tokenizer with
             more tokens than the model; for weights that are not finite; where the folder cannot be written.
         ValueError: for another dtype.

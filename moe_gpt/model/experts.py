@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_gpt import ops
 from moe_gpt.config import ModelConfig
+from moe_gpt.model.norm import parameter_shapes
 from moe_gpt.model.router import Routing
 
 
@@ -36,6 +37,8 @@ class Experts(nn.Module):
 
     ``gate_up`` (E, 2F, D) holds the gate's rows above the up projection's; ``down`` is (E, D, F).
     """
+
+    extra_repr = parameter_shapes
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

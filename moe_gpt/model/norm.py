@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from moe_gpt import ops
 
 
+def parameter_shapes(module: nn.Module) -> str:
+    """Return the shapes of a module's own parameters, which ``repr`` shows."""
+    return ", ".join(f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight (arXiv 1910.07467), computed in float32 and returned in x's type."""
+
+    extra_repr = parameter_shapes
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

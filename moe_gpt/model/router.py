@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_gpt import ops
 from moe_gpt.config import ModelConfig
+from moe_gpt.model.norm import parameter_shapes
 
 
 class Routing(NamedTuple):
@@ -49,6 +50,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    extra_repr = parameter_shapes
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,11 +102,7 @@ def check_routing(routing: object, n_tokens: int, n_experts: int) -> None:
     shapes, K = [tuple(part.shape) for part in routing], indices.shape[-1] if indices.dim() else 0
     if shapes != [(N, K), (N, K), (N, E), (N, E)] or not 1 <= K <= E:
         raise ValueError(f"a router must return shapes (N, K), (N, K), (N, E), (N, E) with N={N}, E={E}, got {shapes}")
-    if indices.dtype != torch.int64 or not routing.expert_weights.is_floating_point():
-        types = f"{indices.dtype}, {routing.expert_weights.dtype}"
-        raise ValueError(f"a router must return expert_indices in int64 and expert_weights in a float, got {types}")
-    in_range = ((indices >= 0) & (indices < E)).all()
-    ops.require(in_range, f"a router must return expert_indices from 0 to {E - 1}, got others")
+    ops.require_indices(indices, E, "a router must return expert_indices")
 
 
 MakeRouter = Callable[[ModelConfig], nn.Module]

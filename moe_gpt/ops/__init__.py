@@ -26,7 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "mix_experts",
     "prepare",
-    "require",
+    "require_indices",
     "rms_norm",
     "rotate",
     "swiglu",
@@ -75,16 +75,19 @@ def _takes_custom_gradient(x: Tensor) -> bool:
     return cpu.is_worth_it(x) if _chosen.way is None else _chosen.way == "cpu"
 
 
-def require(condition: Tensor, message: str) -> None:
-    """Raise ValueError with a message where a boolean is False; on a device that computes later, fail later.
+def require_indices(indices: Tensor, end: int, subject: str) -> None:
+    """Raise ValueError where indices are not int64 or not from 0 to ``end`` - 1; ``subject`` starts the message.
 
-    Inside ``torch.compile`` the error is a RuntimeError.
+    A device that computes later fails later; inside ``torch.compile`` the error is a RuntimeError.
     """
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not condition:
-            raise ValueError(message)
-    else:
-        torch._assert_async(condition, message)
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{subject} in int64, got {indices.dtype}")
+    is_in_range = ((indices >= 0) & (indices < end)).all()
+    message = f"{subject} from 0 to {end - 1}, got others"
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(is_in_range, message)
+    elif not is_in_range:
+        raise ValueError(message)
 
 
 def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moe_gpt.config import ModelConfig, RunConfig
-from moe_gpt.config.section import Count
+from moe_gpt.config.section import Count, require
 from moe_gpt.measure.memory import predict_training_memory_cpu
 from moe_gpt.measure.parameters import model_of
-from moe_gpt.config.section import require
 from moe_gpt.plan.hardware import Gpu, Parallelism
 from moe_gpt.plan.parameters import counts_of
 from moe_gpt.plan.quantities import PlanSection, plan_section

@@ -13,9 +13,8 @@ import math
 from typing import NamedTuple
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import Positive, Section
+from moe_gpt.config.section import Positive, Section, require
 from moe_gpt.errors import InputError
-from moe_gpt.config.section import require
 from moe_gpt.plan.parameters import counts_of
 from moe_gpt.plan.quantities import PlanSection, plan_section
 

@@ -13,10 +13,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import Count, CountOrZero
+from moe_gpt.config.section import Count, CountOrZero, require
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
-from moe_gpt.config.section import require
 from moe_gpt.plan.hardware import Gpu, Parallelism
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.parameters import counts_of

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import NonNegative, Rate
-from moe_gpt.config.section import require
+from moe_gpt.config.section import NonNegative, Rate, require
 from moe_gpt.plan.options import DraftedTokens, PlanOptions
 from moe_gpt.plan.quantities import PlanSection, plan_section
 from moe_gpt.plan.serving import decoding_step

@@ -108,7 +108,8 @@ class ProgressBar:
 
     def close(self) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        if self._is_terminal:
+            self._bar.stop()
 
 
 class _Tokens(ProgressColumn):

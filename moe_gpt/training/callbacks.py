@@ -1,4 +1,4 @@
-"""What users may do while a run trains: a callback is told of steps, evaluations, saves and the end, and may stop it."""
+"""Callbacks: told of steps, evaluations, saves and the end of a run while it trains; they may stop it."""
 
 from __future__ import annotations
 

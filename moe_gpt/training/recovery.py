@@ -94,7 +94,7 @@ class Recovery:
         if self.saver.has_failed:
             self.wait_for_save()
         new = self.saver.saved[self._n_told :]
-        if new and not self._n_told:
+        if new and not self._n_told and not self.run.resumed_from:
             self.log.record("first_checkpoint")  # says later that there was one
         self._n_told += len(new)
         for path in new:

@@ -151,7 +151,9 @@ def tokens_after(schedule: Schedule, n_steps: int, tokens_seen: int = 0) -> int:
     return tokens_seen
 
 
-def fit_schedule(config: ScheduleConfig, optimizer: OptimizerConfig, schedule: Schedule, n_steps: int) -> ScheduleConfig:
+def fit_schedule(
+    config: ScheduleConfig, optimizer: OptimizerConfig, schedule: Schedule, n_steps: int
+) -> ScheduleConfig:
     """Return the stage table shrunk so that it ends after at most ``n_steps`` optimizer steps, and close to them.
 
     Every end and the warm-up move by the same share; lengths and batches stay.

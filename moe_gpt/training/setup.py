@@ -87,6 +87,9 @@ class OwnParts(NamedTuple):
     schedule: StepSchedule | None = None
 
 
+NOTHING_OWN = OwnParts()
+
+
 class Start(NamedTuple):
     """What a run begins with, as far as its folder and ``--init-from`` tell."""
 
@@ -110,7 +113,7 @@ def set_up_run(
     init_from: str | None = None,
     allow_changes: Collection[str] = (),
     say: Callable[[str], None] = print,
-    own: OwnParts = OwnParts(),
+    own: OwnParts = NOTHING_OWN,
     fit_steps: int | None = None,
 ) -> Run:
     """Prepare data, build the model, and restore what is to be restored. The run folder is not touched.
@@ -168,7 +171,7 @@ def assemble(
     start: Start,
     allow_changes: Collection[str],
     say: Callable[[str], None],
-    own: OwnParts = OwnParts(),
+    own: OwnParts = NOTHING_OWN,
     fit_steps: int | None = None,
 ) -> Run:
     """Prepare data, check what changed since the checkpoint, build the model and restore or copy its weights.

@@ -1,8 +1,8 @@
-"""What every script shares: errors as lines, help for every key, and a quick start."""
+"""What every command shares: errors as lines, help for every flag and key, a quick start, commands that can be copied."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_gpt.commands.cli import count_argument, describe_settings, positive_argument, run_script
+from moe_gpt.commands.app import COMMANDS, FAMILIES, run_main
+from moe_gpt.commands.next_command import command_line, repeated
+from moe_gpt.commands.options import describe_settings
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import ConfigError, InputError
@@ -18,9 +20,21 @@ from moe_gpt.errors import ConfigError, InputError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def python(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    """Run this interpreter in the repository."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=60)
+def python(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
+    """Run this interpreter, with this checkout's package."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def call(*words: str | Path, **options) -> subprocess.CompletedProcess:
+    """Run ``moe-gpt``."""
+    return python("-m", "moe_gpt", *words, **options)
 
 
 def raising(error: BaseException):
@@ -42,51 +56,89 @@ def raising(error: BaseException):
         (PermissionError(13, "Permission denied", "/root/x"), ["Permission denied: /root/x"]),
     ],
 )
-def test_run_script_turns_bad_input_into_lines_and_status_2(capsys, error, lines):
-    """Bad input and files that cannot be used end a script with status 2 and one ``error:`` line for each problem."""
+def test_bad_input_becomes_lines_and_status_2(capsys, error, lines):
+    """Bad input and files that cannot be used end a command with status 2 and one ``error:`` line for each problem."""
     with pytest.raises(SystemExit) as caught:
-        run_script(raising(error))
+        run_main(raising(error))
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", "".join(f"error: {line}\n" for line in lines))
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyError("bug"), RuntimeError("bug"), AssertionError("bug")])
-def test_run_script_lets_real_bugs_through(error):
+def test_real_bugs_come_through(error):
     """An error that is not the user's keeps its type and traceback."""
     with pytest.raises(type(error), match="bug"):
-        run_script(raising(error))
+        run_main(raising(error))
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (143, 143)])
-def test_run_script_exits_with_what_main_returns(returned, status):
+def test_exit_status_is_what_main_returns(returned, status):
     """The exit status is main's return value, 0 where there is none."""
     with pytest.raises(SystemExit) as caught:
-        run_script(lambda: returned)
+        run_main(lambda: returned)
     assert caught.value.code == status
 
 
-def test_run_script_exits_with_130_when_interrupted(capsys):
-    """Ctrl-C ends a script with status 130 and a word, not a traceback."""
+def test_interruption_exits_with_130(capsys):
+    """Ctrl-C ends a command with status 130 and a word, not a traceback."""
     with pytest.raises(SystemExit) as caught:
-        run_script(raising(KeyboardInterrupt()))
+        run_main(raising(KeyboardInterrupt()))
     assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize(("parse", "text", "value"), [(count_argument, "3", 3), (positive_argument, "1e-3", 0.001)])
-def test_argument_is_read_as_a_number(parse, text, value):
-    """The argument types return the number that the text spells."""
-    assert parse(text) == value
-
-
 @pytest.mark.parametrize(
-    ("parse", "text"),
-    [(count_argument, "0"), (count_argument, "-1"), (positive_argument, "0"), (positive_argument, "inf")],
+    ("words", "wanted"),
+    [
+        (["train"], "CONFIG"),
+        (["generate"], "MODEL"),
+        (["train", "tiny.yaml", "--max-steps", "0"], "--max-steps must be .* got 0"),
+        (["train", "tiny.yaml", "--max-steps", "0.5"], "--max-steps must be .* got 0.5"),
+        (["train", "tiny.yaml", "--max-minutes", "inf"], "--max-minutes must be .* got inf"),
+        (["train", "tiny.yaml", "--max-steps"], "--max-steps needs a value"),
+        (["train", "tiny.yaml", "--max-step", "3"], "--max-step.*--max-steps"),
+        (["train", "tiny.yaml", "--device", "gpu"], "gpu"),
+        (["train", "tiny.yaml", "model.n_layer=3"], "model.n_layer.*n_layers"),
+        (["trian"], "trian.*train"),
+        (["bench", "train", "--shape", "Q"], "Q.*--shape"),
+        (["export", "runs/tiny"], "FOLDER"),
+        (["report"], "RUNS"),
+        (["plan"], "CONFIG"),
+    ],
 )
-def test_argument_out_of_range_shows_the_limit_and_the_value(parse, text):
-    """A number out of range is refused with what it must be and what it is."""
-    with pytest.raises(argparse.ArgumentTypeError, match=rf"must be .*, got {text}"):
-        parse(text)
+def test_bad_command_line_is_one_line_that_names_the_word(words, wanted):
+    """A command line that cannot be read ends with status 2 and one line: what is wrong, and the nearest right word."""
+    done = call(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"error: .*{wanted}.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("width", ["80", "60"])
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["bench", "train"], ["checkpoint", "prune"]])
+def test_help_fits_the_terminal(words, width):
+    """Help of every command exits with 0, names every flag with a word, and is no wider than the terminal."""
+    done = call(*words, "--help", COLUMNS=width)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= int(width)
+
+
+def test_every_command_of_the_list_can_be_called():
+    """The list of commands, which help is made of without importing them, has functions of these names."""
+    import importlib
+
+    for name in COMMANDS:
+        assert callable(getattr(importlib.import_module(f"moe_gpt.commands.{name}"), name))
+    for family, members in FAMILIES.items():
+        module = importlib.import_module(f"moe_gpt.commands.{family}")
+        for name in members:
+            assert callable(getattr(module, "show" if name == "list" else name))
+
+
+def test_version_is_the_package_s():
+    """--version prints it alone."""
+    import moe_gpt
+
+    assert call("--version").stdout == f"{moe_gpt.__version__}\n"
 
 
 def keys_of(values: dict, prefix: str = "") -> list[str]:
@@ -99,8 +151,9 @@ def keys_of(values: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def test_describe_settings_lists_every_key():
-    """Every key of a config has one line: its dotted name, its default, its meaning and what it may be."""
+def test_describe_settings_lists_every_key(monkeypatch):
+    """Every key of a config has one entry: its dotted name, its default, its meaning and what it may be."""
+    monkeypatch.setenv("COLUMNS", "1000")
     lines = list(describe_settings())
     keys = keys_of(to_plain(RunConfig()))
     assert len(keys) > 50
@@ -119,14 +172,14 @@ def test_describe_settings_lists_every_key():
     ],
 )
 def test_describe_settings_shows_default_and_meaning(start):
-    """A line shows the default, ``null`` and ``required`` as the YAML file has them."""
+    """An entry shows the default, ``null`` and ``required`` as the YAML file has them."""
     assert any(line.startswith(start) for line in describe_settings())
 
 
 def test_import_of_the_package_loads_nothing_heavy():
     """``import moe_gpt`` and the command line load pydantic, but neither torch nor the data libraries."""
-    wanted = "{'torch', 'numpy', 'datasets', 'tokenizers', 'transformers', 'matplotlib', 'pydantic'}"
-    code = f"import sys, moe_gpt, moe_gpt.commands.cli, moe_gpt.config; print(*({wanted} & set(sys.modules)))"
+    wanted = "{'torch', 'numpy', 'datasets', 'tokenizers', 'transformers', 'matplotlib', 'pandas', 'pydantic'}"
+    code = f"import sys, moe_gpt, moe_gpt.commands.app, moe_gpt.config; print(*({wanted} & set(sys.modules)))"
     assert python("-c", code).stdout.split() == ["pydantic"]
 
 
@@ -138,12 +191,14 @@ def test_unknown_public_name_is_an_attribute_error():
         _ = moe_gpt.NoSuchName
 
 
-@pytest.mark.parametrize("name", ["MoEGPT", "ModelConfig", "RunConfig", "load_run_config", "TokenStore"])
-def test_public_names_are_listed_and_load(name):
-    """A name is in ``__all__`` exactly if the package has it."""
+def test_public_names_load_are_listed_and_described():
+    """Every name of ``__all__`` loads, stands in ``dir``, and has a place in the package's docstring."""
     import moe_gpt
 
-    assert (name in moe_gpt.__all__) == hasattr(moe_gpt, name)
+    for name in moe_gpt.__all__:
+        assert getattr(moe_gpt, name).__doc__
+        assert name in dir(moe_gpt)
+        assert re.search(rf"\b{name}\b", moe_gpt.__doc__)
 
 
 def test_train_help_lists_every_key_without_importing_torch():
@@ -169,8 +224,38 @@ def test_train_reports_all_problems_of_a_bad_config(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_train_says_which_configs_there_are(tmp_path):
-    """A config that does not exist ends train.py with status 2 and one line that lists the known ones."""
-    result = python(REPOSITORY / "scripts" / "train.py", "--config", "nothing.yaml", cwd=tmp_path)
+@pytest.mark.parametrize("words", [["--config", "nothing.yaml"], ["nothing.yaml"]])
+def test_train_says_which_configs_there_are(tmp_path, words):
+    """A config that does not exist, by flag or by place, ends with status 2 and one line that lists the known ones."""
+    result = call("train", *words, cwd=tmp_path)
     assert result.returncode == 2
     assert re.fullmatch(r"error: no config at nothing\.yaml .*tiny\.yaml.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("program", "start"),
+    [
+        ("scripts/train.py", ["{python}", "scripts/generate.py"]),
+        ("/some where/scripts/train.py", ["{python}", "'/some where/scripts/generate.py'"]),
+        ("/elsewhere/bin/moe-gpt", ["/elsewhere/bin/moe-gpt", "generate"]),
+        ("/x/moe_gpt/__main__.py", ["{any}", "generate"]),
+    ],
+)
+def test_next_command_starts_as_this_one_did(monkeypatch, program, start):
+    """A script names its neighbour, the installed command itself, and words are quoted where a shell would split them."""
+    monkeypatch.setattr(sys, "argv", [program, "train", "tiny.yaml"])
+    line = command_line("generate", "runs/my run", "--prompt", "def ")
+    assert line.endswith(" 'runs/my run' --prompt 'def '")
+    if start[0] == "{any}":
+        assert re.search(r"(moe-gpt|python\S* -m moe_gpt) generate ", line)
+    else:
+        assert f"{' '.join(start[1:])} " in line
+        assert start[0] == "{python}" or line.startswith(start[0])
+
+
+def test_resume_repeats_the_command_line(monkeypatch):
+    """What is printed to go on is the same line with --resume, once."""
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py", "--config", "a b.yaml", "--resume"])
+    assert repeated("train", "--resume").endswith("scripts/train.py --config 'a b.yaml' --resume")
+    monkeypatch.setattr(sys, "argv", ["/x/moe-gpt", "train", "tiny.yaml"])
+    assert repeated("train", "--resume") == "/x/moe-gpt train tiny.yaml --resume"

@@ -39,7 +39,7 @@ def test_train_says_what_it_does(run_dir):
         assert expected in text
     assert "--- prose ---\nThe " in text
     assert "--- code ---\ndef " in text
-    assert " scripts/generate.py " in text
+    assert "scripts/generate.py " in text
     assert "\r" not in text
     assert "\x1b" not in text
 
@@ -173,7 +173,7 @@ def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
         ("export.py", ["{run}", "{run}"], "output folder must be new or empty"),
         ("export.py", ["{tmp}/nothing", "{tmp}/x"], "no complete checkpoint at"),
         ("export.py", ["{hf}", "{tmp}/x"], "is a Hugging Face folder; this takes a run folder"),
-        ("export.py", ["{run}", "{tmp}/x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        ("export.py", ["{run}", "{tmp}/x", "--dtype", "int8"], '"int8" for --dtype'),
         ("export.py", ["{run}", "{tmp}/x", "--license", "a\nb"], "must be an identifier such as apache-2.0"),
         ("generate.py", ["{hf}", "--prompt", "a"], "architectures must name one of MixtralForCausalLM"),
     ],

@@ -46,7 +46,7 @@ def test_moe_equals_the_loop_over_experts(path, routing, way):
         y.backward(upstream)
 
     tokens, weights = x.detach().flatten(0, 1).requires_grad_(), parameters_for_loop(layer)
-    expected = moe_by_loop(tokens, **weights, top_k=layer.top_k, normalize_topk=layer.router.normalize_topk)
+    expected = moe_by_loop(tokens, **weights, top_k=layer.router.top_k, normalize_topk=layer.router.normalize_topk)
     expected.backward(upstream.flatten(0, 1))
     close = {"atol": 2e-5, "rtol": 1e-4}  # float32: sums of some 50 terms of size 1 in another order
     assert_close(y.flatten(0, 1), expected, **close)

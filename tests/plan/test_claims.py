@@ -10,8 +10,8 @@ import pytest
 from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import ConfigError
 from moe_gpt.measure.parameters import count_parameters
-from moe_gpt.plan.data_files import read_data
 from moe_gpt.plan.claims import Claim, check_claim, check_claims, find_shapes, read_claims, write_page
+from moe_gpt.plan.data_files import read_data
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "the-report-checked.md"
 

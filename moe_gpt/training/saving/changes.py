@@ -110,8 +110,8 @@ def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity:
         *_changed_settings(saved_config, identity.config),
         *_changed_data(saved_state["data_fingerprint"], identity.data_fingerprint),
         *_changed_environment(saved_state["environment"], identity.environment),
-        *_changed_own_code("router", saved_state["router"], identity.router),
-        *_changed_own_code("schedule", saved_state["schedule"], identity.schedule),
+        *_changed_own_code("router", saved_state.get("router"), identity.router),
+        *_changed_own_code("schedule", saved_state.get("schedule"), identity.schedule),
     ]
 
 

@@ -1,6 +1,6 @@
 """What a new run can start with (--init-from): a run or checkpoint of ours, or a Hugging Face folder.
 
-Weights of a dense model can start a mixture of experts (``moe_gpt.model.upcycle``).
+Weights of a dense model can start a mixture of experts (``moe_gpt.training.saving.upcycle``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.model.upcycle import starts_as_same_function, upcycle
 from moe_gpt.training.saving.checkpoint import (
     copy_weights,
     model_tensors,
@@ -33,6 +32,7 @@ from moe_gpt.training.saving.checkpoint import (
 )
 from moe_gpt.training.saving.own_code import router_for
 from moe_gpt.training.saving.saved_model import resolve_checkpoint
+from moe_gpt.training.saving.upcycle import starts_as_same_function, upcycle
 
 _ANY_CONTEXT = ("max_seq_len", "rope_theta")
 _TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std")
@@ -72,9 +72,7 @@ class InitialWeights(NamedTuple):
         copy_weights(model, tensors, str(self.path))
 
 
-def open_initial_weights(
-    path: str | Path, max_seq_len: int, make_router: MakeRouter | None = None
-) -> InitialWeights:
+def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRouter | None = None) -> InitialWeights:
     """Open what ``--init-from`` names.
 
     Args:

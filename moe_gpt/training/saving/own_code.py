@@ -42,7 +42,8 @@ def find_router(place: str) -> MakeRouter:
     if not separator or path.suffix != ".py" or not path.is_file():
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
     spec = importlib.util.spec_from_file_location(f"router_of_{path.stem}", path)
-    assert spec and spec.loader, "a file that ends in .py has a loader"
+    assert spec is not None, "a file that ends in .py has a loader"
+    assert spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

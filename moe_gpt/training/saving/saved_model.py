@@ -97,7 +97,9 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
         raise InputError(f"{error}{advice}") from None
     state, config = read_state(path), read_config(path)
     tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
-    return SavedModel(path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"], state["router"])
+    return SavedModel(
+        path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"], state["router"]
+    )
 
 
 def describe_model(path: str) -> str:

@@ -104,7 +104,7 @@ def test_allowed_change_is_made_and_recorded(small_config, tmp_path):
     (record,) = read_state(resolve_checkpoint(tmp_path))["changes"]
     assert record == {"after_step": 2, "key": "optimizer.lr", "old": 0.003, "new": 0.0001, "needs_permission": True}
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event["kind"] for event in events] == ["start", "resume", "resume"]
+    assert [event["kind"] for event in events] == ["start", "first_checkpoint", "resume", "resume"]
     assert [event["changes"] for event in events] == [[], ["optimizer.lr"], []]
 
 

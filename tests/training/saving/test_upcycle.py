@@ -7,7 +7,7 @@ import torch
 from tiny_models import random_tokens, routers_of, tiny_config, tiny_model, training_loss
 
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.model.upcycle import starts_as_same_function, upcycle
+from moe_gpt.training.saving.upcycle import starts_as_same_function, upcycle
 
 MIXTURES = [
     {},
