@@ -26,12 +26,13 @@ def run_training(
     init_from=None,
     allow_changes=(),
     take_step=pretraining_step,
+    callbacks=(),
     **limits,
 ) -> tuple[Run, str]:
     """Train in a folder; return the run and how it ended."""
     run = set_up_run(config, run_dir, CPU, resume, init_from, allow_changes, say=lambda text: None)
     with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
-        outcome = train(run, Limits(**limits), display or Silent(), take_step)
+        outcome = train(run, Limits(**limits), display or Silent(), take_step, callbacks)
     return run, outcome
 
 

@@ -17,6 +17,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.parallelize import apply_execution
 from moe_gpt.errors import InputError
 from moe_gpt.measure.memory import needed_memory
+from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, available_memory_bytes, pick_precision, tune_process
@@ -78,6 +79,10 @@ class Run:
     def is_finished(self) -> bool:
         """Whether the schedule's last token has been seen."""
         return self.state.tokens_seen >= self.schedule.total_tokens
+
+
+_HOPELESS = 20
+"""Times the free memory; what takes more is no run of this machine, whatever its settings."""
 
 
 class OwnParts(NamedTuple):
@@ -178,6 +183,7 @@ def assemble(
 
     Arguments and errors are those of ``set_up_run``.
     """
+    _refuse_full_size(config, device)
     data = prepare_data(config.data, start.tokenizer, say)
     config, schedule, shares = fill_in(config, data, start.vocab_size, fit_steps)
     if own.schedule is not None:
@@ -235,6 +241,22 @@ def _with_history(
     changes = check_changes(find_changes(read_config(start.saved), before, identity), allow_changes, say)
     history = (*before["changes"], *({"after_step": before["step"], **change} for change in changes))
     return identity._replace(initialised_from=before["initialised_from"], changes=history), changes
+
+
+def _refuse_full_size(config: RunConfig, device: torch.device) -> None:
+    """Refuse a model whose weights, gradients and moments alone are far beyond this machine: it is meant for a plan.
+
+    Raises:
+        InputError: with the size, and what it is for.
+    """
+    free, counts = available_memory_bytes(device), count_parameters(config.model)
+    needed = 16 * counts.total
+    if free is not None and needed > _HOPELESS * free:
+        raise InputError(
+            f"this config has {format_value(counts.total, 'parameters')} parameters: to train it takes at least "
+            f"{format_value(needed, 'bytes')} of memory, and {format_value(free, 'bytes')} are free here; it is meant "
+            "for moe-gpt plan, which says what such a run takes; to train, take a smaller one such as tiny.yaml"
+        )
 
 
 def _warn_of_memory(config: RunConfig, device: torch.device, precision: Precision, say: Callable[[str], None]) -> None:

@@ -14,9 +14,10 @@ def describe_run(run: Run) -> str:
     """Return what will be trained: parameters, data, stages, device and precision."""
     model, counts = run.config.model, count_parameters(run.config.model)
     experts = "dense" if model.is_dense else f"{model.n_experts} experts, top-{model.top_k}, balance by {model.balance}"
+    total = sum(parameter.numel() for parameter in run.state.model.parameters())  # routers of one's own included
     lines = [
-        f"model      {counts.total:,} parameters, {counts.active:,} active per token; {model.n_layers} layers of "
-        f"width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value, {experts}",
+        f"model      {total:,} parameters, {counts.active + total - counts.total:,} active per token; "
+        f"{model.n_layers} layers of width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value, {experts}",
         f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
     ]
     for source in run.data.sources:

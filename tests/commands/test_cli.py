@@ -1,4 +1,4 @@
-"""What every command shares: errors as lines, help for every flag and key, a quick start, commands that can be copied."""
+"""What every command shares: errors as lines, help for every flag, a quick start, commands that can be copied."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_train_says_which_configs_there_are(tmp_path, words):
     ],
 )
 def test_next_command_starts_as_this_one_did(monkeypatch, program, start):
-    """A script names its neighbour, the installed command itself, and words are quoted where a shell would split them."""
+    """A script names its neighbour, the command itself; words are quoted where a shell would split them."""
     monkeypatch.setattr(sys, "argv", [program, "train", "tiny.yaml"])
     line = command_line("generate", "runs/my run", "--prompt", "def ")
     assert line.endswith(" 'runs/my run' --prompt 'def '")
