@@ -133,7 +133,7 @@ def test_forecast_of_2020():
         (["--extrapolate", "--set", "gpt5=1"], "there is no input 'gpt5'; choose one of "),
         (["--extrapolate", "--set", "gpt3_parameters=many"], "gpt3_parameters must be a number above 0, got 'many'"),
         (["--extrapolate", "--set", "gpt3_parameters=-1"], "gpt3_parameters"),
-        (["--json"], "--config is needed for a plan"),
+        (["--json"], "CONFIG is missing"),
         ([*REPORTED, "--tokens", "0.3"], "tokens must be from 1 to 1e+20, got 0.3"),
         ([*REPORTED, "--tokens", "1e308"], "tokens must be from 1 to 1e+20"),
         ([*REPORTED, "--gamma", "1000000000"], "gamma must be a whole number from 0 to 1000"),
