@@ -41,7 +41,7 @@ def draw_load(run: RunRecords) -> Picture:
     n_layers, n_experts = loads.shape
     with pictures.drawing(height=1.2 + min(0.28 * max(n_layers, 2), 4.5)) as (figure, axes):
         _draw_ratios(axes, np.arange(n_experts + 1), np.arange(n_layers + 1), loads)
-        if loads.size <= 256:
+        if loads.size <= 256 and n_experts <= 24:  # of more, the numbers would run into each other
             _write_cells(axes, loads)
         axes.set(xlabel="expert", ylabel="layer")
         axes.set_xticks(np.array(spread(n_experts, 16)) + 0.5, map(str, spread(n_experts, 16)))
@@ -76,7 +76,7 @@ def _explain_colours(figure: Figure, panels: Sequence[Axes], label: str) -> None
 
 
 def _write_cells(axes: Axes, values: np.ndarray) -> None:
-    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5}
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
     for (row, column), value in np.ndenumerate(values):
         colour = "#000000" if 0.4 < value < 2.5 else "#ffffff"
         axes.text(column + 0.5, row + 0.5, f"{value:.1f}", color=colour, **look)

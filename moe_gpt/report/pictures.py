@@ -19,7 +19,7 @@ import yaml
 
 from moe_gpt.report.series import Series, spread
 from moe_gpt.report.words import say, words
-from moe_gpt.terminal.numbers import format_count
+from moe_gpt.terminal.numbers import format_count, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ INK: str = _STYLE["ink"]
 MOST_LAYERS = 8
 """Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 WIDTH = 5.6
-"""Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
+"""Inches of a picture: on a page its text grows by a fifth, on a phone it keeps nine tenths of its size and scrolls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,19 @@ class Table:
         """Return the table of equally long columns by their headings."""
         return cls(tuple(columns), list(zip(*columns.values(), strict=True)), title)
 
+    @property
+    def n_characters(self) -> int:
+        """About how many characters it is wide at least: a line cannot break within a word or a number."""
+        words = [[len(word) for cell in column for word in format_number(cell).split()] for column in self._whole()]
+        return sum(max(lengths, default=0) + 2 for lengths in words)
+
+    def _whole(self) -> list[tuple[Any, ...]]:
+        """Return the columns with their headings."""
+        return list(zip(self.columns, *self.rows, strict=True))
+
     def turned(self) -> Table:
         """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
-        headings, *rows = zip(self.columns, *self.rows, strict=True)
+        headings, *rows = self._whole()
         return Table(headings, rows, self.title)
 
 
@@ -139,10 +149,16 @@ def titles_of(layers: Sequence[int]) -> list[str]:
     return [f"layer {layer}" for layer in layers]
 
 
-def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300, **look: Any) -> None:
+def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300) -> None:
     """Draw lines over tokens seen by their labels, each with a look of its own, as means of at most ``limit`` parts."""
     for index, (label, series) in enumerate(lines.items()):
-        axes.plot(*series.shortened(limit), label=label, **line_look(index), **look)
+        axes.plot(*series.shortened(limit), label=label, **line_look(index) | marks(len(series.tokens)))
+
+
+def marks(n_points: int) -> dict[str, Any]:
+    """Return how a line's points are marked: few as dots; two have no line, which would suggest what is between."""
+    dots: dict[str, Any] = {"marker": "o", "markersize": 3} if n_points <= 20 else {}
+    return dots | ({"linestyle": "none"} if n_points <= 2 else {})
 
 
 def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
@@ -177,11 +193,11 @@ def render(figure: Figure, name: str) -> tuple[str, bytes]:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Return the SVG for use inside a page: the page's ink, no prolog, ids of its own, a width that may shrink."""
+    """Return the SVG for use inside a page: the page's ink, no prolog, ids of its own, its width as a variable."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width: \2pt"', svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="--width: \2pt"', svg, count=1)
     return svg.replace(INK, "var(--ink)").replace(_STYLE["grid"], "var(--grid)")
 
 
@@ -190,7 +206,7 @@ def standalone(picture: Picture) -> str:
     svg = picture.svg.replace("var(--ink)", "#111111").replace("var(--grid)", "#dddddd")
     words = f"<title>{html.escape(picture.title)}</title><desc>{html.escape(picture.alt)}</desc>"
     head, body = svg.split(">", 1)
-    head = re.sub(r'style="max-width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)
+    head = re.sub(r'style="--width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head} role="img">{words}{body}'
 
 

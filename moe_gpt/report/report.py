@@ -23,11 +23,11 @@ from moe_gpt.files.durable import replace_file
 from moe_gpt.report import expert_pictures, routed_text, router_pictures, run_pictures
 from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Picture, Table, standalone
-from moe_gpt.report.recorded import RunRecords, section_of
+from moe_gpt.report.recorded import RunRecords, section_of, tell_apart
 from moe_gpt.report.routed_text import show_controls
 from moe_gpt.report.run_summary import domain_table, perplexity, summarise
 from moe_gpt.report.series import spread
-from moe_gpt.report.words import paragraphs, words
+from moe_gpt.report.words import Glossary, paragraphs, words
 from moe_gpt.terminal.numbers import format_number
 
 
@@ -50,7 +50,7 @@ class Section:
             self.parts["missing"].append(reason)
 
 
-def write_report(runs: Sequence[RunRecords], path: Path) -> None:
+def write_report(runs: Sequence[RunRecords], path: Path, renew_seconds: int = 0) -> None:
     """Write the report of a run, or of several side by side, and the folder ``<path without suffix>-pictures``.
 
     Each file is complete or absent; pictures of an earlier report that are not drawn again stay.
@@ -58,6 +58,7 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     Args:
         runs: one for a full report; of several, the comparison and each one's summary.
         path: of the HTML file, replaced if it is there.
+        renew_seconds: how often a browser loads the page anew; 0 for a page that does not change any more.
 
     Raises:
         InputError: where there is no run.
@@ -65,9 +66,11 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     """
     if not runs:
         raise InputError("a report takes at least one run, got none")
-    title = f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+    runs = tell_apart(runs)
     sections = list(_sections_of_several(runs) if len(runs) > 1 else _sections_of(runs[0]))
-    page = _template().render(title=title, sections=sections)
+    title = f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+    facts = {"title": title, "sections": sections, "renew_seconds": renew_seconds, "glossary": Glossary()}
+    page = _template().render(facts)
     for picture in itertools.chain(*(section.parts["pictures"] for section in sections)):
         file = path.with_name(f"{path.stem}-pictures") / picture.name
         replace_file(file.with_suffix(".svg"), standalone(picture))
@@ -180,13 +183,16 @@ def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
     from moe_gpt.report.comparison.compare import compare_runs
 
     found = compare_runs(runs)
-    section = Section("comparison", "Comparison")
-    section.parts["text"] += [*(picture.alt for picture in found.pictures), *found.notes]
-    section.parts["pictures"] += found.pictures
-    section.parts["tables"] += [found.final.turned(), found.differences]
-    yield section
+    yield _section("comparison", "At the end", tables=[found.final.turned()], notes=found.notes)
+    yield _section("curves", "Curves", pictures=found.pictures)
+    yield _section("differences", found.differences.title, tables=[found.differences])
     for number, run in enumerate(runs, 1):
-        section = Section(f"run-{number}", f"Run {run.name}")
-        section.parts["findings"] += summarise(run, is_compared=True)
+        section = _section(f"run-{number}", f"Run {run.name}", findings=summarise(run, is_compared=True))
         section.add("tables", _validation_table, run)
         yield section
+
+
+def _section(name: str, title: str, **parts: list) -> Section:
+    section = Section(name, title)
+    section.parts.update(parts)
+    return section

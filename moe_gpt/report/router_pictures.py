@@ -6,7 +6,7 @@ quantities are those of ``moe_gpt.measure.routing``.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -94,9 +94,8 @@ def _lines_by_layer(name: str, drawn: list[_Panel], chance: float | None = None,
     shown = spread(n_layers, pictures.MOST_LAYERS)
     with pictures.panels([panel.title for panel in drawn], n_columns, (0.6, 1.75), sharex=True) as (figure, grid):
         for axes, (_, _, series) in zip(grid, drawn, strict=True):
-            marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(series.tokens) <= 20 else {}
             lines = [Series(series.tokens, series.values[:, layer]) for layer in shown]
-            pictures.draw_lines(axes, dict(zip(pictures.titles_of(shown), lines, strict=True)), **marker)
+            pictures.draw_lines(axes, dict(zip(pictures.titles_of(shown), lines, strict=True)))
             if chance is not None:
                 axes.axhline(chance, color="#888888", linestyle="--", linewidth=1, label="chance")
             if log_scale:

@@ -37,7 +37,7 @@ def draw_losses(run: RunRecords) -> Picture:
             label = f"training, mean of {window} steps" if window > 1 else "training"
             axes.plot(*smooth.shortened(), color=COLOURS[6], label=label)
         lines = {f"validation: {source}": score for source, score in scores.items()}
-        pictures.draw_lines(axes, lines, limit=1200, marker="o", markersize=3)
+        pictures.draw_lines(axes, lines, limit=1200)
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes)
         _mark_stages(axes, run)
@@ -183,7 +183,7 @@ def _begun_stages(run: RunRecords) -> list[tuple[int, int]]:
 def _mark_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None:
     """Draw a line between the stages that were begun, and number above it those that are wide enough for it."""
     stages = _begun_stages(run)
-    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7.5}
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8.5}
     for start, _ in stages[1:]:
         axes.axvline(start, color=pictures.INK, linewidth=0.7, linestyle=":")
     for number, (start, end) in enumerate(stages, 1):

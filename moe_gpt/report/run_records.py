@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import numpy as np
 import yaml
 from safetensors import SafetensorError
@@ -46,6 +47,19 @@ def read_run(run_dir: str | Path) -> RunRecords:
     return _Reader(folder).read()
 
 
+def is_training(run_dir: Path) -> bool:
+    """Tell whether a living process trains in a run's folder, which is whether it holds the lock; nothing is made."""
+    lock = run_dir / ".lock"
+    try:
+        if lock.is_file():
+            filelock.FileLock(lock).acquire(timeout=0).lock.release()
+    except filelock.Timeout:
+        return True
+    except OSError:  # a folder that only others may write to: whether they do cannot be known
+        pass
+    return False
+
+
 class _Reader:
     """Reads a folder, and notes what cannot be read."""
 
@@ -70,6 +84,7 @@ class _Reader:
             tokenizer=tokenizer,
             tokenizer_digest=digest,
             notes=self.notes,
+            is_training=is_training(self.folder),
         )
         if lines:
             self.notes += _notes_on_gaps(run)

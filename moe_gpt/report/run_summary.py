@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from moe_gpt.measure import routing
 from moe_gpt.measure.health import find_problems, recorded_window
 from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.words import paragraphs, say, words
 from moe_gpt.terminal.numbers import format_number
 
@@ -101,6 +102,7 @@ def _whether_it_learned(run: RunRecords) -> Facts:
     return facts | {
         "n_evaluations": [len(series.tokens) for series in scores.values()],
         "verdict": any(verdicts) + all(verdicts),
+        "is_untrained": not any(series.tokens[-1] for series in scores.values()),
     }
 
 
@@ -117,7 +119,14 @@ def perplexity(nats: float) -> str:
 def _whether_experts_are_used(run: RunRecords) -> Facts:
     arrays = run.last_with_counts()
     counts = arrays.total_counts()
-    return {"step": arrays.step, "loads": 1 + routing.max_violation(counts), "dead": routing.dead_experts(counts)}
+    dead = routing.dead_experts(counts)
+    return _time_of(arrays, run) | {"loads": 1 + routing.max_violation(counts), "dead": dead}
+
+
+def _time_of(arrays: EvaluationArrays, run: RunRecords) -> Facts:
+    """Return the step of an evaluation, and from which step on its routing is judged."""
+    needed = known_settings(FaultConfig, run.section("faults")).routing_window
+    return {"step": arrays.step, "needed": needed, "is_early": arrays.step < needed}
 
 
 def _whether_experts_differ(run: RunRecords) -> Facts:
@@ -126,7 +135,7 @@ def _whether_experts_differ(run: RunRecords) -> Facts:
     percents = [row[2] for row in domain_table(run).rows]
     low, high = min(percents), max(percents)
     facts = {"sources": sources, "low": low, "high": high, "hardly": _HARDLY, "clearly": _CLEARLY}
-    return facts | {"verdict": (high >= _HARDLY) + (high > _CLEARLY)}
+    return facts | _time_of(run.last_with_counts(), run) | {"verdict": (high >= _HARDLY) + (high > _CLEARLY)}
 
 
 def domain_table(run: RunRecords) -> Table:
@@ -150,8 +159,12 @@ def _whether_the_router_is_healthy(run: RunRecords) -> Facts:
 
 
 def _whether_it_was_worth_it(run: RunRecords) -> Facts:
-    model = run.section("model")
-    return {"width": model["top_k"] * model["d_ff"] if {"top_k", "d_ff"} <= model.keys() else None}
+    model, dense = run.section("model"), run.run_dir.parent / f"{run.run_dir.resolve().name}-dense"
+    width = model["top_k"] * model["d_ff"] if {"top_k", "d_ff"} <= model.keys() else "WIDTH"
+    shape = ["model.n_experts=1", "model.top_k=1", f"model.d_ff={width}"]
+    train = ["python", "scripts/train.py", "--config", run.run_dir / "config.yaml", "--run-dir", dense, *shape]
+    compare = ["python", "scripts/report.py", run.run_dir, dense, "--out", "both.html"]
+    return {"train": shlex.join(map(str, train)), "compare": shlex.join(map(str, compare))}
 
 
 def _what_went_wrong(run: RunRecords) -> Facts:

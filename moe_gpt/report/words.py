@@ -6,6 +6,7 @@ Python finds values, the templates say them. What comes out is plain text: the p
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,19 @@ def say(template: str, **facts: Any) -> str:
 def paragraphs(template: str, **facts: Any) -> list[str]:
     """Return a template with its values as paragraphs, which lines of it are; empty ones are left out."""
     return [" ".join(line.split()) for line in _render(template, facts).splitlines() if line.strip()]
+
+
+class Glossary:
+    """The terms that a page has not explained yet."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, str] = dict(words()["terms"])
+
+    def first_met(self, *texts: str) -> list[tuple[str, str]]:
+        """Return the terms that stand in texts for the first time, each with what it means."""
+        text = " ".join(texts)
+        met = [term for term in self._left if re.search(rf"\b(?:{term})s?\b", text, re.IGNORECASE)]
+        return [(term.partition("|")[0], self._left.pop(term)) for term in met]
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:
