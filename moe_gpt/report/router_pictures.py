@@ -70,10 +70,12 @@ def draw_gradients(run: RunRecords) -> Picture:
     return _lines_by_layer("router-gradient", [panel], log_scale=bool((np.nan_to_num(ratio) > 0).any()))
 
 
-def draw_dropped(run: RunRecords) -> Picture:
-    """Draw the share of assignments that found their expert full."""
+def draw_dropped(run: RunRecords) -> list[Picture]:
+    """Draw the share of assignments that found their expert full; nothing where none did."""
     tokens, fractions = run.record_values("routing", "dropped_fraction")
-    return _lines_by_layer("dropped", [_Panel("", "% of assignments", Series(tokens, 100 * fractions))])
+    has_dropped = any(line.get("dropped_fraction") for line in run.steps)
+    panel = _Panel("", "% of assignments", Series(tokens, 100 * fractions))
+    return [_lines_by_layer("dropped", [panel])] if has_dropped else []
 
 
 def draw_saturation(run: RunRecords) -> Picture:

@@ -40,16 +40,20 @@ def paragraphs(template: str, **facts: Any) -> list[str]:
 
 
 class Glossary:
-    """The terms that a page has not explained yet."""
+    """Explains the terms of words.yaml, each where it first stands on a page."""
 
     def __init__(self) -> None:
-        self._left: dict[str, str] = dict(words()["terms"])
+        self._explained: set[str] = set()
 
     def first_met(self, *texts: str) -> list[tuple[str, str]]:
         """Return the terms that stand in texts for the first time, each with what it means."""
-        text = " ".join(texts)
-        met = [term for term in self._left if re.search(rf"\b(?:{term})s?\b", text, re.IGNORECASE)]
-        return [(term.partition("|")[0], self._left.pop(term)) for term in met]
+        text, met = " ".join(texts), []
+        for term, meaning in words()["terms"].items():
+            text, n_times = re.subn(rf"\b(?:{term})s?\b", " ", text, flags=re.IGNORECASE)
+            if n_times and term not in self._explained:
+                self._explained.add(term)
+                met.append((term.partition("|")[0], meaning))
+        return met
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:
