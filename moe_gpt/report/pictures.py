@@ -13,7 +13,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -161,13 +161,65 @@ def marks(n_points: int) -> dict[str, Any]:
     return dots | ({"linestyle": "none"} if n_points <= 2 else {})
 
 
+class Panel(NamedTuple):
+    """Lines over tokens seen, by their labels."""
+
+    title: str
+    unit: str
+    lines: dict[str, Series]
+
+    @property
+    def name(self) -> str:
+        """The title, or the unit of a panel that stands alone."""
+        return self.title or self.unit
+
+
+def draw_panels(
+    name: str,
+    drawn: Sequence[Panel],
+    n_columns: int,
+    heights: tuple[float, float],
+    adjust: Callable[[Axes], Any] = lambda axes: None,
+    table: Table | None = None,
+    **facts: Any,
+) -> Picture:
+    """Draw panels of lines, which share a legend.
+
+    Args:
+        name: of the picture, in picture_words.yaml.
+        drawn: the panels; their lines have the same labels.
+        n_columns: panels side by side.
+        heights: inches besides the rows, and of a row.
+        adjust: what else is done to each panel.
+        table: the numbers; by default some of each panel.
+        facts: what the picture's words are about, besides ``panels``.
+    """
+    with panels([panel.title for panel in drawn], n_columns, heights, sharex=True) as (figure, grid):
+        for axes, panel in zip(grid, drawn, strict=True):
+            draw_lines(axes, panel.lines)
+            adjust(axes)
+        label_panels(grid, n_columns, [panel.unit for panel in drawn], count_axis)
+        legend_below(figure, grid[:1])
+        return finish(figure, name, table or _table_of_panels(drawn), panels=drawn, **facts)
+
+
+def _table_of_panels(drawn: Sequence[Panel]) -> Table:
+    rows = []
+    for panel in drawn:
+        found = [dict(zip(*line, strict=True)) for line in panel.lines.values()]
+        tokens = sorted(set().union(*found))
+        rows += [(panel.name, tokens[at], *(line.get(tokens[at]) for line in found)) for at in spread(len(tokens), 12)]
+    return Table(("quantity", "tokens seen", *drawn[0].lines), rows)
+
+
 def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
     """Name the labelled lines of some axes below all of them, which keep their height; long names are cut."""
     found = dict(pair for axes in named for pair in zip(*axes.get_legend_handles_labels(), strict=True))
     labels = [label if len(label) <= 48 else f"{label[:47]}…" for label in found.values()]
     n_columns = max(1, min(len(labels), 72 // (max(map(len, labels), default=0) + 6)))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // n_columns))
-    figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
+    if found:
+        figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
 
 
 def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:

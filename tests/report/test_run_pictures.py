@@ -178,7 +178,6 @@ def test_non_finite_steps_leave_gaps():
         router_pictures.draw_entropies,
         router_pictures.draw_router,
         router_pictures.draw_gradients,
-        router_pictures.draw_dropped,
         router_pictures.draw_saturation,
         expert_pictures.draw_co_activation,
         expert_pictures.draw_domains,
@@ -188,6 +187,16 @@ def test_nothing_recorded_is_said(draw):
     """A picture of nothing is refused, with what is missing."""
     with pytest.raises(NotRecorded):
         draw(make_run(steps=[], records=[], evaluations=[], arrays=[]))
+
+
+def test_dropped_assignments_are_drawn_where_there_are_any():
+    """No picture of nothing; and one that lacks what it needs says so."""
+    assert router_pictures.draw_dropped(make_run()) == []
+    steps = [make_step(1, dropped_fraction=0.1)]
+    (picture,) = router_pictures.draw_dropped(make_run(steps=steps))
+    assert picture.name == "dropped"
+    with pytest.raises(NotRecorded, match="not recorded"):
+        router_pictures.draw_dropped(make_run(steps=steps, records=[]))
 
 
 def test_tokens_show_their_white_space():
