@@ -11,6 +11,7 @@ import dataclasses
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,30 +108,37 @@ def drawing(
 
 @contextlib.contextmanager
 def panels(
-    titles: Sequence[str], n_columns: int, heights: tuple[float, float], **options: Any
+    titles: Sequence[str],
+    units: Sequence[str],
+    n_columns: int,
+    heights: tuple[float, float],
+    label_x: Callable[[Axes], Any],
+    **options: Any,
 ) -> Iterator[tuple[Figure, Any]]:
     """Open a figure with a panel for each title, as an array of axes.
 
-    ``heights`` are the inches that are there besides the rows, and those of a row.
+    Args:
+        titles: of the panels.
+        units: of the vertical axes, written where a panel is the first of its row or has another unit than that one.
+        n_columns: panels side by side.
+        heights: the inches that are there besides the rows, and those of a row.
+        label_x: labels a horizontal axis; called for the lowest panels.
+        options: of ``drawing``.
     """
     n_rows = -(-len(titles) // n_columns)
     total = heights[0] + heights[1] * n_rows
     with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
         for axes in grid.flat[len(titles) :]:
             axes.set_visible(False)
-        for axes, title in zip(grid.flat, titles, strict=False):
+        shown = grid.flat[: len(titles)]
+        for index, (axes, title, unit) in enumerate(zip(shown, titles, units, strict=True)):
             axes.set_title(title)
-        yield figure, grid.flat[: len(titles)]
-
-
-def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], label_x: Callable[[Axes], Any]) -> None:
-    """Label the lowest panels' horizontal axes, and a vertical one where it is the first or has a unit of its own."""
-    for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
-        if index % n_columns == 0 or unit != units[index - index % n_columns]:
-            axes.set_ylabel(unit)
-    for axes in grid[-n_columns:]:
-        axes.tick_params(labelbottom=True)
-        label_x(axes)
+            if index % n_columns == 0 or unit != units[index - index % n_columns]:
+                axes.set_ylabel(unit)
+        for axes in shown[-n_columns:]:
+            axes.tick_params(labelbottom=True)
+            label_x(axes)
+        yield figure, shown
 
 
 @contextlib.contextmanager
@@ -139,8 +147,8 @@ def by_layer(
 ) -> Iterator[tuple[Figure, dict[int, Axes], dict[str, Any]]]:
     """Open a figure with a panel for each layer, at most so many, evenly spread; with what its words say of layers."""
     shown = spread(n_layers, most)
-    with panels(titles_of(shown), n_columns, heights, sharex=True, sharey=True) as (figure, grid):
-        label_panels(grid, n_columns, [unit] * len(shown), label_x)
+    units, options = [unit] * len(shown), {"sharex": True, "sharey": True}
+    with panels(titles_of(shown), units, n_columns, heights, label_x, **options) as (figure, grid):
         yield figure, dict(zip(shown, grid, strict=True)), {"shown": shown, "n_layers": n_layers}
 
 
@@ -194,11 +202,11 @@ def draw_panels(
         table: the numbers; by default some of each panel.
         facts: what the picture's words are about, besides ``panels``.
     """
-    with panels([panel.title for panel in drawn], n_columns, heights, sharex=True) as (figure, grid):
+    titles, units = zip(*((panel.title, panel.unit) for panel in drawn), strict=True)
+    with panels(titles, units, n_columns, heights, count_axis, sharex=True) as (figure, grid):
         for axes, panel in zip(grid, drawn, strict=True):
             draw_lines(axes, panel.lines)
             adjust(axes)
-        label_panels(grid, n_columns, [panel.unit for panel in drawn], count_axis)
         legend_below(figure, grid[:1])
         return finish(figure, name, table or _table_of_panels(drawn), panels=drawn, **facts)
 
@@ -212,14 +220,19 @@ def _table_of_panels(drawn: Sequence[Panel]) -> Table:
     return Table(("quantity", "tokens seen", *drawn[0].lines), rows)
 
 
-def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
-    """Name the labelled lines of some axes below all of them, which keep their height; long names are cut."""
-    found = dict(pair for axes in named for pair in zip(*axes.get_legend_handles_labels(), strict=True))
-    labels = [label if len(label) <= 48 else f"{label[:47]}…" for label in found.values()]
-    n_columns = max(1, min(len(labels), 72 // (max(map(len, labels), default=0) + 6)))
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // n_columns))
+def legend_below(figure: Figure, named: Sequence[Axes], lines: Mapping[str, Any] | None = None) -> None:
+    """Name the labelled lines of some axes, or others, below all axes, which keep their height."""
+    found = dict(lines or {})
+    for axes in named:
+        handles, names = axes.get_legend_handles_labels()
+        found |= dict(zip(names, handles, strict=True))
     if found:
-        figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
+        n_characters = int(13 * figure.get_figwidth())  # of its size, side by side
+        labels = [textwrap.fill(label, n_characters - 8) for label in found]
+        n_columns = max(1, min(len(labels), n_characters // (max(map(len, labels)) + 6)))
+        n_lines = sum(label.count("\n") + 1 for label in labels)
+        figure.set_figheight(figure.get_figheight() + 0.2 * -(-n_lines // n_columns))
+        figure.legend(list(found.values()), labels, loc="outside lower center", ncols=n_columns)
 
 
 def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:

@@ -108,6 +108,17 @@ class RunRecords:
         return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, Iterable) else []
 
     @property
+    def planned_tokens(self) -> int | None:
+        """Tokens at the end of the schedule; None where the config does not say."""
+        end: Any = [None, *(stage.get("until_tokens") for stage in self.stages)][-1]
+        return end if isinstance(end, int) else None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the schedule has more tokens than the run has seen."""
+        return self.planned_tokens is not None and self.last("tokens_seen") < self.planned_tokens
+
+    @property
     def sources(self) -> list[str]:
         """The names of the sources, as in the config, or else as evaluated."""
         sources = self.section("data").get("sources") or ()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -71,8 +70,7 @@ def _find(name: str, find: Callable[[RunRecords], Facts], run: RunRecords) -> Fi
 def _what_was_trained(run: RunRecords) -> Facts:
     found, reason = attempt("shape of the model", _shape_of_the_model, run)
     model, counts = found or (None, None)
-    facts = {"tokens": run.last("tokens_seen"), "model": model, "counts": counts, "reason": reason}
-    return facts | {"planned": run.stages[-1].get("until_tokens") if run.stages else None}
+    return {"tokens": run.last("tokens_seen"), "model": model, "counts": counts, "reason": reason}
 
 
 def _shape_of_the_model(run: RunRecords) -> tuple[ModelConfig, Any]:
@@ -160,11 +158,7 @@ def _whether_the_router_is_healthy(run: RunRecords) -> Facts:
 
 def _whether_it_was_worth_it(run: RunRecords) -> Facts:
     model, dense = run.section("model"), run.run_dir.parent / f"{run.run_dir.resolve().name}-dense"
-    width = model["top_k"] * model["d_ff"] if {"top_k", "d_ff"} <= model.keys() else "WIDTH"
-    shape = ["model.n_experts=1", "model.top_k=1", f"model.d_ff={width}"]
-    train = ["python", "scripts/train.py", "--config", run.run_dir / "config.yaml", "--run-dir", dense, *shape]
-    compare = ["python", "scripts/report.py", run.run_dir, dense, "--out", "both.html"]
-    return {"train": shlex.join(map(str, train)), "compare": shlex.join(map(str, compare))}
+    return {"dense": dense, "width": model["top_k"] * model["d_ff"] if {"top_k", "d_ff"} <= model.keys() else "WIDTH"}
 
 
 def _what_went_wrong(run: RunRecords) -> Facts:

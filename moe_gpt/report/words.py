@@ -6,7 +6,9 @@ Python finds values, the templates say them. What comes out is plain text: the p
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +24,8 @@ if TYPE_CHECKING:
 @functools.cache
 def words() -> dict[str, Any]:
     """Return what words.yaml and picture_words.yaml have."""
-    return _read("words.yaml") | _read("picture_words.yaml")
-
-
-def _read(name: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    files = (Path(__file__).with_name(name) for name in ("words.yaml", "picture_words.yaml"))
+    return dict(itertools.chain(*(yaml.safe_load(file.read_text(encoding="utf-8")).items() for file in files)))
 
 
 def say(template: str, **facts: Any) -> str:
@@ -72,6 +71,7 @@ def _environment() -> Environment:
         "fmt": format,
         "number": format_number,
         "plural": plural,
+        "quote": lambda path: shlex.quote(str(path)),
         "tokens": TOKENS.format,
     }
     environment.globals["shared"] = environment.from_string(words()["shared"]).module

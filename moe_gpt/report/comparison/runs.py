@@ -100,12 +100,6 @@ class ComparedRun:
         return np.concatenate([[0.0], self.sums[quantity]])[n_steps]
 
     @property
-    def total_tokens(self) -> int | None:
-        """Tokens at the end of the schedule; None where the config does not say."""
-        end: Any = [None, *(stage.get("until_tokens") for stage in self.records.stages)][-1]
-        return end if isinstance(end, int) else None
-
-    @property
     def scored_at(self) -> int | None:
         """Tokens at the last scores; of the sources the one whose scores end first."""
         return min((int(scores.tokens[-1]) for scores in self.records.all_scores().values()), default=None)
@@ -113,8 +107,7 @@ class ComparedRun:
     @property
     def is_stopped(self) -> bool:
         """Whether the schedule has more tokens than the run has seen, and nothing trains it any more."""
-        is_short = self.total_tokens is not None and self.records.last("tokens_seen") < self.total_tokens
-        return is_short and not self.records.is_training
+        return self.records.is_short and not self.records.is_training
 
     @functools.cached_property
     def identity(self) -> Any:
@@ -180,12 +173,11 @@ def _belong_together(one: ComparedRun, other: ComparedRun) -> bool:
 def differing_keys(runs: Sequence[ComparedRun]) -> list[str]:
     """Return the settings that differ between the runs whose config can be read, in the order of the configs."""
     settings = [run.settings for run in runs if run.settings]
-    return [key for key in dict.fromkeys(itertools.chain(*settings)) if _differs(key, settings)]
 
+    def differs(key: str) -> bool:
+        return any(found.get(key, _NOT_THERE) != settings[0].get(key, _NOT_THERE) for found in settings)
 
-def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
-    first, *others = (found.get(key, _NOT_THERE) for found in settings)
-    return any(value != first for value in others)
+    return list(filter(differs, dict.fromkeys(itertools.chain(*settings))))
 
 
 def table_of_differences(runs: Sequence[ComparedRun]) -> Table:
