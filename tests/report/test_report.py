@@ -17,6 +17,7 @@ import yaml
 from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
 
 from moe_gpt.errors import InputError
+from moe_gpt.report import pictures
 from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.report import write_report
 from moe_gpt.report.run_summary import summarise
@@ -266,6 +267,20 @@ def test_what_is_long_says_that_it_scrolls(whole):
     assert re.search(r"The table scrolls sideways: \d+ columns", page)
     assert re.search(r"The table scrolls: \d\d rows", page)
     assert re.search(r'<span class="hover">[^<]*pointer', page)
+
+
+def test_text_of_pictures_is_readable_on_a_phone(rendered, tmp_path):
+    """However narrow the page, a picture keeps so much of its own width that its text has 11 pixels."""
+    write_report([make_run()], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    kept = float(re.search(r"min-width: calc\(([.\d]+) \* var\(--width\)\)", page)[1])
+    sizes = [float(size) for size in re.findall(r"<text style=\"font[^;]*?([\d.]+)px", page)]  # of a viewBox in points
+    widths = re.findall(r'<svg [^>]*style="--width: [\d.]+pt"', page)
+    assert len(widths) == page.count("<svg") == page.count("<figure")
+    axis_text = pictures._STYLE["matplotlib"]["font.size"]
+    assert axis_text in sizes
+    assert kept * axis_text * 96 / 72 > 11
+    assert kept * min(sizes) * 96 / 72 > 9
 
 
 def test_run_that_did_not_learn_is_told_so():
