@@ -167,7 +167,7 @@ def draw_domains(run: RunRecords) -> Picture:
             rows += [(layer, expert, *of) for expert, of in enumerate(shares[:, layer].T)]
             expert = int(np.argmax(np.ptp(shares[:, layer], axis=0)))
             differences.append((layer, expert, list(zip(sources, shares[:, layer, expert], strict=True))))
-        pictures.legend_below(figure, [panels[0]])
+        pictures.legend_below(figure, pictures.labelled(panels[0]))
         table = Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows)
         return pictures.finish(figure, "domains", table, differences=differences, n_experts=n_experts, **layers)
 

@@ -207,7 +207,7 @@ def draw_panels(
         for axes, panel in zip(grid, drawn, strict=True):
             draw_lines(axes, panel.lines)
             adjust(axes)
-        legend_below(figure, grid[:1])
+        legend_below(figure, labelled(grid[0]))
         return finish(figure, name, table or _table_of_panels(drawn), panels=drawn, **facts)
 
 
@@ -220,19 +220,22 @@ def _table_of_panels(drawn: Sequence[Panel]) -> Table:
     return Table(("quantity", "tokens seen", *drawn[0].lines), rows)
 
 
-def legend_below(figure: Figure, named: Sequence[Axes], lines: Mapping[str, Any] | None = None) -> None:
-    """Name the labelled lines of some axes, or others, below all axes, which keep their height."""
-    found = dict(lines or {})
-    for axes in named:
-        handles, names = axes.get_legend_handles_labels()
-        found |= dict(zip(names, handles, strict=True))
-    if found:
-        n_characters = int(13 * figure.get_figwidth())  # of its size, side by side
-        labels = [textwrap.fill(label, n_characters - 8) for label in found]
-        n_columns = max(1, min(len(labels), n_characters // (max(map(len, labels)) + 6)))
-        n_lines = sum(label.count("\n") + 1 for label in labels)
-        figure.set_figheight(figure.get_figheight() + 0.2 * -(-n_lines // n_columns))
-        figure.legend(list(found.values()), labels, loc="outside lower center", ncols=n_columns)
+def legend_below(figure: Figure, lines: Mapping[str, Any]) -> None:
+    """Name lines by their labels below all axes, which keep their height; long labels are broken."""
+    if not lines:
+        return
+    n_characters = int(13 * figure.get_figwidth())  # of its size, side by side
+    labels = [textwrap.fill(label, n_characters - 8) for label in lines]
+    n_columns = max(1, min(len(labels), n_characters // (max(map(len, labels)) + 6)))
+    n_lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-n_lines // n_columns))
+    figure.legend(list(lines.values()), labels, loc="outside lower center", ncols=n_columns)
+
+
+def labelled(axes: Axes) -> dict[str, Any]:
+    """Return the lines of some axes by their labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:

@@ -42,7 +42,7 @@ def draw_losses(run: RunRecords) -> Picture:
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes)
         _mark_stages(axes, run)
-        pictures.legend_below(figure, [axes])
+        pictures.legend_below(figure, pictures.labelled(axes))
         lines = {"training": smooth, **scores} if training.is_there else scores
         return pictures.finish(figure, "losses", _table_of_losses(smooth, scores), run=run, lines=lines)
 
@@ -80,13 +80,15 @@ def _draw_steps(run: RunRecords, name: str) -> Picture:
         _mark_stages(axes, run)
 
     lines = {label: run.step_values(key) for label, key in words()["pictures"][name]["lines"].items()}
-    need(all(line.is_there for line in lines.values()), f"no training step has recorded its {', '.join(lines)}")
+    tokens, values = zip(*lines.values(), strict=True)
+    need(all(map(len, tokens)), f"no training step has recorded its {', '.join(lines)}")
     drawn = [Panel("", label, {"": line}) for label, line in lines.items()]
-    kept = {label: line.spread(_MOST_ROWS) for label, line in lines.items()}
-    columns = {"tokens seen": next(iter(kept.values())).tokens} | {label: line.values for label, line in kept.items()}
-    values = [line.values for line in lines.values()]
-    facts = {"run": run, "values": values, "medians": list(map(np.median, values))}
-    return pictures.draw_panels(name, drawn, 1, (0.9, 1.3), adjust, Table.of(columns), **facts)
+    rows = np.stack([tokens[0], *values], axis=1)[spread(len(tokens[0]), _MOST_ROWS)]
+    table, facts = (
+        Table(("tokens seen", *lines), rows.tolist()),
+        {"values": values, "medians": list(map(np.median, values))},
+    )
+    return pictures.draw_panels(name, drawn, 1, (0.9, 1.3), adjust, table, run=run, **facts)
 
 
 def mean_by_position(arrays: EvaluationArrays, source: str, buckets: Sequence[tuple[int, int]]) -> list[float]:
@@ -110,7 +112,7 @@ def draw_positions(run: RunRecords) -> Picture:
                 columns[f"{source}, step {arrays.step:,} (nats)"] = mean_by_position(arrays, source, buckets)
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes, "place in the sequence (tokens before it)")
-        pictures.legend_below(figure, [axes])
+        pictures.legend_below(figure, pictures.labelled(axes))
         steps, table = [f"{arrays.step:,}" for arrays in chosen], Table.of(columns)
         facts = {"steps": steps, "last": table.columns[-1], "rows": table.rows}
         return pictures.finish(figure, "loss-by-position", table, **facts)

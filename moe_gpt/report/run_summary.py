@@ -96,12 +96,10 @@ def _whether_it_learned(run: RunRecords) -> Facts:
     size = run.section("model").get("vocab_size")
     guess = math.log(size) if isinstance(size, int) and size > 1 else math.inf
     verdicts = [_is_better(series.values, guess) for series in scores.values()]
+    tokens = [series.tokens for series in scores.values()]
     facts = {"scores": scores, "perplexity": perplexity, "guess": guess, "infinity": math.inf}
-    return facts | {
-        "n_evaluations": [len(series.tokens) for series in scores.values()],
-        "verdict": any(verdicts) + all(verdicts),
-        "is_untrained": not any(series.tokens[-1] for series in scores.values()),
-    }
+    facts |= {"n_evaluations": max(map(len, tokens)), "is_untrained": not np.concatenate(tokens).any()}
+    return facts | {"verdict": any(verdicts) + all(verdicts)}
 
 
 def _is_better(losses: np.ndarray, guess: float) -> bool:

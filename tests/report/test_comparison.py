@@ -214,7 +214,7 @@ def test_a_run_that_still_trains_is_not_called_stopped():
     """It has a row of its own, which says so."""
     running = dataclasses.replace(make_run("b", {0: 3.0, 1: 2.0}, STEPS[:1], train__seed=1), is_training=True)
     comparison = compare_runs([make_run("a"), running])
-    assert cells(comparison, "State") == ["finished", "still training, at 6 tokens of 20 tokens"]
+    assert cells(comparison, "State") == ["finished", "still training, at 6 of 20 tokens"]
     assert not any("stopped" in note for note in comparison.notes)
     assert any(note.startswith("b is still training") for note in comparison.notes)
 

@@ -101,12 +101,18 @@ def _final(metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> T
         "Seeds": [str(group.n_seeds) if group.runs[0].settings else "?" for group in groups],
         "State": [group.runs[0].state for group in groups],
     }
-    for source, m in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
-        scores = [group.last_scores(source, m.key) for group in groups]
-        columns[f"{source} ({m.unit})"] = list(map(_spread, scores))
-        if m is metric and len(groups) > 1:
-            columns[f"{source}: above the lowest ({m.unit})"] = _above_the_lowest(scores)
-    return Table.of(columns | _columns_of_costs(groups), "At the end")
+    return Table.of(columns | _columns_of_scores(metric, sources, groups) | _columns_of_costs(groups), "At the end")
+
+
+def _columns_of_scores(metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return the scores on each source, and by how much they are above the lowest one."""
+    columns = {}
+    for source, shown in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
+        scores = [group.last_scores(source, shown.key) for group in groups]
+        columns[f"{source} ({shown.unit})"] = list(map(_spread, scores))
+        if shown is metric and len(groups) > 1:
+            columns[f"{source}: above the lowest ({shown.unit})"] = _above_the_lowest(scores)
+    return columns
 
 
 def _above_the_lowest(scores: Sequence[list[float]]) -> list[str]:

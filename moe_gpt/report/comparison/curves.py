@@ -103,7 +103,7 @@ def draw_curves(found: Curves, groups: Sequence[Group]) -> Picture:
     with panels(list(by_source), *layout, width=_WIDTH) as (figure, grid):
         for axes, curves in zip(grid, by_source.values(), strict=True):
             _draw_panel(axes, curves, size)
-        legend_below(figure, [], {label: grid[0].plot([], [], **look)[0] for label, look in looks.items()})
+        legend_below(figure, {label: grid[0].plot([], [], **look)[0] for label, look in looks.items()})
         ends = {source: _ends(cost, curves, groups) for source, curves in by_source.items()}
         return finish(figure, cost.picture, _table(found), metric=found.metric, label=cost.label, ends=ends)
 
