@@ -7,6 +7,7 @@ version: a report of half a run is worth more than none.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
@@ -48,16 +49,18 @@ def read_run(run_dir: str | Path) -> RunRecords:
 
 
 def is_training(run_dir: Path) -> bool:
-    """Tell whether a living process trains in a run's folder, which is whether it holds the lock; nothing is made."""
+    """Tell whether a living process trains in a run's folder, which is whether it holds the lock; nothing is made.
+
+    The lock is taken for an instant. A folder that only others may write to counts as one where nobody trains.
+    """
     lock = run_dir / ".lock"
     try:
-        if lock.is_file():
-            filelock.FileLock(lock).acquire(timeout=0).lock.release()
+        with filelock.FileLock(lock, timeout=0) if lock.is_file() else contextlib.nullcontext():
+            return False
     except filelock.Timeout:
         return True
-    except OSError:  # a folder that only others may write to: whether they do cannot be known
-        pass
-    return False
+    except OSError:
+        return False
 
 
 class _Reader:

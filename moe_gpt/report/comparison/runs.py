@@ -158,9 +158,11 @@ def group_runs(runs: Sequence[ComparedRun]) -> list[Group]:
     """Put runs together that are equal but for the seed and what is recorded, and that came about equally far."""
     groups: list[Group] = []
     for run in runs:
-        group = next((group for group in groups if _belong_together(group.runs[0], run)), Group([]))
-        groups += [group] * (not group.runs)
-        group.runs.append(run)
+        group = next((group for group in groups if _belong_together(group.runs[0], run)), None)
+        if group:
+            group.runs.append(run)
+        else:
+            groups.append(Group([run]))
     return groups
 
 
