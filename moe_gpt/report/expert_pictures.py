@@ -41,7 +41,7 @@ def draw_load(run: RunRecords) -> Picture:
     n_layers, n_experts = loads.shape
     with pictures.drawing(height=1.2 + min(0.28 * max(n_layers, 2), 4.5)) as (figure, axes):
         _draw_ratios(axes, np.arange(n_experts + 1), np.arange(n_layers + 1), loads)
-        if loads.size <= 256:
+        if loads.size <= 256 and n_experts <= 24:  # of more, the numbers would run into each other
             _write_cells(axes, loads)
         axes.set(xlabel="expert", ylabel="layer")
         axes.set_xticks(np.array(spread(n_experts, 16)) + 0.5, map(str, spread(n_experts, 16)))
@@ -76,7 +76,7 @@ def _explain_colours(figure: Figure, panels: Sequence[Axes], label: str) -> None
 
 
 def _write_cells(axes: Axes, values: np.ndarray) -> None:
-    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6.5}
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8}
     for (row, column), value in np.ndenumerate(values):
         colour = "#000000" if 0.4 < value < 2.5 else "#ffffff"
         axes.text(column + 0.5, row + 0.5, f"{value:.1f}", color=colour, **look)
@@ -167,7 +167,7 @@ def draw_domains(run: RunRecords) -> Picture:
             rows += [(layer, expert, *of) for expert, of in enumerate(shares[:, layer].T)]
             expert = int(np.argmax(np.ptp(shares[:, layer], axis=0)))
             differences.append((layer, expert, list(zip(sources, shares[:, layer, expert], strict=True))))
-        pictures.legend_below(figure, [panels[0]])
+        pictures.legend_below(figure, pictures.labelled(panels[0]))
         table = Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows)
         return pictures.finish(figure, "domains", table, differences=differences, n_experts=n_experts, **layers)
 

@@ -11,15 +11,16 @@ import dataclasses
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from moe_gpt.report.series import Series, spread
 from moe_gpt.report.words import say, words
-from moe_gpt.terminal.numbers import format_count
+from moe_gpt.terminal.numbers import format_count, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ INK: str = _STYLE["ink"]
 MOST_LAYERS = 8
 """Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 WIDTH = 5.6
-"""Inches of a picture: between a phone, where its text shrinks to two thirds, and a page, where it grows by a fifth."""
+"""Inches of a picture: on a page its text grows by a fifth, on a phone it keeps nine tenths of its size and scrolls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,19 @@ class Table:
         """Return the table of equally long columns by their headings."""
         return cls(tuple(columns), list(zip(*columns.values(), strict=True)), title)
 
+    @property
+    def n_characters(self) -> int:
+        """About how many characters it is wide at least: a line cannot break within a word or a number."""
+        words = [[len(word) for cell in column for word in format_number(cell).split()] for column in self._whole()]
+        return sum(max(lengths, default=0) + 2 for lengths in words)
+
+    def _whole(self) -> list[tuple[Any, ...]]:
+        """Return the columns with their headings."""
+        return list(zip(self.columns, *self.rows, strict=True))
+
     def turned(self) -> Table:
         """Return the table with its rows as columns: few runs with many numbers fit a narrow page that way."""
-        headings, *rows = zip(self.columns, *self.rows, strict=True)
+        headings, *rows = self._whole()
         return Table(headings, rows, self.title)
 
 
@@ -97,30 +108,37 @@ def drawing(
 
 @contextlib.contextmanager
 def panels(
-    titles: Sequence[str], n_columns: int, heights: tuple[float, float], **options: Any
+    titles: Sequence[str],
+    units: Sequence[str],
+    n_columns: int,
+    heights: tuple[float, float],
+    label_x: Callable[[Axes], Any],
+    **options: Any,
 ) -> Iterator[tuple[Figure, Any]]:
     """Open a figure with a panel for each title, as an array of axes.
 
-    ``heights`` are the inches that are there besides the rows, and those of a row.
+    Args:
+        titles: of the panels.
+        units: of the vertical axes, written where a panel is the first of its row or has another unit than that one.
+        n_columns: panels side by side.
+        heights: the inches that are there besides the rows, and those of a row.
+        label_x: labels a horizontal axis; called for the lowest panels.
+        options: of ``drawing``.
     """
     n_rows = -(-len(titles) // n_columns)
     total = heights[0] + heights[1] * n_rows
     with drawing(n_rows, n_columns, height=total, squeeze=False, **options) as (figure, grid):
         for axes in grid.flat[len(titles) :]:
             axes.set_visible(False)
-        for axes, title in zip(grid.flat, titles, strict=False):
+        shown = grid.flat[: len(titles)]
+        for index, (axes, title, unit) in enumerate(zip(shown, titles, units, strict=True)):
             axes.set_title(title)
-        yield figure, grid.flat[: len(titles)]
-
-
-def label_panels(grid: Sequence[Axes], n_columns: int, units: Sequence[str], label_x: Callable[[Axes], Any]) -> None:
-    """Label the lowest panels' horizontal axes, and a vertical one where it is the first or has a unit of its own."""
-    for index, (axes, unit) in enumerate(zip(grid, units, strict=True)):
-        if index % n_columns == 0 or unit != units[index - index % n_columns]:
-            axes.set_ylabel(unit)
-    for axes in grid[-n_columns:]:
-        axes.tick_params(labelbottom=True)
-        label_x(axes)
+            if index % n_columns == 0 or unit != units[index - index % n_columns]:
+                axes.set_ylabel(unit)
+        for axes in shown[-n_columns:]:
+            axes.tick_params(labelbottom=True)
+            label_x(axes)
+        yield figure, shown
 
 
 @contextlib.contextmanager
@@ -129,8 +147,8 @@ def by_layer(
 ) -> Iterator[tuple[Figure, dict[int, Axes], dict[str, Any]]]:
     """Open a figure with a panel for each layer, at most so many, evenly spread; with what its words say of layers."""
     shown = spread(n_layers, most)
-    with panels(titles_of(shown), n_columns, heights, sharex=True, sharey=True) as (figure, grid):
-        label_panels(grid, n_columns, [unit] * len(shown), label_x)
+    units, options = [unit] * len(shown), {"sharex": True, "sharey": True}
+    with panels(titles_of(shown), units, n_columns, heights, label_x, **options) as (figure, grid):
         yield figure, dict(zip(shown, grid, strict=True)), {"shown": shown, "n_layers": n_layers}
 
 
@@ -139,19 +157,85 @@ def titles_of(layers: Sequence[int]) -> list[str]:
     return [f"layer {layer}" for layer in layers]
 
 
-def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300, **look: Any) -> None:
+def draw_lines(axes: Axes, lines: Mapping[str, Series], limit: int = 300) -> None:
     """Draw lines over tokens seen by their labels, each with a look of its own, as means of at most ``limit`` parts."""
     for index, (label, series) in enumerate(lines.items()):
-        axes.plot(*series.shortened(limit), label=label, **line_look(index), **look)
+        axes.plot(*series.shortened(limit), label=label, **line_look(index) | marks(len(series.tokens)))
 
 
-def legend_below(figure: Figure, named: Sequence[Axes]) -> None:
-    """Name the labelled lines of some axes below all of them, which keep their height; long names are cut."""
-    found = dict(pair for axes in named for pair in zip(*axes.get_legend_handles_labels(), strict=True))
-    labels = [label if len(label) <= 48 else f"{label[:47]}…" for label in found.values()]
-    n_columns = max(1, min(len(labels), 72 // (max(map(len, labels), default=0) + 6)))
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // n_columns))
-    figure.legend(list(found), labels, loc="outside lower center", ncols=n_columns)
+def marks(n_points: int) -> dict[str, Any]:
+    """Return how a line's points are marked: few as dots; two have no line, which would suggest what is between."""
+    dots: dict[str, Any] = {"marker": "o", "markersize": 3} if n_points <= 20 else {}
+    return dots | ({"linestyle": "none"} if n_points <= 2 else {})
+
+
+class Panel(NamedTuple):
+    """Lines over tokens seen, by their labels."""
+
+    title: str
+    unit: str
+    lines: dict[str, Series]
+
+    @property
+    def name(self) -> str:
+        """The title, or the unit of a panel that stands alone."""
+        return self.title or self.unit
+
+
+def draw_panels(
+    name: str,
+    drawn: Sequence[Panel],
+    n_columns: int,
+    heights: tuple[float, float],
+    adjust: Callable[[Axes], Any] = lambda axes: None,
+    table: Table | None = None,
+    **facts: Any,
+) -> Picture:
+    """Draw panels of lines, which share a legend.
+
+    Args:
+        name: of the picture, in picture_words.yaml.
+        drawn: the panels; their lines have the same labels.
+        n_columns: panels side by side.
+        heights: inches besides the rows, and of a row.
+        adjust: what else is done to each panel.
+        table: the numbers; by default some of each panel.
+        facts: what the picture's words are about, besides ``panels``.
+    """
+    titles, units = zip(*((panel.title, panel.unit) for panel in drawn), strict=True)
+    with panels(titles, units, n_columns, heights, count_axis, sharex=True) as (figure, grid):
+        for axes, panel in zip(grid, drawn, strict=True):
+            draw_lines(axes, panel.lines)
+            adjust(axes)
+        legend_below(figure, labelled(grid[0]))
+        return finish(figure, name, table or _table_of_panels(drawn), panels=drawn, **facts)
+
+
+def _table_of_panels(drawn: Sequence[Panel]) -> Table:
+    rows = []
+    for panel in drawn:
+        found = [dict(zip(*line, strict=True)) for line in panel.lines.values()]
+        tokens = sorted(set().union(*found))
+        rows += [(panel.name, tokens[at], *(line.get(tokens[at]) for line in found)) for at in spread(len(tokens), 12)]
+    return Table(("quantity", "tokens seen", *drawn[0].lines), rows)
+
+
+def legend_below(figure: Figure, lines: Mapping[str, Any]) -> None:
+    """Name lines by their labels below all axes, which keep their height; long labels are broken."""
+    if not lines:
+        return
+    n_characters = int(13 * figure.get_figwidth())  # of its size, side by side
+    labels = [textwrap.fill(label, n_characters - 8) for label in lines]
+    n_columns = max(1, min(len(labels), n_characters // (max(map(len, labels)) + 6)))
+    n_lines = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-n_lines // n_columns))
+    figure.legend(list(lines.values()), labels, loc="outside lower center", ncols=n_columns)
+
+
+def labelled(axes: Axes) -> dict[str, Any]:
+    """Return the lines of some axes by their labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
 
 
 def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
@@ -177,11 +261,11 @@ def render(figure: Figure, name: str) -> tuple[str, bytes]:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Return the SVG for use inside a page: the page's ink, no prolog, ids of its own, a width that may shrink."""
+    """Return the SVG for use inside a page: the page's ink, no prolog, ids of its own, its width as a variable."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="max-width: \2pt"', svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="--width: \2pt"', svg, count=1)
     return svg.replace(INK, "var(--ink)").replace(_STYLE["grid"], "var(--grid)")
 
 
@@ -190,7 +274,7 @@ def standalone(picture: Picture) -> str:
     svg = picture.svg.replace("var(--ink)", "#111111").replace("var(--grid)", "#dddddd")
     words = f"<title>{html.escape(picture.title)}</title><desc>{html.escape(picture.alt)}</desc>"
     head, body = svg.split(">", 1)
-    head = re.sub(r'style="max-width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)
+    head = re.sub(r'style="--width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head} role="img">{words}{body}'
 
 

@@ -6,8 +6,8 @@ What a picture or an answer needs is asked of these two classes. They raise ``No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,8 @@ class RunRecords:
     """SHA-256 of the tokenizer: runs with different ones cannot be compared by loss."""
     notes: list[str]
     """What is missing or could not be read, in words."""
+    is_training: bool = False
+    """Whether a process was training it when it was read."""
 
     def section(self, key: str) -> dict[str, Any]:
         """Return a section of the config."""
@@ -104,6 +106,17 @@ class RunRecords:
         """The stages of the curriculum as the config has them, as far as they can be read."""
         stages = self.section("schedule").get("stages")
         return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, Iterable) else []
+
+    @property
+    def planned_tokens(self) -> int | None:
+        """Tokens at the end of the schedule; None where the config does not say."""
+        end: Any = [None, *(stage.get("until_tokens") for stage in self.stages)][-1]
+        return end if isinstance(end, int) else None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the schedule has more tokens than the run has seen."""
+        return self.planned_tokens is not None and self.last("tokens_seen") < self.planned_tokens
 
     @property
     def sources(self) -> list[str]:
@@ -183,6 +196,20 @@ class RunRecords:
         sources = [source for source in self.in_order(found) if (found[source].sum(axis=-1) > 0).all()]
         need(sources, "no source has an assignment")
         return sources, np.stack([found[source] for source in sources])
+
+
+def tell_apart(runs: Sequence[RunRecords]) -> list[RunRecords]:
+    """Name each run after its folder, with as many parents as it takes; a folder given again gets a number."""
+    paths = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
+    again = [paths[:index].count(path) for index, path in enumerate(paths)]
+    names = [f"{_shortest(path, set(paths))}{f' #{n + 1}' * (n > 0)}" for path, n in zip(paths, again, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _shortest(path: tuple[str, ...], paths: set[tuple[str, ...]]) -> PurePath:
+    """Return the shortest end of a path that no other path has."""
+    ends = (path[-n_parts:] for n_parts in range(1, len(path) + 1))
+    return PurePath(*next(end for end in ends if sum(other[-len(end) :] == end for other in paths) == 1))
 
 
 def section_of(values: dict[str, Any], *keys: str) -> dict[str, Any]:

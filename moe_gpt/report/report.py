@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import replace_file
-from moe_gpt.report import expert_pictures, routed_text, router_pictures, run_pictures
-from moe_gpt.report.missing import attempt, need
-from moe_gpt.report.pictures import Picture, Table, standalone
-from moe_gpt.report.recorded import RunRecords, section_of
+from moe_gpt.report.missing import attempt
+from moe_gpt.report.pictures import standalone
+from moe_gpt.report.recorded import RunRecords, tell_apart
 from moe_gpt.report.routed_text import show_controls
-from moe_gpt.report.run_summary import domain_table, perplexity, summarise
+from moe_gpt.report.run_summary import summarise
+from moe_gpt.report.run_tables import validation_table
 from moe_gpt.report.series import spread
-from moe_gpt.report.words import paragraphs, words
+from moe_gpt.report.words import Glossary, paragraphs, words
 from moe_gpt.terminal.numbers import format_number
 
 
@@ -50,7 +50,7 @@ class Section:
             self.parts["missing"].append(reason)
 
 
-def write_report(runs: Sequence[RunRecords], path: Path) -> None:
+def write_report(runs: Sequence[RunRecords], path: Path, renew_seconds: int = 0) -> None:
     """Write the report of a run, or of several side by side, and the folder ``<path without suffix>-pictures``.
 
     Each file is complete or absent; pictures of an earlier report that are not drawn again stay.
@@ -58,6 +58,7 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     Args:
         runs: one for a full report; of several, the comparison and each one's summary.
         path: of the HTML file, replaced if it is there.
+        renew_seconds: how often a browser loads the page anew; 0 for a page that does not change any more.
 
     Raises:
         InputError: where there is no run.
@@ -65,9 +66,11 @@ def write_report(runs: Sequence[RunRecords], path: Path) -> None:
     """
     if not runs:
         raise InputError("a report takes at least one run, got none")
-    title = f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+    runs = tell_apart(runs)
     sections = list(_sections_of_several(runs) if len(runs) > 1 else _sections_of(runs[0]))
-    page = _template().render(title=title, sections=sections)
+    title = f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+    facts = {"title": title, "sections": sections, "renew_seconds": renew_seconds, "glossary": Glossary()}
+    page = _template().render(facts)
     for picture in itertools.chain(*(section.parts["pictures"] for section in sections)):
         file = path.with_name(f"{path.stem}-pictures") / picture.name
         replace_file(file.with_suffix(".svg"), standalone(picture))
@@ -97,82 +100,16 @@ def _spread_over(values: Sequence[Any], limit: int) -> list[Any]:
 
 
 def _sections_of(run: RunRecords) -> Iterator[Section]:
-    """Yield the sections of one run, in the order of words.yaml."""
+    """Yield the sections of one run, as words.yaml describes them."""
     has = {None: True, "dense": run.is_dense, "experts": not run.is_dense, "config": bool(run.config)}
     for name, told in words()["sections"].items():
         if has[told.get("only")]:
             section = Section(name, told["title"])
-            for part, find in _FINDS.get(name, ()):
-                section.add(part, find, run)
+            for part, place in told.get("has", ()):
+                module, _, function = place.partition(".")
+                section.add(part, getattr(importlib.import_module(f"moe_gpt.report.{module}"), function), run)
             section.parts["text"] += paragraphs(told.get("text", ""), has=section.parts)
             yield section
-
-
-def _validation_table(run: RunRecords) -> Table:
-    rows = []
-    for source, losses in run.all_scores().items():
-        bits = dict(zip(*run.scores(source, "bits_per_byte"), strict=True))
-        rows += [(source, *at, perplexity(at[1]), bits.get(at[0])) for at in zip(*losses.spread(2), strict=True)]
-    need(rows, "there is no evaluation, so there are no scores on held-out text")
-    columns = ("source", "tokens seen", "loss (nats per token)", "perplexity", "bits per byte")
-    return Table(columns, rows, "Held-out text at the first and the last evaluation")
-
-
-def _pictures_of_drops(run: RunRecords) -> list[Picture]:
-    has_dropped = any(line.get("dropped_fraction") for line in run.steps)
-    return [router_pictures.draw_dropped(run)] if has_dropped else []
-
-
-def _differences_between_sources(run: RunRecords) -> Table:
-    need(len(run.counts_by_source()[0]) > 1, "there is one source of text only, so there is no domain information")
-    return domain_table(run)
-
-
-def _generated(run: RunRecords) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Return the generated texts of each source, with the steps that they are from."""
-    found = collections.defaultdict[str, list[tuple[int, str]]](list)
-    for line in run.evaluations:
-        for source, text in section_of(line, "samples").items():
-            found[source].append((line["step"], str(text)))
-    need(found, "no evaluation has kept a generated text (train.sample_tokens)")
-    return [(source, found[source]) for source in run.in_order(found)]
-
-
-def _events(run: RunRecords) -> list[dict[str, Any]]:
-    """Return everything that happened besides steps that went well, oldest first."""
-    reason = {"kind": "skipped step", "why": "loss or gradient was not finite"}
-    skipped = [{"step": line["step"], **reason} for line in run.steps if line.get("skipped")]
-    return sorted([*run.events, *skipped], key=lambda event: event["step"])
-
-
-def _settings(run: RunRecords) -> str:
-    return yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-
-
-_FINDS: dict[str, list[tuple[str, Callable[[RunRecords], Any]]]] = {
-    "summary": [("findings", summarise)],
-    "loss": [("pictures", run_pictures.draw_losses), ("tables", _validation_table)],
-    "schedule": [("pictures", run_pictures.draw_schedule)],
-    "load": [("pictures", expert_pictures.draw_load), ("pictures", expert_pictures.draw_load_over_training)],
-    "balance": [("pictures", router_pictures.draw_violation), ("pictures", router_pictures.draw_entropies)],
-    "router": [
-        ("pictures", router_pictures.draw_router),
-        ("pictures", router_pictures.draw_gradients),
-        ("pictures", _pictures_of_drops),
-    ],
-    "saturation": [("pictures", router_pictures.draw_saturation)],
-    "pairs": [("pictures", expert_pictures.draw_co_activation)],
-    "sources": [("pictures", expert_pictures.draw_domains), ("tables", _differences_between_sources)],
-    "tokens": [("favourites", routed_text.favourite_tokens), ("tables", routed_text.concentration_table)],
-    "text": [("routed", routed_text.routed_samples), ("colours", routed_text.colour_names)],
-    "positions": [("pictures", run_pictures.draw_positions)],
-    "samples": [("samples", _generated)],
-    "norms": [("pictures", run_pictures.draw_norms)],
-    "speed": [("pictures", run_pictures.draw_speed)],
-    "events": [("events", _events)],
-    "settings": [("settings", _settings)],
-}
-"""What finds the parts of each section."""
 
 
 def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
@@ -180,13 +117,16 @@ def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
     from moe_gpt.report.comparison.compare import compare_runs
 
     found = compare_runs(runs)
-    section = Section("comparison", "Comparison")
-    section.parts["text"] += [*(picture.alt for picture in found.pictures), *found.notes]
-    section.parts["pictures"] += found.pictures
-    section.parts["tables"] += [found.final.turned(), found.differences]
-    yield section
+    yield _section("comparison", "At the end", tables=[found.final.turned()], notes=found.notes)
+    yield _section("curves", "Curves", pictures=found.pictures)
+    yield _section("differences", found.differences.title, tables=[found.differences])
     for number, run in enumerate(runs, 1):
-        section = Section(f"run-{number}", f"Run {run.name}")
-        section.parts["findings"] += summarise(run, is_compared=True)
-        section.add("tables", _validation_table, run)
+        section = _section(f"run-{number}", f"Run {run.name}", findings=summarise(run, is_compared=True))
+        section.add("tables", validation_table, run)
         yield section
+
+
+def _section(name: str, title: str, **parts: list) -> Section:
+    section = Section(name, title)
+    section.parts.update(parts)
+    return section

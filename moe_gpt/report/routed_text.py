@@ -7,12 +7,10 @@ import numpy as np
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure import routing
 from moe_gpt.report.missing import need
-from moe_gpt.report.pictures import Table
+from moe_gpt.report.pictures import MOST_LAYERS, Table
 from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import spread
 
-_MOST_LAYERS = 8
-"""Layers that can be picked; of more, so many are shown, evenly spread."""
 _MOST_TOKENS = 6000
 """Tokens of sample text on a page, those of all layers together."""
 _MIN_COUNT = 10
@@ -29,7 +27,7 @@ def favourite_tokens(run: RunRecords) -> list[tuple[int, list[list[tuple[str, fl
     arrays, n_experts = run.last_with_choices(), run.n_experts
     tokens, choices = arrays.tokens(), arrays.choices()
     top, layers = 8 if n_experts <= 32 else 5, []
-    for layer in spread(len(choices), _MOST_LAYERS):
+    for layer in spread(len(choices), MOST_LAYERS):
         found = routing.vocabulary_specialisation(tokens, choices[layer], n_experts, _MIN_COUNT, top)
         layers.append((layer, [[(show_token(run.tokenizer, s.token), 100 * s.share) for s in of] for of in found]))
     return layers
@@ -44,7 +42,7 @@ def routed_samples(run: RunRecords, n_tokens: int = 300) -> list[tuple[int, dict
     """
     slices = run.last_with_choices().slices
     kept = {source: slices[source] for source in run.in_order(slices) if slices[source].choices.size}
-    shown = spread(max(len(part.choices) for part in kept.values()), _MOST_LAYERS)
+    shown = spread(max(len(part.choices) for part in kept.values()), MOST_LAYERS)
     n_tokens = min(n_tokens, max(50, _MOST_TOKENS // (len(kept) * len(shown))))
     layers: list[tuple[int, dict]] = [(layer, {}) for layer in shown]
     for source, part in kept.items():

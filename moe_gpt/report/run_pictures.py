@@ -14,9 +14,10 @@ import numpy as np
 from moe_gpt.measure.positions import position_buckets
 from moe_gpt.report import pictures
 from moe_gpt.report.missing import need
-from moe_gpt.report.pictures import COLOURS, Picture, Table
+from moe_gpt.report.pictures import COLOURS, Panel, Picture, Table
 from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.series import Series, spread
+from moe_gpt.report.words import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +38,11 @@ def draw_losses(run: RunRecords) -> Picture:
             label = f"training, mean of {window} steps" if window > 1 else "training"
             axes.plot(*smooth.shortened(), color=COLOURS[6], label=label)
         lines = {f"validation: {source}": score for source, score in scores.items()}
-        pictures.draw_lines(axes, lines, limit=1200, marker="o", markersize=3)
+        pictures.draw_lines(axes, lines, limit=1200)
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes)
         _mark_stages(axes, run)
-        pictures.legend_below(figure, [axes])
+        pictures.legend_below(figure, pictures.labelled(axes))
         lines = {"training": smooth, **scores} if training.is_there else scores
         return pictures.finish(figure, "losses", _table_of_losses(smooth, scores), run=run, lines=lines)
 
@@ -61,22 +62,33 @@ def _table_of_losses(smooth: Series, scores: dict[str, Series]) -> Table:
 
 def draw_schedule(run: RunRecords) -> Picture:
     """Draw learning rate, tokens of a step and sequence length, one above the other."""
-    names = {"lr": "learning rate", "batch_tokens": "tokens per step", "seq_len": "tokens per sequence"}
-    lines = {name: run.step_values(key) for key, name in names.items()}
-    need(all(line.is_there for line in lines.values()), "no training step is recorded")
-    rate, batch, length = lines.values()
-    with pictures.drawing(3, 1, height=4.0, sharex=True) as (figure, rows):
-        for axes, (name, line) in zip(rows, lines.items(), strict=True):
-            axes.plot(*line.shortened(), drawstyle="steps-pre", color=COLOURS[0])
-            axes.set_ylabel(name.replace(" seq", "\nseq"))
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(pictures.count_tick)
-            _mark_stages(axes, run, with_numbers=axes is rows[0])
-        pictures.count_axis(rows[-1])
-        columns = {name: line.spread(_MOST_ROWS).values for name, line in lines.items()}
-        table = Table.of({"tokens seen": rate.spread(_MOST_ROWS).tokens} | columns)
-        facts = {"rate": rate.values, "batch": batch.values, "length": length.values}
-        return pictures.finish(figure, "schedule", table, run=run, **facts)
+    return _draw_steps(run, "schedule")
+
+
+def draw_speed(run: RunRecords) -> Picture:
+    """Draw tokens per second."""
+    return _draw_steps(run, "speed")
+
+
+def _draw_steps(run: RunRecords, name: str) -> Picture:
+    """Draw values of every step, as picture_words.yaml lists them: stairs from 0 on, with the curriculum's stages."""
+
+    def adjust(axes: Axes) -> None:
+        axes.lines[0].set_drawstyle("steps-pre")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(pictures.count_tick)
+        _mark_stages(axes, run)
+
+    lines = {label: run.step_values(key) for label, key in words()["pictures"][name]["lines"].items()}
+    tokens, values = zip(*lines.values(), strict=True)
+    need(all(map(len, tokens)), f"no training step has recorded its {', '.join(lines)}")
+    drawn = [Panel("", label, {"": line}) for label, line in lines.items()]
+    rows = np.stack([tokens[0], *values], axis=1)[spread(len(tokens[0]), _MOST_ROWS)]
+    table, facts = (
+        Table(("tokens seen", *lines), rows.tolist()),
+        {"values": values, "medians": list(map(np.median, values))},
+    )
+    return pictures.draw_panels(name, drawn, 1, (0.9, 1.3), adjust, table, run=run, **facts)
 
 
 def mean_by_position(arrays: EvaluationArrays, source: str, buckets: Sequence[tuple[int, int]]) -> list[float]:
@@ -100,7 +112,7 @@ def draw_positions(run: RunRecords) -> Picture:
                 columns[f"{source}, step {arrays.step:,} (nats)"] = mean_by_position(arrays, source, buckets)
         axes.set_ylabel("cross entropy (nats per token)")
         pictures.count_axis(axes, "place in the sequence (tokens before it)")
-        pictures.legend_below(figure, [axes])
+        pictures.legend_below(figure, pictures.labelled(axes))
         steps, table = [f"{arrays.step:,}" for arrays in chosen], Table.of(columns)
         facts = {"steps": steps, "last": table.columns[-1], "rows": table.rows}
         return pictures.finish(figure, "loss-by-position", table, **facts)
@@ -125,29 +137,13 @@ def draw_norms(run: RunRecords) -> Picture:
     need(groups, "no step has recorded norms")
     size, gradient, update = (_norms(run, groups, kind) for kind in ("parameter_norm", "gradient_norm", "update_norm"))
     ratio = {group: _relative(update[group], size[group]) for group in groups}
-    drawn = {"parameters": size, "gradients": gradient, "update / param.": ratio}
-    with pictures.drawing(1, 3, height=2.4, sharex=True) as (figure, columns):
-        for axes, (title, lines) in zip(columns, drawn.items(), strict=True):
-            pictures.draw_lines(axes, lines)
-            axes.set_title(title, fontsize=9.5)
-            pictures.log_axis(axes)
-            pictures.count_axis(axes)
-        columns[0].set_ylabel("Euclidean norm")
-        columns[2].set_ylabel("ratio of norms")
-        pictures.legend_below(figure, columns[:1])
-        return pictures.finish(figure, "norms", _table_of_norms(drawn), ratios=ratio)
+    norms = [Panel("parameters", "Euclidean norm", size), Panel("gradients", "Euclidean norm", gradient)]
+    drawn = [*norms, Panel("update / param.", "ratio of norms", ratio)]
+    return pictures.draw_panels("norms", drawn, 3, (0.4, 2.0), pictures.log_axis, ratios=ratio)
 
 
 def _norms(run: RunRecords, groups: Sequence[str], kind: str) -> dict[str, Series]:
     return {group: run.record_values("groups", group, kind) for group in groups}
-
-
-def _table_of_norms(drawn: dict[str, dict[str, Series]]) -> Table:
-    rows = []
-    for group, ratio in drawn["update / param."].items():
-        kept = (lines[group].spread(6).values for lines in drawn.values())
-        rows += [(group, *row) for row in zip(ratio.spread(6).tokens, *kept, strict=False)]
-    return Table(("group", "tokens seen", "parameters", "gradient", "update / parameters"), rows)
 
 
 def _relative(update: Series, size: Series) -> Series:
@@ -158,21 +154,6 @@ def _relative(update: Series, size: Series) -> Series:
     return Series(update.tokens, ratio)
 
 
-def draw_speed(run: RunRecords) -> Picture:
-    """Draw tokens per second."""
-    speed = run.step_values("tokens_per_second")
-    need(speed.is_there, "no step has recorded its speed")
-    with pictures.drawing(height=2.4) as (figure, axes):
-        axes.plot(*speed.shortened(), color=COLOURS[0])
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("tokens per second")
-        axes.yaxis.set_major_formatter(pictures.count_tick)
-        pictures.count_axis(axes)
-        _mark_stages(axes, run)
-        table = Table.of(dict(zip(("tokens seen", "tokens per second"), speed.spread(_MOST_ROWS), strict=True)))
-        return pictures.finish(figure, "speed", table, run=run, speed=speed.values, median=np.median(speed.values))
-
-
 def _begun_stages(run: RunRecords) -> list[tuple[int, int]]:
     """Return where the stages that were begun start and end."""
     last = run.last("tokens_seen")
@@ -180,13 +161,13 @@ def _begun_stages(run: RunRecords) -> list[tuple[int, int]]:
     return [(start, end) for start, end in itertools.pairwise([0, *ends]) if start < last]
 
 
-def _mark_stages(axes: Axes, run: RunRecords, with_numbers: bool = True) -> None:
+def _mark_stages(axes: Axes, run: RunRecords) -> None:
     """Draw a line between the stages that were begun, and number above it those that are wide enough for it."""
     stages = _begun_stages(run)
-    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7.5}
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8.5}
     for start, _ in stages[1:]:
         axes.axvline(start, color=pictures.INK, linewidth=0.7, linestyle=":")
     for number, (start, end) in enumerate(stages, 1):
-        if with_numbers and len(stages) > 1 and end - start > 0.02 * stages[-1][1]:
+        if len(stages) > 1 and end - start > 0.02 * stages[-1][1]:
             middle = ((start + end) / 2, 1.0)
             axes.annotate(str(number), middle, xycoords=("data", "axes fraction"), xytext=(0, 2), **look)

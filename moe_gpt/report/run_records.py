@@ -7,12 +7,14 @@ version: a report of half a run is worth more than none.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import numpy as np
 import yaml
 from safetensors import SafetensorError
@@ -46,6 +48,21 @@ def read_run(run_dir: str | Path) -> RunRecords:
     return _Reader(folder).read()
 
 
+def is_training(run_dir: Path) -> bool:
+    """Tell whether a living process trains in a run's folder, which is whether it holds the lock; nothing is made.
+
+    The lock is taken for an instant. A folder that only others may write to counts as one where nobody trains.
+    """
+    lock = run_dir / ".lock"
+    try:
+        with filelock.FileLock(lock, timeout=0) if lock.is_file() else contextlib.nullcontext():
+            return False
+    except filelock.Timeout:
+        return True
+    except OSError:
+        return False
+
+
 class _Reader:
     """Reads a folder, and notes what cannot be read."""
 
@@ -70,6 +87,7 @@ class _Reader:
             tokenizer=tokenizer,
             tokenizer_digest=digest,
             notes=self.notes,
+            is_training=is_training(self.folder),
         )
         if lines:
             self.notes += _notes_on_gaps(run)

@@ -19,7 +19,7 @@ from moe_gpt.measure import routing
 from moe_gpt.measure.health import find_problems, recorded_window
 from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords
 from moe_gpt.report.words import paragraphs, say, words
 from moe_gpt.terminal.numbers import format_number
 
@@ -70,8 +70,7 @@ def _find(name: str, find: Callable[[RunRecords], Facts], run: RunRecords) -> Fi
 def _what_was_trained(run: RunRecords) -> Facts:
     found, reason = attempt("shape of the model", _shape_of_the_model, run)
     model, counts = found or (None, None)
-    facts = {"tokens": run.last("tokens_seen"), "model": model, "counts": counts, "reason": reason}
-    return facts | {"planned": run.stages[-1].get("until_tokens") if run.stages else None}
+    return {"tokens": run.last("tokens_seen"), "model": model, "counts": counts, "reason": reason}
 
 
 def _shape_of_the_model(run: RunRecords) -> tuple[ModelConfig, Any]:
@@ -97,11 +96,10 @@ def _whether_it_learned(run: RunRecords) -> Facts:
     size = run.section("model").get("vocab_size")
     guess = math.log(size) if isinstance(size, int) and size > 1 else math.inf
     verdicts = [_is_better(series.values, guess) for series in scores.values()]
+    tokens = [series.tokens for series in scores.values()]
     facts = {"scores": scores, "perplexity": perplexity, "guess": guess, "infinity": math.inf}
-    return facts | {
-        "n_evaluations": [len(series.tokens) for series in scores.values()],
-        "verdict": any(verdicts) + all(verdicts),
-    }
+    facts |= {"n_evaluations": max(map(len, tokens)), "is_untrained": not np.concatenate(tokens).any()}
+    return facts | {"verdict": any(verdicts) + all(verdicts)}
 
 
 def _is_better(losses: np.ndarray, guess: float) -> bool:
@@ -117,7 +115,14 @@ def perplexity(nats: float) -> str:
 def _whether_experts_are_used(run: RunRecords) -> Facts:
     arrays = run.last_with_counts()
     counts = arrays.total_counts()
-    return {"step": arrays.step, "loads": 1 + routing.max_violation(counts), "dead": routing.dead_experts(counts)}
+    dead = routing.dead_experts(counts)
+    return _time_of(arrays, run) | {"loads": 1 + routing.max_violation(counts), "dead": dead}
+
+
+def _time_of(arrays: EvaluationArrays, run: RunRecords) -> Facts:
+    """Return the step of an evaluation, and from which step on its routing is judged."""
+    needed = known_settings(FaultConfig, run.section("faults")).routing_window
+    return {"step": arrays.step, "needed": needed, "is_early": arrays.step < needed}
 
 
 def _whether_experts_differ(run: RunRecords) -> Facts:
@@ -126,7 +131,7 @@ def _whether_experts_differ(run: RunRecords) -> Facts:
     percents = [row[2] for row in domain_table(run).rows]
     low, high = min(percents), max(percents)
     facts = {"sources": sources, "low": low, "high": high, "hardly": _HARDLY, "clearly": _CLEARLY}
-    return facts | {"verdict": (high >= _HARDLY) + (high > _CLEARLY)}
+    return facts | _time_of(run.last_with_counts(), run) | {"verdict": (high >= _HARDLY) + (high > _CLEARLY)}
 
 
 def domain_table(run: RunRecords) -> Table:
@@ -150,8 +155,8 @@ def _whether_the_router_is_healthy(run: RunRecords) -> Facts:
 
 
 def _whether_it_was_worth_it(run: RunRecords) -> Facts:
-    model = run.section("model")
-    return {"width": model["top_k"] * model["d_ff"] if {"top_k", "d_ff"} <= model.keys() else None}
+    model, dense = run.section("model"), run.run_dir.parent / f"{run.run_dir.resolve().name}-dense"
+    return {"dense": dense, "width": model["top_k"] * model["d_ff"] if {"top_k", "d_ff"} <= model.keys() else "WIDTH"}
 
 
 def _what_went_wrong(run: RunRecords) -> Facts:

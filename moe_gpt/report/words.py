@@ -6,6 +6,9 @@ Python finds values, the templates say them. What comes out is plain text: the p
 from __future__ import annotations
 
 import functools
+import itertools
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +24,8 @@ if TYPE_CHECKING:
 @functools.cache
 def words() -> dict[str, Any]:
     """Return what words.yaml and picture_words.yaml have."""
-    return _read("words.yaml") | _read("picture_words.yaml")
-
-
-def _read(name: str) -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    files = (Path(__file__).with_name(name) for name in ("words.yaml", "picture_words.yaml"))
+    return dict(itertools.chain(*(yaml.safe_load(file.read_text(encoding="utf-8")).items() for file in files)))
 
 
 def say(template: str, **facts: Any) -> str:
@@ -36,6 +36,23 @@ def say(template: str, **facts: Any) -> str:
 def paragraphs(template: str, **facts: Any) -> list[str]:
     """Return a template with its values as paragraphs, which lines of it are; empty ones are left out."""
     return [" ".join(line.split()) for line in _render(template, facts).splitlines() if line.strip()]
+
+
+class Glossary:
+    """Explains the terms of words.yaml, each where it first stands on a page."""
+
+    def __init__(self) -> None:
+        self._explained: set[str] = set()
+
+    def first_met(self, *texts: str) -> list[tuple[str, str]]:
+        """Return the terms that stand in texts for the first time, each with what it means."""
+        text, met = " ".join(texts), []
+        for term, meaning in words()["terms"].items():
+            text, n_times = re.subn(rf"\b(?:{term})s?\b", " ", text, flags=re.IGNORECASE)
+            if n_times and term not in self._explained:
+                self._explained.add(term)
+                met.append((term.partition("|")[0], meaning))
+        return met
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:
@@ -54,6 +71,7 @@ def _environment() -> Environment:
         "fmt": format,
         "number": format_number,
         "plural": plural,
+        "quote": lambda path: shlex.quote(str(path)),
         "tokens": TOKENS.format,
     }
     environment.globals["shared"] = environment.from_string(words()["shared"]).module

@@ -1,14 +1,18 @@
 """Comparing runs: on records made up in memory, with the answers by hand."""
 
 import copy
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from moe_gpt.report import pictures
 from moe_gpt.report.comparison.compare import Comparison, compare_runs
+from moe_gpt.report.comparison.curves import NATS, QUANTITIES, _draw_panel, curves_over
+from moe_gpt.report.comparison.runs import ComparedRun, group_runs
 from moe_gpt.report.pictures import Picture
-from moe_gpt.report.recorded import RunRecords
+from moe_gpt.report.recorded import RunRecords, tell_apart
 
 CONFIG = {
     "model": {
@@ -196,6 +200,47 @@ def test_a_stopped_run_is_marked_and_not_averaged():
     assert "a ends lowest, at 1 after 20 tokens, 1 below b (2 after 6 tokens)" in comparison.pictures[0].alt
 
 
+def test_seeds_that_came_differently_far_are_two_rows():
+    """Two stopped seeds are one row where their tokens differ by 2 % at most, with a look each where by more."""
+    lengths = {"a": 100_000, "b": 101_000, "c": 3_000}
+    runs = [
+        make_run(name, {0: 3.0, 1: 2.0}, [(3, n, 2.0)], train__seed=n, schedule={"stages": [{"until_tokens": 10**6}]})
+        for name, n in lengths.items()
+    ]
+    assert cells(compare_runs(runs), "Run") == ["a (2 seeds)", "c"]
+
+
+def test_a_run_that_still_trains_is_not_called_stopped():
+    """It has a row of its own, which says so."""
+    running = dataclasses.replace(make_run("b", {0: 3.0, 1: 2.0}, STEPS[:1], train__seed=1), is_training=True)
+    comparison = compare_runs([make_run("a"), running])
+    assert cells(comparison, "State") == ["finished", "still training, at 6 of 20 tokens"]
+    assert not any("stopped" in note for note in comparison.notes)
+    assert any(note.startswith("b is still training") for note in comparison.notes)
+
+
+def test_the_first_table_says_what_is_lowest():
+    """Ends at 1, 2 and 4 nats: the lowest is named, the others are 1 and 3 above it."""
+    runs = [make_run(f"r{end}", {0: 5.0, 2: float(end)}, model__d_ff=8 * end) for end in (2, 1, 4)]
+    assert cells(compare_runs(runs), "prose: above the lowest (nats per token)") == ["1", "lowest", "3"]
+    assert cells(compare_runs([*runs, make_run("none", {}, model__d_ff=40)]), "prose: above")[-1] == "?"
+
+
+def test_every_run_shows_within_the_axes():
+    """A short run beside a long one has its last two points inside the panel."""
+    long = [(7, 14, 7.0)] * 20
+    runs = [
+        make_run("long", {0: 9.0, **{s: 2 - s / 20 for s in range(5, 21)}}, long),
+        make_run("short", {0: 8.0, 1: 5.0}),
+    ]
+    curves = curves_over(QUANTITIES[0], NATS, ["prose"], group_runs(list(map(ComparedRun, runs))))
+    with pictures.drawing() as (_, axes):
+        _draw_panel(axes, curves.curves, 1.0)
+        low, high = axes.get_ylim()
+    assert low < 1
+    assert 8 < high < 9
+
+
 def test_scores_from_before_the_end_are_marked():
     """A last loss that is not finite is not passed off as the one before it."""
     comparison = compare_runs([make_run("a", {0: 3.0, 1: 2.0, 2: None})])
@@ -283,9 +328,7 @@ def test_missing_steps_are_noted():
 )
 def test_labels_are_the_shortest_that_differ(folders, labels):
     """Equal names get parents, and only they."""
-    assert compare_runs([make_run(folder) for folder in folders]).notes[0].startswith(f"{labels[0]} (")
-    runs = [make_run(folder, model__d_ff=8 * (i + 1)) for i, folder in enumerate(folders)]
-    assert cells(compare_runs(runs), "Run") == labels
+    assert [run.name for run in tell_apart([make_run(folder) for folder in folders])] == labels
 
 
 def test_many_long_names_fit_the_legend(rendered):

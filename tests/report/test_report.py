@@ -17,6 +17,7 @@ import yaml
 from made_up_run import MODEL, L, make_arrays, make_evaluation, make_record, make_run, make_step
 
 from moe_gpt.errors import InputError
+from moe_gpt.report import pictures
 from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.report import write_report
 from moe_gpt.report.run_summary import summarise
@@ -220,6 +221,68 @@ def test_health_is_not_judged_too_early():
     assert found(make_run(config={}), "healthy")[0] == "Not known"
 
 
+def test_nothing_alarms_before_it_can_be_judged():
+    """Experts without tokens are no alarm before faults.routing_window steps, nor is an untrained model."""
+    arrays = make_arrays(30, 2.0)
+    for counts in arrays.tokens_per_expert.values():
+        counts[1] = [100, 100, 100, 0]
+    early = make_run(arrays=[arrays], config=make_run().config | {"faults": {"routing_window": 500}})
+    for word in ("used", "differ", "healthy"):
+        assert found(early, word)[0] == "Too early to say"
+    assert re.search(r"step 30\b.* step 500\b.* 1 of 8 experts has less", found(early, "used")[1])
+    assert found(make_run(evaluations=[make_evaluation(0, 4.0)]), "learn")[0] == "Too early to say"
+
+
+def test_terms_are_explained_once(whole, page_of):
+    """Each where it first stands, below its paragraph: the page explains at least ten, a comparison those it has."""
+    page = whole.read_text()
+    terms = re.findall("<dfn>(.*?)</dfn>", page)
+    assert len(terms) == len(set(terms)) >= 10
+    for term in ("expert", "router", "nat", "perplexity", "bits per byte", "held-out", "load", "entropy"):
+        first = re.search(rf"\b{term}", text_of(page), re.IGNORECASE)
+        assert first.start() <= text_of(page).index(text_of(f"<body><dfn>{term}</dfn></body>") + " ")
+        assert term in terms
+    assert "<dfn>nat</dfn>" in page_of(make_run(), make_run(name="second"))
+
+
+def test_commands_can_be_copied(page_of):
+    """A command is code on a line of its own, with the run's folder and the width of the same active size."""
+    commands = re.findall(r'<pre class="command"[^>]*><code>(.*?)</code></pre>', page_of(make_run()))
+    train, compare = commands
+    assert train.startswith("python scripts/train.py --config made-up/config.yaml --run-dir made-up-dense ")
+    assert train.endswith(" model.n_experts=1 model.top_k=1 model.d_ff=32")
+    assert compare.startswith("python scripts/report.py made-up made-up-dense")
+
+
+def test_run_that_still_trains_is_not_called_finished_or_not():
+    """Its share of the plan stands beside the fact that it goes on."""
+    run = make_run(steps=[make_step(step) for step in range(1, 4)], evaluations=[], is_training=True)
+    assert found(run, "trained")[0].endswith("10 % of the plan, the run is still training")
+
+
+def test_what_is_long_says_that_it_scrolls(whole):
+    """Every picture on a phone, wide tables, and tall ones that are closed; nobody needs a pointer to read."""
+    page = whole.read_text()
+    assert page.count("The picture scrolls") == page.count("<figure")
+    assert re.search(r"The table scrolls sideways: \d+ columns", page)
+    assert re.search(r"The table scrolls: \d\d rows", page)
+    assert re.search(r'<span class="hover">[^<]*pointer', page)
+
+
+def test_text_of_pictures_is_readable_on_a_phone(rendered, tmp_path):
+    """However narrow the page, a picture keeps so much of its own width that its text has 11 pixels."""
+    write_report([make_run()], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    kept = float(re.search(r"min-width: calc\(([.\d]+) \* var\(--width\)\)", page)[1])
+    sizes = [float(size) for size in re.findall(r"<text style=\"font[^;]*?([\d.]+)px", page)]  # of a viewBox in points
+    widths = re.findall(r'<svg [^>]*style="--width: [\d.]+pt"', page)
+    assert len(widths) == page.count("<svg") == page.count("<figure")
+    axis_text = pictures._STYLE["matplotlib"]["font.size"]
+    assert axis_text in sizes
+    assert kept * axis_text * 96 / 72 > 11
+    assert kept * min(sizes) * 96 / 72 > 9
+
+
 def test_run_that_did_not_learn_is_told_so():
     """A loss at ln(V) is no learning; learning from one of two sources is half of it."""
     run = make_run(evaluations=[make_evaluation(0, 3.95), make_evaluation(30, 3.9)])
@@ -335,6 +398,17 @@ def test_several_runs_are_compared_and_summarised(page_of):
     text = text_of(page_of(first, second))
     assert text.index("At the end") < text.rindex("Run made-up") < text.rindex("Run second")
     assert text.count("Did it learn?") == 2
+
+
+def test_runs_of_the_same_name_are_told_apart(page_of):
+    """In title, navigation, table and headings."""
+    runs = [make_run(name="tiny", run_dir=Path(folder) / "tiny") for folder in "ab"]
+    page = page_of(*runs)
+    assert "<title>Runs a/tiny, b/tiny</title>" in page
+    for name in ("a/tiny", "b/tiny"):
+        assert re.search(rf'<a href="#run-\d">Run {name}</a>', page)
+        assert re.search(rf'<h2 id="run-\d">Run {name}</h2>', page)
+    assert not re.search(r"\bRun tiny\b", page)
 
 
 def test_no_run_is_an_error(tmp_path):

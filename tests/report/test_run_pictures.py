@@ -8,8 +8,9 @@ import pytest
 from made_up_run import E, L, T, make_arrays, make_run, make_step
 
 from moe_gpt.measure.positions import position_buckets
-from moe_gpt.report import expert_pictures, router_pictures, run_pictures
+from moe_gpt.report import expert_pictures, pictures, router_pictures, run_pictures
 from moe_gpt.report.missing import NotRecorded
+from moe_gpt.report.pictures import Table
 from moe_gpt.report.routed_text import favourite_tokens, routed_samples, show_controls, show_token
 from moe_gpt.report.run_pictures import mean_by_position
 from moe_gpt.report.series import Series, spread
@@ -78,12 +79,28 @@ def test_position_means_by_hand():
     assert math.isnan(second)
 
 
-def test_stages_are_described_and_numbered():
-    """Each stage has its end, length and batch; a single stage needs no words."""
-    text = run_pictures.draw_speed(make_run()).caption
+def test_stages_are_described_once_and_numbered():
+    """Each stage has its end, length and batch in the caption of the schedule, which others name."""
+    text = run_pictures.draw_schedule(make_run()).caption
     assert "1 until 1k: sequences of 40 tokens, 40 tokens a step" in text
     assert "2 until 3k: sequences of 80 tokens, 80 to 160 tokens a step" in text
-    assert "sequences of" not in run_pictures.draw_speed(make_run(config={})).caption
+    for draw in (run_pictures.draw_speed, run_pictures.draw_losses):
+        assert "sequences of" not in draw(make_run()).caption
+        assert "schedule" in draw(make_run()).caption
+        assert "stage" not in draw(make_run(config={})).caption
+
+
+def test_two_points_are_no_line():
+    """Few points have dots; a line between two of them would suggest what nobody has measured."""
+    assert pictures.marks(2) == {"marker": "o", "markersize": 3, "linestyle": "none"}
+    assert pictures.marks(3) == {"marker": "o", "markersize": 3}
+    assert pictures.marks(21) == {}
+
+
+def test_wide_tables_are_known():
+    """A word or a number cannot be broken: the widest of each column counts, and two more."""
+    table = Table(("layer", "largest of all"), [(1, 0.5), (1234567, "few words")])
+    assert table.n_characters == len("1,234,567") + 2 + len("largest") + 2
 
 
 def test_stages_not_reached_are_not_drawn(rendered):
@@ -161,7 +178,6 @@ def test_non_finite_steps_leave_gaps():
         router_pictures.draw_entropies,
         router_pictures.draw_router,
         router_pictures.draw_gradients,
-        router_pictures.draw_dropped,
         router_pictures.draw_saturation,
         expert_pictures.draw_co_activation,
         expert_pictures.draw_domains,
@@ -171,6 +187,16 @@ def test_nothing_recorded_is_said(draw):
     """A picture of nothing is refused, with what is missing."""
     with pytest.raises(NotRecorded):
         draw(make_run(steps=[], records=[], evaluations=[], arrays=[]))
+
+
+def test_dropped_assignments_are_drawn_where_there_are_any():
+    """No picture of nothing; and one that lacks what it needs says so."""
+    assert router_pictures.draw_dropped(make_run()) == []
+    steps = [make_step(1, dropped_fraction=0.1)]
+    (picture,) = router_pictures.draw_dropped(make_run(steps=steps))
+    assert picture.name == "dropped"
+    with pytest.raises(NotRecorded, match="not recorded"):
+        router_pictures.draw_dropped(make_run(steps=steps, records=[]))
 
 
 def test_tokens_show_their_white_space():

@@ -15,7 +15,6 @@ from moe_gpt.report.comparison.curves import BITS, NATS, QUANTITIES, Metric, cur
 from moe_gpt.report.comparison.runs import (
     ComparedRun,
     Group,
-    compared_runs,
     differing_keys,
     group_runs,
     table_of_differences,
@@ -46,27 +45,26 @@ class Comparison:
 
 
 def compare_runs(records: Sequence[RunRecords]) -> Comparison:
-    """Compare runs; one alone is allowed.
+    """Compare runs that ``tell_apart`` has named; one alone is allowed.
 
-    Runs that differ only in the seed and in what is recorded are a group, with one colour. In ``final`` a group has a
-    row for each place where its runs ended: no mean is over finished and stopped runs.
+    Runs that differ only in the seed and in what is recorded, and that came about equally far, are a group: it has one
+    colour, and one row in ``final``. No mean is over finished and stopped runs.
 
     Raises:
         ValueError: where there is no run.
     """
     if not records:
         raise ValueError("compare_runs needs at least one run, got none")
-    runs = compared_runs(records)
+    runs = list(map(ComparedRun, records))
     groups = group_runs(runs)
-    rows = list(itertools.chain(*map(Group.by_end, groups)))
     sources = list(dict.fromkeys(itertools.chain(*(run.records.all_scores() for run in runs))))
     tokenised, unknown = _tokenisers(runs)
     metric = NATS if len(tokenised) + bool(unknown) < 2 else BITS
     curves = [curves_over(cost, metric, sources, groups) for cost in QUANTITIES if cost.picture]
     facts = {"runs": runs, "groups": groups, "curves": curves, "tokenised": tokenised, "unknown": unknown}
     return Comparison(
-        pictures=[draw_curves(found, groups, rows) for found in curves if found.curves],
-        final=_final(metric, sources, rows),
+        pictures=[draw_curves(found, groups) for found in curves if found.curves],
+        final=_final(metric, sources, groups),
         differences=table_of_differences(runs),
         notes=paragraphs(words()["comparison"]["notes"], **facts, **_comparability(runs, sources)),
     )
@@ -96,22 +94,37 @@ def _longest(settings: dict[str, Any]) -> int:
     return max(lengths, default=0)
 
 
-def _final(metric: Metric, sources: Sequence[str], rows: Sequence[Group]) -> Table:
-    """Tell where runs ended: the mean of a row's runs and, where they differ, the lowest and the highest."""
+def _final(metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> Table:
+    """Tell where runs ended: the mean of a group's runs and, where they differ, the lowest and the highest."""
     columns = {
-        "Run": [row.label for row in rows],
-        "Seeds": [str(row.n_seeds) if row.runs[0].settings else "?" for row in rows],
-        "State": [row.runs[0].state for row in rows],
+        "Run": [group.label for group in groups],
+        "Seeds": [str(group.n_seeds) if group.runs[0].settings else "?" for group in groups],
+        "State": [group.runs[0].state for group in groups],
     }
-    for source, m in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
-        columns[f"{source} ({m.unit})"] = [_spread(row.last_scores(source, m.key)) for row in rows]
-    return Table.of(columns | _columns_of_costs(rows), "At the end")
+    return Table.of(columns | _columns_of_scores(metric, sources, groups) | _columns_of_costs(groups), "At the end")
 
 
-def _columns_of_costs(rows: Sequence[Group]) -> dict[str, list[str]]:
+def _columns_of_scores(metric: Metric, sources: Sequence[str], groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return the scores on each source, and by how much they are above the lowest one."""
+    columns = {}
+    for source, shown in itertools.product(sources, [NATS, BITS] if metric is NATS else [BITS]):
+        scores = [group.last_scores(source, shown.key) for group in groups]
+        columns[f"{source} ({shown.unit})"] = list(map(_spread, scores))
+        if shown is metric and len(groups) > 1:
+            columns[f"{source}: above the lowest ({shown.unit})"] = _above_the_lowest(scores)
+    return columns
+
+
+def _above_the_lowest(scores: Sequence[list[float]]) -> list[str]:
+    means = np.array([np.mean(found or [np.nan]) for found in scores])
+    above = means - np.fmin.reduce(means)  # which passes over nan
+    return ["?" if np.isnan(value) else format_digits(value) if value else "lowest" for value in above]
+
+
+def _columns_of_costs(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Return a column for each quantity; those of a kind share the unit that fits the largest."""
     columns, largest = {}, collections.defaultdict[Units, float](float)
-    totals = {quantity: [np.array(row.totals(quantity.key)) for row in rows] for quantity in QUANTITIES}
+    totals = {quantity: [np.array(group.totals(quantity.key)) for group in groups] for quantity in QUANTITIES}
     for quantity, found in totals.items():
         largest[quantity.units] = max(largest[quantity.units], np.concatenate(found).max(initial=0.0))
     for quantity, found in totals.items():

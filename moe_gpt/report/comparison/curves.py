@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
-import textwrap
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from moe_gpt.report.comparison.runs import ComparedRun, Group
-from moe_gpt.report.pictures import Picture, Table, finish, line_look, panels
+from moe_gpt.report.pictures import Picture, Table, finish, legend_below, line_look, marks, panels
 from moe_gpt.terminal.numbers import FLOPS, PARAMETERS, TIME, TOKENS, Units, format_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH = 7.2
-_LEGEND_CHARACTERS = 90
 
 
 class Metric(NamedTuple):
@@ -96,43 +94,34 @@ def curves_over(cost: Quantity, metric: Metric, sources: Sequence[str], groups: 
     return Curves(cost, metric, curves)
 
 
-def draw_curves(found: Curves, groups: Sequence[Group], rows: Sequence[Group]) -> Picture:
-    """Draw a panel for each source.
-
-    Args:
-        found: what to draw.
-        groups: runs that look the same.
-        rows: runs whose ends the words give together.
-    """
+def draw_curves(found: Curves, groups: Sequence[Group]) -> Picture:
+    """Draw a panel for each source; the runs of a group look the same, and the words give their mean."""
     cost, (size, unit), by_source = found.cost, found.unit, found.by_source
     looks = {g.label: line_look(index) for index, g in enumerate(groups) if set(g.runs) & set(found.runs)}
-    labels, n_columns, height = _legend(looks)
-    with panels(list(by_source), min(3, len(by_source)), (height, 2.9), width=_WIDTH) as (figure, grid):
+    units, label_x = [f"Validation loss ({found.metric.unit})"] * len(by_source), f"{cost.label} ({unit})"
+    layout = (units, min(3, len(by_source)), (0.0, 2.9), operator.methodcaller("set_xlabel", label_x))
+    with panels(list(by_source), *layout, width=_WIDTH) as (figure, grid):
         for axes, curves in zip(grid, by_source.values(), strict=True):
             _draw_panel(axes, curves, size)
-            axes.set(xlabel=f"{cost.label} ({unit})", ylabel=f"Validation loss ({found.metric.unit})")
-        handles = [grid[0].plot([], [], **look)[0] for look in looks.values()]
-        figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
-        ends = {source: _ends(cost, curves, rows) for source, curves in by_source.items()}
+        legend_below(figure, {label: grid[0].plot([], [], **look)[0] for label, look in looks.items()})
+        ends = {source: _ends(cost, curves, groups) for source, curves in by_source.items()}
         return finish(figure, cost.picture, _table(found), metric=found.metric, label=cost.label, ends=ends)
 
 
-def _legend(names: Iterable[str]) -> tuple[list[str], int, float]:
-    """Return a legend's labels, its columns and its height in inches."""
-    labels = [textwrap.fill(name, _LEGEND_CHARACTERS) for name in names]
-    n_columns = max(1, _LEGEND_CHARACTERS // (max(map(len, labels)) + 8))
-    return labels, n_columns, 0.2 * math.ceil(sum(label.count("\n") + 1 for label in labels) / n_columns)
-
-
 def _draw_panel(axes: Axes, curves: Sequence[Curve], size: float) -> None:
-    """Draw curves, with the axis for what comes after each one's first tenth: it would press the rest together."""
+    """Draw curves, with the axis for what comes after each one's first tenth: it would press the rest together.
+
+    The last two points of every curve are inside, so that a short run is more than a dot.
+    """
+    shown: list[float] = []
     for curve in curves:
-        axes.plot(curve.costs / size, curve.scores, **curve.look)
+        axes.plot(curve.costs / size, curve.scores, **curve.look | marks(len(curve.scores)))
         axes.plot(curve.costs[-1:] / size, curve.scores[-1:], "o", markersize=4, color=curve.look["color"])
-    shown = np.concatenate([curve.scores[curve.costs >= curve.costs[-1] / 10] for curve in curves])
+        start = int(np.searchsorted(curve.costs, curve.costs[-1] / 10))
+        shown.extend(curve.scores[min(start, max(0, len(curve.scores) - 2)) :])
     margin = 0.05 * np.ptp(shown)
     if margin:
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 
 def _table(found: Curves) -> Table:
@@ -146,18 +135,18 @@ def _table(found: Curves) -> Table:
 
 
 class End(NamedTuple):
-    """Where a row's runs end on the average; sorted by score."""
+    """Where a group's runs end on the average; sorted by score."""
 
     score: float
     spent: str
     label: str
 
 
-def _ends(cost: Quantity, curves: Sequence[Curve], rows: Sequence[Group]) -> list[End]:
+def _ends(cost: Quantity, curves: Sequence[Curve], groups: Sequence[Group]) -> list[End]:
     ends = []
-    for row in rows:
-        found = [(curve.scores[-1], curve.costs[-1]) for curve in curves if curve.run in row.runs]
+    for group in groups:
+        found = [(curve.scores[-1], curve.costs[-1]) for curve in curves if curve.run in group.runs]
         if found:
             score, spent = np.mean(found, axis=0).tolist()
-            ends.append(End(score, cost.units.format(spent), row.label + " on average" * (len(row.runs) > 1)))
+            ends.append(End(score, cost.units.format(spent), group.label + " on average" * (len(group.runs) > 1)))
     return sorted(ends)

@@ -7,8 +7,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
-from pathlib import PurePath
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,15 +29,21 @@ _MAY_DIFFER_IN_GROUP = re.compile(
     r"|data\.(cache_dir|verify_tokens|sources\.\d+\.prompt)"
 )
 """The seed, where files are, and what is recorded."""
+_ABOUT_EQUAL = 0.02
+"""Share by which the tokens of a group's runs may differ."""
 _NOT_THERE = object()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ComparedRun:
-    """A run beside others."""
+    """A run beside others; of ``tell_apart``'s records, so that its label is its own."""
 
     records: RunRecords
-    label: str
+
+    @property
+    def label(self) -> str:
+        """The name of the run."""
+        return self.records.name
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -95,20 +100,20 @@ class ComparedRun:
         return np.concatenate([[0.0], self.sums[quantity]])[n_steps]
 
     @property
-    def total_tokens(self) -> int | None:
-        """Tokens at the end of the schedule; None where the config does not say."""
-        end: Any = [None, *(stage.get("until_tokens") for stage in self.records.stages)][-1]
-        return end if isinstance(end, int) else None
-
-    @property
     def scored_at(self) -> int | None:
         """Tokens at the last scores; of the sources the one whose scores end first."""
         return min((int(scores.tokens[-1]) for scores in self.records.all_scores().values()), default=None)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the schedule has more tokens than the run has seen."""
-        return self.total_tokens is not None and self.records.last("tokens_seen") < self.total_tokens
+        """Whether the schedule has more tokens than the run has seen, and nothing trains it any more."""
+        return self.records.is_short and not self.records.is_training
+
+    @functools.cached_property
+    def identity(self) -> Any:
+        """What runs of one group have in common: settings, tokenizer, and whether they stopped early."""
+        settings = {key: value for key, value in self.settings.items() if not _MAY_DIFFER_IN_GROUP.fullmatch(key)}
+        return settings, self.records.tokenizer_digest, self.is_stopped, self.records.is_training
 
     @property
     def state(self) -> str:
@@ -121,22 +126,6 @@ class ComparedRun:
         sources = list(self.records.all_scores())
         last = self.records.evaluations[-1] if sources else {}
         return [source for source in sources if last.get(str(MetricName(source, "ce_loss")), 0.0) is None]
-
-
-def compared_runs(runs: Sequence[RunRecords]) -> list[ComparedRun]:
-    """Name each run after its folder, with as many parents as it takes; a folder given again gets a number."""
-    paths = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
-    compared = []
-    for index, (run, path) in enumerate(zip(runs, paths, strict=True)):
-        earlier = paths[:index].count(path)
-        compared.append(ComparedRun(run, f"{_shortest(path, set(paths))}{f' #{earlier + 1}' * bool(earlier)}"))
-    return compared
-
-
-def _shortest(path: tuple[str, ...], paths: set[tuple[str, ...]]) -> PurePath:
-    """Return the shortest end of a path that no other path has."""
-    ends = (path[-n_parts:] for n_parts in range(1, len(path) + 1))
-    return PurePath(*next(end for end in ends if sum(other[-len(end) :] == end for other in paths) == 1))
 
 
 class Group(NamedTuple):
@@ -164,43 +153,33 @@ class Group(NamedTuple):
         """Return what each run has of a quantity, where that is known."""
         return [run.totals[quantity] for run in self.runs if quantity in run.totals]
 
-    def by_end(self) -> list[Group]:
-        """Return the group's runs that ended at the same place together."""
-        return _together(self.runs, lambda run: (run.records.last("tokens_seen"), run.scored_at))
-
 
 def group_runs(runs: Sequence[ComparedRun]) -> list[Group]:
-    """Put runs with equal settings and tokenizers together; one whose config cannot be read stays alone."""
-
-    def identity(run: ComparedRun) -> Any:
-        settings = {key: value for key, value in run.settings.items() if not _MAY_DIFFER_IN_GROUP.fullmatch(key)}
-        return (settings, run.records.tokenizer_digest) if settings else object()
-
-    return _together(runs, identity)
-
-
-def _together(runs: Sequence[ComparedRun], identity: Callable[[ComparedRun], Any]) -> list[Group]:
-    """Return the runs of equal identity as groups, in the order of their first runs; identities need no hash."""
-    identities: list[Any] = []
+    """Put runs together that are equal but for the seed and what is recorded, and that came about equally far."""
     groups: list[Group] = []
     for run in runs:
-        found = identity(run)
-        if found not in identities:
-            identities.append(found)
-            groups.append(Group([]))
-        groups[identities.index(found)].runs.append(run)
+        group = next((group for group in groups if _belong_together(group.runs[0], run)), None)
+        if group:
+            group.runs.append(run)
+        else:
+            groups.append(Group([run]))
     return groups
+
+
+def _belong_together(one: ComparedRun, other: ComparedRun) -> bool:
+    """Tell whether a mean over two runs has a sense; not where a config cannot be read."""
+    ends, others = ((run.records.last("tokens_seen"), run.scored_at or 0) for run in (one, other))
+    return bool(one.settings) and one.identity == other.identity and np.allclose(ends, others, _ABOUT_EQUAL, 0)
 
 
 def differing_keys(runs: Sequence[ComparedRun]) -> list[str]:
     """Return the settings that differ between the runs whose config can be read, in the order of the configs."""
     settings = [run.settings for run in runs if run.settings]
-    return [key for key in dict.fromkeys(itertools.chain(*settings)) if _differs(key, settings)]
 
+    def differs(key: str) -> bool:
+        return any(found.get(key, _NOT_THERE) != settings[0].get(key, _NOT_THERE) for found in settings)
 
-def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
-    first, *others = (found.get(key, _NOT_THERE) for found in settings)
-    return any(value != first for value in others)
+    return list(filter(differs, dict.fromkeys(itertools.chain(*settings))))
 
 
 def table_of_differences(runs: Sequence[ComparedRun]) -> Table:
