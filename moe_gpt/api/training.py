@@ -65,18 +65,8 @@ def train(
     """
     require(Count | None, max_steps=max_steps)
     require(Positive | None, max_minutes=max_minutes)
-    run = prepare(
-        config,
-        overrides,
-        run_dir,
-        resume=resume,
-        init_from=init_from,
-        allow_changes=allow_changes,
-        fit_steps=fit_budget(fit_schedule, max_steps),
-        device=device,
-        own=OwnParts(make_router, schedule),
-        say=say,
-    )
+    fit_steps, own = fit_budget(fit_schedule, max_steps), OwnParts(make_router, schedule)
+    run = prepare(config, overrides, run_dir, resume, init_from, allow_changes, fit_steps, device, own, say)
     train_to_the_end(run, Limits(max_steps, max_minutes), callbacks)
     return run
 
@@ -85,7 +75,6 @@ def prepare(
     config: str | Path | RunConfig,
     overrides: Mapping[str, Any] | Sequence[str],
     run_dir: str | Path | None,
-    *,
     resume: bool,
     init_from: str | Path | None,
     allow_changes: Collection[str],

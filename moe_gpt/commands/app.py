@@ -64,6 +64,7 @@ def make_app() -> cyclopts.App:
         help_format="markdown",  # breaks lines anew
         version=moe_gpt.__version__,
         result_action="return_value",
+        default_parameter=cyclopts.Parameter(allow_repeating=True),  # the last one counts, as it always did
     )
     for name, text in COMMANDS.items():
         place = f"moe_gpt.commands.{name}:{name}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
 
 FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Where"))
+_OF_FILES = ("stride", "text_field")
 _OF_HELD_OUT = ("by_position", "context", "rope_theta", "max_tokens")
 
 
@@ -46,6 +47,17 @@ class EvaluateOptions:
     device: Annotated[Device, Parameter(group=PLACE)] = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
+    def check(self) -> None:
+        """Check that options for files come with --files, and those for held-out text without.
+
+        Raises:
+            InputError: naming the option.
+        """
+        name = next((name for name in (_OF_HELD_OUT if self.files else _OF_FILES) if getattr(self, name)), None)
+        if name:
+            flag, wanted = name.replace("_", "-"), "held-out text" if self.files else "--files"
+            raise InputError(f"--{flag} is for {wanted}, got it {'with' if self.files else 'without'} --files")
+
 
 def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> None:
     """Print a table with the loss of each source of a run, or of each of the files.
@@ -53,13 +65,7 @@ def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> Non
     Args:
         model: A run folder (its newest checkpoint) or a checkpoint; with --files also a Hugging Face folder.
     """
-    for name in ("stride", "text_field"):
-        if getattr(options, name) and not options.files:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is for --files, got --{flag} {getattr(options, name)} without it")
-    for name in _OF_HELD_OUT:
-        if options.files and getattr(options, name):
-            raise InputError(f"--{name.replace('_', '-')} is for held-out text, got it with --files")
+    options.check()
 
     from moe_gpt.api.loaded import load
     from moe_gpt.interop.hugging_face import is_model_folder

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moe_gpt.commands.options import flat
 from moe_gpt.errors import InputError
+from moe_gpt.terminal.wrapping import wrap
+
+if TYPE_CHECKING:
+    from moe_gpt.training.saving.saved_model import SavedModel
 
 
 @flat
@@ -38,7 +43,6 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     from moe_gpt.files.tensors import TensorReader
     from moe_gpt.interop import hugging_face
     from moe_gpt.interop.model_card import Training, model_card
-    from moe_gpt.measure.parameters import count_parameters
     from moe_gpt.training.records.metrics import scores_at
     from moe_gpt.training.saving.saved_model import describe_model, open_checkpoint
 
@@ -66,13 +70,22 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     architecture = "LlamaForCausalLM" if config.model.is_dense else "MixtralForCausalLM"
     n_bytes = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{saved.path} -> {folder}: {architecture}, {options.dtype}, {n_bytes / 1e6:,.1f} MB")
+    for note in notes(saved):
+        print(wrap(f"note: {note}"))
+    print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def notes(saved: SavedModel) -> Iterator[str]:
+    """Yield what an exported model does not do as its training did."""
+    from moe_gpt.measure.parameters import count_parameters
+
+    config = saved.config
     if config.model.attention_sharing > 1:
         total = count_parameters(config.model).total
-        print(f"note: attention shared by layers is written once for each, so there are more than {total:,} parameters")
+        yield f"attention shared by layers is written once for each, so there are more than {total:,} parameters"
     if config.model.capacity_factor:
-        print("note: model.capacity_factor dropped tokens in training only; the exported model drops none")
+        yield "model.capacity_factor dropped tokens in training only; the exported model drops none"
     start, end = saved.tokenizer.template()
     if start or end:
         spelled = " ".join(saved.tokenizer.spell(index) for index in (*start, *end))
-        print(f"note: the exported tokenizer does not put {spelled} around texts, because training did not")
-    print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+        yield f"the exported tokenizer does not put {spelled} around texts, because training did not"

@@ -9,6 +9,8 @@ from moe_gpt.commands.options import Switch
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
+_SECONDS_BETWEEN_PAGES = 20
+
 
 def report(*runs: Path, out: Path | None = None, watch: Switch = False) -> None:
     """Write a page about a run, or about several side by side.
@@ -20,19 +22,24 @@ def report(*runs: Path, out: Path | None = None, watch: Switch = False) -> None:
     Args:
         runs: Run folders, finished or not.
         out: The page; RUN/report.html by default, and report.html here for several runs.
-        watch: Write the page again and again while a run trains.
+        watch: Write the page again every 20 seconds while a run trains; the page renews itself in the browser.
     """
     if not runs:
         raise InputError("RUNS is missing; give run folders such as runs/tiny")
 
+    from moe_gpt.report.recorded import tell_apart
     from moe_gpt.report.report import write_report
     from moe_gpt.report.run_records import read_run
+    from moe_gpt.report.watch import watch_report
 
     path = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     check_paths(runs, path)
+    if watch:
+        watch_report(runs, path, _SECONDS_BETWEEN_PAGES, print)
+        return
     found = [read_run(run) for run in runs]
     write_report(found, path)
-    for run in found:
+    for run in tell_apart(found):
         for note in run.notes:
             print(wrap(f"{run.name}: {note}"))
     print(f"wrote {path}")

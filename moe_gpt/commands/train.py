@@ -70,12 +70,12 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
         config,
         overrides,
         options.run_dir,
-        resume=options.resume,
-        init_from=options.init_from,
-        allow_changes=[key.strip() for words in options.allow_changes for key in words.split(",") if key.strip()],
-        fit_steps=fit_budget(options.fit_schedule, options.max_steps),
-        device=options.device,
-        own=OwnParts(find_router(options.router) if options.router else Router),
+        options.resume,
+        options.init_from,
+        [key.strip() for words in options.allow_changes for key in words.split(",") if key.strip()],
+        fit_budget(options.fit_schedule, options.max_steps),
+        options.device,
+        OwnParts(find_router(options.router) if options.router else Router),
         say=lambda text: print(wrap(text), flush=True),
     )
     print(wrap(describe_run(run), " " * 11), flush=True)

@@ -16,13 +16,11 @@ from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.parallelize import apply_execution
 from moe_gpt.errors import InputError
-from moe_gpt.measure.memory import needed_memory
-from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.ops.device import Precision, available_memory_bytes, pick_precision, tune_process
-from moe_gpt.terminal.numbers import format_value
+from moe_gpt.ops.device import Precision, pick_precision, tune_process
 from moe_gpt.training.evaluation import Evaluator
+from moe_gpt.training.fits import refuse_full_size, warn_of_memory
 from moe_gpt.training.optimizer import build_optimizer
 from moe_gpt.training.records.tracking import require_tracker
 from moe_gpt.training.saving.changes import check_changes, describe_environment, find_changes
@@ -81,15 +79,16 @@ class Run:
         return self.state.tokens_seen >= self.schedule.total_tokens
 
 
-_HOPELESS = 20
-"""Times the free memory; what takes more is no run of this machine, whatever its settings."""
-
-
 class OwnParts(NamedTuple):
     """What users put in the place of ours."""
 
     make_router: MakeRouter = Router
     schedule: StepSchedule | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is recorded of them: name and source digest, None for ours."""
+        schedule = None if self.schedule is None else describe_source(type(self.schedule), None)
+        return {"router": describe_source(self.make_router, Router), "schedule": schedule}
 
 
 NOTHING_OWN = OwnParts()
@@ -183,24 +182,18 @@ def assemble(
 
     Arguments and errors are those of ``set_up_run``.
     """
-    _refuse_full_size(config, device)
+    refuse_full_size(config, device)
     data = prepare_data(config.data, start.tokenizer, say)
     config, schedule, shares = fill_in(config, data, start.vocab_size, fit_steps)
     if own.schedule is not None:
         schedule = OwnSchedule(own.schedule, schedule, config.model.max_seq_len)
     precision = pick_precision(config.train.precision, device)
     tune_process(device, config.train.deterministic)
-    identity = RunIdentity(
-        config,
-        data.tokenizer,
-        data.fingerprint,
-        describe_environment(device, precision),
-        router=describe_source(own.make_router, Router),
-        schedule=describe_source(type(own.schedule), type(None)),
-    )
+    environment = describe_environment(device, precision)
+    identity = RunIdentity(config, data.tokenizer, data.fingerprint, environment)._replace(**own.describe())
     identity, changes = _with_history(identity, start, allow_changes, say)
     require_tracker(config.tracking)
-    _warn_of_memory(config, device, precision, say)
+    warn_of_memory(config, device, precision, say)
     state = build_state(config, device, own.make_router)
     if start.saved:
         load_training_state(state, start.saved)
@@ -221,11 +214,16 @@ def assemble(
         resumed_from=start.saved,
         damaged=start.damaged,
         changes=changes,
-        passes={
-            source.config.name: schedule.total_tokens * share / sum(shares) / len(source.train)
-            for source, share in zip(data.sources, shares, strict=True)
-        },
+        passes=_passes(data, shares, schedule.total_tokens),
     )
+
+
+def _passes(data: PreparedData, shares: Sequence[float], total_tokens: int) -> dict[str, float]:
+    """Return how often a whole schedule visits each source's training tokens."""
+    return {
+        source.config.name: total_tokens * share / sum(shares) / len(source.train)
+        for source, share in zip(data.sources, shares, strict=True)
+    }
 
 
 def _with_history(
@@ -241,35 +239,6 @@ def _with_history(
     changes = check_changes(find_changes(read_config(start.saved), before, identity), allow_changes, say)
     history = (*before["changes"], *({"after_step": before["step"], **change} for change in changes))
     return identity._replace(initialised_from=before["initialised_from"], changes=history), changes
-
-
-def _refuse_full_size(config: RunConfig, device: torch.device) -> None:
-    """Refuse a model whose weights, gradients and moments alone are far beyond this machine: it is meant for a plan.
-
-    Raises:
-        InputError: with the size, and what it is for.
-    """
-    free, counts = available_memory_bytes(device), count_parameters(config.model)
-    needed = 16 * counts.total
-    if free is not None and needed > _HOPELESS * free:
-        raise InputError(
-            f"this config has {format_value(counts.total, 'parameters')} parameters: to train it takes at least "
-            f"{format_value(needed, 'bytes')} of memory, and {format_value(free, 'bytes')} are free here; it is meant "
-            "for moe-gpt plan, which says what such a run takes; to train, take a smaller one such as tiny.yaml"
-        )
-
-
-def _warn_of_memory(config: RunConfig, device: torch.device, precision: Precision, say: Callable[[str], None]) -> None:
-    """Say, before anything is built, where a run will not fit."""
-    needed, free = needed_memory(config, device, precision), available_memory_bytes(device)
-    if free is not None and needed.bytes > free:
-        advice = f"lower train.micro_batch_tokens (now {config.train.micro_batch_tokens:,})"
-        if not config.train.activation_checkpointing:
-            advice += ", set train.activation_checkpointing=true"
-        say(
-            f"WARNING: training takes {needed.shown()} of memory, and {format_value(free, 'bytes')} are free; {advice}"
-            ", or make the model smaller"
-        )
 
 
 def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[[str], None]) -> None:

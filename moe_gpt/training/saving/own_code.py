@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import sys
 import warnings
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter, Router
@@ -41,19 +42,23 @@ def find_router(place: str) -> MakeRouter:
     path = Path(file)
     if not separator or path.suffix != ".py" or not path.is_file():
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
-    spec = importlib.util.spec_from_file_location(f"router_of_{path.stem}", path)
-    assert spec is not None, "a file that ends in .py has a loader"
-    assert spec.loader is not None, "a file that ends in .py has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"--router {path} cannot be imported: {type(error).__name__}: {error}") from error
+    module = _import_file(path)
     if not callable(getattr(module, name, None)):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == spec.name]
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
         raise InputError(f"--router {path} has no class or function {name}; it has {', '.join(own) or 'none'}")
     return getattr(module, name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    loader = SourceFileLoader(f"router_of_{path.stem}", str(path))
+    module = ModuleType(loader.name)
+    module.__file__ = str(path)
+    sys.modules[loader.name] = module  # where inspect looks for the source
+    try:
+        loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--router {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
 
 
 def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: str) -> MakeRouter:
