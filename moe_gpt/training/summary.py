@@ -17,8 +17,8 @@ def describe_run(run: Run) -> str:
     total = sum(parameter.numel() for parameter in run.state.model.parameters())  # routers of one's own included
     lines = [
         f"model      {total:,} parameters, {counts.active + total - counts.total:,} active per token; "
-        f"{model.n_layers} layers of width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value, "
-        f"{experts}",
+        f"{model.n_layers} layers of width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value"
+        f", {experts}",
         f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
     ]
     for source in run.data.sources:
