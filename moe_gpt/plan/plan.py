@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Iterable, Iterator
 
 from moe_gpt.config import RunConfig
@@ -36,7 +38,7 @@ def _sections(config: RunConfig, options: PlanOptions) -> Iterator[PlanSection]:
     compute = compute_section(config, options)
     yield parameters_section(model)
     yield compute
-    yield failures_section(options, compute["duration"])
+    yield failures_section(options, compute["duration"], compute["mfu"])
     if options.duration_seconds is not None:
         yield mfu_from_duration(config, options, options.duration_seconds)
     if options.budget is not None:
@@ -50,11 +52,24 @@ def _sections(config: RunConfig, options: PlanOptions) -> Iterator[PlanSection]:
     yield gpu_section(gpu)
 
 
-def describe(sections: Iterable[PlanSection]) -> str:
-    """Return the plan as tables for people; the first column has the names that ``--explain`` takes."""
+_OF_CLUSTERS = "|".join(map(fnmatch.translate, (
+    "failures.*", "communication.*", "tokens_from_budget.*", "*.gpu_hours*", "*.spare_gpus", "*.gpus_per_copy",
+    "*.copies", "*.*_cluster", "*.cost*", "gpu.link", "gpu.network", "gpu.per_node",
+)))  # fmt: skip
+"""Names of numbers that mean nothing on one CPU."""
+
+
+def describe(sections: Iterable[PlanSection], options: PlanOptions | None = None) -> str:
+    """Return the plan as tables for people; the first column has the names that ``--explain`` takes.
+
+    With the options of one CPU, what only clusters have is left out.
+    """
+    left_out = _OF_CLUSTERS if options and options.is_one_cpu else "(?!)"
     parts = []
     for section in sections:
         rows = [(f"{section.name}.{q.name}", q.label, q.shown()) for q in section.quantities]
-        table = format_table((section.title, "", ""), rows, left=2)
-        parts.append("\n".join([table, *(f"  note: {note}" for note in section.notes)]))
+        rows = [row for row in rows if not re.match(left_out, row[0])]
+        if rows:
+            table = format_table((section.title, "", ""), rows, left=2)
+            parts.append("\n".join([table, *(f"  note: {note}" for note in section.notes)]))
     return "\n\n".join(parts)

@@ -21,6 +21,7 @@ from moe_gpt.plan.hardware import Gpu, Parallelism
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.parameters import counts_of
 from moe_gpt.plan.quantities import PlanSection, plan_section
+from moe_gpt.terminal.numbers import plural
 
 _ELEMENT = 2
 """Bytes of a number."""
@@ -230,7 +231,7 @@ def _memory_section(config: ModelConfig, options: PlanOptions, context: int) -> 
         options=options,
         context=context,
         in_flight=batch * layout.pipeline,
-        stage=f"the fullest stage, {stage_layers} of {config.n_layers} layers, over {layout.tensor} GPUs",
+        stage=f"the fullest stage, {stage_layers} of {config.n_layers} layers, over {plural(layout.tensor, 'GPU')}",
         most=values["sequences_that_fit"],
         longest=values["context_that_fits"],
     )

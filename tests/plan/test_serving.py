@@ -239,7 +239,7 @@ def test_sections_count_spare_gpus():
     more = dataclasses.replace(REPORTED, serving=Parallelism(300, tensor=8, pipeline=16))
     one, two = (serving_sections(GPT4, options, 8192)[2] for options in (REPORTED, more))
     assert (two["copies"], two["spare_gpus"]) == (2, 44)
-    assert any("44 GPUs are spare" in note for note in two.notes)
+    assert any("44 spare GPUs" in note for note in two.notes)
     assert two["tokens_per_second_cluster"] == pytest.approx(2 * one["tokens_per_second_cluster"])
     assert two["cost_per_thousand_tokens"] == pytest.approx(one["cost_per_thousand_tokens"] * 300 / 256)
 
