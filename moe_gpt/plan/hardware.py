@@ -229,7 +229,7 @@ class Parallelism(Section):
         Raises:
             InputError: with a line for everything that does not go round.
         """
-        axes = {"tensor": "n_heads", "expert": "n_experts"} if serving else _DIVIDED
+        axes = {"tensor": "n_heads", "expert": "n_experts"} if serving else DIVIDED
         problems = [line for axis, name in axes.items() for line in self._indivisible(model, name, axis)]
         if self.pipeline > model.n_layers and serving:
             problems.append(f"model.n_layers={model.n_layers} must be at least pipeline, got pipeline={self.pipeline}")
@@ -242,5 +242,5 @@ class Parallelism(Section):
             yield f"model.{name}={size} must be a multiple of {axis}, got {axis}={by}; choose one of {divisors(size)}"
 
 
-_DIVIDED = {"tensor": "n_heads", "pipeline": "n_layers", "expert": "n_experts"}
+DIVIDED = {"tensor": "n_heads", "pipeline": "n_layers", "expert": "n_experts"}
 """What each axis of a layout divides."""

@@ -15,8 +15,7 @@ from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.parameters import parameters_section
 from moe_gpt.plan.quantities import PlanSection
 from moe_gpt.plan.scaling_laws import optimal_section, predict_section
-from moe_gpt.plan.serving import serving_sections
-from moe_gpt.plan.speculation import speculation_section
+from moe_gpt.plan.serving import serving_sections, speculation_section
 from moe_gpt.plan.training_cost import compute_section, failures_section, mfu_from_duration, tokens_from_budget
 from moe_gpt.terminal.tables import format_table
 

@@ -15,20 +15,18 @@ from moe_gpt.plan.hardware import GPUS, Parallelism
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.quantities import PlanSection, to_json
 from moe_gpt.plan.serving import (
+    best_gamma,
     cache_share,
     compute_bound_batch,
     decoding_step,
     expected_experts_touched,
+    expected_tokens_per_step,
     kv_cache_bytes_per_token,
     serving_sections,
-    weight_bytes_per_gpu,
-)
-from moe_gpt.plan.speculation import (
-    best_gamma,
-    expected_tokens_per_step,
     speculation_section,
     speculative_speedup,
     speculative_speedup_on,
+    weight_bytes_per_gpu,
 )
 
 GPT4 = load_run_config("gpt4.yaml").model
