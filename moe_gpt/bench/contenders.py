@@ -148,42 +148,33 @@ class Ours(Contender):
         update_weights(self._state.model, self._state.optimizer, settings.lr, settings.max_grad_norm, self._loss)
 
 
+_SET_BY_TRANSFORMERS = {"architectures", "model_type", "experts_implementation"}
+
+
 class Transformers(Contender):
     """Mixtral with one of its expert implementations, or Mistral with the same active parameters."""
 
     def __init__(self, workload: Workload, experts: str | None) -> None:
         import transformers
 
+        from moe_gpt.interop.mixtral_layout import to_hugging_face
+
         super().__init__(workload)
         transformers.utils.logging.set_verbosity_error()
         torch.manual_seed(0)
         if workload.tune_peers:
             tune_process(self.device)
-        shape = workload.model
-        common: dict[str, Any] = {
-            "vocab_size": shape.vocab_size,
-            "hidden_size": shape.d_model,
-            "num_hidden_layers": shape.n_layers,
-            "num_attention_heads": shape.n_heads,
-            "num_key_value_heads": shape.n_kv_heads,
-            "head_dim": shape.head_dim,
-            "max_position_embeddings": shape.max_seq_len,
-            "sliding_window": None,
-            "use_cache": False,
-            "tie_word_embeddings": shape.tie_embeddings,
-        }
+        shape = dense_twin(workload.model) if experts is None else workload.model
+        values = to_hugging_face(shape, 0.0) | {"sliding_window": None, "use_cache": False}
+        values = {key: value for key, value in values.items() if key not in _SET_BY_TRANSFORMERS}
         if experts is None:
-            config: Any = transformers.MistralConfig(intermediate_size=shape.d_ff * shape.top_k, **common)
-            model: Any = transformers.MistralForCausalLM(config)
+            model: Any = transformers.MistralForCausalLM(transformers.MistralConfig(**values))
         else:
-            config = transformers.MixtralConfig(
-                intermediate_size=shape.d_ff,
-                num_local_experts=shape.n_experts,
-                num_experts_per_tok=shape.top_k,
-                output_router_logits=True,
-                router_aux_loss_coef=LossConfig().load_balancing_loss_weight,
-                **common,
-            )
+            values |= {
+                "output_router_logits": True,
+                "router_aux_loss_coef": LossConfig().load_balancing_loss_weight,
+            }
+            config = transformers.MixtralConfig(**values)
             model = transformers.MixtralForCausalLM._from_config(config, **experts_setting(experts))
         if workload.activation_checkpointing:
             model.gradient_checkpointing_enable()

@@ -7,12 +7,12 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_gpt.bench.contenders import Workload, dense_twin
+from moe_gpt.bench.results import Result, tabulate
 from moe_gpt.bench.rounds import require, take_turns
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.experts import Experts, FeedForward
@@ -25,7 +25,7 @@ ROUTINGS = ("balanced", "natural", "skewed")
 _SKEWED_SHARE = 0.8
 
 
-def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str], None]) -> list[Result]:
     """Measure forward and backward of one layer on all tokens of the workload, by routing.
 
     *Balanced* gives every expert the same number of tokens; *natural* is what an untrained router chooses; *skewed*
@@ -39,12 +39,16 @@ def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str]
         f"tokens, forward and backward; {workload.device}, {workload.precision}"
     )
     require(turns, "dense")
-    medians = {name: statistics.median(turns[name].values) for name in names if turns[name].values}
-    results = []
-    for name, seconds in medians.items():
-        say(f"{name:<20}{1000 * seconds:>9.2f} ms{seconds / medians['dense']:>8.2f} x dense")
-        result = {"name": f"layer/{name}", "seconds": seconds, "peak_memory_bytes": turns[name].peak_memory_bytes}
-        results.append({**result, "tokens_per_second": workload.batch_tokens / seconds})
+    results: list[Result] = []
+    for name in (name for name in names if turns[name].values):
+        seconds, peak = statistics.median(turns[name].values), turns[name].peak_memory_bytes
+        speed = workload.batch_tokens / seconds
+        results.append(
+            {"name": f"layer/{name}", "seconds": seconds, "peak_memory_bytes": peak, "tokens_per_second": speed}
+        )
+    dense = results[0]["seconds"]
+    compared = [{**result, "ratio": result["seconds"] / dense} for result in results]
+    say(tabulate(compared, {"": "{name}", "time": "{seconds:seconds}", "of dense": "{ratio:.2f} x"}))
     return results
 
 

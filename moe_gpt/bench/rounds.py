@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from moe_gpt.bench.processes import in_a_line
 from moe_gpt.errors import InputError
 
 
@@ -124,7 +125,7 @@ def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[]
             connection.send((str(error), []))
         except Exception as error:
             traceback.print_exc()
-            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], []))
+            connection.send((in_a_line(error), []))
 
 
 def _requests(connection: Connection) -> Iterator[int]:

@@ -6,16 +6,15 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
+from moe_gpt.bench.results import Result, tabulate
 from moe_gpt.bench.rounds import Turns, require, take_turns
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.ops.device import Precision, synchronize, tune_process
-from moe_gpt.terminal.tables import format_table
 
 PEERS = {
     "dense": ["dense"],
@@ -23,11 +22,22 @@ PEERS = {
 }
 NOT_COMPARED = {"transformers/batched_mm": "copies the weights of its experts for every token"}
 _GEMM = "gemm"
+_COLUMNS = {
+    "": "{name}",
+    "tokens/s": "{tokens_per_second:count}",
+    "quartiles": "{tokens_per_second_quartiles[0]:count} to {tokens_per_second_quartiles[1]:count}",
+    "step": "{seconds_per_step:seconds}",
+    "optimizer": "{optimizer_seconds:seconds}",
+    "memory": "{peak_memory_bytes:bytes}",
+    "a token": "{flops_per_token:FLOPs}",
+    "of peak": "{fraction_of_gemm_peak:.1%}",
+    "moe_gpt is": "{ratio:.2f} x",
+}
 
 
 def bench_train(
     workload: Workload, against: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Measure moe_gpt and its peers; return a result for each, as ``scripts/bench.py --json`` writes them.
 
     Args:
@@ -46,7 +56,8 @@ def bench_train(
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
     results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
-    say(format_results(results))
+    ours = results[0]["tokens_per_second"]
+    say(tabulate([{**result, "ratio": ours / result["tokens_per_second"]} for result in results], _COLUMNS))
     if "transformers" in against:
         for name, reason in NOT_COMPARED.items():
             say(f"{name} is left out: it {reason}")
@@ -93,7 +104,7 @@ def describe(workload: Workload) -> str:
     )
 
 
-def _result(name: str, turns: Turns, workload: Workload, peak: float) -> dict[str, Any]:
+def _result(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
     is_dense = name == "dense" or name.endswith("/mistral")
     model = dense_twin(workload.model) if is_dense else workload.model
     totals = [step.total for step in turns.values]
@@ -111,25 +122,3 @@ def _result(name: str, turns: Turns, workload: Workload, peak: float) -> dict[st
         "flops_per_token": flops,
         "fraction_of_gemm_peak": tokens_per_second * flops / peak,
     }
-
-
-def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """Return the table: moe_gpt first, each line with moe_gpt's speed as a multiple of that line's."""
-    first, rows = results[0], []
-    for r in results:
-        low, high = r["tokens_per_second_quartiles"]
-        rows.append(
-            (
-                r["name"],
-                f"{r['tokens_per_second']:,.0f}",
-                f"{low:,.0f} to {high:,.0f}",
-                f"{1000 * r['seconds_per_step']:.1f}",
-                f"{1000 * r['optimizer_seconds']:.1f} ms",
-                f"{r['peak_memory_bytes'] / 1e9:.2f} GB",
-                f"{r['flops_per_token'] / 1e6:.1f}",
-                f"{r['fraction_of_gemm_peak']:.1%}",
-                f"{first['tokens_per_second'] / r['tokens_per_second']:.2f} x",
-            )
-        )
-    columns = ("", "tokens/s", "quartiles", "ms/step", "optimizer", "memory", "MFLOP/token", "of peak", "moe_gpt is")
-    return format_table(columns, rows)
