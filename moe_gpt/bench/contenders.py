@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import time
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_gpt.bench.rounds import timed
 from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
 from moe_gpt.errors import InputError
-from moe_gpt.ops.device import Precision, autocast, synchronize, tune_process
+from moe_gpt.ops.device import Precision, autocast, tune_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,13 @@ def dense_twin(model: ModelConfig) -> ModelConfig:
 class StepTimes(NamedTuple):
     """Seconds of one training step."""
 
-    total: float
+    gradients: float
     optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.gradients + self.optimizer
 
 
 class Contender(abc.ABC):
@@ -86,15 +91,8 @@ class Contender(abc.ABC):
         tokens = torch.randint(
             work.model.vocab_size or 1, (work.n_sequences, work.seq_len + 1), generator=self._generator
         ).to(self.device)
-        synchronize(self.device)
-        started = time.perf_counter()
-        self.compute_gradients(tokens)
-        synchronize(self.device)
-        computed = time.perf_counter()
-        self.update()
-        synchronize(self.device)
-        ended = time.perf_counter()
-        return StepTimes(ended - started, ended - computed)
+        gradients = timed(self.device, lambda: self.compute_gradients(tokens))
+        return StepTimes(gradients, timed(self.device, self.update))
 
     @abc.abstractmethod
     def compute_gradients(self, tokens: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -56,19 +55,15 @@ def bench_generate(
             {
                 "name": f"generate/{name}",
                 "batch_size": batch_size,
-                "tokens_per_second": batch_size
-                * (n_new - 1)
-                / statistics.median(turn.others for turn in turned.values),
-                "seconds_to_first_token": statistics.median(turn.first for turn in turned.values),
+                "tokens_per_second": batch_size * (n_new - 1) / turned.median("others"),
+                "seconds_to_first_token": turned.median("first"),
                 "cache_bytes": _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new),
                 "peak_memory_bytes": turned.peak_memory_bytes,
             }
             for name, turned in turns.items()
             if turned.values
         ]
-        ours = found[0]["tokens_per_second"]
-        with_ratio = [{**result, "ratio": ours / result["tokens_per_second"]} for result in found]
-        say(tabulate(with_ratio, {f"batch of {batch_size}": "{name}", **_COLUMNS}))
+        say(tabulate(found, {f"batch of {batch_size}": "{name}", **_COLUMNS}, first_over="tokens_per_second"))
         results += found
     return results
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 
 from moe_gpt.bench.contenders import Workload, dense_twin
 from moe_gpt.bench.results import Result, tabulate
-from moe_gpt.bench.rounds import require, take_turns
+from moe_gpt.bench.rounds import require, take_turns, timed
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.losses import router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.router import Router
-from moe_gpt.ops.device import autocast, synchronize, tune_process
+from moe_gpt.ops.device import autocast, tune_process
 
 ROUTINGS = ("balanced", "natural", "skewed")
 _SKEWED_SHARE = 0.8
@@ -46,9 +45,8 @@ def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str]
         results.append(
             {"name": f"layer/{name}", "seconds": seconds, "peak_memory_bytes": peak, "tokens_per_second": speed}
         )
-    dense = results[0]["seconds"]
-    compared = [{**result, "ratio": result["seconds"] / dense} for result in results]
-    say(tabulate(compared, {"": "{name}", "time": "{seconds:seconds}", "of dense": "{ratio:.2f} x"}))
+    columns = {"": "{name}", "time": "{seconds:seconds}", "dense is": "{ratio:.2f} x"}
+    say(tabulate(results, columns, first_over="tokens_per_second"))
     return results
 
 
@@ -61,17 +59,13 @@ def _make_pass(workload: Workload, name: str) -> Callable[[], float]:
     upstream = torch.randn_like(x)
     leaves = [x, *layer.parameters()]
 
-    def measure() -> float:
-        synchronize(device)
-        started = time.perf_counter()
+    def go() -> None:
         with autocast(device, workload.precision):
             y, routing = layer(x)
             router_stats([routing] if routing else [])  # part of what a layer costs in training
         torch.autograd.grad(y, leaves, upstream, allow_unused=True)
-        synchronize(device)
-        return time.perf_counter() - started
 
-    return measure
+    return functools.partial(timed, device, go)
 
 
 def make_layer(config: ModelConfig, routing: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_gpt.terminal.numbers import Unit, format_value
@@ -26,6 +26,11 @@ def fill(text: str, result: Mapping[str, Any]) -> str:
     return _InUnits().vformat(text, (), result)
 
 
-def tabulate(results: Iterable[Result], columns: Mapping[str, str]) -> str:
-    """Return a line for each result, and in each column its text, filled in."""
-    return format_table(list(columns), [[fill(text, result) for text in columns.values()] for result in results])
+def tabulate(results: Sequence[Result], columns: Mapping[str, str], first_over: str = "") -> str:
+    """Return a line for each result, and in each column its text, filled in.
+
+    The texts may name ``ratio``: the first result's value of the key ``first_over``, over the result's own.
+    """
+    ratios = ({"ratio": results[0][first_over] / result[first_over]} if first_over else {} for result in results)
+    words = [result | ratio for result, ratio in zip(results, ratios, strict=True)]
+    return format_table(list(columns), [[fill(text, word) for text in columns.values()] for word in words])

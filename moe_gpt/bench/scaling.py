@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -91,12 +90,11 @@ def bench_scaling(
 
 
 def _result(axis: str, value: str, workload: Workload, turns: Turns) -> Result:
-    gradients = statistics.median(step.total - step.optimizer for step in turns.values)
     return {
         "name": f"scaling/{axis}",
         "value": int(value),
-        "seconds_per_token": gradients / workload.batch_tokens,
-        "optimizer_seconds": statistics.median(step.optimizer for step in turns.values),
+        "seconds_per_token": turns.median("gradients") / workload.batch_tokens,
+        "optimizer_seconds": turns.median("optimizer"),
         "rows_per_expert": workload.batch_tokens * workload.model.top_k / workload.model.n_experts,
         "peak_memory_bytes": turns.peak_memory_bytes,
     }

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
 from moe_gpt.bench.results import Result, tabulate
-from moe_gpt.bench.rounds import Turns, require, take_turns
+from moe_gpt.bench.rounds import Turns, require, take_turns, timed
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
-from moe_gpt.ops.device import Precision, synchronize, tune_process
+from moe_gpt.ops.device import Precision, tune_process
 
 PEERS = {
     "dense": ["dense"],
@@ -56,8 +55,7 @@ def bench_train(
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
     results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
-    ours = results[0]["tokens_per_second"]
-    say(tabulate([{**result, "ratio": ours / result["tokens_per_second"]} for result in results], _COLUMNS))
+    say(tabulate(results, _COLUMNS, first_over="tokens_per_second"))
     if "transformers" in against:
         for name, reason in NOT_COMPARED.items():
             say(f"{name} is left out: it {reason}")
@@ -83,14 +81,7 @@ def gemm_speed(device: torch.device, precision: Precision, size: int | None = No
     size = size or (8192 if device.type == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(3):
-        synchronize(device)
-        started = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times)
+    return 2 * size**3 / min(timed(device, lambda: torch.mm(a, b)) for _ in range(3))
 
 
 def describe(workload: Workload) -> str:
@@ -109,7 +100,7 @@ def _result(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
     model = dense_twin(workload.model) if is_dense else workload.model
     totals = [step.total for step in turns.values]
     low, _, high = statistics.quantiles(totals, n=4) if len(totals) > 1 else (totals[0],) * 3
-    seconds = statistics.median(totals)
+    seconds = turns.median("total")
     flops = count_flops(model, workload.seq_len).training
     tokens_per_second = workload.batch_tokens / seconds
     return {
@@ -117,7 +108,7 @@ def _result(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_quartiles": [workload.batch_tokens / high, workload.batch_tokens / low],
         "seconds_per_step": seconds,
-        "optimizer_seconds": statistics.median(step.optimizer for step in turns.values),
+        "optimizer_seconds": turns.median("optimizer"),
         "peak_memory_bytes": turns.peak_memory_bytes,
         "flops_per_token": flops,
         "fraction_of_gemm_peak": tokens_per_second * flops / peak,
