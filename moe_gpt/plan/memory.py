@@ -140,13 +140,8 @@ def layer_activation_bytes(model: ModelConfig, tokens: int, tensor: int = 1, ele
     Bytes for each token, b for an element: inputs of both norms 2 D b; of the projections D b and H Dh b; queries
     H Dh b, keys and values 2 G Dh b; the softmax's normaliser 4 H (fused attention keeps no probabilities). An expert
     layer: the router's input in float32 4 D, its logits and probabilities 8 E; for each of K experts the row in and
-    out 2 D b, gate and up 2 F b, their product F b. A dense one: its input D b, and 3 F b.
-
-    Args:
-        model: the shape.
-        tokens: of a micro-batch.
-        tensor: GPUs that split the layer and, outside of products, the sequence.
-        element: bytes of a number.
+    out 2 D b, gate and up 2 F b, their product F b. A dense one: its input D b, and 3 F b. The ``tensor`` GPUs split
+    the layer and, outside of products, the sequence.
     """
     d_model, d_ff, inner = model.d_model, model.d_ff, model.n_heads * model.head_dim
     kv_width = model.head_dim * math.ceil(model.n_kv_heads / tensor) * tensor
@@ -194,12 +189,8 @@ def memory_section(
 ) -> PlanSection:
     """Say what a GPU of the worst pipeline stage must hold, whether it does, and if not, what to change first.
 
-    Args:
-        config: model and schedule, whose longest sequences and largest batch count.
-        parallelism: over the GPUs.
-        gpu: each of them; one ``cpu`` is this project's own training on it, by ``predict_training_memory_cpu``.
-        recompute: keep each layer's input only, and compute the rest of it again in the backward pass.
-        micro_batch_sequences: of one forward pass.
+    The schedule's longest sequences and its largest batch count. One ``cpu`` is this project's own training on it, by
+    ``predict_training_memory_cpu``.
     """
     model = model_of(config)
     require(Count, micro_batch_sequences=micro_batch_sequences)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
 from moe_gpt.config import ModelConfig
@@ -82,7 +81,11 @@ class PlanOptions(Section):
         """Return the MFU that was given, or else the one to assume."""
         if self.mfu is not None:
             return self.mfu
-        return float(np.interp(model.d_model, *_MFU_OF_CPU)) if self.gpu.is_cpu else _MFU_OF_GPU
+        if not self.gpu.is_cpu:
+            return _MFU_OF_GPU
+        import numpy as np
+
+        return float(np.interp(model.d_model, *_MFU_OF_CPU))
 
 
 _MFU_OF_GPU = 0.4

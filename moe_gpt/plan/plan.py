@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from moe_gpt.config import RunConfig
 from moe_gpt.measure.parameters import model_of
@@ -26,29 +26,28 @@ def plan_run(config: RunConfig, options: PlanOptions) -> list[PlanSection]:
     Raises:
         InputError: where a value cannot be, or the layout does not divide the model.
     """
-    return list(_sections(config, options))
-
-
-def _sections(config: RunConfig, options: PlanOptions) -> Iterator[PlanSection]:
     model, gpu, layout = model_of(config), options.gpu, options.layout
     layout.check(model)
     recompute = config.train.activation_checkpointing if options.recompute is None else options.recompute
     context = options.context or config.schedule.stages[-1].seq_len
-    compute = compute_section(config, options)
-    yield parameters_section(model)
-    yield compute
-    yield failures_section(options, compute["duration"], compute["mfu"])
+    compute, asked = compute_section(config, options), []
     if options.duration_seconds is not None:
-        yield mfu_from_duration(config, options, options.duration_seconds)
+        asked.append(mfu_from_duration(config, options, options.duration_seconds))
     if options.budget is not None:
-        yield tokens_from_budget(config, options, options.budget)
-    yield memory_section(config, layout, gpu, recompute, options.micro_batch_sequences)
-    yield communication_section(config, layout, gpu, recompute, options.micro_batch_sequences)
-    yield from serving_sections(model, options, context)
-    yield speculation_section(model, options, context)
-    yield predict_section(model, compute["tokens"])
-    yield optimal_section(compute["six_n_d"])
-    yield gpu_section(gpu)
+        asked.append(tokens_from_budget(config, options, options.budget))
+    return [
+        parameters_section(model),
+        compute,
+        failures_section(options, compute["duration"], compute["mfu"]),
+        *asked,
+        memory_section(config, layout, gpu, recompute, options.micro_batch_sequences),
+        communication_section(config, layout, gpu, recompute, options.micro_batch_sequences),
+        *serving_sections(model, options, context),
+        speculation_section(model, options, context),
+        predict_section(model, compute["tokens"]),
+        optimal_section(compute["six_n_d"]),
+        gpu_section(gpu),
+    ]
 
 
 _OF_CLUSTERS = "|".join(map(fnmatch.translate, (

@@ -110,14 +110,9 @@ class DecodingStep(NamedTuple):
 def decoding_step(
     config: ModelConfig, n_sequences: int, context: int, tensor: int, *, tokens_each: int = 1
 ) -> DecodingStep:
-    """Return what a step of decoding costs.
+    """Return what a step of decoding costs in which each new token sees ``context`` positions.
 
-    Args:
-        config: the shape.
-        n_sequences: decoded together.
-        context: positions that each new token sees, in every sequence.
-        tensor: GPUs that share a layer.
-        tokens_each: tokens of a sequence in the step: 1, or gamma + 1 where speculative decoding verifies gamma.
+    A sequence has one token in it (``tokens_each``), or gamma + 1 where speculative decoding verifies gamma.
     """
     require(Count, n_sequences=n_sequences, context=context, tensor=tensor, tokens_each=tokens_each)
     sizes, n_tokens = _sizes(config), n_sequences * tokens_each
@@ -182,12 +177,7 @@ def compute_bound_batch(config: ModelConfig, gpu: Gpu, context: int = 0) -> floa
 
 
 def serving_sections(config: ModelConfig, options: PlanOptions, context: int) -> list[PlanSection]:
-    """Return the sections ``kv_cache``, ``serving_memory`` and ``serving_speed``.
-
-    Args:
-        config: the shape.
-        options: the GPU, the cluster that serves, the batch and the price.
-        context: positions that each new token sees.
+    """Return the sections ``kv_cache``, ``serving_memory`` and ``serving_speed``; a token sees ``context`` positions.
 
     Raises:
         InputError: where heads or layers do not go round.
@@ -311,13 +301,8 @@ def speculative_speedup_on(config: ModelConfig, options: PlanOptions, n_sequence
     """Return the improvement in walltime where verifying costs what it costs.
 
     The γ + 1 tokens of a verification touch more experts than one token does, and multiply γ + 1 times as much; the
-    paper's formula counts neither. Below 1 where the batch is compute-bound already.
-
-    Args:
-        config: the shape.
-        options: the GPU, the cluster that serves, and acceptance, draft cost and gamma.
-        n_sequences: decoded together.
-        context: positions that each new token sees.
+    paper's formula counts neither. Below 1 where the batch is compute-bound already. Each new token sees ``context``
+    positions.
     """
     gpu, tensor, gamma = options.gpu, options.serving.tensor, options.gamma
     plain = decoding_step(config, n_sequences, context, tensor).seconds(gpu, tensor)

@@ -163,14 +163,9 @@ def _tokens_for(flops: float, model: ModelConfig, schedule: ScheduleConfig) -> f
 
 
 def failures_section(options: PlanOptions, duration_seconds: float, mfu: float) -> PlanSection:
-    """Say what failures cost a run, and how often to save.
+    """Say what failures cost a run, and how often to save; duration and MFU are those without failures and checkpoints.
 
     Any failure of a GPU that works stops all of them; they come independently of each other, at a constant rate.
-
-    Args:
-        options: the cluster and its failures.
-        duration_seconds: of the run without failures and checkpoints.
-        mfu: of the same.
     """
     layout, failures = options.layout, options.failures
     between = failures.gpu_hours_between * _HOUR / layout.used
