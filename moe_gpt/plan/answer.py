@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from typing import Any
 
 import jinja2
 
 from moe_gpt.config import RunConfig
-from moe_gpt.measure.parameters import model_of
 from moe_gpt.plan.checks import read_data
-from moe_gpt.plan.hardware import Parallelism
-from moe_gpt.plan.memory import memory_section
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.quantities import PlanSection
 from moe_gpt.plan.training_cost import idles, training_work
@@ -39,7 +35,7 @@ def answer(config: RunConfig, options: PlanOptions, sections: Iterable[PlanSecti
     words = {
         **dict.fromkeys(("mfu_from_duration", "tokens_from_budget")),
         **{name: section.values for name, section in by_name.items()},
-        **_own_training(config, options),
+        "most": "at most " if training_work(config, options.tokens).is_at_most else "",
         "options": options,
         "is_cpu": options.is_one_cpu,
         "place": plural(gpu.cores, "core") if options.is_one_cpu else f"{options.layout.n_gpus:,} {gpu.name}",
@@ -52,13 +48,3 @@ def answer(config: RunConfig, options: PlanOptions, sections: Iterable[PlanSecti
         first, after = f"{heading:<{_HEADING}}", " " * _HEADING
         lines += textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=after)
     return "\n".join(lines)
-
-
-def _own_training(config: RunConfig, options: PlanOptions) -> dict[str, Any]:
-    """Return memory and seconds of moe_gpt's own training on one such device, in the config's micro-batches."""
-    model, gpu, work = model_of(config), options.gpu, training_work(config, options.tokens)
-    longest = max(stage.seq_len for stage in config.schedule.stages)
-    n_sequences = max(1, config.train.micro_batch_tokens // longest)
-    memory = memory_section(config, Parallelism(1), gpu, config.train.activation_checkpointing, n_sequences)
-    seconds = work.six_n_d / (gpu.bf16_flops * options.utilisation(model))
-    return {"own": memory.values, "own_seconds": seconds, "most": "at most " if work.is_at_most else ""}

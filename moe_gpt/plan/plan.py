@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from moe_gpt.config import RunConfig
 from moe_gpt.measure.parameters import model_of
 from moe_gpt.plan.communication import communication_section
-from moe_gpt.plan.hardware import gpu_section
+from moe_gpt.plan.hardware import Parallelism, gpu_section
 from moe_gpt.plan.memory import memory_section
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.parameters import parameters_section
-from moe_gpt.plan.quantities import PlanSection
+from moe_gpt.plan.quantities import PlanSection, plan_section
 from moe_gpt.plan.scaling_laws import optimal_section, predict_section
 from moe_gpt.plan.serving import serving_sections, speculation_section
 from moe_gpt.plan.training_cost import compute_section, failures_section, mfu_from_duration, tokens_from_budget
@@ -42,12 +42,24 @@ def plan_run(config: RunConfig, options: PlanOptions) -> list[PlanSection]:
         *asked,
         memory_section(config, layout, gpu, recompute, options.micro_batch_sequences),
         communication_section(config, layout, gpu, recompute, options.micro_batch_sequences),
+        _own_section(config, options, compute),
         *serving_sections(model, options, context),
         speculation_section(model, options, context),
         predict_section(model, compute["tokens"]),
         optimal_section(compute["six_n_d"]),
         gpu_section(gpu),
     ]
+
+
+def _own_section(config: RunConfig, options: PlanOptions, compute: PlanSection) -> PlanSection:
+    """Say what moe_gpt itself takes, which trains on one device in the micro-batches of the config."""
+    longest = max(stage.seq_len for stage in config.schedule.stages)
+    n_sequences = max(1, config.train.micro_batch_tokens // longest)
+    memory = memory_section(config, Parallelism(1), options.gpu, config.train.activation_checkpointing, n_sequences)
+    duration = compute["six_n_d"] / (options.gpu.bf16_flops * compute["mfu"])
+    values = {"duration": duration, **{name: memory[name] for name in ("total", "available", "fits")}}
+    words = {"gpu": options.gpu, "n_tokens": n_sequences * longest}
+    return plan_section("moe_gpt", values, {"does_not_fit": not memory["fits"]}, **words)
 
 
 _OF_CLUSTERS = "|".join(map(fnmatch.translate, (
