@@ -37,6 +37,7 @@ def answer(config: RunConfig, options: PlanOptions, sections: Iterable[PlanSecti
         **{name: section.values for name, section in by_name.items()},
         "most": "at most " if training_work(config, options.tokens).is_at_most else "",
         "options": options,
+        "d_model": config.model.d_model,
         "is_cpu": options.is_one_cpu,
         "place": plural(gpu.cores, "core") if options.is_one_cpu else f"{options.layout.n_gpus:,} {gpu.name}",
         "idles": idles(config, options),
