@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_gpt.bench.rounds import timed
 from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
 from moe_gpt.errors import InputError
+from moe_gpt.measure.parameters import model_of
 from moe_gpt.ops.device import Precision, autocast, tune_process
 
 
@@ -55,10 +56,8 @@ CONTENDERS = ("moe_gpt", "dense", "transformers/eager", "transformers/grouped_mm
 def workload_of(config: RunConfig, device: torch.device, precision: Precision) -> Workload:
     """Return the model, the largest batch and the precision of a config's last stage, in one micro-batch."""
     stage = config.schedule.stages[-1]
-    vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
     n_sequences = stage.batch_range[1] // stage.seq_len
-    return Workload(model, n_sequences, stage.seq_len, str(device), precision, n_sequences * stage.seq_len)
+    return Workload(model_of(config), n_sequences, stage.seq_len, str(device), precision, n_sequences * stage.seq_len)
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:

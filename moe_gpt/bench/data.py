@@ -29,13 +29,9 @@ _TRAIN_STEPS = 8
 
 
 def bench_data(config: RunConfig, gigabytes: float, folder: Path, say: Callable[[str], None]) -> list[Result]:
-    """Measure preparation and stream; return a result for each, as ``scripts/bench.py --json`` writes them.
+    """Measure preparation and stream with the config's tokenizer and training step; return a result for each.
 
-    Args:
-        config: its tokenizer is used, and its training step is what the stream's speed is compared with.
-        gigabytes: of text to prepare: the built-in corpus, shuffled and repeated, as JSON lines.
-        folder: for the corpus and what is made of it; some five times its size.
-        say: told each result.
+    The text is the built-in corpus, shuffled and repeated, as JSON lines; the folder needs five times its size.
     """
     tokenizer = prepare_data(config.data, say=lambda text: None).tokenizer
     tokenizer_file = folder / "tokenizer.json"

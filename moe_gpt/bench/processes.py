@@ -35,11 +35,12 @@ def measure(work: Callable[..., Any], *arguments: Any) -> Measured:
         InputError: with the error's first line where the work fails.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pid, peak = pool.submit(os.getpid).result(), 0
-        future = pool.submit(_timed, work, arguments)
-        while not wait([future], timeout=0.1).done:
-            peak = max(peak, memory_of_tree(pid))
+        peak = 0
         try:
+            pid = pool.submit(os.getpid).result()
+            future = pool.submit(_timed, work, arguments)
+            while not wait([future], timeout=0.1).done:
+                peak = max(peak, memory_of_tree(pid))
             seconds, value = future.result()
         except BrokenProcessPool:
             raise InputError(f"{work.__name__} failed: its process died") from None

@@ -63,15 +63,9 @@ def bench_scaling(
     say: Callable[[str], None],
     axes: list[str] | None = None,
 ) -> list[Result]:
-    """Measure every point, each in a process of its own, those of an axis in turns.
+    """Measure every point of the axes (None: all), each in a process of its own, those of an axis in turns.
 
-    Args:
-        device: where.
-        precision: of the matrix products.
-        rounds: turns of each point.
-        steps: optimizer steps in a turn.
-        say: told the table, line by line.
-        axes: only these; None is all.
+    A turn is of ``steps`` optimizer steps.
     """
     results: list[Result] = []
     of_axis: dict[str, dict[str, Workload]] = {}

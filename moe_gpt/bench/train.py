@@ -37,14 +37,9 @@ _COLUMNS = {
 def bench_train(
     workload: Workload, against: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]
 ) -> list[Result]:
-    """Measure moe_gpt and its peers; return a result for each, as ``scripts/bench.py --json`` writes them.
+    """Measure moe_gpt and its peers, which are keys of ``PEERS`` or names of contenders; return a result for each.
 
-    Args:
-        workload: shape, batch, device and precision.
-        against: keys of ``PEERS``, or names of single contenders.
-        rounds: turns of each contender.
-        steps: optimizer steps in a turn, after five to warm up.
-        say: told the table, line by line.
+    A turn is of ``steps`` optimizer steps, after five to warm up.
     """
     names = _contenders(against)
     at_once = torch.device(workload.device).type == "cpu"
