@@ -74,7 +74,7 @@ def compute_section(config: RunConfig, options: PlanOptions) -> PlanSection:
         "backward": flops.backward,
         "training": flops.training,
         "tokens": work.tokens,
-        **_stage_flops(model, work.stages),
+        **{f"stage_{index}_flops": _flops_of_stage(model, index, stage) for index, stage in enumerate(work.stages)},
         "six_n_d": work.six_n_d,
         "training_flops": work.training_flops,
         "flops_over_6nd": work.training_flops / work.six_n_d,
@@ -105,12 +105,9 @@ def _micro_batches(config: RunConfig, options: PlanOptions) -> float:
     return max(last.batch_range) / (options.micro_batch_sequences * last.seq_len)
 
 
-def _stage_flops(model: ModelConfig, stages: list[StageTokens]) -> dict[str, Member]:
-    found = {}
-    for index, stage in enumerate(stages):
-        words = {"index": index, "tokens": format_value(stage.tokens, "tokens"), "seq_len": stage.seq_len}
-        found[f"stage_{index}_flops"] = Member(training_flops(model, [stage], counts_of(model)), words)
-    return found
+def _flops_of_stage(model: ModelConfig, index: int, stage: StageTokens) -> Member:
+    words = {"index": index, "tokens": format_value(stage.tokens, "tokens"), "seq_len": stage.seq_len}
+    return Member(training_flops(model, [stage], counts_of(model)), words)
 
 
 def _time_and_cost(duration: float, options: PlanOptions, suffix: str = "") -> dict[str, float]:
