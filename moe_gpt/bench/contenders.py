@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import time
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -12,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_gpt.bench.rounds import timed
 from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
 from moe_gpt.errors import InputError
-from moe_gpt.ops.device import Precision, autocast, synchronize, tune_process
+from moe_gpt.measure.parameters import model_of
+from moe_gpt.ops.device import Precision, autocast, tune_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,8 @@ CONTENDERS = ("moe_gpt", "dense", "transformers/eager", "transformers/grouped_mm
 def workload_of(config: RunConfig, device: torch.device, precision: Precision) -> Workload:
     """Return the model, the largest batch and the precision of a config's last stage, in one micro-batch."""
     stage = config.schedule.stages[-1]
-    vocab_size = config.model.vocab_size or config.data.tokenizer.vocab_size
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
     n_sequences = stage.batch_range[1] // stage.seq_len
-    return Workload(model, n_sequences, stage.seq_len, str(device), precision, n_sequences * stage.seq_len)
+    return Workload(model_of(config), n_sequences, stage.seq_len, str(device), precision, n_sequences * stage.seq_len)
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:
@@ -69,8 +68,13 @@ def dense_twin(model: ModelConfig) -> ModelConfig:
 class StepTimes(NamedTuple):
     """Seconds of one training step."""
 
-    total: float
+    gradients: float
     optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.gradients + self.optimizer
 
 
 class Contender(abc.ABC):
@@ -86,15 +90,8 @@ class Contender(abc.ABC):
         tokens = torch.randint(
             work.model.vocab_size or 1, (work.n_sequences, work.seq_len + 1), generator=self._generator
         ).to(self.device)
-        synchronize(self.device)
-        started = time.perf_counter()
-        self.compute_gradients(tokens)
-        synchronize(self.device)
-        computed = time.perf_counter()
-        self.update()
-        synchronize(self.device)
-        ended = time.perf_counter()
-        return StepTimes(ended - started, ended - computed)
+        gradients = timed(self.device, lambda: self.compute_gradients(tokens))
+        return StepTimes(gradients, timed(self.device, self.update))
 
     @abc.abstractmethod
     def compute_gradients(self, tokens: Tensor) -> None:
@@ -148,42 +145,33 @@ class Ours(Contender):
         update_weights(self._state.model, self._state.optimizer, settings.lr, settings.max_grad_norm, self._loss)
 
 
+_SET_BY_TRANSFORMERS = {"architectures", "model_type", "experts_implementation"}
+
+
 class Transformers(Contender):
     """Mixtral with one of its expert implementations, or Mistral with the same active parameters."""
 
     def __init__(self, workload: Workload, experts: str | None) -> None:
         import transformers
 
+        from moe_gpt.interop.mixtral_layout import to_hugging_face
+
         super().__init__(workload)
         transformers.utils.logging.set_verbosity_error()
         torch.manual_seed(0)
         if workload.tune_peers:
             tune_process(self.device)
-        shape = workload.model
-        common: dict[str, Any] = {
-            "vocab_size": shape.vocab_size,
-            "hidden_size": shape.d_model,
-            "num_hidden_layers": shape.n_layers,
-            "num_attention_heads": shape.n_heads,
-            "num_key_value_heads": shape.n_kv_heads,
-            "head_dim": shape.head_dim,
-            "max_position_embeddings": shape.max_seq_len,
-            "sliding_window": None,
-            "use_cache": False,
-            "tie_word_embeddings": shape.tie_embeddings,
-        }
+        shape = dense_twin(workload.model) if experts is None else workload.model
+        values = to_hugging_face(shape, 0.0) | {"sliding_window": None, "use_cache": False}
+        values = {key: value for key, value in values.items() if key not in _SET_BY_TRANSFORMERS}
         if experts is None:
-            config: Any = transformers.MistralConfig(intermediate_size=shape.d_ff * shape.top_k, **common)
-            model: Any = transformers.MistralForCausalLM(config)
+            model: Any = transformers.MistralForCausalLM(transformers.MistralConfig(**values))
         else:
-            config = transformers.MixtralConfig(
-                intermediate_size=shape.d_ff,
-                num_local_experts=shape.n_experts,
-                num_experts_per_tok=shape.top_k,
-                output_router_logits=True,
-                router_aux_loss_coef=LossConfig().load_balancing_loss_weight,
-                **common,
-            )
+            values |= {
+                "output_router_logits": True,
+                "router_aux_loss_coef": LossConfig().load_balancing_loss_weight,
+            }
+            config = transformers.MixtralConfig(**values)
             model = transformers.MixtralForCausalLM._from_config(config, **experts_setting(experts))
         if workload.activation_checkpointing:
             model.gradient_checkpointing_enable()

@@ -9,12 +9,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moe_gpt.bench.contenders import Ours, workload_of
 from moe_gpt.bench.processes import measure
+from moe_gpt.bench.results import Result
 from moe_gpt.config import DataConfig, RunConfig, SourceConfig, TokenizerConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin
 from moe_gpt.data.encode import available_cores
@@ -28,14 +28,10 @@ _STREAM_BATCHES = 200
 _TRAIN_STEPS = 8
 
 
-def bench_data(config: RunConfig, gigabytes: float, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure preparation and stream; return a result for each, as ``scripts/bench.py --json`` writes them.
+def bench_data(config: RunConfig, gigabytes: float, folder: Path, say: Callable[[str], None]) -> list[Result]:
+    """Measure preparation and stream with the config's tokenizer and training step; return a result for each.
 
-    Args:
-        config: its tokenizer is used, and its training step is what the stream's speed is compared with.
-        gigabytes: of text to prepare: the built-in corpus, shuffled and repeated, as JSON lines.
-        folder: for the corpus and what is made of it; some five times its size.
-        say: told each result.
+    The text is the built-in corpus, shuffled and repeated, as JSON lines; the folder needs five times its size.
     """
     tokenizer = prepare_data(config.data, say=lambda text: None).tokenizer
     tokenizer_file = folder / "tokenizer.json"
@@ -43,28 +39,20 @@ def bench_data(config: RunConfig, gigabytes: float, folder: Path, say: Callable[
     corpus = folder / "corpus.jsonl"
     n_documents = write_corpus(corpus, round(gigabytes * 1e9))
     say(f"prepare   {gigabytes:g} GB, {n_documents:,} documents; {available_cores()} processes each")
-    results = []
+    results: list[Result] = []
     for name, prepare in (("moe_gpt", _prepare_here), ("datasets.map", _prepare_with_datasets)):
         measured = measure(prepare, corpus, tokenizer_file, folder / name, available_cores())
-        result = {
-            "name": f"prepare/{name}",
-            "tokens_per_second": measured.value / measured.seconds,
-            "peak_memory_bytes": measured.peak_memory_bytes,
-            "tokens": measured.value,
-        }
-        results.append(result)
-        say(
-            f"          {name:<14}{result['tokens_per_second']:>14,.0f} tokens/s"
-            f"{_gigabytes(measured.peak_memory_bytes)}{measured.seconds:>9.1f} s for {measured.value:,} tokens"
+        speed, peak = measured.value / measured.seconds, measured.peak_memory_bytes
+        results.append(
+            {"name": f"prepare/{name}", "tokens_per_second": speed, "peak_memory_bytes": peak, "tokens": measured.value}
         )
+        memory = "" if peak is None else f"{peak / 1e9:>8.2f} GB"
+        say(f"          {name:<14}{speed:>14,.0f} tokens/s{memory}"
+            f"{measured.seconds:>9.1f} s for {measured.value:,} tokens")  # fmt: skip
     ratio = results[0]["tokens_per_second"] / results[1]["tokens_per_second"]
     say(f"          ratio {ratio:.2f}")
     large = _data_config(corpus, tokenizer_file, folder / "moe_gpt")
     return results + _bench_stream(dataclasses.replace(config, data=large), say)
-
-
-def _gigabytes(n_bytes: int | None) -> str:
-    return "" if n_bytes is None else f"{n_bytes / 1e9:>8.2f} GB"
 
 
 def write_corpus(path: Path, n_bytes: int) -> int:
@@ -114,7 +102,7 @@ def _prepare_with_datasets(corpus: Path, tokenizer_file: Path, cache: Path, proc
     return pyarrow.compute.sum(pyarrow.compute.list_value_length(tokens.data.column("ids"))).as_py()
 
 
-def _bench_stream(config: RunConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def _bench_stream(config: RunConfig, say: Callable[[str], None]) -> list[Result]:
     started = time.perf_counter()
     data = prepare_data(config.data, say=lambda text: None)
     config, schedule, shares = fill_in(config, data, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,14 +14,20 @@ import torch
 from torch import Tensor
 
 from moe_gpt.bench.contenders import Workload, experts_setting
+from moe_gpt.bench.results import Result, tabulate
 from moe_gpt.bench.rounds import require, take_turns
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import autocast, tune_process
-from moe_gpt.terminal.tables import format_table
 
 PROMPT_TOKENS = 32
 NAMES = ["moe_gpt", "moe_gpt/full heads", "transformers/eager", "transformers/grouped_mm"]
+_COLUMNS = {
+    "tokens/s": "{tokens_per_second:count}",
+    "first token": "{seconds_to_first_token:seconds}",
+    "cache": "{cache_bytes:bytes}",
+    "moe_gpt is": "{ratio:.2f} x",
+}
 
 
 class Decoded(NamedTuple):
@@ -34,40 +39,32 @@ class Decoded(NamedTuple):
 
 def bench_generate(
     workload: Workload, batch_sizes: Sequence[int], n_new: int, rounds: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> list[Result]:
     """Measure greedy decoding of ``n_new`` tokens after a prompt of 32, at several batch sizes.
 
     *Full heads* is the same model with a key-value head for every query head. Transformers gets our model as it is
     exported, and its own ``generate``.
     """
-    results = []
+    results: list[Result] = []
     say(f"{n_new} new tokens after {PROMPT_TOKENS}; {workload.device}, {workload.precision}")
     for batch_size in batch_sizes:
         make = functools.partial(_make_decoder, workload, batch_size, n_new)
         turns = take_turns(NAMES, make, rounds, turns=1, warmup=1, at_once=True, say=say)
         require(turns, "moe_gpt")
-        speeds = {
-            name: batch_size * (n_new - 1) / statistics.median(turn.others for turn in turns[name].values)
-            for name in NAMES
-            if turns[name].values
-        }
-        rows = []
-        for name, speed in speeds.items():
-            first = statistics.median(turn.first for turn in turns[name].values)
-            n_bytes = _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new)
-            ratio = speeds["moe_gpt"] / speed
-            rows.append((name, f"{speed:,.0f}", f"{1000 * first:.1f} ms", f"{n_bytes / 1e6:.2f} MB", f"{ratio:.2f} x"))
-            results.append(
-                {
-                    "name": f"generate/{name}",
-                    "batch_size": batch_size,
-                    "tokens_per_second": speed,
-                    "seconds_to_first_token": first,
-                    "cache_bytes": n_bytes,
-                    "peak_memory_bytes": turns[name].peak_memory_bytes,
-                }
-            )
-        say(format_table((f"batch of {batch_size}", "tokens/s", "first token", "cache", "moe_gpt is"), rows))
+        found = [
+            {
+                "name": f"generate/{name}",
+                "batch_size": batch_size,
+                "tokens_per_second": batch_size * (n_new - 1) / turned.median("others"),
+                "seconds_to_first_token": turned.median("first"),
+                "cache_bytes": _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new),
+                "peak_memory_bytes": turned.peak_memory_bytes,
+            }
+            for name, turned in turns.items()
+            if turned.values
+        ]
+        say(tabulate(found, {f"batch of {batch_size}": "{name}", **_COLUMNS}, first_over="tokens_per_second"))
+        results += found
     return results
 
 

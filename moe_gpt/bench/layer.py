@@ -5,27 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_gpt.bench.contenders import Workload, dense_twin
-from moe_gpt.bench.rounds import require, take_turns
+from moe_gpt.bench.results import Result, tabulate
+from moe_gpt.bench.rounds import require, take_turns, timed
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.losses import router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.router import Router
-from moe_gpt.ops.device import autocast, synchronize, tune_process
+from moe_gpt.ops.device import autocast, tune_process
 
 ROUTINGS = ("balanced", "natural", "skewed")
 _SKEWED_SHARE = 0.8
 
 
-def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str], None]) -> list[Result]:
     """Measure forward and backward of one layer on all tokens of the workload, by routing.
 
     *Balanced* gives every expert the same number of tokens; *natural* is what an untrained router chooses; *skewed*
@@ -39,12 +38,15 @@ def bench_layer(workload: Workload, rounds: int, steps: int, say: Callable[[str]
         f"tokens, forward and backward; {workload.device}, {workload.precision}"
     )
     require(turns, "dense")
-    medians = {name: statistics.median(turns[name].values) for name in names if turns[name].values}
-    results = []
-    for name, seconds in medians.items():
-        say(f"{name:<20}{1000 * seconds:>9.2f} ms{seconds / medians['dense']:>8.2f} x dense")
-        result = {"name": f"layer/{name}", "seconds": seconds, "peak_memory_bytes": turns[name].peak_memory_bytes}
-        results.append({**result, "tokens_per_second": workload.batch_tokens / seconds})
+    results: list[Result] = []
+    for name in (name for name in names if turns[name].values):
+        seconds, peak = statistics.median(turns[name].values), turns[name].peak_memory_bytes
+        speed = workload.batch_tokens / seconds
+        results.append(
+            {"name": f"layer/{name}", "seconds": seconds, "peak_memory_bytes": peak, "tokens_per_second": speed}
+        )
+    columns = {"": "{name}", "time": "{seconds:seconds}", "dense is": "{ratio:.2f} x"}
+    say(tabulate(results, columns, first_over="tokens_per_second"))
     return results
 
 
@@ -57,17 +59,13 @@ def _make_pass(workload: Workload, name: str) -> Callable[[], float]:
     upstream = torch.randn_like(x)
     leaves = [x, *layer.parameters()]
 
-    def measure() -> float:
-        synchronize(device)
-        started = time.perf_counter()
+    def go() -> None:
         with autocast(device, workload.precision):
             y, routing = layer(x)
             router_stats([routing] if routing else [])  # part of what a layer costs in training
         torch.autograd.grad(y, leaves, upstream, allow_unused=True)
-        synchronize(device)
-        return time.perf_counter() - started
 
-    return measure
+    return functools.partial(timed, device, go)
 
 
 def make_layer(config: ModelConfig, routing: str) -> nn.Module:

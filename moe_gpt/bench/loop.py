@@ -60,13 +60,8 @@ class Profile(NamedTuple):
 def bench_loop(config: RunConfig, n_steps: int, folder: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Train for some steps with Python's profiler on; say where the time goes.
 
-    The profiler makes calls of Python functions dearer, so that what is not a training step is rather overstated.
-
-    Args:
-        config: of the run; its data is prepared beforehand.
-        n_steps: optimizer steps.
-        folder: for the run.
-        say: told each result.
+    The profiler makes calls of Python functions dearer, so that what is not a training step is rather overstated. The
+    data is prepared beforehand.
     """
     prepare_data(config.data, say=lambda text: None)
     started_at = time.time()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import psutil
@@ -33,40 +34,31 @@ def measure(work: Callable[..., Any], *arguments: Any) -> Measured:
     Raises:
         InputError: with the error's first line where the work fails.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.1):
-            peak = max(peak, memory_of_tree(process.pid or 0))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        error, seconds, value = receiver.recv()
-    except EOFError:
-        error, seconds, value = "its process died", 0.0, None
-    done.set()
-    watcher.join()
-    process.join()
-    if error:
-        raise InputError(f"{work.__name__} failed: {error}")
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        peak = 0
+        try:
+            pid = pool.submit(os.getpid).result()
+            future = pool.submit(_timed, work, arguments)
+            while not wait([future], timeout=0.1).done:
+                peak = max(peak, memory_of_tree(pid))
+            seconds, value = future.result()
+        except BrokenProcessPool:
+            raise InputError(f"{work.__name__} failed: its process died") from None
+        except Exception as error:
+            traceback.print_exception(error)
+            raise InputError(f"{work.__name__} failed: {in_a_line(error)}") from None
     return Measured(seconds, peak or None, value)
 
 
-def _work(sender: Connection, work: Callable[..., Any], arguments: tuple) -> None:
+def _timed(work: Callable[..., Any], arguments: tuple) -> tuple[float, Any]:
     started = time.perf_counter()
-    try:
-        value = work(*arguments)
-        sender.send(("", time.perf_counter() - started, value))
-    except Exception as error:
-        traceback.print_exc()
-        sender.send((f"{type(error).__name__}: {error}".splitlines()[0], 0.0, None))
+    value = work(*arguments)
+    return time.perf_counter() - started, value
+
+
+def in_a_line(error: Exception) -> str:
+    """Return an error's kind and the first line of its text."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def memory_of_tree(pid: int) -> int:

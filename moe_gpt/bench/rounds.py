@@ -6,16 +6,20 @@ import contextlib
 import importlib
 import multiprocessing
 import resource
+import statistics
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from moe_gpt.bench.processes import in_a_line
 from moe_gpt.errors import InputError
+from moe_gpt.ops.device import synchronize
 
 
 class Turns(NamedTuple):
@@ -27,6 +31,19 @@ class Turns(NamedTuple):
     """The most it held beyond what its process held before it was built; on a GPU, the most allocated there."""
     failure: str | None = None
     """Why there are no values."""
+
+    def median(self, value: str) -> float:
+        """Return the median of what the turns gave under a name."""
+        return statistics.median(getattr(turn, value) for turn in self.values)
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the seconds that a piece of work takes, on a GPU until it is done."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def require(turns: dict[str, Turns], name: str) -> None:
@@ -115,22 +132,17 @@ def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[]
             importlib.import_module("transformers")
     before = psutil.Process().memory_info().rss
     contender = None
-    for request in _requests(connection):
-        try:
-            contender = contender or build(name)
-            answer = [contender() for _ in range(request)] if request else [_peak_memory_beyond(before)]
-            connection.send(("", answer))
-        except InputError as error:
-            connection.send((str(error), []))
-        except Exception as error:
-            traceback.print_exc()
-            connection.send((f"{type(error).__name__}: {error}".splitlines()[0], []))
-
-
-def _requests(connection: Connection) -> Iterator[int]:
     with contextlib.suppress(EOFError):
         while (request := connection.recv()) is not None:
-            yield request
+            try:
+                contender = contender or build(name)
+                answer = [contender() for _ in range(request)] if request else [_peak_memory_beyond(before)]
+                connection.send(("", answer))
+            except InputError as error:
+                connection.send((str(error), []))
+            except Exception as error:
+                traceback.print_exc()
+                connection.send((in_a_line(error), []))
 
 
 def _peak_memory_beyond(before: int) -> int:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
+import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moe_gpt.bench.contenders import StepTimes, Workload, build
+from moe_gpt.bench.results import Result, tabulate
 from moe_gpt.bench.rounds import Turns, take_turns
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import InputError
 from moe_gpt.ops.device import Precision
-from moe_gpt.terminal.tables import format_table
 
 _BASE = ModelConfig(vocab_size=1024, d_model=128, n_layers=2, n_heads=4, head_dim=32, d_ff=256, max_seq_len=4096)
 _SEQUENCES, _SEQ_LEN = 32, 256
+_COLUMNS = {
+    "rows/expert": "{rows_per_expert:count}",
+    "a token": "{seconds_per_token:seconds}",
+    "optimizer": "{optimizer_seconds:seconds}",
+    "memory": "{peak_memory_bytes:bytes}",
+}
 
 
 class Point(NamedTuple):
@@ -56,18 +62,12 @@ def bench_scaling(
     steps: int,
     say: Callable[[str], None],
     axes: list[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Measure every point, each in a process of its own, those of an axis in turns.
+) -> list[Result]:
+    """Measure every point of the axes (None: all), each in a process of its own, those of an axis in turns.
 
-    Args:
-        device: where.
-        precision: of the matrix products.
-        rounds: turns of each point.
-        steps: optimizer steps in a turn.
-        say: told the table, line by line.
-        axes: only these; None is all.
+    A turn is of ``steps`` optimizer steps.
     """
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
     of_axis: dict[str, dict[str, Workload]] = {}
     for point in points(device, precision):
         of_axis.setdefault(point.axis, {})[str(point.value)] = point.workload
@@ -78,42 +78,27 @@ def bench_scaling(
         make = functools.partial(_make_step, mine)
         turns = take_turns(list(mine), make, rounds, steps, warmup=2, at_once=device == "cpu", say=say)
         found = [_result(axis, value, mine[value], turns[value]) for value in mine if turns[value].values]
-        say(_format(axis, found))
+        say(tabulate(found, {axis: "{value:,}", **_COLUMNS}))
         results += found
     return results
 
 
-def _result(axis: str, value: str, workload: Workload, turns: Turns) -> dict[str, Any]:
-    gradients = statistics.median(step.total - step.optimizer for step in turns.values)
+def _result(axis: str, value: str, workload: Workload, turns: Turns) -> Result:
     return {
         "name": f"scaling/{axis}",
         "value": int(value),
-        "seconds_per_token": gradients / workload.batch_tokens,
-        "optimizer_seconds": statistics.median(step.optimizer for step in turns.values),
+        "seconds_per_token": turns.median("gradients") / workload.batch_tokens,
+        "optimizer_seconds": turns.median("optimizer"),
         "rows_per_expert": workload.batch_tokens * workload.model.top_k / workload.model.n_experts,
         "peak_memory_bytes": turns.peak_memory_bytes,
     }
-
-
-def _format(axis: str, results: list[dict[str, Any]]) -> str:
-    rows = [
-        (
-            f"{result['value']:,}",
-            f"{result['rows_per_expert']:,.0f}",
-            f"{1e6 * result['seconds_per_token']:.1f}",
-            f"{1000 * result['optimizer_seconds']:.1f} ms",
-            f"{result['peak_memory_bytes'] / 1e9:.2f} GB",
-        )
-        for result in results
-    ]
-    return format_table((axis, "rows/expert", "us/token", "optimizer", "memory"), rows)
 
 
 def _make_step(workloads: dict[str, Workload], name: str) -> Callable[[], StepTimes]:
     return build("moe_gpt", workloads[name]).step
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
+def plot(results: list[Result], path: Path) -> None:
     """Draw time for each token and memory over every axis, as the file's suffix says (.svg, .png, .pdf)."""
     import matplotlib
 
@@ -121,21 +106,16 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     axes = list(dict.fromkeys(result["name"].partition("/")[2] for result in results))
+    lines = (("seconds_per_token", 1e6, "us/token, forward and backward"), ("peak_memory_bytes", 1e-9, "GB"))
     figure, rows = pyplot.subplots(2, len(axes), figsize=(3.2 * len(axes), 5.5), squeeze=False, sharex="col")
-    for column, axis in enumerate(axes):
+    for (row, (key, scale, label)), (column, axis) in itertools.product(enumerate(lines), enumerate(axes)):
         mine = [result for result in results if result["name"] == f"scaling/{axis}"]
-        values = [result["value"] for result in mine]
-        for row, (key, scale, label) in enumerate(
-            (("seconds_per_token", 1e6, "us/token, forward and backward"), ("peak_memory_bytes", 1e-9, "GB"))
-        ):
-            place = rows[row][column]
-            place.plot(values, [scale * result[key] for result in mine], marker="o")
-            place.set_xscale("log", base=2)
-            place.set_ylim(bottom=0)
-            place.grid(alpha=0.3)
-            if column == 0:
-                place.set_ylabel(label)
-        rows[1][column].set_xlabel(axis)
+        place = rows[row][column]
+        place.plot([result["value"] for result in mine], [scale * result[key] for result in mine], marker="o")
+        place.set_xscale("log", base=2)
+        place.set_ylim(bottom=0)
+        place.grid(alpha=0.3)
+        place.set(xlabel=axis if row else "", ylabel="" if column else label)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
-from moe_gpt.bench.rounds import Turns, require, take_turns
+from moe_gpt.bench.results import Result, tabulate
+from moe_gpt.bench.rounds import Turns, require, take_turns, timed
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
-from moe_gpt.ops.device import Precision, synchronize, tune_process
-from moe_gpt.terminal.tables import format_table
+from moe_gpt.ops.device import Precision, tune_process
 
 PEERS = {
     "dense": ["dense"],
@@ -23,19 +21,25 @@ PEERS = {
 }
 NOT_COMPARED = {"transformers/batched_mm": "copies the weights of its experts for every token"}
 _GEMM = "gemm"
+_COLUMNS = {
+    "": "{name}",
+    "tokens/s": "{tokens_per_second:count}",
+    "quartiles": "{tokens_per_second_quartiles[0]:count} to {tokens_per_second_quartiles[1]:count}",
+    "step": "{seconds_per_step:seconds}",
+    "optimizer": "{optimizer_seconds:seconds}",
+    "memory": "{peak_memory_bytes:bytes}",
+    "a token": "{flops_per_token:FLOPs}",
+    "of peak": "{fraction_of_gemm_peak:.1%}",
+    "moe_gpt is": "{ratio:.2f} x",
+}
 
 
 def bench_train(
     workload: Workload, against: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Measure moe_gpt and its peers; return a result for each, as ``scripts/bench.py --json`` writes them.
+) -> list[Result]:
+    """Measure moe_gpt and its peers, which are keys of ``PEERS`` or names of contenders; return a result for each.
 
-    Args:
-        workload: shape, batch, device and precision.
-        against: keys of ``PEERS``, or names of single contenders.
-        rounds: turns of each contender.
-        steps: optimizer steps in a turn, after five to warm up.
-        say: told the table, line by line.
+    A turn is of ``steps`` optimizer steps, after five to warm up.
     """
     names = _contenders(against)
     at_once = torch.device(workload.device).type == "cpu"
@@ -46,7 +50,7 @@ def bench_train(
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
     results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
-    say(format_results(results))
+    say(tabulate(results, _COLUMNS, first_over="tokens_per_second"))
     if "transformers" in against:
         for name, reason in NOT_COMPARED.items():
             say(f"{name} is left out: it {reason}")
@@ -72,14 +76,7 @@ def gemm_speed(device: torch.device, precision: Precision, size: int | None = No
     size = size or (8192 if device.type == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(3):
-        synchronize(device)
-        started = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times)
+    return 2 * size**3 / min(timed(device, lambda: torch.mm(a, b)) for _ in range(3))
 
 
 def describe(workload: Workload) -> str:
@@ -93,12 +90,12 @@ def describe(workload: Workload) -> str:
     )
 
 
-def _result(name: str, turns: Turns, workload: Workload, peak: float) -> dict[str, Any]:
+def _result(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
     is_dense = name == "dense" or name.endswith("/mistral")
     model = dense_twin(workload.model) if is_dense else workload.model
     totals = [step.total for step in turns.values]
     low, _, high = statistics.quantiles(totals, n=4) if len(totals) > 1 else (totals[0],) * 3
-    seconds = statistics.median(totals)
+    seconds = turns.median("total")
     flops = count_flops(model, workload.seq_len).training
     tokens_per_second = workload.batch_tokens / seconds
     return {
@@ -106,30 +103,8 @@ def _result(name: str, turns: Turns, workload: Workload, peak: float) -> dict[st
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_quartiles": [workload.batch_tokens / high, workload.batch_tokens / low],
         "seconds_per_step": seconds,
-        "optimizer_seconds": statistics.median(step.optimizer for step in turns.values),
+        "optimizer_seconds": turns.median("optimizer"),
         "peak_memory_bytes": turns.peak_memory_bytes,
         "flops_per_token": flops,
         "fraction_of_gemm_peak": tokens_per_second * flops / peak,
     }
-
-
-def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """Return the table: moe_gpt first, each line with moe_gpt's speed as a multiple of that line's."""
-    first, rows = results[0], []
-    for r in results:
-        low, high = r["tokens_per_second_quartiles"]
-        rows.append(
-            (
-                r["name"],
-                f"{r['tokens_per_second']:,.0f}",
-                f"{low:,.0f} to {high:,.0f}",
-                f"{1000 * r['seconds_per_step']:.1f}",
-                f"{1000 * r['optimizer_seconds']:.1f} ms",
-                f"{r['peak_memory_bytes'] / 1e9:.2f} GB",
-                f"{r['flops_per_token'] / 1e6:.1f}",
-                f"{r['fraction_of_gemm_peak']:.1%}",
-                f"{first['tokens_per_second'] / r['tokens_per_second']:.2f} x",
-            )
-        )
-    columns = ("", "tokens/s", "quartiles", "ms/step", "optimizer", "memory", "MFLOP/token", "of peak", "moe_gpt is")
-    return format_table(columns, rows)

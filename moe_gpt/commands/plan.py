@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -15,6 +15,10 @@ from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.plan.hardware import Parallelism, find_gpu
 from moe_gpt.plan.options import DraftedTokens, Failures, PlanOptions, Utilisation
+
+if TYPE_CHECKING:
+    from moe_gpt.config import RunConfig
+    from moe_gpt.plan.quantities import PlanSection
 
 OUTPUT, CLUSTER, TRAINING, FAILURES, SERVING = (
     Group.create_ordered(name) for name in ("What is shown", "The cluster", "Training", "Failures", "Serving")
@@ -36,6 +40,30 @@ class Shown:
     """The forecast of 2020 instead of a plan."""
     set: Annotated[Words, Parameter(group=OUTPUT)] = ()
     """With --extrapolate: another input, as NAME=VALUE."""
+
+    def check(self, config: str | None) -> None:
+        """Check that what is asked for goes together.
+
+        Raises:
+            InputError: naming what does not.
+        """
+        if self.explain is not None and self.json:
+            raise InputError("--explain is for people: give it without --json")
+        if self.extrapolate and config:
+            raise InputError(f"--extrapolate takes no config, got {config}")
+        if self.set and not self.extrapolate:
+            raise InputError(f"--set is for --extrapolate, got {self.set[0]}; settings of the config go without it")
+        if not (config or self.extrapolate or self.explain):
+            raise InputError("CONFIG is missing: a plan needs one, such as small.yaml; --extrapolate works without")
+
+    def text(self, sections: list[PlanSection], options: PlanOptions | None = None) -> str:
+        """Return every number of a plan, or all about one."""
+        from moe_gpt.plan.plan import describe
+        from moe_gpt.plan.quantities import explain, to_json
+
+        if self.explain is not None:
+            return explain(sections, self.explain)
+        return json.dumps(to_json(sections), indent=2) if self.json else describe(sections, options)
 
 
 @flat
@@ -161,41 +189,38 @@ def plan(
         config: A YAML file, or the name of a config that comes with moe_gpt, such as gpt4.yaml.
         overrides: Settings over the file's, as key.path=value.
     """
-    from moe_gpt.plan.plan import describe
-    from moe_gpt.plan.quantities import explain, to_json
+    from moe_gpt.plan.quantities import explain
 
-    if shown.explain is not None and shown.json:
-        raise InputError("--explain is for people: give it without --json")
-    if shown.extrapolate and config:
-        raise InputError(f"--extrapolate takes no config, got {config}")
+    shown.check(config)
     if shown.extrapolate:
-        sections = forecast(shown.set)
+        print(shown.text(forecast(shown.set)))
+    elif config is None:
+        print(explain((), shown.explain or ""))
     else:
-        if not config:
-            raise InputError("CONFIG is missing: a plan needs one, such as small.yaml; --extrapolate works without")
-        if shown.set:
-            raise InputError(f"--set is for --extrapolate, got {shown.set[0]}; settings of the config go without it")
-        sections = plan_config(config, overrides, cluster, training, failures, serving)
-    if shown.explain is not None:
-        print(explain(sections, shown.explain))
-    elif shown.json:
-        print(json.dumps(to_json(sections), indent=2))
-    else:
-        print(describe(sections))
+        print(plan_text(load_run_config(config, overrides), planned(cluster, training, failures, serving), shown))
 
 
-def plan_config(
-    config: str,
-    overrides: Sequence[str],
-    cluster: Cluster,
-    training: Training,
-    failures: OfFailures,
-    serving: Serving,
-) -> list:
-    """Return the sections of a config's plan."""
+def plan_text(config: RunConfig, options: PlanOptions, shown: Shown) -> str:
+    """Return the plan in the form that is asked for."""
+    from moe_gpt.plan.answer import answer
     from moe_gpt.plan.plan import plan_run
+    from moe_gpt.plan.quantities import explain
 
-    options = PlanOptions(
+    known = explain((), shown.explain) if shown.explain else ""  # a wrong name is told before a plan's other problems
+    try:
+        sections = plan_run(config, options)
+    except InputError:
+        if known:
+            return known
+        raise
+    if shown.all or shown.json or shown.explain:
+        return shown.text(sections, options)
+    return answer(config, options, sections)
+
+
+def planned(cluster: Cluster, training: Training, failures: OfFailures, serving: Serving) -> PlanOptions:
+    """Return what is planned, with the planner's defaults for what was not given."""
+    return PlanOptions(
         gpu=find_gpu(cluster.gpu),
         layout=cluster.layout(),
         serving=serving.layout(cluster),
@@ -204,7 +229,6 @@ def plan_config(
         **_given(training, "days"),
         **_given(serving, "serve_gpus", "serve_tensor", "serve_pipeline"),
     )
-    return plan_run(load_run_config(config, overrides), options)
 
 
 def forecast(given: Sequence[str]) -> list:

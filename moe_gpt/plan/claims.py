@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from moe_gpt.config import RunConfig
 from moe_gpt.config.section import Flag, Positive, Problem, Section, Share
+from moe_gpt.plan.answer import TEMPLATES
 from moe_gpt.plan.data_files import read_data
 from moe_gpt.plan.hardware import GPUS, Parallelism
 from moe_gpt.plan.options import PlanOptions
@@ -124,7 +124,7 @@ def read_claims(content: Any = None) -> _ClaimsFile:
 
 def words_of(config: RunConfig) -> dict[str, Any]:
     """Return what the expressions of claims.yaml may name."""
-    sections = {section.name: {q.name: q.value for q in section.quantities} for section in plan_run(config, CLAIMED)}
+    sections = {section.name: section.values for section in plan_run(config, CLAIMED)}
     named = {"model": config.model, "schedule": config.schedule, "layout": CLAIMED.layout}
     return {**sections, **named, "touched": expected_experts_touched}
 
@@ -136,7 +136,7 @@ def check_claim(claim: Claim, words: Mapping[str, Any]) -> CheckedClaim:
         jinja2.TemplateError: where an expression is malformed, or names what there is not.
     """
     computed, holds = (_evaluate(value, words) for value in (claim.computed, claim.holds))
-    how = _ENVIRONMENT.from_string(claim.how).render(words)
+    how = TEMPLATES.from_string(claim.how).render(words)
     return CheckedClaim(
         claim, None if computed is None else float(computed), how, None if holds is None else bool(holds)
     )
@@ -145,11 +145,7 @@ def check_claim(claim: Claim, words: Mapping[str, Any]) -> CheckedClaim:
 def _evaluate(value: Any, words: Mapping[str, Any]) -> Any:
     if not isinstance(value, str):
         return value
-    return _ENVIRONMENT.compile_expression(value, undefined_to_none=False)(words)
-
-
-_ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True)  # noqa: S701 (Markdown)
-_ENVIRONMENT.filters.update(shown=format_value, spec=format)
+    return TEMPLATES.compile_expression(value, undefined_to_none=False)(words)
 
 
 def check_claims(config: RunConfig) -> list[CheckedClaim]:
@@ -193,5 +189,5 @@ def find_shapes(config: RunConfig, within: float = _CLOSE) -> list[Shape]:
 
 def write_page(config: RunConfig) -> str:
     """Return the page in Markdown."""
-    template = _ENVIRONMENT.from_string(read_claims().page)
+    template = TEMPLATES.from_string(read_claims().page)
     return template.render(claims=check_claims(config), shapes=find_shapes(config), model=config.model)

@@ -39,12 +39,8 @@ def communication_section(
 ) -> PlanSection:
     """Say what a step of the last stage's largest batch sends, by kind, and how long the pipeline idles.
 
-    Args:
-        config: model and schedule.
-        parallelism: over the GPUs, tensor ranks next to each other, then expert, data-parallel and pipeline ranks.
-        gpu: its links count.
-        recompute: forward passes within layers, and what they send, happen twice.
-        micro_batch_sequences: of one forward pass.
+    Tensor ranks stand next to each other, then expert, data-parallel and pipeline ranks. With ``recompute`` forward
+    passes within layers, and what they send, happen twice.
     """
     model, stage = model_of(config), config.schedule.stages[-1]
     parallelism.check(model)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import re
 import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+import psutil
+
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import Count, Positive, Problem, Section
+from moe_gpt.config.section import Count, CountOrZero, NonNegative, Positive, Problem, Section, divisors
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.plan.data_files import read_data
 from moe_gpt.plan.quantities import PlanSection, plan_section
+from moe_gpt.terminal.numbers import plural
 
 ZeroStage = Literal[0, 1, 2, 3, "fsdp"]
 
@@ -35,6 +38,20 @@ class Gpu(Section):
     source: str
     per_node: Count = 8
     """GPUs that ``link`` connects."""
+    cores: CountOrZero = 0
+    """Of a CPU: cores that its figures were measured with."""
+    load: NonNegative = 0.0
+    """Of a CPU: processes that ran or waited in the minute before it was measured."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is this machine's processor."""
+        return self.name == "cpu"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other processes slowed the measurement: more than one for two cores."""
+        return self.load > self.cores / 2
 
 
 def read_gpus(table: Mapping[str, Any]) -> dict[str, Gpu]:
@@ -66,6 +83,8 @@ _FIGURES = {"memory": "memory_bytes", "flops": "bf16_flops"} | {
 def find_gpu(name: str) -> Gpu:
     """Return a GPU by its name, ``cpu`` measured now, or the one that ``name=mine,memory=...`` describes.
 
+    A name may have the memory after it, as in ``h100-80gb``, where that is the memory of the table.
+
     Raises:
         InputError: where there is none of that name, with those there are; or the description is wrong.
     """
@@ -73,12 +92,23 @@ def find_gpu(name: str) -> Gpu:
         return parse_gpu(name)
     if name == "cpu":
         return measure_cpu()
-    if name not in GPUS:
+    found = _SPELLINGS.get(_letters(name))
+    if found is None:
         raise InputError(
             f"there is no GPU {name!r}; choose one of {', '.join([*GPUS, 'cpu'])}, or give figures of your own: "
             "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
         )
-    return GPUS[name]
+    return found
+
+
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+_SPELLINGS = {
+    _letters(name + memory): gpu for name, gpu in GPUS.items() for memory in ("", f"{gpu.memory_bytes / 1e9:g}gb")
+}
+"""GPUs by what people call them: h100-80gb, H100_80GB, RTX 4090; another memory than the table's is another GPU."""
 
 
 def parse_gpu(text: str) -> Gpu:
@@ -108,16 +138,16 @@ def measure_cpu() -> Gpu:
     """Measure this machine in a fraction of a second: float32 products, copies in memory, the memory's size."""
     import torch
 
-    size = 1024
+    size, load = 1024, psutil.getloadavg()[0]
     a, b = torch.randn(size, size), torch.randn(size, size)
     flops = 2 * size**3 / _fastest(lambda: torch.mm(a, b))
     source, target = torch.zeros(1 << 24), torch.empty(1 << 24)
     bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))  # read and written
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = torch.get_num_threads()
     return Gpu(
-        "cpu", memory, flops, bandwidth, bandwidth, bandwidth,
+        "cpu", psutil.virtual_memory().total, flops, bandwidth, bandwidth, bandwidth,
         f"measured here and now: {size} x {size} float32 product and a copy of {source.nbytes >> 20} MiB, best of 5 "
-        f"with {torch.get_num_threads()} threads; links are the memory's",
+        f"with {plural(cores, 'thread')}; links are the memory's", cores=cores, load=load,
     )  # fmt: skip
 
 
@@ -129,7 +159,8 @@ def _fastest(work: Callable[[], object]) -> float:
 
 def gpu_section(gpu: Gpu) -> PlanSection:
     """Return the figures of the GPU that the plan reckons with."""
-    return plan_section("gpu", {key: getattr(gpu, field) for key, field in _FIGURES.items()}, gpu=gpu)
+    values = {key: getattr(gpu, field) for key, field in _FIGURES.items()}
+    return plan_section("gpu", values, {"busy": gpu.is_busy}, gpu=gpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +229,7 @@ class Parallelism(Section):
         Raises:
             InputError: with a line for everything that does not go round.
         """
-        axes = {"tensor": "n_heads", "expert": "n_experts"} if serving else _DIVIDED
+        axes = {"tensor": "n_heads", "expert": "n_experts"} if serving else DIVIDED
         problems = [line for axis, name in axes.items() for line in self._indivisible(model, name, axis)]
         if self.pipeline > model.n_layers and serving:
             problems.append(f"model.n_layers={model.n_layers} must be at least pipeline, got pipeline={self.pipeline}")
@@ -208,9 +239,8 @@ class Parallelism(Section):
     def _indivisible(self, model: ModelConfig, name: str, axis: str) -> Iterator[str]:
         size, by = getattr(model, name), getattr(self, axis)
         if size % by:
-            fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-            yield f"model.{name}={size} must be a multiple of {axis}, got {axis}={by}; choose one of {fitting}"
+            yield f"model.{name}={size} must be a multiple of {axis}, got {axis}={by}; choose one of {divisors(size)}"
 
 
-_DIVIDED = {"tensor": "n_heads", "pipeline": "n_layers", "expert": "n_experts"}
+DIVIDED = {"tensor": "n_heads", "pipeline": "n_layers", "expert": "n_experts"}
 """What each axis of a layout divides."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.section import Count, require
 from moe_gpt.measure.memory import predict_training_memory_cpu
 from moe_gpt.measure.parameters import model_of
-from moe_gpt.plan.hardware import Gpu, Parallelism
+from moe_gpt.plan.hardware import DIVIDED, Gpu, Parallelism
 from moe_gpt.plan.parameters import counts_of
 from moe_gpt.plan.quantities import PlanSection, plan_section
 from moe_gpt.terminal.numbers import format_value
@@ -139,13 +139,8 @@ def layer_activation_bytes(model: ModelConfig, tokens: int, tensor: int = 1, ele
     Bytes for each token, b for an element: inputs of both norms 2 D b; of the projections D b and H Dh b; queries
     H Dh b, keys and values 2 G Dh b; the softmax's normaliser 4 H (fused attention keeps no probabilities). An expert
     layer: the router's input in float32 4 D, its logits and probabilities 8 E; for each of K experts the row in and
-    out 2 D b, gate and up 2 F b, their product F b. A dense one: its input D b, and 3 F b.
-
-    Args:
-        model: the shape.
-        tokens: of a micro-batch.
-        tensor: GPUs that split the layer and, outside of products, the sequence.
-        element: bytes of a number.
+    out 2 D b, gate and up 2 F b, their product F b. A dense one: its input D b, and 3 F b. The ``tensor`` GPUs split
+    the layer and, outside of products, the sequence.
     """
     d_model, d_ff, inner = model.d_model, model.d_ff, model.n_heads * model.head_dim
     kv_width = model.head_dim * math.ceil(model.n_kv_heads / tensor) * tensor
@@ -193,12 +188,8 @@ def memory_section(
 ) -> PlanSection:
     """Say what a GPU of the worst pipeline stage must hold, whether it does, and if not, what to change first.
 
-    Args:
-        config: model and schedule, whose longest sequences and largest batch count.
-        parallelism: over the GPUs.
-        gpu: each of them; one ``cpu`` is this project's own training on it, by ``predict_training_memory_cpu``.
-        recompute: keep each layer's input only, and compute the rest of it again in the backward pass.
-        micro_batch_sequences: of one forward pass.
+    The schedule's longest sequences and its largest batch count. One ``cpu`` is this project's own training on it, by
+    ``predict_training_memory_cpu``.
     """
     model = model_of(config)
     require(Count, micro_batch_sequences=micro_batch_sequences)
@@ -220,20 +211,19 @@ def memory_section(
 def _section_for_gpus(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> PlanSection:
     spread, each = layout.parallelism, layout.per_parameter
     stage, memory = worst_stage(model, layout)
-    values = {
-        "weights_average": counts_of(model).total * each.weights / spread.model_gpus,
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "gathered": memory.gathered,
-        "activations_per_layer": layer_activation_bytes(model, layout.tokens, spread.tensor, layout.element),
-        "activations": memory.activations,
-        "logits": memory.logits,
-        **_verdict(memory.total, gpu),
-    }
+    parts = memory._asdict()
+    a_layer = layer_activation_bytes(model, layout.tokens, spread.tensor, layout.element)
+    last = {name: parts.pop(name) for name in ("activations", "logits")}
+    fits = memory.total <= gpu.memory_bytes
     section = plan_section(
         "memory",
-        values,
+        {
+            "weights_average": counts_of(model).total * each.weights / spread.model_gpus,
+            **parts,
+            "activations_per_layer": a_layer,
+            **last,
+            **{"total": memory.total, "available": gpu.memory_bytes, "fits": fits},
+        },
         {"experts": spread.expert > 1},
         gpu=gpu,
         layout=layout,
@@ -244,51 +234,38 @@ def _section_for_gpus(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> P
         with_or_without="With" if layout.recompute else "Without",
         in_flight=min(spread.pipeline - stage, layout.micro_batches),
     )
-    advice = [] if values["fits"] else advise(model, layout, gpu)
-    return dataclasses.replace(section, notes=[*section.notes, *advice])
-
-
-def _verdict(total: float, gpu: Gpu) -> dict[str, Any]:
-    return {"total": total, "available": gpu.memory_bytes, "fits": total <= gpu.memory_bytes}
+    return section if fits else dataclasses.replace(section, notes=[*section.notes, *advise(model, layout, gpu)])
 
 
 def _section_for_cpu(config: RunConfig, gpu: Gpu) -> PlanSection:
     counts = counts_of(model_of(config))
-    total = predict_training_memory_cpu(config, counts)
+    total, available = predict_training_memory_cpu(config, counts), gpu.memory_bytes
     state = {name: counts.total * each for name, each in FLOAT32._asdict().items()}
-    values = {**state, "activations": max(0, total - sum(state.values())), **_verdict(total, gpu)}
-    return plan_section("memory_on_cpu", values, {"advice": not values["fits"]}, gpu=gpu, each=FLOAT32)
+    values = {**state, "activations": max(0, total - sum(state.values())), "total": total, "available": available}
+    fits = total <= available
+    return plan_section("memory_on_cpu", {**values, "fits": fits}, {"advice": not fits}, gpu=gpu, each=FLOAT32)
 
 
 def advise(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> list[str]:
-    """Return what to change, first things first, until it fits; each line has what is then needed."""
+    """Return what to change, first things first, until it fits; each line has what is then needed.
+
+    Of each kind it is the least change that fits, or else the one that helps most; none that saves under a hundredth.
+    """
     lines: list[str] = []
     needed = worst_stage(model, layout)[1].total
     for kind in ("recompute", "micro_batch_sequences", "zero", "pipeline", "tensor", "expert"):
-        best = _best_change(_changes(kind, model, layout, gpu), model, gpu, needed)
-        if best is None:
+        tried = [(worst_stage(model, to)[1].total, text, to) for text, to in _changes(kind, model, layout, gpu)]
+        helpful = [change for change in tried if change[0] < 0.99 * needed]
+        if not helpful:
             continue
-        needed, text, layout = best
+        # the key is the same for all that fit, and min takes the first of equals
+        needed, text, layout = min(helpful, key=lambda change: max(change[0], gpu.memory_bytes))
         fits = needed <= gpu.memory_bytes
         lines.append(f"{'then' if lines else 'Change first'}: {text}, to {format_value(needed, 'bytes')}"
                      f"{', which fits' if fits else ''}.")  # fmt: skip
         if fits:
             return lines
     return [*lines, "That is not enough: it takes more GPUs, larger ones, or a smaller model."]
-
-
-def _best_change(
-    changes: Iterable[tuple[str, TrainingLayout]], model: ModelConfig, gpu: Gpu, needed: float
-) -> tuple[float, str, TrainingLayout] | None:
-    """Return the first change that fits, or else the one that helps most; none where none saves a hundredth."""
-    best, least = None, 0.99 * needed
-    for text, layout in changes:
-        total = worst_stage(model, layout)[1].total
-        if total < least:
-            best, least = (total, text, layout), total
-            if total <= gpu.memory_bytes:
-                break
-    return best
 
 
 def _changes(kind: str, model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> Iterator[tuple[str, TrainingLayout]]:
@@ -308,7 +285,6 @@ def _larger(axis: str, model: ModelConfig, now: Parallelism, gpu: Gpu) -> Sequen
     """Return the values of an axis above the present one that the same GPUs allow."""
     if axis == "zero":
         return (1, 2, "fsdp")[now.zero_level :]
-    size = getattr(now, axis)
-    divided = {"pipeline": model.n_layers, "tensor": model.n_heads, "expert": model.n_experts}[axis]
+    size, divided = getattr(now, axis), getattr(model, DIVIDED[axis])
     limit = min(divided, gpu.per_node if axis == "tensor" else divided, now.n_gpus * size // now.model_gpus)
     return [larger for larger in range(size + 1, limit + 1) if divided % larger == 0]

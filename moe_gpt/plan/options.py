@@ -7,10 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Rate, Section
+from moe_gpt.config import ModelConfig
+from moe_gpt.config.section import AtMostOne, Count, Flag, NonNegative, Positive, Rate, Section
 from moe_gpt.plan.hardware import Gpu, Parallelism
 
-Utilisation = Annotated[float, Field(gt=0, le=1, title="a number above 0 and at most 1 (34 % is 0.34)")]
+Utilisation = Annotated[AtMostOne | None, Field(title="a number above 0 and at most 1 (34 % is 0.34)")]
 DraftedTokens = Annotated[int, Field(ge=0, le=1000, title="a whole number from 0 to 1000")]
 
 
@@ -43,8 +44,9 @@ class PlanOptions(Section):
     serving: Parallelism = Parallelism(1)
     """The cluster that serves the model: ``n_gpus``, ``tensor`` and ``pipeline`` of it are used. As many copies of the
     model work as fit; the rest is spare but paid for."""
-    mfu: Utilisation = 0.4
-    """Model FLOPs utilisation: the share of all GPUs' peak that 6 N D per second comes to."""
+    mfu: Utilisation = None
+    """Model FLOPs utilisation: the share of all GPUs' peak that 6 N D per second comes to (default: 0.4, a guess; on
+    the CPU 0.14 to 0.67, what moe_gpt was measured at with models as wide as this one)."""
     price: Positive = 1.0
     """Dollars per GPU-hour."""
     context: Count | None = None
@@ -69,3 +71,23 @@ class PlanOptions(Section):
     """A step of the draft model over a step of the model."""
     gamma: DraftedTokens = 4
     """Tokens drafted at a time."""
+
+    @property
+    def is_one_cpu(self) -> bool:
+        """Whether the plan is for this machine's processor, so that there are no nodes, and nobody is paid."""
+        return self.gpu.is_cpu and self.layout.n_gpus == 1
+
+    def utilisation(self, model: ModelConfig) -> float:
+        """Return the MFU that was given, or else the one to assume."""
+        if self.mfu is not None:
+            return self.mfu
+        if not self.gpu.is_cpu:
+            return _MFU_OF_GPU
+        import numpy as np
+
+        return float(np.interp(model.d_model, *_MFU_OF_CPU))
+
+
+_MFU_OF_GPU = 0.4
+_MFU_OF_CPU = (64, 256, 512), (0.14, 0.53, 0.67)
+"""d_model and MFU of moe_gpt in float32: tiny.yaml (README), shapes S and M (docs/benchmarks.md, training speed)."""

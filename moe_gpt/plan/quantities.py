@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import string
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 
 from moe_gpt.errors import InputError
 from moe_gpt.plan.data_files import read_data
-from moe_gpt.terminal.numbers import Unit, format_value
+from moe_gpt.terminal.numbers import Unit, format_value, plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,14 @@ class PlanSection:
     notes: Sequence[str] = ()
     """What a reader must know: assumptions, spares, what does not fit and what to change first."""
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The quantities' values by their names."""
+        return {quantity.name: quantity.value for quantity in self.quantities}
+
     def __getitem__(self, name: str) -> Any:
         """Return a quantity's value by its name."""
-        return next(quantity.value for quantity in self.quantities if quantity.name == name)
+        return self.values[name]
 
 
 class _Words(NamedTuple):
@@ -87,6 +93,29 @@ def catalogue() -> Catalogue:
     return Catalogue.model_validate(read_data("quantities.yaml"))
 
 
+class _Filler(string.Formatter):
+    """Fills in the braces of a text: ``{count:n GPU}`` gives "1 GPU" or "2 GPUs"."""
+
+    def format_field(self, value: Any, spec: str) -> str:
+        return plural(value, spec[2:]) if spec.startswith("n ") else super().format_field(value, spec)
+
+
+class _Namer(_Filler):
+    """Puts the name of what is not known in brackets: ``{gpu.name}`` gives "[gpu name]"."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if field_name in kwargs:
+            return super().get_field(field_name, args, kwargs)
+        return f"[{field_name.removeprefix('options.').replace('.', ' ').replace('_', ' ')}]", field_name
+
+    def format_field(self, value: Any, spec: str) -> str:
+        return f"{value} {spec[2:]}s" if spec.startswith("n ") else str(value)
+
+
+def _fill(text: str, words: Mapping[str, Any]) -> str:
+    return _Filler().vformat(text, (), words)
+
+
 class Member(NamedTuple):
     """The value of a quantity, with words for its label and formula that the rest of its section does not have."""
 
@@ -113,14 +142,13 @@ def plan_section(
         value, own = value if isinstance(value, Member) else (value, {})
         pattern = next((pattern for pattern in section.quantities if fnmatchcase(name, pattern)), name)
         unit, *texts = section.quantities[pattern]
-        label, formula, source = (text.format(**papers, **words, **own) for text in texts)
-        return Quantity(name, value, unit, label, formula, source)
+        return Quantity(name, value, unit, *(_fill(text, {**papers, **words, **own}) for text in texts))
 
     return PlanSection(
         section.name or key,
-        section.title.format(**words),
+        _fill(section.title, words),
         [quantity(name, value) for name, value in values.items()],
-        [note.format(**words) for name, note in section.notes.items() if applies.get(name, True)],
+        [_fill(note, words) for name, note in section.notes.items() if applies.get(name, True)],
     )
 
 
@@ -129,29 +157,51 @@ def to_json(sections: Iterable[PlanSection]) -> dict[str, dict[str, Any]]:
 
     Sections with notes have them in ``notes``: ``{section: [text]}``.
     """
-    sections = list(sections)
-    notes = {section.name: list(section.notes) for section in sections if section.notes}
-    values: dict[str, dict[str, Any]] = {
-        section.name: {
-            q.name: None if isinstance(q.value, float) and not math.isfinite(q.value) else q.value
-            for q in section.quantities
+    values: dict[str, dict[str, Any]] = {}
+    notes: dict[str, Any] = {}
+    for section in sections:
+        values[section.name] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in section.values.items()
         }
-        for section in sections
-    }
+        if section.notes:
+            notes[section.name] = list(section.notes)
     return {**values, "notes": notes} if notes else values
 
 
-def explain(sections: Sequence[PlanSection], name: str) -> str:
+def explain(sections: Iterable[PlanSection], name: str) -> str:
     """Return formula and source of every quantity with that name (``total`` or ``parameters.total``).
+
+    A name that none of the sections has is looked up in quantities.yaml, so that no plan is needed: the value is then
+    left out, and words that depend on a plan are in brackets.
 
     Raises:
         InputError: where there is none, with the names that are like it.
     """
-    known = {f"{section.name}.{q.name}": q for section in sections for q in section.quantities}
-    found = {key: q for key, q in known.items() if name in (key, q.name)}
+    planned = {f"{section.name}.{q.name}": q for section in sections for q in section.quantities}
+    known = _words_of_the_file()
+    found = _called(planned, name) or _called(known, name)
     if not found:
-        near = difflib.get_close_matches(name, [*known, *(q.name for q in known.values())], n=5, cutoff=0.4)
+        names = [word for key, q in {**planned, **known}.items() for word in (key, q.name)]
+        near = difflib.get_close_matches(name, dict.fromkeys(names), n=5, cutoff=0.4)
         raise InputError(f"there is no {name!r} in the plan; nearest: {', '.join(near) or 'none'}")
-    return "\n\n".join(
-        f"{key} = {q.shown()}\n  {q.label}\n  formula: {q.formula}\n  source:  {q.source}" for key, q in found.items()
-    )
+    return "\n\n".join(_explanation(key, q) for key, q in found.items())
+
+
+def _called(known: Mapping[str, Quantity], name: str) -> dict[str, Quantity]:
+    return {key: q for key, q in known.items() if fnmatchcase(name, key) or fnmatchcase(name, q.name)}
+
+
+def _explanation(key: str, quantity: Quantity) -> str:
+    value = "" if quantity.value == "" else f" = {quantity.shown()}"
+    return f"{key}{value}\n  {quantity.label}\n  formula: {quantity.formula}\n  source:  {quantity.source}"
+
+
+def _words_of_the_file() -> dict[str, Quantity]:
+    """Return every quantity of quantities.yaml, without a value."""
+    fill, papers = _Namer().vformat, catalogue().papers
+    return {
+        f"{key}.{name}": Quantity(name, "", unit, *(fill(text, (), papers) for text in texts))
+        for key, section in catalogue().sections.items()
+        for name, (unit, *texts) in section.quantities.items()
+    }

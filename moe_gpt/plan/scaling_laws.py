@@ -121,8 +121,8 @@ def krajewski_loss(n_parameters: float, n_tokens: float, granularity: float) -> 
         n_tokens: of C4.
         granularity: experts that share the width of the dense layer, and that a token goes to; 1 is a standard MoE.
     """
-    require(Positive, n_parameters=n_parameters, n_tokens=n_tokens, granularity=granularity)
-    return 0.47 + (2.1 / granularity**0.58 + 18.1) / n_parameters**0.115 + 30.8 / n_tokens**0.147
+    require(Positive, granularity=granularity)
+    return ParametricLaw(0.47, 2.1 / granularity**0.58 + 18.1, 30.8, 0.115, 0.147).loss(n_parameters, n_tokens)
 
 
 def optimal_by_rule(flops_budget: float, tokens_per_parameter: float = TOKENS_PER_PARAMETER) -> tuple[float, float]:
@@ -136,11 +136,7 @@ def predict_section(config: ModelConfig, tokens: float) -> PlanSection:
     """Return the loss that each law predicts for a shape and a number of training tokens.
 
     The fine-grained law takes ``top_k`` for the granularity: the experts of a token together stand for the layer that
-    they replace.
-
-    Args:
-        config: the shape.
-        tokens: seen in training, repeated ones counted again.
+    they replace. Tokens are those seen in training, repeated ones counted again.
     """
     require(Positive, tokens=tokens)
     counts = counts_of(config)

@@ -4,6 +4,10 @@ A step of decoding reads the weights that its tokens use and the keys and values
 Whichever takes longer at the hardware's full speed is the time of the step: a bound that no software beats (Pope et
 al. 2022, arXiv 2211.05102). A batch shares the reading; in a mixture of experts it also touches more experts. Weights
 and cache are in bfloat16.
+
+In speculative decoding (Leviathan et al., arXiv 2211.17192) a small model drafts gamma tokens and the model verifies
+them in one step. The paper takes that step to last as long as decoding one token; ``speculative_speedup_on`` counts
+what it costs.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import Count, CountOrZero, require
+from moe_gpt.config.section import Count, CountOrZero, NonNegative, Rate, require
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.plan.hardware import Gpu, Parallelism
-from moe_gpt.plan.options import PlanOptions
+from moe_gpt.plan.options import DraftedTokens, PlanOptions
 from moe_gpt.plan.parameters import counts_of
 from moe_gpt.plan.quantities import PlanSection, plan_section
+from moe_gpt.terminal.numbers import plural
 
 _ELEMENT = 2
 """Bytes of a number."""
@@ -104,14 +109,9 @@ class DecodingStep(NamedTuple):
 def decoding_step(
     config: ModelConfig, n_sequences: int, context: int, tensor: int, *, tokens_each: int = 1
 ) -> DecodingStep:
-    """Return what a step of decoding costs.
+    """Return what a step of decoding costs in which each new token sees ``context`` positions.
 
-    Args:
-        config: the shape.
-        n_sequences: decoded together.
-        context: positions that each new token sees, in every sequence.
-        tensor: GPUs that share a layer.
-        tokens_each: tokens of a sequence in the step: 1, or gamma + 1 where speculative decoding verifies gamma.
+    A sequence has one token in it (``tokens_each``), or gamma + 1 where speculative decoding verifies gamma.
     """
     require(Count, n_sequences=n_sequences, context=context, tensor=tensor, tokens_each=tokens_each)
     sizes, n_tokens = _sizes(config), n_sequences * tokens_each
@@ -176,12 +176,7 @@ def compute_bound_batch(config: ModelConfig, gpu: Gpu, context: int = 0) -> floa
 
 
 def serving_sections(config: ModelConfig, options: PlanOptions, context: int) -> list[PlanSection]:
-    """Return the sections ``kv_cache``, ``serving_memory`` and ``serving_speed``.
-
-    Args:
-        config: the shape.
-        options: the GPU, the cluster that serves, the batch and the price.
-        context: positions that each new token sees.
+    """Return the sections ``kv_cache``, ``serving_memory`` and ``serving_speed``; a token sees ``context`` positions.
 
     Raises:
         InputError: where heads or layers do not go round.
@@ -201,8 +196,7 @@ def _cache_section(config: ModelConfig, context: int) -> PlanSection:
         values[f"per_token_{name}"] = kv_cache_bytes_per_token(config, n_kv_heads)
         values[f"context_{name}"] = kv_cache_bytes_per_token(config, n_kv_heads) * context
     values["full_over_this"] = config.n_heads / config.n_kv_heads
-    heads = "1 key-value head" if config.n_kv_heads == 1 else f"{config.n_kv_heads} key-value heads"
-    return plan_section("kv_cache", values, model=config, context=context, heads=heads)
+    return plan_section("kv_cache", values, model=config, context=context)
 
 
 def _memory_section(config: ModelConfig, options: PlanOptions, context: int) -> PlanSection:
@@ -229,7 +223,7 @@ def _memory_section(config: ModelConfig, options: PlanOptions, context: int) -> 
         options=options,
         context=context,
         in_flight=batch * layout.pipeline,
-        stage=f"the fullest stage, {stage_layers} of {config.n_layers} layers, over {layout.tensor} GPUs",
+        stage=f"the fullest stage, {stage_layers} of {config.n_layers} layers, over {plural(layout.tensor, 'GPU')}",
         most=values["sequences_that_fit"],
         longest=values["context_that_fits"],
     )
@@ -255,7 +249,7 @@ def _speed_section(config: ModelConfig, options: PlanOptions, context: int, fits
         "bound": "memory bandwidth" if is_reading else "compute",
         "compute_bound_batch": compute_bound_batch(config, gpu),
         "compute_bound_batch_with_cache": compute_bound_batch(config, gpu, context),
-        **_experts_touched(config, batch),
+        **({} if config.is_dense else _experts_touched(config, batch)),
         "cost_per_thousand_tokens": cost,
         "cost_per_million_tokens": 1000 * cost,
     }
@@ -264,11 +258,69 @@ def _speed_section(config: ModelConfig, options: PlanOptions, context: int, fits
 
 
 def _experts_touched(config: ModelConfig, batch: int) -> dict[str, Any]:
-    if config.is_dense:
-        return {}
+    E, K = config.n_experts, config.top_k
     batches = {"1": 1, "8": 8, "64": 64, "batch": batch}
-    touched = {
-        f"experts_touched_{name}": expected_experts_touched(config.n_experts, config.top_k, n)
-        for name, n in batches.items()
+    touched = {f"experts_touched_{name}": expected_experts_touched(E, K, n) for name, n in batches.items()}
+    return {**touched, "tokens_per_expert": batch * K / E}
+
+
+def expected_tokens_per_step(acceptance: float, gamma: int) -> float:
+    """Return (1 - α^(γ+1)) / (1 - α): tokens that a verification of γ drafted ones yields (arXiv 2211.17192, eq. 1).
+
+    Between 1 (nothing drafted or nothing accepted) and γ + 1 (everything accepted), where each drafted token is
+    accepted with probability α, independently of the others.
+    """
+    require(Rate, acceptance=acceptance)
+    require(DraftedTokens, gamma=gamma)
+    return math.fsum(acceptance**i for i in range(gamma + 1))
+
+
+def speculative_speedup(acceptance: float, draft_cost: float, gamma: int) -> float:
+    """Return (1 - α^(γ+1)) / ((1 - α)(γ c + 1)): improvement in walltime (arXiv 2211.17192, theorem 3.8).
+
+    Args:
+        acceptance: α.
+        draft_cost: c, a step of the draft model over a step of the model.
+        gamma: γ, tokens drafted at a time. Verifying them is taken to last as long as decoding one token.
+    """
+    require(NonNegative, draft_cost=draft_cost)
+    return expected_tokens_per_step(acceptance, gamma) / (gamma * draft_cost + 1)
+
+
+def best_gamma(acceptance: float, draft_cost: float, max_gamma: int = 64) -> int:
+    """Return the γ up to ``max_gamma`` with the highest ``speculative_speedup``, the least of equals.
+
+    0 where acceptance <= draft_cost: drafting then never pays (arXiv 2211.17192, corollary 3.9). With acceptance 1,
+    or a draft that is free, more is always better and the answer is ``max_gamma``.
+    """
+    return max(range(max_gamma + 1), key=lambda gamma: (speculative_speedup(acceptance, draft_cost, gamma), -gamma))
+
+
+def speculative_speedup_on(config: ModelConfig, options: PlanOptions, n_sequences: int, context: int) -> float:
+    """Return the improvement in walltime where verifying costs what it costs.
+
+    The γ + 1 tokens of a verification touch more experts than one token does, and multiply γ + 1 times as much; the
+    paper's formula counts neither. Below 1 where the batch is compute-bound already. Each new token sees ``context``
+    positions.
+    """
+    gpu, tensor, gamma = options.gpu, options.serving.tensor, options.gamma
+    plain = decoding_step(config, n_sequences, context, tensor).seconds(gpu, tensor)
+    verifying = decoding_step(config, n_sequences, context, tensor, tokens_each=gamma + 1).seconds(gpu, tensor)
+    tokens = expected_tokens_per_step(options.acceptance, gamma)
+    return tokens * plain / (verifying + gamma * options.draft_cost * plain)
+
+
+def speculation_section(config: ModelConfig, options: PlanOptions, context: int) -> PlanSection:
+    """Return the section ``speculative_decoding``: the paper's gain, the best gamma, and the gain on this hardware."""
+    acceptance, draft_cost, gamma = options.acceptance, options.draft_cost, options.gamma
+    best = best_gamma(acceptance, draft_cost)
+    batches = {"1": 1, "64": 64, "batch": options.batch}
+    values = {
+        **{"acceptance": acceptance, "draft_cost": draft_cost, "gamma": gamma},
+        "tokens_per_step": expected_tokens_per_step(acceptance, gamma),
+        "speedup": speculative_speedup(acceptance, draft_cost, gamma),
+        "best_gamma": best,
+        "best_speedup": speculative_speedup(acceptance, draft_cost, best),
+        **{f"speedup_at_{name}": speculative_speedup_on(config, options, n, context) for name, n in batches.items()},
     }
-    return {**touched, "tokens_per_expert": batch * config.top_k / config.n_experts}
+    return plan_section("speculative_decoding", values, options=options)

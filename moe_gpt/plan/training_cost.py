@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig
+from moe_gpt.config import DataConfig, ModelConfig, RunConfig, ScheduleConfig
 from moe_gpt.measure.flops import StageTokens, count_flops, multiplied_parameters, stage_tokens, training_flops
 from moe_gpt.measure.parameters import model_of
 from moe_gpt.plan.options import PlanOptions
@@ -29,14 +29,28 @@ class TrainingWork(NamedTuple):
     six_n_d: int
     training_flops: int
     """All matrix products."""
+    is_at_most: bool
+    """Whether the data, which was not counted yet, may have fewer tokens."""
 
 
 def training_work(config: RunConfig, tokens: float | None = None) -> TrainingWork:
-    """Count what a run computes, on the schedule's tokens or on so many."""
-    model, stages = model_of(config), stage_tokens(config.schedule, tokens)
+    """Count what a run computes: on so many tokens, or on the schedule's, or on the most that its sources can give.
+
+    Raises:
+        InputError: where the schedule ends with the data and a source has no ``max_tokens``; or tokens cannot be.
+    """
+    is_at_most = tokens is None and config.schedule.stages[-1].until_tokens is None
+    model = model_of(config)
+    stages = stage_tokens(config.schedule, most_tokens(config.data) if is_at_most else tokens)
     counts, total = counts_of(model), sum(stage.tokens for stage in stages)
     six_n_d = 6 * multiplied_parameters(model, counts) * total
-    return TrainingWork(stages, total, six_n_d, training_flops(model, stages, counts))
+    return TrainingWork(stages, total, six_n_d, training_flops(model, stages, counts), is_at_most)
+
+
+def most_tokens(data: DataConfig) -> int | None:
+    """Return the tokens of one big epoch at the most, max_tokens times epochs; None where a source has no limit."""
+    limits = [source.max_tokens and source.max_tokens * (source.epochs or 1) for source in data.sources]
+    return None if None in limits else int(sum(filter(None, limits)))
 
 
 def compute_section(config: RunConfig, options: PlanOptions) -> PlanSection:
@@ -47,12 +61,12 @@ def compute_section(config: RunConfig, options: PlanOptions) -> PlanSection:
     """
     model, gpu, layout = model_of(config), options.gpu, options.layout
     layout.check(model)
-    work, last = training_work(config, options.tokens), config.schedule.stages[-1]
+    work = training_work(config, options.tokens)
     context = work.stages[-1].seq_len if options.context is None else options.context
     flops = count_flops(model, context, counts_of(model))
-    speed = layout.n_gpus * gpu.bf16_flops * options.mfu
+    mfu = options.utilisation(model)
+    speed = layout.n_gpus * gpu.bf16_flops * mfu
     duration = work.six_n_d / speed
-    micro_batches = max(last.batch_range) / (options.micro_batch_sequences * last.seq_len)
     values = {
         "context": context,
         **{f"forward_{part}": value for part, value in flops._asdict().items()},
@@ -60,27 +74,40 @@ def compute_section(config: RunConfig, options: PlanOptions) -> PlanSection:
         "backward": flops.backward,
         "training": flops.training,
         "tokens": work.tokens,
-        **_stage_flops(model, work.stages),
+        **{f"stage_{index}_flops": _flops_of_stage(model, index, stage) for index, stage in enumerate(work.stages)},
         "six_n_d": work.six_n_d,
         "training_flops": work.training_flops,
         "flops_over_6nd": work.training_flops / work.six_n_d,
         "gpu_flops": gpu.bf16_flops,
-        "mfu": options.mfu,
-        "mfu_with_scores": options.mfu * work.training_flops / work.six_n_d,
+        "mfu": mfu,
+        "mfu_with_scores": mfu * work.training_flops / work.six_n_d,
         "tokens_per_second": work.tokens / duration,
         **_time_and_cost(duration, options),
         **_time_and_cost(work.training_flops / speed, options, "_with_scores"),
     }
-    applies = {"idle": layout.batch_ranks > micro_batches, "spares": layout.spares > 0}
+    applies = {
+        "at_most": work.is_at_most,
+        "idle": idles(config, options),
+        "spares": layout.spares > 0,
+        "of_cpu": gpu.is_cpu and options.mfu is None,
+    }
+    micro_batches = _micro_batches(config, options)
     return plan_section("compute", values, applies, options=options, context=context, micro_batches=micro_batches)
 
 
-def _stage_flops(model: ModelConfig, stages: list[StageTokens]) -> dict[str, Member]:
-    found = {}
-    for index, stage in enumerate(stages):
-        words = {"index": index, "tokens": format_value(stage.tokens, "tokens"), "seq_len": stage.seq_len}
-        found[f"stage_{index}_flops"] = Member(training_flops(model, [stage], counts_of(model)), words)
-    return found
+def idles(config: RunConfig, options: PlanOptions) -> bool:
+    """Return whether even the largest batch has fewer micro-batches than there are ranks."""
+    return options.layout.batch_ranks > _micro_batches(config, options)
+
+
+def _micro_batches(config: RunConfig, options: PlanOptions) -> float:
+    last = config.schedule.stages[-1]
+    return max(last.batch_range) / (options.micro_batch_sequences * last.seq_len)
+
+
+def _flops_of_stage(model: ModelConfig, index: int, stage: StageTokens) -> Member:
+    words = {"index": index, "tokens": format_value(stage.tokens, "tokens"), "seq_len": stage.seq_len}
+    return Member(training_flops(model, [stage], counts_of(model)), words)
 
 
 def _time_and_cost(duration: float, options: PlanOptions, suffix: str = "") -> dict[str, float]:
@@ -109,7 +136,7 @@ def tokens_from_budget(config: RunConfig, options: PlanOptions, dollars: float) 
     """Return the tokens that a sum of money trains on, by 6 N D and by the stages' own FLOPs."""
     model, layout = model_of(config), options.layout
     gpu_seconds = dollars / options.price * _HOUR
-    flops = gpu_seconds * options.gpu.bf16_flops * options.mfu
+    flops = gpu_seconds * options.gpu.bf16_flops * options.utilisation(model)
     values = {
         "budget": float(dollars),
         "flops": flops,
@@ -132,14 +159,10 @@ def _tokens_for(flops: float, model: ModelConfig, schedule: ScheduleConfig) -> f
     return start + flops / count_flops(model, schedule.stages[-1].seq_len, counts_of(model)).training
 
 
-def failures_section(options: PlanOptions, duration_seconds: float) -> PlanSection:
-    """Say what failures cost a run, and how often to save.
+def failures_section(options: PlanOptions, duration_seconds: float, mfu: float) -> PlanSection:
+    """Say what failures cost a run, and how often to save; duration and MFU are those without failures and checkpoints.
 
     Any failure of a GPU that works stops all of them; they come independently of each other, at a constant rate.
-
-    Args:
-        options: whose MFU is that of the run without failures.
-        duration_seconds: of the run without failures and checkpoints.
     """
     layout, failures = options.layout, options.failures
     between = failures.gpu_hours_between * _HOUR / layout.used
@@ -156,7 +179,7 @@ def failures_section(options: PlanOptions, duration_seconds: float) -> PlanSecti
         "best_interval": best,
         "interval": interval,
         "goodput": useful,
-        "effective_mfu": options.mfu * useful,
+        "effective_mfu": mfu * useful,
         "duration_with_failures": total,
         "cost_with_failures": total * layout.n_gpus / _HOUR * options.price,
     }

@@ -3,11 +3,13 @@
 import dataclasses
 import time
 
+import psutil
 import pytest
+import torch
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import ConfigError, InputError
-from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, parse_gpu, read_gpus
+from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, gpu_section, parse_gpu, read_gpus
 
 OWN = "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
 MODEL = ModelConfig(vocab_size=10, n_layers=6, n_heads=4, n_experts=8)
@@ -42,6 +44,32 @@ def test_find_gpu_lists_all_where_there_is_none():
     """An unknown name is refused with every name there is."""
     with pytest.raises(InputError, match="no GPU 'a1000'.*a100-40gb, a100-80gb, h100, h200, b200, rtx-4090, cpu"):
         find_gpu("a1000")
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [("h100-80gb", "h100"), ("H100_80GB", "h100"), ("A100-80GB", "a100-80gb"), ("rtx 4090", "rtx-4090")],
+)
+def test_gpus_are_found_as_people_spell_them(spelled, name):
+    """In capitals, without dashes, with the memory after the name."""
+    assert find_gpu(spelled) is GPUS[name]
+
+
+@pytest.mark.parametrize("name", ["h100-96gb", "a100", "h100-80"])
+def test_gpu_of_another_memory_is_another_gpu(name):
+    """The table has none of these, or two."""
+    with pytest.raises(InputError, match="there is no GPU"):
+        find_gpu(name)
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.0, False), (1.0, False), (1.1, True), (26.0, True)])
+def test_busy_machine_is_noticed(monkeypatch, load, is_busy):
+    """More than one process for two cores: the plan says so in a note, where it measures."""
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cpu = find_gpu("cpu")
+    assert (cpu.cores, cpu.load, cpu.is_busy) == (2, load, is_busy)
+    assert any("busy" in note for note in gpu_section(cpu).notes) == is_busy
 
 
 @pytest.mark.parametrize(

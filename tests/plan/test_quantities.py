@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -11,7 +12,16 @@ from pydantic import ValidationError
 from moe_gpt.errors import InputError
 from moe_gpt.plan.hardware import GPUS, Parallelism
 from moe_gpt.plan.options import PlanOptions
-from moe_gpt.plan.quantities import Catalogue, Member, PlanSection, Quantity, explain, plan_section, to_json
+from moe_gpt.plan.quantities import (
+    Catalogue,
+    Member,
+    PlanSection,
+    Quantity,
+    catalogue,
+    explain,
+    plan_section,
+    to_json,
+)
 from moe_gpt.terminal.numbers import format_value
 
 SECTIONS = [
@@ -69,6 +79,38 @@ def test_explanations_have_formula_and_source():
         explain(SECTIONS, "totl")
 
 
+@pytest.mark.parametrize("name", [*catalogue().sections["compute"].quantities, "stage_3_flops", "memory.total"])
+def test_numbers_are_explained_without_a_plan(name):
+    """From quantities.yaml: formula and source, no value, and brackets for what a plan would say."""
+    text = explain([], name)
+    assert "formula: " in text
+    assert "source: " in text
+    assert not re.search("[{}]|=", text.splitlines()[0])
+    assert "{" not in text
+
+
+def test_names_in_brackets_say_what_a_plan_would():
+    """A GPU that is not known is called "gpu name"; papers are known."""
+    text = explain([], "compute.gpu_flops") + explain([], "forward_attention_scores")
+    assert "Peak of one [gpu name]" in text
+    assert "[context] positions" in text
+    assert "PaLM, arXiv 2204.02311" in text
+
+
+def test_numbers_that_a_plan_lacks_are_explained_all_the_same():
+    """Without a value; a name that is nowhere is refused with the nearest."""
+    assert "arXiv 2204.02311" in explain(SECTIONS, "mfu_from_duration.mfu")
+    with pytest.raises(InputError, match=r"no 'params' in the plan; nearest: .*parameters"):
+        explain([], "params")
+
+
+@pytest.mark.parametrize(("n", "title"), [(1, "Failures on 1 working GPU"), (1200, "Failures on 1,200 working GPUs")])
+def test_one_is_singular(n, title):
+    """And several are plural."""
+    options = PlanOptions(gpu=GPUS["h100"], layout=Parallelism(n))
+    assert plan_section("failures", {}, {"not_counted": False, "never_ends": False}, options=options).title == title
+
+
 def test_section_has_the_words_of_the_file():
     """Each value gets its unit, label, formula and source; braces are filled in; a family has words for each member."""
     words = {"options": PlanOptions(gpu=GPUS["h100"], layout=Parallelism(121, 8, 15)), "context": 4096}
@@ -76,7 +118,9 @@ def test_section_has_the_words_of_the_file():
         "forward_attention_scores": 5,
         "stage_1_flops": Member(7, {"index": 1, "tokens": "12 billion", "seq_len": 2048}),
     }
-    section = plan_section("compute", values, {"idle": False, "spares": True}, **words)
+    section = plan_section(
+        "compute", values, {"at_most": False, "idle": False, "spares": True, "of_cpu": False}, **words
+    )
     assert section.title == "Compute, time and cost on 121 h100"
     scores, stage = section.quantities
     assert (scores.value, scores.unit) == (5, "FLOPs/token")

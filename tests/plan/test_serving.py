@@ -15,20 +15,18 @@ from moe_gpt.plan.hardware import GPUS, Parallelism
 from moe_gpt.plan.options import PlanOptions
 from moe_gpt.plan.quantities import PlanSection, to_json
 from moe_gpt.plan.serving import (
+    best_gamma,
     cache_share,
     compute_bound_batch,
     decoding_step,
     expected_experts_touched,
+    expected_tokens_per_step,
     kv_cache_bytes_per_token,
     serving_sections,
-    weight_bytes_per_gpu,
-)
-from moe_gpt.plan.speculation import (
-    best_gamma,
-    expected_tokens_per_step,
     speculation_section,
     speculative_speedup,
     speculative_speedup_on,
+    weight_bytes_per_gpu,
 )
 
 GPT4 = load_run_config("gpt4.yaml").model
@@ -239,7 +237,7 @@ def test_sections_count_spare_gpus():
     more = dataclasses.replace(REPORTED, serving=Parallelism(300, tensor=8, pipeline=16))
     one, two = (serving_sections(GPT4, options, 8192)[2] for options in (REPORTED, more))
     assert (two["copies"], two["spare_gpus"]) == (2, 44)
-    assert any("44 GPUs are spare" in note for note in two.notes)
+    assert any("44 spare GPUs" in note for note in two.notes)
     assert two["tokens_per_second_cluster"] == pytest.approx(2 * one["tokens_per_second_cluster"])
     assert two["cost_per_thousand_tokens"] == pytest.approx(one["cost_per_thousand_tokens"] * 300 / 256)
 

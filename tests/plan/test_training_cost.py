@@ -185,19 +185,19 @@ def test_best_interval_is_near_the_best_goodput():
 
 def test_failures_section_counts_working_gpus_and_pays_for_all():
     """24,960 GPUs that each fail every 50,000 hours stop every 2.0 hours; the 40 spares are paid, and never fail."""
-    section = failures_section(REPORTED, 95 * 86_400)
+    section = failures_section(REPORTED, 95 * 86_400, mfu=0.34)
     assert section["seconds_between_failures"] == pytest.approx(50_000 * 3600 / 24_960)
     assert section["effective_mfu"] == pytest.approx(0.34 * section["goodput"])
     assert section["duration_with_failures"] == pytest.approx(95 * 86_400 / section["goodput"])
     assert section["cost_with_failures"] == pytest.approx(25_000 * section["duration_with_failures"] / 3600)
     rarely = dataclasses.replace(REPORTED, failures=Failures(interval_seconds=6 * 3600))
-    worse = failures_section(rarely, 95 * 86_400)
+    worse = failures_section(rarely, 95 * 86_400, mfu=0.34)
     assert worse["goodput"] < 0.5 * section["goodput"]
 
 
 def test_failures_section_of_a_run_that_never_ends():
     """Where failures come faster than restarts the goodput is 0 and the note says so."""
-    section = failures_section(dataclasses.replace(REPORTED, failures=Failures(gpu_hours_between=1e-6)), 1e6)
+    section = failures_section(dataclasses.replace(REPORTED, failures=Failures(gpu_hours_between=1e-6)), 1e6, 0.34)
     assert section["goodput"] == 0
     assert "never ends" in section.notes[0]
 
