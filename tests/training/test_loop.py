@@ -14,7 +14,7 @@ from small_runs import CPU, Silent, change, run_training
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
 from moe_gpt.errors import InputError
-from moe_gpt.training import setup
+from moe_gpt.training import fits, setup
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.checkpoint import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
@@ -357,7 +357,7 @@ def test_start_that_failed_early_does_not_block_the_next(small_config, tmp_path)
 def test_run_that_cannot_fit_is_warned_of_before_it_is_built(small_config, tmp_path, monkeypatch):
     """With the memory that it takes, the memory that is free, and what to lower."""
     said: list[str] = []
-    monkeypatch.setattr(setup, "available_memory_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(fits, "available_memory_bytes", lambda device: 1_000_000)
     monkeypatch.setattr(setup, "build_state", lambda *_: pytest.fail("built"))
     with pytest.raises(pytest.fail.Exception):
         setup.set_up_run(small_config, tmp_path, CPU, say=said.append)
