@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache, against transformers on the exported model: ``scripts/bench.py generate``."""
+"""Decoding with a key-value cache, against transformers on the exported model: ``moe-gpt bench generate``."""
 
 from __future__ import annotations
 

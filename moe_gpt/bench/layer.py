@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer against a dense feed-forward network: ``scripts/bench.py layer``."""
+"""One mixture-of-experts layer against a dense feed-forward network: ``moe-gpt bench layer``."""
 
 from __future__ import annotations
 

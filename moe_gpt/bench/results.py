@@ -11,7 +11,7 @@ from moe_gpt.terminal.numbers import Unit, format_value
 from moe_gpt.terminal.tables import format_table
 
 Result = dict[str, Any]
-"""What ``scripts/bench.py --json`` writes of a measurement, in base units."""
+"""What ``moe-gpt bench --json`` writes of a measurement, in base units."""
 
 
 class _InUnits(string.Formatter):

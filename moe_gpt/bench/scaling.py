@@ -1,4 +1,4 @@
-"""How a training step's time and memory grow: ``scripts/bench.py scaling``."""
+"""How a training step's time and memory grow: ``moe-gpt bench scaling``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole training steps against peers: ``scripts/bench.py train``."""
+"""Whole training steps against peers: ``moe-gpt bench train``."""
 
 from __future__ import annotations
 

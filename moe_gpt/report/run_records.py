@@ -42,7 +42,7 @@ def read_run(run_dir: str | Path) -> RunRecords:
     """
     folder = Path(run_dir)
     if not folder.is_dir():
-        raise InputError(f"there is no run folder {folder}; give one that scripts/train.py has written")
+        raise InputError(f"there is no run folder {folder}; give one that moe-gpt train has written")
     if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
         raise InputError(f"{folder} is no run: it has neither config.yaml nor metrics.jsonl")
     return _Reader(folder).read()

@@ -49,7 +49,7 @@ def _big_epochs(run: Run) -> str:
 
 
 def _describe_cost(run: Run, counts: ParameterCounts) -> str:
-    """Return what the run takes, from its plan; scripts/plan.py says more."""
+    """Return what the run takes, from its plan; moe-gpt plan says more."""
     flops = training_flops(run.config.model, stage_tokens(run.config.schedule), counts)
     memory = needed_memory(run.config, run.device, run.precision, counts)
     return (

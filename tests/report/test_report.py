@@ -249,9 +249,9 @@ def test_commands_can_be_copied(page_of):
     """A command is code on a line of its own, with the run's folder and the width of the same active size."""
     commands = re.findall(r'<pre class="command"[^>]*><code>(.*?)</code></pre>', page_of(make_run()))
     train, compare = commands
-    assert train.startswith("python scripts/train.py --config made-up/config.yaml --run-dir made-up-dense ")
+    assert train.startswith("moe-gpt train made-up/config.yaml --run-dir made-up-dense ")
     assert train.endswith(" model.n_experts=1 model.top_k=1 model.d_ff=32")
-    assert compare.startswith("python scripts/report.py made-up made-up-dense")
+    assert compare.startswith("moe-gpt report made-up made-up-dense")
 
 
 def test_run_that_still_trains_is_not_called_finished_or_not():
