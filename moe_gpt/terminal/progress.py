@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from moe_gpt.terminal.numbers import format_count
@@ -33,13 +34,14 @@ class ProgressBar:
         self, description: str, total: int | None = None, done: int = 0, say: Callable[[str], None] | None = None
     ) -> None:
         self._say, self._pending, self._line_at = say or functools.partial(print, flush=True), "", time.monotonic()
-        self._is_terminal, self._description = sys.stderr.isatty(), description
+        self._is_terminal = sys.stderr.isatty()
         self._started_at = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            _Tokens(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None),
+            _Tokens(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+            expand=True,
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=False,
@@ -65,12 +67,12 @@ class ProgressBar:
         if time.monotonic() - self._line_at >= _SECONDS_BETWEEN_LINES:
             self.flush()
 
-    def describe(self, description: str) -> None:
-        """Say what goes on now, beside the bar, or in a line of its own unless it is what the bar began with."""
+    def describe(self, description: str, line: str = "") -> None:
+        """Say what goes on now: a word beside the bar, or a line of its own where there is no bar."""
         if self._is_terminal:
             self._bar.update(self._task, description=description)
-        elif description != self._description:
-            self._say(description)
+        elif line:
+            self._say(line)
 
     def flush(self) -> None:
         """Print the newest line that has not been printed."""
@@ -117,4 +119,4 @@ class _Tokens(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         of = f"/{format_count(task.total)}" if task.total else ""
-        return Text(f"{format_count(task.completed)}{of} tokens")
+        return Text(f"{format_count(task.completed)}{of}")

@@ -70,7 +70,7 @@ class TerminalDisplay:
         end = round(min(self._end, tokens_seen + speed * max(0.0, self._deadline - time.monotonic())))
         left = datetime.timedelta(seconds=round((end - tokens_seen) / speed))
         ce_loss = "skipped" if line["ce_loss"] is None else f"{line['ce_loss']:.3f}"
-        note = f"{format_count(speed)}/s, {left} left, ce_loss {ce_loss}"
+        note = f"{format_count(speed)} tokens/s, {left} left, ce_loss {ce_loss}"
         text = (
             f"step {line['step']}: {format_count(tokens_seen)} of {format_count(end)} tokens, {speed:,.0f} tokens/s, "
             f"{left} left\n    ce_loss {ce_loss}, lr {line['lr']:.2e}, {line['batch_tokens']:,} tokens a step in "
@@ -83,7 +83,7 @@ class TerminalDisplay:
     def evaluating(self, step: int) -> None:
         """Show that an evaluation begins."""
         self._bar.flush()
-        self._bar.describe(f"evaluating at step {step}")
+        self._bar.describe("evaluating", f"evaluating at step {step}")
 
     def scores(self, step: int, scores: dict[str, Score]) -> None:
         """Show an evaluation, after the newest metrics."""
