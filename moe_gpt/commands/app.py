@@ -111,9 +111,21 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
         text = f"{argument.removeprefix('--').upper()} is missing{hint}"
     elif isinstance(error, cyclopts.CoercionError) and error.msg:
         text = f"{argument} {error.msg}"
+    elif isinstance(error, cyclopts.UnknownOptionError) and (setting := _setting_like(error.token.value)):
+        text = f"{error.token.value} is no option; a setting is given without dashes, as {setting}=..."
     else:
         text = str(error).rstrip(".")
     return f"{text}; moe-gpt {chain} --help says what there is".replace("  ", " ")
+
+
+def _setting_like(flag: str) -> str | None:
+    """Return the setting of a config whose name a flag spells, such as model.n_layers for --n-layers."""
+    from moe_gpt.config import RunConfig
+    from moe_gpt.config.flat import flatten
+    from moe_gpt.config.yaml import to_plain
+
+    name = flag.lstrip("-").replace("-", "_")
+    return next((key for key in flatten(to_plain(RunConfig())) if name in (key, key.rpartition(".")[2])), None)
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

@@ -43,7 +43,6 @@ def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return probs
 
 
-@torch.inference_mode()
 def generate(
     model: MoEGPT,
     prompt: Sequence[int],
@@ -57,7 +56,7 @@ def generate(
 
     Args:
         model: put into evaluation mode; the mode is restored at the end.
-        prompt: ids; the model sees exactly these.
+        prompt: ids, not text; the model sees exactly these.
         max_new_tokens: how many to make at most.
         sampling: how to draw; the default samples at temperature 0.8.
         seed: of a generator of its own, so training's random state is not touched.
@@ -65,16 +64,31 @@ def generate(
         precision: compute type.
 
     Raises:
-        InputError: where the prompt is empty or fills the context.
+        InputError: at once, where the prompt is empty, fills the context or is text.
     """
-    sampling, limit = sampling or SamplingConfig(), model.config.max_seq_len
+    limit = model.config.max_seq_len
+    if isinstance(prompt, str):
+        raise InputError(f"the prompt must be token ids, got {prompt!r}; moe_gpt.load(...).generate takes text")
     if not len(prompt):
         raise InputError("the prompt must have at least one token, got none; give text or --bos")
     if len(prompt) >= limit:
         raise InputError(
             f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it"
         )
-    device = model.embedding.weight.device
+    return _generate(model, prompt, max_new_tokens, sampling or SamplingConfig(), seed, end_of_text_id, precision)
+
+
+@torch.inference_mode()
+def _generate(
+    model: MoEGPT,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    seed: int,
+    end_of_text_id: int | None,
+    precision: Precision,
+) -> Iterator[int]:
+    device, limit = model.embedding.weight.device, model.config.max_seq_len
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
     capacity = min(limit, len(prompt) + max_new_tokens)
     dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype

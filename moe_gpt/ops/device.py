@@ -34,7 +34,8 @@ def pick_device(name: str) -> torch.device:
     available = {"cpu": True, "mps": has_mps, "cuda": has_cuda and (device.index or 0) < torch.cuda.device_count()}
     if not available.get(device.type, False):
         there = ["cpu", *["cuda"] * has_cuda, *["mps"] * has_mps]
-        raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}")
+        why = ", and this PyTorch is built without CUDA" if device.type == "cuda" and not torch.version.cuda else ""
+        raise InputError(f"device {name!r} is not there; this machine has {', '.join(there)}{why}")
     return device
 
 

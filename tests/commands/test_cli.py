@@ -99,6 +99,8 @@ def test_interruption_exits_with_130(capsys):
         (["train", "tiny.yaml", "--max-step", "3"], "--max-step.*--max-steps"),
         (["train", "tiny.yaml", "--device", "gpu"], "gpu"),
         (["train", "tiny.yaml", "model.n_layer=3"], "model.n_layer.*n_layers"),
+        (["train", "tiny.yaml", "--n-layers", "3"], "--n-layers.*model.n_layers="),
+        (["train", "tiny.yaml", "--model.n-layers", "3"], "--model.n-layers.*model.n_layers="),
         (["trian"], "trian.*train"),
         (["bench", "train", "--shape", "Q"], "Q.*--shape"),
         (["export", "runs/tiny"], "FOLDER"),
