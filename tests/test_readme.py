@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_documents_name_files_that_are_there():
         assert [path for path in named if not (ROOT / path).exists()] == [], page.name
         tests = re.findall(r"(?<![\w/])test_\w+\.py", text)
         assert [name for name in tests if not any((ROOT / "tests").rglob(name))] == [], page.name
+
+
+def test_pages_import_what_is_there():
+    """Every name that code on a page imports from moe_gpt is one that it has."""
+    for page in PAGES:
+        for module, names in re.findall(r"from (moe_gpt[\w.]*) import ([\w, ]+)", page.read_text(encoding="utf-8")):
+            found = importlib.import_module(module)
+            assert [name for name in names.split(", ") if not hasattr(found, name.strip())] == [], page.name
 
 
 def test_hooks_before_a_commit_are_checks_of_ci():
