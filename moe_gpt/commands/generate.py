@@ -32,7 +32,7 @@ class GenerateOptions:
     """A file whose text is the prompt."""
     bos: Annotated[Switch, Parameter(group=PROMPT)] = False
     """Put end-of-text before the prompt, as before a document. A Hugging Face tokenizer that starts every text with a
-    token of its own, such as <s>, does so anyway."""
+    token of its own, such as `<s>`, does so anyway."""
     samples: Annotated[Whole, Parameter(group=PROMPT)] = 1
     """How many continuations to write, each with a seed of its own."""
     max_new_tokens: Annotated[Whole, Parameter(group=SAMPLING)] = 200
