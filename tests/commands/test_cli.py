@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_scripts import command
 
 from moe_gpt.commands.app import COMMANDS, FAMILIES, run_main
 from moe_gpt.commands.next_command import command_line, repeated
@@ -30,11 +31,6 @@ def python(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str) -
         text=True,
         timeout=60,
     )
-
-
-def call(*words: str | Path, **options) -> subprocess.CompletedProcess:
-    """Run ``moe-gpt``."""
-    return python("-m", "moe_gpt", *words, **options)
 
 
 def raising(error: BaseException):
@@ -110,7 +106,7 @@ def test_interruption_exits_with_130(capsys):
 )
 def test_bad_command_line_is_one_line_that_names_the_word(words, wanted):
     """A command line that cannot be read ends with status 2 and one line: what is wrong, and the nearest right word."""
-    done = call(*words)
+    done = command(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"error: .*{wanted}.*\n", done.stderr), done.stderr
 
@@ -119,7 +115,7 @@ def test_bad_command_line_is_one_line_that_names_the_word(words, wanted):
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["bench", "train"], ["checkpoint", "prune"]])
 def test_help_fits_the_terminal(words, width):
     """Help of every command exits with 0, names every flag with a word, and is no wider than the terminal."""
-    done = call(*words, "--help", COLUMNS=width)
+    done = command(*words, "--help", COLUMNS=width)
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= int(width)
 
@@ -140,7 +136,7 @@ def test_version_is_the_package_s():
     """--version prints it alone."""
     import moe_gpt
 
-    assert call("--version").stdout == f"{moe_gpt.__version__}\n"
+    assert command("--version").stdout == f"{moe_gpt.__version__}\n"
 
 
 def keys_of(values: dict, prefix: str = "") -> list[str]:
@@ -227,9 +223,10 @@ def test_train_reports_all_problems_of_a_bad_config(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--config", "nothing.yaml"], ["nothing.yaml"]])
-def test_train_says_which_configs_there_are(tmp_path, words):
+def test_train_says_which_configs_there_are(tmp_path, monkeypatch, words):
     """A config that does not exist, by flag or by place, ends with status 2 and one line that lists the known ones."""
-    result = call("train", *words, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = command("train", *words)
     assert result.returncode == 2
     assert re.fullmatch(r"error: no config at nothing\.yaml .*tiny\.yaml.*\n", result.stderr)
 
