@@ -41,10 +41,10 @@ class TokenizerConfig(Section):
         text = f"special_tokens must differ from each other and from end_of_text, and not be empty, got {given}"
         yield from unless(len({"", *tokens}) == 1 + len(tokens), text, "special_tokens", "end_of_text")
         for key in ("file", "hub"):
-            text = f"special_tokens must be left out with {key}, got {given}: only a new tokenizer can be given more"
+            text = f"special_tokens is for a tokenizer that is trained, got {given} with {key}; leave it out"
             yield from unless(not given or not getattr(self, key), text, "special_tokens", key)
         yield from one_of(self, "file", "hub")
-        text = f"revision must be left out without hub, got {self.revision!r}"
+        text = f"revision is for hub only, got {self.revision!r}; leave it out"
         yield from unless(bool(self.hub) or not self.revision, text, "revision", "hub")
 
 

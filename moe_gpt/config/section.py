@@ -45,12 +45,15 @@ def _number(value: Any) -> Any:
     """Read text such as "1e-4" or "8_000_000" as a number, and 8e6 as a whole number, which a count needs."""
     if isinstance(value, bool):
         raise ValueError("a truth value is not a number")
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            value = float(value)  # a ValueError here is the right answer
+    value = _parsed(value) if isinstance(value, str) else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _parsed(text: str) -> int | float:
+    try:
+        return int(text)  # exact, however large
+    except ValueError:
+        return float(text)  # pydantic reports a ValueError
 
 
 # The title of a field's type says what a value must be, in messages and in --help.
@@ -102,14 +105,19 @@ def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Probl
     yield from unless(len(given) in range(needed, 2), text, *keys)
 
 
+def _refuse_positional(cls: Any, values: tuple) -> None:
+    first = dataclasses.fields(cls)[0]
+    if values and first.kw_only:
+        text = f"{cls.__name__} takes settings by name, such as {first.name}=..., got {shown(values[0])}"
+        raise ConfigError([text])
+
+
 class _ByName(type):
     """Builds sections from keyword arguments; an unknown key is an error that names the nearest known one."""
 
     def __call__(cls, *values: Any, **settings: Any) -> Any:
-        known, first = annotations_of(cls), dataclasses.fields(cls)[0]  # type: ignore[arg-type]
-        if values and first.kw_only:
-            text = f"{cls.__name__} takes settings by name, such as {first.name}=..., got {shown(values[0])}"
-            raise ConfigError([text])
+        _refuse_positional(cls, values)
+        known = annotations_of(cls)
         unknown = [_unknown(known, name, "").text for name in settings if name not in known]
         if unknown:
             raise ConfigError(unknown)
@@ -219,13 +227,18 @@ def _unfit(annotation: Any, value: Any, key: str) -> Problem:
 
 def _unknown(annotations: dict[str, Any], name: str, prefix: str) -> Problem:
     """Name the nearest key of this section, or the same key in a section inside it."""
-    nearest = difflib.get_close_matches(name, annotations, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name, annotations, n=1, cutoff=0.0)
+    nearest += [f"{place}.{name}" for place, inside in _sections(annotations) if name in annotations_of(inside)]
+    key = prefix + (name or "''")  # an empty key is not its section
+    return Problem((key,), f"{key} is not a known key; did you mean {nearest[-1]}?")
+
+
+def _sections(annotations: dict[str, Any]) -> Iterator[tuple[str, type[Section]]]:
+    """Yield the fields that hold sections, with the key of the first section in a list."""
     for field, annotation in annotations.items():
         inside = section_in(annotation)
-        if inside and name in annotations_of(inside):
-            nearest = f"{field}.{name}" if inside is annotation else f"{field}.0.{name}"
-    key = prefix + (name or "''")  # an empty key is not its section
-    return Problem((key,), f"{key} is not a known key; did you mean {nearest}?")
+        if inside:
+            yield field if inside is annotation else f"{field}.0", inside
 
 
 @cache

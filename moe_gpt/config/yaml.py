@@ -107,15 +107,19 @@ def _override(values: dict, override: str) -> None:
     if not equals or not all(parts):
         raise InputError(f"an override must look like section.key=value, got {override!r}")
     place: Any = values
-    for depth, (part, following) in enumerate(zip(parts, parts[1:], strict=False), 1):
-        part, here = _key_in(place, part, key, ".".join(parts[: depth - 1])), ".".join(parts[:depth])
+    for depth, part in enumerate(parts[:-1], 1):
+        part = _key_in(place, part, key, ".".join(parts[: depth - 1]))
         if isinstance(place, dict) and place.get(part) is None:
-            if following.isdecimal():
-                raise InputError(f"{key}: the file has no list {here}; give all of it, {here}=[...]")
-            place[part] = {}
+            place[part] = _new_section(".".join(parts[:depth]), parts[depth], key)
         place = place[part]
     last = _key_in(place, parts[-1], key, ".".join(parts[:-1]))
     place[last] = parse_yaml(text, f"override {key}")
+
+
+def _new_section(here: str, following: str, key: str) -> dict:
+    if following.isdecimal():
+        raise InputError(f"{key}: the file has no list {here}; give all of it, {here}=[...]")
+    return {}
 
 
 def _key_in(place: Any, part: str, key: str, here: str) -> Any:

@@ -60,16 +60,23 @@ def iterate_builtin(kind: str) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in source_files():
         source = path.read_bytes()
-        try:
-            source.decode("utf-8")
-            with warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # the standard library has a few invalid files on purpose
+        tree = _parse(source)
+        if tree is None:
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         text = collect_docstrings(tree, module) if kind == "prose" else remove_docstrings(source, tree)
         if text.strip():
             yield Document(text, module)
+
+
+def _parse(source: bytes) -> ast.Module | None:
+    """Return the syntax tree; None for the few files of the standard library that are invalid on purpose."""
+    try:
+        source.decode("utf-8")
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
 
 
 def _reference_topics() -> Iterator[Document]:

@@ -96,7 +96,7 @@ def _local_files(source: SourceConfig) -> list[Path]:
         return source_files()
     if source.files:
         return expand_files(source)
-    found = Path(source.dataset or "").rglob("*")  # none unless the dataset is a local folder
+    found = Path(str(source.dataset)).rglob("*")  # none unless the dataset is a local folder
     return sorted(path.resolve() for path in found if path.is_file())
 
 
@@ -106,7 +106,7 @@ def expand_files(source: SourceConfig) -> list[Path]:
     Raises:
         InputError: if a path or glob matches nothing.
     """
-    patterns = source.files if isinstance(source.files, tuple) else (source.files or "",)
+    patterns = source.files if isinstance(source.files, tuple) else (str(source.files),)
     return sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)))
 
 
@@ -254,8 +254,8 @@ def _check_zstandard(path: Path) -> None:
 def _open_hub(source: SourceConfig) -> Any:
     import datasets
 
-    is_local = os.path.exists(source.dataset or "")
-    if os.path.isfile(source.dataset or ""):
+    path = Path(str(source.dataset))
+    if path.is_file():
         raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")
     try:
         return datasets.load_dataset(
@@ -265,7 +265,7 @@ def _open_hub(source: SourceConfig) -> Any:
         raise InputError(
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
             f"be opened: {_one_line(error)}"
-            + ("" if is_local else "; local files: and builtin: work without a network")
+            + ("" if path.exists() else "; local files: and builtin: work without a network")
         ) from error
 
 
@@ -276,13 +276,15 @@ def _read_texts(source: SourceConfig, rows: Any, where: str) -> Iterator[str]:
         for row_number, row in enumerate(rows):
             for column in columns:
                 _check_cell(source, row, column, where, row_number)
-            text = row[source.text_field] if source.template is None else source.template.format_map(row)
-            if text:
-                yield text
+            yield from filter(None, [_text_of(source, row)])
     except InputError:
         raise
     except Exception as error:  # datasets wraps its readers' errors in many types
         raise InputError(f"source {source.name}: {where}: {_reading_failure(error, row_number, where)}") from error
+
+
+def _text_of(source: SourceConfig, row: dict[str, Any]) -> str:
+    return row[source.text_field] if source.template is None else source.template.format_map(row)
 
 
 def _check_cell(source: SourceConfig, row: dict[str, Any], column: str, where: str, row_number: int) -> None:

@@ -198,27 +198,27 @@ def _write_documents(
     limit = math.inf if max_tokens is None else max_tokens
     for group in encoded:
         for ids, is_held_out in group:
-            room = limit - _n_tokens(writers)
+            room = limit - _total(writers, "n_tokens")
             if room < 2:  # a document needs a token and end-of-text
                 return
             ids = ids[: int(min(len(ids), room - 1))]
             writers["validation" if is_held_out else "train"].write(ids, int(token_bytes[ids].sum()))
-        report(sum(writer.n_documents for writer in writers.values()), _n_tokens(writers))
+        report(_total(writers, "n_documents"), _total(writers, "n_tokens"))
 
 
-def _n_tokens(writers: dict[str, _SplitWriter]) -> int:
-    return sum(writer.n_tokens for writer in writers.values())
+def _total(writers: dict[str, _SplitWriter], count: str) -> int:
+    return sum(getattr(writer, count) for writer in writers.values())
 
 
 def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_fraction: float) -> None:
     """Split by position if the split by document left one side empty."""
-    total = _n_tokens(writers)
+    total = _total(writers, "n_tokens")
     if not total:
         raise InputError(f"source {name} has no documents with text; give it some, or remove the source")
     if all(writer.ends for writer in writers.values()):
         return
     cut = total - max(1, int(total * validation_fraction))
-    if cut < 2 or total - cut < 2:
+    if min(cut, total - cut) < 2:
         raise InputError(
             f"source {name} has {total} tokens, too few to hold out validation_fraction={validation_fraction}; "
             "give it more text, or raise data.validation_fraction"

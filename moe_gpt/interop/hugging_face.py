@@ -309,9 +309,13 @@ def _new_or_empty(folder: str | Path) -> Path:
     if not str(folder).strip():
         raise InputError("the output folder must have a name, got ''")
     is_broken = path.is_symlink() and not path.exists()
-    if is_broken or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+    if is_broken or _is_taken(path):
         raise InputError(f"the output folder must be new or empty, got {'a broken link, ' * is_broken}{path}")
     return path
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
@@ -331,26 +335,26 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any
     if not keep_template and any(tokenizer.template()):
         values["post_processor"] = None
     _write_json(folder / "tokenizer.json", values)
-    end = tokenizer.end_of_text
-    pad = PADDING if tokenizer.special_id(PADDING) is not None else end
-    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.spell(settings["bos_token_id"]),
-            "eos_token": end,
-            "pad_token": pad,
-            "unk_token": None,
-            "padding_side": "left",
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": settings["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
-        },
-    )
+    pad = PADDING if tokenizer.special_id(PADDING) is not None else tokenizer.end_of_text
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, settings, pad))
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.special_id(pad)})
+
+
+def _tokenizer_config(tokenizer: Tokenizer, settings: dict[str, Any], pad: str) -> dict[str, Any]:
+    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.spell(settings["bos_token_id"]),
+        "eos_token": tokenizer.end_of_text,
+        "pad_token": pad,
+        "unk_token": None,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": settings["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
+    }
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

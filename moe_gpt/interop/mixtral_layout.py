@@ -48,16 +48,21 @@ def tensor_table(config: ModelConfig, experts: ExpertLayout = "per_expert") -> d
     """
     table = {"model.embed_tokens.weight": Slice("embedding.weight")}
     for layer in range(config.n_layers):
-        block, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        table[theirs + "input_layernorm.weight"] = Slice(block + "attention_norm.weight")
-        table |= {theirs + "self_attn." + name: part for name, part in _attention(config, layer)}
-        table[theirs + "post_attention_layernorm.weight"] = Slice(block + "feed_forward_norm.weight")
-        rows = _FEED_FORWARD["dense" if config.is_dense else experts](config)
-        table |= {theirs + name: part._replace(name=block + "feed_forward." + part.name) for name, part in rows}
+        table |= {f"model.layers.{layer}.{name}": part for name, part in _layer(config, layer, experts)}
     table["model.norm.weight"] = Slice("final_norm.weight")
     if not config.tie_embeddings:
         table["lm_head.weight"] = Slice("output.weight")
     return table
+
+
+def _layer(config: ModelConfig, layer: int, experts: ExpertLayout) -> Iterator[tuple[str, Slice]]:
+    block = f"blocks.{layer}."
+    yield "input_layernorm.weight", Slice(block + "attention_norm.weight")
+    for name, part in _attention(config, layer):
+        yield "self_attn." + name, part
+    yield "post_attention_layernorm.weight", Slice(block + "feed_forward_norm.weight")
+    for name, part in _FEED_FORWARD["dense" if config.is_dense else experts](config):
+        yield name, part._replace(name=block + "feed_forward." + part.name)
 
 
 def _attention(config: ModelConfig, layer: int) -> Iterator[tuple[str, Slice]]:
@@ -325,18 +330,23 @@ def _known(keys: type[Section], values: Any) -> Any:
 
 
 def _keys_of(values: dict[str, Any]) -> type[_Llama]:
-    """Return the section for a config.json's architecture; without one, ``model_type`` decides."""
-    architectures, model_type = values.get("architectures"), values.get("model_type")
-    if architectures is None:
-        architectures = [next((name for name in _ARCHITECTURES if _kind(name) == model_type), model_type)]
-    if not isinstance(architectures, list) or len(architectures) != 1:
-        raise InputError(f"architectures must be a list of one name, got {shown(architectures)}")
-    name = architectures[0]
+    """Return the section for a config.json's architecture."""
+    name, model_type = _architecture(values), values.get("model_type")
     if name not in list(_ARCHITECTURES):  # a list, because a stranger's name may be unhashable
         raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {shown(name)}")
     if model_type not in (None, _kind(name)):
         raise InputError(f"model_type must be {_kind(name)} for {name}, got {shown(model_type)}: they disagree")
     return _ARCHITECTURES[name]
+
+
+def _architecture(values: dict[str, Any]) -> Any:
+    """Return the single entry of ``architectures``; without that key, the architecture of ``model_type``."""
+    names, model_type = values.get("architectures"), values.get("model_type")
+    if names is None:
+        return next((name for name in _ARCHITECTURES if _kind(name) == model_type), model_type)
+    if not isinstance(names, list) or len(names) != 1:
+        raise InputError(f"architectures must be a list of one name, got {shown(names)}")
+    return names[0]
 
 
 def _kind(architecture: str) -> str:

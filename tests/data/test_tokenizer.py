@@ -95,7 +95,7 @@ def test_tokenizer_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     assert Tokenizer.from_hub("someone/model", "v2").encode(WORDS) == TOKENIZER.encode(WORDS)
     assert asked == [("someone/model", "tokenizer.json", "v2")]
-    with pytest.raises(InputError, match=r"got '</s>'; its special tokens: <\|endoftext\|>"):
+    with pytest.raises(InputError, match=r"got '</s>'; its special tokens are <\|endoftext\|>"):
         Tokenizer.from_hub("someone/model", end_of_text="</s>")
 
 

@@ -135,10 +135,10 @@ class MetricsLog(JsonLines):
         """
         if not self._pending:
             return Fetched([], [])
-        values = torch.stack([torch.stack(metrics).float() for _, metrics in self._pending]).tolist()
+        lines, metrics = map(list, zip(*self._pending, strict=True))
+        values = torch.stack([torch.stack(step).float() for step in metrics]).tolist()
         seconds = time.perf_counter() - started_at
-        n_tokens = sum(line["batch_tokens"] for line, _ in self._pending)
-        lines = [line for line, _ in self._pending]
+        n_tokens = sum(line["batch_tokens"] for line in lines)
         for line, row in zip(lines, values, strict=True):
             line.update(zip(StepMetrics._fields, row, strict=True), tokens_per_second=n_tokens / max(seconds, 1e-9))
             line["skipped"] = bool(line["skipped"])

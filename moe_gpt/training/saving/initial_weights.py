@@ -146,9 +146,17 @@ def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[s
 def _differences_of_models(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
     there, here = to_plain(initial.model), to_plain(config.model)
     here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null takes the weights' size
-    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if initial.is_upcycled_into(config.model) else ()))
-    if initial.model.balance != "bias":  # a bias that starts at zero changes nothing
-        ignored += ("balance",)
+    ignored = _may_differ(initial, config.model)
     for key in there:
         if key not in ignored and there[key] != here[key]:
             yield f"model.{key}", there[key], here[key]
+
+
+def _may_differ(initial: InitialWeights, config: ModelConfig) -> set[str]:
+    """Return the settings that may differ between the weights and a model that starts with them."""
+    keys = {*_ANY_CONTEXT, *_TRAINING_ONLY}
+    if initial.is_upcycled_into(config):
+        keys.update(_ROUTING)
+    if initial.model.balance != "bias":  # a new bias starts at zero, which changes nothing
+        keys.add("balance")
+    return keys

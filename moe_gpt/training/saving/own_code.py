@@ -36,9 +36,9 @@ def find_router(place: str) -> MakeRouter:
     Raises:
         InputError: if the argument has another form, or the file cannot be imported or has no such class or function.
     """
-    file, separator, name = place.rpartition(":")
+    file, _, name = place.rpartition(":")
     path = Path(file)
-    if not separator or path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py" or not path.is_file():
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
     module = _import_file(path)
     if not callable(getattr(module, name, None)):
@@ -70,10 +70,11 @@ def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: s
     Raises:
         InputError: if the model needs a user's router, and none or one of another name was given.
     """
+    router = given or Router
     if saved is None:
-        return given or Router
-    found = describe_source(given or Router, Router)
-    if given is None or found is None or found["name"] != saved["name"]:
+        return router
+    found = describe_source(router, Router)
+    if found is None or found["name"] != saved["name"]:
         got = getattr(given, "__qualname__", repr(given)) if given else "none"
         raise InputError(
             f"{origin} was trained with the router {saved['name']}, got {got}; give it with --router "
@@ -82,4 +83,4 @@ def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: s
     if found["digest"] != saved["digest"]:
         text = f"the source of the router {saved['name']} has changed since {origin} was trained"
         warnings.warn(text, stacklevel=3)
-    return given
+    return router
