@@ -71,11 +71,7 @@ Fraction = Annotated[Real, Field(ge=0, lt=1, title="a number of at least 0 and b
 
 
 def require(kind: Any, **values: Any) -> None:
-    """Check that all values are of a kind, such as ``Positive`` or ``Count``.
-
-    Raises:
-        InputError: with the name and the value of the first that is not.
-    """
+    """Raise ``InputError`` unless all values are of a kind, such as ``Positive`` or ``Count``."""
     for name, value in values.items():
         try:
             _adapter(kind).validate_python(value)

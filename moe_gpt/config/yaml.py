@@ -48,11 +48,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a config that is given as a path or as a name in ``configs/``.
-
-    Raises:
-        FileNotFoundError: listing the known configs.
-    """
+    """Return the path of a config that is given as a path or as a name in ``configs/``."""
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path

@@ -31,11 +31,7 @@ _LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
 
 
 def source_files() -> list[Path]:
-    """Return the standard library's source files, sorted.
-
-    Raises:
-        InputError: if this Python has no sources on disk.
-    """
+    """Return the standard library's source files, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, folders, names in os.walk(root):

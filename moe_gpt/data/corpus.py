@@ -101,11 +101,7 @@ def _local_files(source: SourceConfig) -> list[Path]:
 
 
 def expand_files(source: SourceConfig) -> list[Path]:
-    """Return the files that the source's paths and globs match, sorted.
-
-    Raises:
-        InputError: if a path or glob matches nothing.
-    """
+    """Return the files that the source's paths and globs match, sorted."""
     patterns = source.files if isinstance(source.files, tuple) else (str(source.files),)
     return sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)))
 
@@ -276,7 +272,9 @@ def _read_texts(source: SourceConfig, rows: Any, where: str) -> Iterator[str]:
         for row_number, row in enumerate(rows):
             for column in columns:
                 _check_cell(source, row, column, where, row_number)
-            yield from filter(None, [_text_of(source, row)])
+            text = _text_of(source, row)
+            if text:
+                yield text
     except InputError:
         raise
     except Exception as error:  # datasets wraps its readers' errors in many types

@@ -24,9 +24,6 @@ class FillInTheMiddle:
     Args:
         rate: share of documents that are rearranged.
         spm_rate: share of the rearranged documents in the SPM form.
-
-    Raises:
-        InputError: naming the sentinels that the tokenizer lacks.
     """
 
     def __init__(self, tokenizer: Tokenizer, rate: float, spm_rate: float) -> None:

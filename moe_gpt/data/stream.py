@@ -106,9 +106,6 @@ class TrainingStream:
         shares: each source's share of the tokens; they need not sum to 1.
         seed: fixes the order.
         chunk_tokens: contiguous tokens of one source; a multiple of every sequence length keeps sequences whole.
-
-    Raises:
-        ValueError: if a share is not positive or a source is empty.
     """
 
     def __init__(self, texts: Sequence[Text], shares: Sequence[float], seed: int, chunk_tokens: int) -> None:
@@ -124,9 +121,6 @@ class TrainingStream:
 
         Each data-parallel rank gets a contiguous part of the sequences. The parts of all ranks in order are the whole
         batch, and their sizes differ by at most one sequence.
-
-        Raises:
-            ValueError: if ``batch_tokens`` are not whole sequences, or ``rank`` is not below ``n_ranks``.
         """
         _check_batch(tokens_seen, seq_len, batch_tokens, rank, n_ranks)
         n_sequences = batch_tokens // seq_len
@@ -141,11 +135,7 @@ class TrainingStream:
         return Batch(inputs.reshape(-1, seq_len), targets.reshape(-1, seq_len))
 
     def locate(self, token_index: int) -> Location:
-        """Return source, epoch, document and offset of one token of the stream.
-
-        Raises:
-            ValueError: if ``token_index`` is negative.
-        """
+        """Return source, epoch, document and offset of one token of the stream."""
         if token_index < 0:
             raise ValueError(f"the stream starts at token 0, got {token_index}")
         source, position = self._source_positions(token_index, 1)

@@ -50,11 +50,7 @@ class CheckedTokens:
         return len(self._ids)
 
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
-        """Return the ids at the places.
-
-        Raises:
-            InputError: if a block has changed since it was written.
-        """
+        """Return the ids at the places; raise ``InputError`` if they have changed since they were written."""
         if self._unchecked.any():
             self._check(places)
         return self._ids[places]
@@ -102,11 +98,7 @@ class TokenStore:
         return self.meta["digest"]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the document that holds the token at ``position``, and the token's offset in it.
-
-        Raises:
-            InputError: if the file of document ends has changed since it was written.
-        """
+        """Return the document that holds the token at ``position``, and the token's offset in it."""
         if not self._ends_checked:
             path = self._folder / f"{self._split}_ends.npy"
             if read_digest(path).sha256 != self.meta["digest_of_ends"][self._split]:
@@ -172,9 +164,6 @@ def build_store(
             are held out instead: this share of them.
         max_tokens: stop after this many tokens in both splits together.
         report: called with the number of documents and tokens so far.
-
-    Raises:
-        InputError: if there are no documents, or too few tokens for two splits.
     """
     with complete_folder(folder) as temporary:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -266,11 +255,7 @@ def _digests(folder: Path) -> dict[str, Any]:
 
 
 def verify_store(folder: Path) -> None:
-    """Check that a store's files are complete. Its tokens are checked when they are read.
-
-    Raises:
-        InputError: naming the damaged file.
-    """
+    """Raise ``InputError`` if a store's files are damaged. Its tokens are checked when they are read."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         itemsize = np.dtype(meta["dtype"]).itemsize

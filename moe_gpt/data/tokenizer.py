@@ -69,11 +69,7 @@ class Tokenizer:
 
     @classmethod
     def from_hub(cls, name: str, revision: str | None = None, end_of_text: str = END_OF_TEXT) -> Tokenizer:
-        """Fetch the ``tokenizer.json`` of a repository on the Hugging Face hub, or find it in the hub's cache.
-
-        Raises:
-            InputError: if it cannot be fetched, or has no ``end_of_text`` token.
-        """
+        """Fetch the ``tokenizer.json`` of a repository on the Hugging Face hub, or find it in the hub's cache."""
         from huggingface_hub import hf_hub_download
 
         try:

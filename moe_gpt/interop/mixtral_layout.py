@@ -117,9 +117,6 @@ def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> d
     one layer. For several layers the two losses differ (theirs pools the tokens of all layers before the product), so
     the translation is exact for one layer only. Router noise and capacity have no keys, because neither acts at
     inference.
-
-    Raises:
-        InputError: naming the settings that neither architecture has.
     """
     if not config.normalize_topk and config.top_k < config.n_experts:
         raise InputError(

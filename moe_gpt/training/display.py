@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from moe_gpt.terminal.numbers import format_count
 from moe_gpt.terminal.progress import ProgressBar
@@ -13,8 +13,8 @@ from moe_gpt.terminal.wrapping import wrap
 from moe_gpt.training.evaluation import Score, format_scores
 
 
-class Display(Protocol):
-    """Shows the progress of a run."""
+class Display:
+    """Shows the progress of a run: override the methods. These show nothing."""
 
     def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
         """Show the newest metrics."""
@@ -29,23 +29,11 @@ class Display(Protocol):
         """Show a warning at once."""
 
 
-class Silent:
+class Silent(Display):
     """Shows nothing."""
 
-    def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show nothing."""
 
-    def evaluating(self, step: int) -> None:
-        """Show nothing."""
-
-    def scores(self, step: int, scores: dict[str, Score]) -> None:
-        """Show nothing."""
-
-    def warn(self, text: str) -> None:
-        """Show nothing."""
-
-
-class TerminalDisplay:
+class TerminalDisplay(Display):
     """A progress bar over tokens if stderr is a terminal, else a line now and then.
 
     Args:

@@ -18,11 +18,7 @@ _HOPELESS = 20
 
 
 def refuse_full_size(config: RunConfig, device: torch.device) -> None:
-    """Refuse a model whose weights, gradients and moments alone are far larger than the free memory.
-
-    Raises:
-        InputError: with the size of the model.
-    """
+    """Raise ``InputError`` if weights, gradients and moments alone are far larger than the free memory."""
     free, counts = available_memory_bytes(device), count_parameters(config.model)
     needed = 16 * counts.total
     if free is not None and needed > _HOPELESS * free:

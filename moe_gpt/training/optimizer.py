@@ -30,11 +30,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 def check_optimizer(model: MoEGPT, optimizer: torch.optim.Optimizer) -> None:
-    """Check that the optimizer holds every trainable parameter; one that it lacks would silently never learn.
-
-    Raises:
-        InputError: naming the missing parameters.
-    """
+    """Raise ``InputError`` if the optimizer lacks a trainable parameter, which would silently never learn."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if left_out:

@@ -67,9 +67,6 @@ class Recovery:
             score: mean validation loss, if this step was evaluated.
             is_last: wait until the checkpoint is on disk.
             is_scheduled: whether ``checkpoint.every_steps`` asked for it.
-
-        Raises:
-            TrainingStopped: if the last checkpoint cannot be written.
         """
         self.wait_for_save()
         try:
@@ -101,11 +98,7 @@ class Recovery:
             self.log.callbacks.tell("on_save", path)
 
     def check_skips(self, fetched: Fetched) -> None:
-        """Count the non-finite steps in a row.
-
-        Raises:
-            TooManySkips: if the run must go back.
-        """
+        """Count the non-finite steps in a row, and raise ``TooManySkips`` if the run must go back."""
         failure = None
         for line in fetched.steps:
             self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
@@ -115,11 +108,7 @@ class Recovery:
             raise failure
 
     def go_back(self, skips: TooManySkips) -> None:
-        """Return to the last good checkpoint, and skip all tokens from there to the failed steps.
-
-        Raises:
-            TrainingStopped: if there is no good checkpoint, or the run went back too often.
-        """
+        """Return to the last good checkpoint and skip the tokens of the failed steps, or raise ``TrainingStopped``."""
         state = self.state
         self.wait_for_save()
         place = find_checkpoint_to_go_back_to(self.run.run_dir)

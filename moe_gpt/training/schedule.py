@@ -71,9 +71,6 @@ class Schedule:
         A ramped batch grows linearly with tokens_seen from the stage's start to its end, rounded down to whole
         sequences. A step that would cross the stage's end is shortened to end on it. The learning rate is that of
         the step's last token, so the first is above 0 and the last is exactly ``min_lr``.
-
-        Raises:
-            ValueError: if ``tokens_seen`` is outside the run.
         """
         if not 0 <= tokens_seen < self.total_tokens:
             raise ValueError(f"tokens_seen must be at least 0 and below {self.total_tokens}, got {tokens_seen}")
@@ -113,11 +110,7 @@ class OwnSchedule(Schedule):
         self._chunk_tokens = chunk_tokens([stage.config for stage in table.stages])
 
     def at(self, tokens_seen: int) -> StepPlan:
-        """Return the given schedule's plan; the last step may go beyond ``total_tokens``.
-
-        Raises:
-            InputError: naming the schedule and what is wrong with its plan.
-        """
+        """Return the given schedule's plan; the last step may go beyond ``total_tokens``."""
         plan: Any = self.given.at(tokens_seen)
         if not isinstance(plan, tuple) or len(plan) != len(StepPlan._fields):
             problem = "it must be a StepPlan(seq_len, batch_tokens, lr)"
@@ -174,9 +167,6 @@ def fit_schedule(
 
     Args:
         schedule: made of ``config`` and ``optimizer``.
-
-    Raises:
-        InputError: if a stage would have no step.
     """
     share = min(1.0, n_steps / count_steps(schedule))
     while True:

@@ -37,9 +37,6 @@ def score_documents(
         documents: each is scored on its own.
         stride: from 1 (slowest, most context) to the model's context.
         batch_tokens: tokens in one forward pass.
-
-    Raises:
-        InputError: if the stride is out of range, or there is no text.
     """
     length, device = model.config.max_seq_len, model.embedding.weight.device
     if not 1 <= stride <= length:

@@ -289,11 +289,7 @@ def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float])
 
 
 def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter = Router) -> TrainState:
-    """Return a new model and optimizer. The seed gives the same initial weights on every device.
-
-    Raises:
-        InputError: if ``model.balance`` is bias and the routers have no bias.
-    """
+    """Return a new model and optimizer. The seed gives the same initial weights on every device."""
     torch.manual_seed(config.train.seed)
     model = MoEGPT(config.model, make_router).to(device)
     if config.model.balance == "bias" and not all(hasattr(m.router, "expert_bias") for m in model.moe_layers()):

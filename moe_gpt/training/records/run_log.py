@@ -94,11 +94,7 @@ class RunLog:
             self.warn(Finding("metrics_incomplete", self.state.step, text))
 
     def fetch(self) -> Fetched:
-        """Fetch and write the metrics of the steps since the last call; record skipped steps and loss spikes.
-
-        Raises:
-            RunFolderGone: if the run folder is gone.
-        """
+        """Fetch and write the metrics of the steps since the last call; record skipped steps and loss spikes."""
         fetched = self.metrics.fetch(self.group_started_at)
         self.restart_clock()
         for line in fetched.steps:
@@ -153,9 +149,6 @@ class RunLog:
 
         Returns:
             the mean validation loss of the sources; None if it is not finite.
-
-        Raises:
-            RunFolderGone: if the run folder is gone.
         """
         self.display.evaluating(self.state.step)
         evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision)

@@ -91,9 +91,6 @@ def open_tracker(
         resumed_at: the last step that is kept of an earlier part of the run. TensorBoard hides its points of later
             steps. Weights & Biases cannot remove points, so a step that is done again has two. A run that goes back
             closes its tracker and opens another.
-
-    Raises:
-        InputError: if the service's package is not installed.
     """
     openers: dict[TrackerName, Callable[[], _Service | None]] = {
         "none": lambda: None,
@@ -104,11 +101,7 @@ def open_tracker(
 
 
 def require_tracker(name: TrackerName) -> None:
-    """Check, before anything is written, that the tracker's package is installed.
-
-    Raises:
-        InputError: if it is not.
-    """
+    """Raise ``InputError``, before anything is written, if the tracker's package is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise _missing(name)
 

@@ -210,11 +210,7 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added.
-
-    Raises:
-        InputError: if it cannot be read or has another format.
-    """
+    """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         version = state["format_version"]
@@ -229,11 +225,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> RunConfig:
-    """Return the resolved config saved with a checkpoint.
-
-    Raises:
-        InputError: if it is not a config of this version.
-    """
+    """Return the resolved config saved with a checkpoint."""
     try:
         text = (path / _CONFIG).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -276,9 +268,6 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
     Args:
         saved: every parameter and buffer by name.
         origin: the source of the weights, for the error.
-
-    Raises:
-        InputError: naming tensors that are missing, left over or of another shape.
     """
     own = model_tensors(model)
     _compare({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
@@ -300,11 +289,7 @@ def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...
 
 
 def load_training_state(state: TrainState, path: Path) -> None:
-    """Restore weights, optimizer, progress and random generators from a verified checkpoint.
-
-    Raises:
-        InputError: if the checkpoint has another model or format.
-    """
+    """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
     model = state.model
     copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
     saved = TensorReader([path / _OPTIMIZER])

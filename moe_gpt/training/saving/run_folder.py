@@ -83,11 +83,7 @@ def check_checkpoints_are_there(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Lock a run folder for this process. A process that dies frees its lock.
-
-    Raises:
-        InputError: if another process holds the lock.
-    """
+    """Lock a run folder, or raise ``InputError`` if another process holds it. A process that dies frees its lock."""
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -62,11 +62,7 @@ class LoadedRun(NamedTuple):
 
 
 def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return the checkpoint at a path, or the newest checkpoint of a run folder.
-
-    Raises:
-        FileNotFoundError: if the path is neither.
-    """
+    """Return the checkpoint at a path, or the newest checkpoint of a run folder."""
     path = Path(run_or_checkpoint)
     if (path / MANIFEST).is_file():
         return path

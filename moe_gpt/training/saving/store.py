@@ -110,11 +110,7 @@ def _readable_state(path: Path) -> dict[str, Any] | None:
 
 
 def prunable_checkpoints(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Return the result of ``checkpoints_not_kept``, provided that a kept checkpoint is undamaged.
-
-    Raises:
-        InputError: if every checkpoint that would be kept is damaged.
-    """
+    """Return the result of ``checkpoints_not_kept``; raise ``InputError`` if no kept checkpoint is undamaged."""
     doomed = checkpoints_not_kept(run_dir, config)
     kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
     if doomed and all(_problem_of(path) for path in reversed(kept)):
@@ -186,11 +182,7 @@ class CheckpointSaver:
             write()
 
     def wait(self) -> None:
-        """Wait for the background save.
-
-        Raises:
-            OSError: if it failed.
-        """
+        """Wait for the background save, and raise its ``OSError`` if it failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
