@@ -132,7 +132,7 @@ class SourceConfig(Section):
     @property
     def template_fields(self) -> tuple[str, ...]:
         """The columns in the template. A format or conversion stays in the name, so that it is refused."""
-        parts = string.Formatter().parse(self.template or "")
+        parts = string.Formatter().parse(str(self.template))
         fields = (f"{name}:{spec}!{conversion}" for _, name, spec, conversion in parts if name is not None)
         return tuple(field.removesuffix(":!None") for field in fields)
 

@@ -69,17 +69,21 @@ class ScheduleConfig(Section):
 
     def _end_problems(self, index: int, start: int, end: int | None) -> Iterator[Problem]:
         """Yield an end that is missing, too early, or not a multiple of its own and the next stage's seq_len."""
-        key, seq_lens = f"stages.{index}.until_tokens", [stage.seq_len for stage in self.stages[index : index + 2]]
-        unit = math.lcm(*seq_lens)
+        key = f"stages.{index}.until_tokens"
         if end is None:
             text = f"{key} may be null only in the last stage, got null in stage {index}"
             yield from unless(index == len(self.stages) - 1, text, key)
         elif end <= start:
             yield Problem((key,), f"{key} must be greater than the previous stage's end {start}, got {end}")
-        elif end % unit:
-            whose = " and of the next stage's ".join(f"seq_len={seq_len}" for seq_len in seq_lens)
-            text = f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}"
-            yield Problem((key, f"stages.{index}.seq_len"), text)
+        else:
+            yield from self._unaligned_end(index, key, end)
+
+    def _unaligned_end(self, index: int, key: str, end: int) -> Iterator[Problem]:
+        seq_lens = [stage.seq_len for stage in self.stages[index : index + 2]]
+        unit = math.lcm(*seq_lens)
+        whose = " and of the next stage's ".join(f"seq_len={seq_len}" for seq_len in seq_lens)
+        text = f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}"
+        yield from unless(end % unit == 0, text, key, f"stages.{index}.seq_len")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,7 @@ def _check_list(annotation: Any, section: type[Section], value: Any, key: str) -
 
 def _contradictions(section: Section, prefix: str, problems: list[Problem]) -> list[Problem]:
     """List a section's contradictions, except those that follow from known problems."""
-    wrong = set(itertools.chain(*(problem.keys for problem in problems)))
+    wrong = set(itertools.chain.from_iterable(keys for keys, _ in problems))
     try:
         found = [problem.under(prefix) for problem in section.problems()]
     except (TypeError, AttributeError, ZeroDivisionError):

@@ -262,9 +262,10 @@ def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[
             "\n".join(problem for _, problem in damaged)
             + f"\n{run_dir} has no other checkpoint; start a new run with another --run-dir"
         )
-    warnings = [problem for _, problem in damaged]
-    for text in warnings + [f"resuming from the newest undamaged checkpoint instead, {saved}"] * bool(warnings):
-        say(f"WARNING: {text}")
+    for _, problem in damaged:
+        say(f"WARNING: {problem}")
+    if damaged:
+        say(f"WARNING: resuming from the newest undamaged checkpoint instead, {saved}")
     return saved, damaged
 
 

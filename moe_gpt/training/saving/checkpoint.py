@@ -201,12 +201,16 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
         values = json.loads(file.read_text(encoding="utf-8"))
         if set(values) != set(FILES):
             raise ValueError(f"it must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
-        manifest = {name: FileDigest(**digest) for name, digest in values.items()}
-        if not all(isinstance(digest.bytes, int) and isinstance(digest.sha256, str) for digest in manifest.values()):
-            raise ValueError("every file needs bytes as a whole number and sha256 as text")
+        return {name: _digest(**values[name]) for name in values}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None
-    return manifest
+
+
+def _digest(**values: Any) -> FileDigest:
+    digest = FileDigest(**values)
+    if not isinstance(digest.bytes, int) or not isinstance(digest.sha256, str):
+        raise ValueError("every file needs bytes as a whole number and sha256 as text")
+    return digest
 
 
 def read_state(path: Path) -> dict[str, Any]:

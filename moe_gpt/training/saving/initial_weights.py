@@ -67,9 +67,13 @@ class InitialWeights(NamedTuple):
             tensors = upcycle(tensors, model.config)
         own, is_new = model_tensors(model), ".router.expert_bias"
         if self.model.is_dense or model.make_router is not self.make_router:
-            tensors, is_new = {name: t for name, t in tensors.items() if ".router." not in name}, ".router."
+            tensors, is_new = _without_routers(tensors), ".router."
         tensors |= {name: own[name] for name in own.keys() - tensors.keys() if is_new in name}
         copy_weights(model, tensors, str(self.path))
+
+
+def _without_routers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if ".router." not in name}
 
 
 def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRouter | None = None) -> InitialWeights:

@@ -42,9 +42,14 @@ def find_router(place: str) -> MakeRouter:
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
     module = _import_file(path)
     if not callable(getattr(module, name, None)):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        raise InputError(f"--router {path} has no class or function {name}; it has {', '.join(own) or 'none'}")
+        raise InputError(f"--router {path} has no class or function {name}; it has {_names_in(module) or 'none'}")
     return getattr(module, name)
+
+
+def _names_in(module: ModuleType) -> str:
+    """List the classes and functions that a module defines."""
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return ", ".join(own)
 
 
 def _import_file(path: Path) -> ModuleType:
