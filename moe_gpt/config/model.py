@@ -56,7 +56,7 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; projections into the residual use init_std / sqrt(2 n_layers)."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is impossible about the shape."""
+        """Yield impossible shapes."""
         yield from divides(self, "n_kv_heads", "n_heads")
         yield from divides(self, "attention_sharing", "n_layers")
         text = f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"

@@ -24,7 +24,7 @@ from moe_gpt.training.setup import Run
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on. The message says why, what is saved, and what to do. Commands exit with status 3."""
+    """Training cannot go on. The message has the reason, the newest checkpoint and a remedy. Exit status 3."""
 
 
 class TooManySkips(Exception):  # noqa: N818 (the loop catches it; nobody else sees it)
@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Recovery:
-    """Saves a run. After a fault it restores a good state, or stops and says what is saved."""
+    """Saves a run. After a fault it restores a good state, or stops and names the newest checkpoint."""
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self.run, self.state, self.config, self.log = run, run.state, run.config, log

@@ -122,7 +122,7 @@ class OwnSchedule(Schedule):
         return StepPlan(*plan)
 
     def _problem_of_lengths(self, seq_len: Any, batch_tokens: Any) -> str:
-        """Say what is wrong with a plan's lengths; empty if nothing is."""
+        """Describe the problem of a plan's lengths; empty if there is none."""
         if not isinstance(seq_len, int) or not 1 <= seq_len <= self._max_seq_len:
             return f"seq_len must be a whole number from 1 to model.max_seq_len={self._max_seq_len}"
         if self._chunk_tokens % seq_len:

@@ -141,7 +141,7 @@ def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[s
         if Tokenizer.load(wanted.file, wanted.end_of_text).to_json() == initial.tokenizer.to_json():
             return
     elif saved.file:
-        wanted = dataclasses.replace(wanted, vocab_size=saved.vocab_size)  # not used where a file is given
+        wanted = dataclasses.replace(wanted, vocab_size=saved.vocab_size)  # a file has its own size
     for key in to_plain(saved):
         if getattr(saved, key) != getattr(wanted, key):
             yield f"data.tokenizer.{key}", getattr(saved, key), getattr(wanted, key)

@@ -47,7 +47,7 @@ class SavedModel(NamedTuple):
 
     @property
     def run_dir(self) -> Path:
-        """The run folder, if the checkpoint is still where it was written."""
+        """The run folder, if nobody has moved the checkpoint."""
         return self.path.parent.parent
 
 

@@ -41,7 +41,7 @@ def find_good_checkpoint(run_dir: Path) -> tuple[Path | None, list[Damaged]]:
 
 
 def _problem_of(path: Path) -> str | None:
-    """Say what is damaged in a checkpoint; None if nothing is."""
+    """Describe the damage of a checkpoint; None if it has none."""
     try:
         verify_checkpoint(path)
     except (InputError, OSError) as error:
