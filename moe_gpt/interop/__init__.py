@@ -1,4 +1,4 @@
-"""Import from and export to Hugging Face.
+"""Hugging Face, both ways.
 
 Mixtral and Llama folders, for transformers, vLLM and llama.cpp. Read ``hugging_face.py`` first.
 """
