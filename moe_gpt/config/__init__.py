@@ -1,7 +1,7 @@
 """Every setting, checked when it is constructed.
 
-A file for each part of a run; a default is written here and nowhere else; a number that follows from others is a
-property. ``section.py`` has the checking, ``yaml.py`` the files and overrides. Read ``model.py`` first.
+Each file has the settings of one part of a run. Every default is written here, once. A number that follows from others
+is a property. ``section.py`` checks values; ``yaml.py`` reads files and overrides. Read ``model.py`` first.
 """
 
 from moe_gpt.config.data import DataConfig, SourceConfig, TokenizerConfig

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share, one_of
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share, one_of, unless
 
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", title="letters, digits, - and _")]
 NonEmpty = Annotated[str, Field(min_length=1, title="text of at least one character")]
@@ -31,27 +31,21 @@ class TokenizerConfig(Section):
     end_of_text: str = "<|endoftext|>"
     """The token that ends every document; its id is 0 in a tokenizer that is trained here."""
     special_tokens: tuple[str, ...] = ()
-    """More tokens that no text can spell, ids 1, 2, ...: padding, chat roles, <|fim_prefix|> and the like."""
+    """Further special tokens with ids 1, 2, ..., such as <|fim_prefix|> or <|padding|>; no text encodes to them."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what no byte-level tokenizer can be, and keys that do not go together."""
-        yield from self._special_token_problems()
-        yield from one_of(self, "file", "hub")
-        if self.revision and not self.hub:
-            yield Problem(("revision", "hub"), f"revision is for hub only, got {self.revision!r}; leave it out")
-
-    def _special_token_problems(self) -> Iterator[Problem]:
+        """Yield impossible vocabularies, and keys that exclude each other."""
         tokens, given = (self.end_of_text, *self.special_tokens), list(self.special_tokens)
-        if self.vocab_size < 256 + len(tokens):
-            text = f"vocab_size must leave room for 256 bytes and {len(tokens)} special tokens, got {self.vocab_size}"
-            yield Problem(("vocab_size", "special_tokens"), text)
-        if len({"", *tokens}) < 1 + len(tokens):
-            text = f"special_tokens must differ from each other and from end_of_text, got {given}"
-            yield Problem(("special_tokens", "end_of_text"), text)
-        if given and (self.file or self.hub):
-            key = "file" if self.file else "hub"
-            text = f"special_tokens is for a tokenizer that is trained, got {given} with {key}"
-            yield Problem(("special_tokens", key), text)
+        text = f"vocab_size must leave room for 256 bytes and {len(tokens)} special tokens, got {self.vocab_size}"
+        yield from unless(self.vocab_size >= 256 + len(tokens), text, "vocab_size", "special_tokens")
+        text = f"special_tokens must differ from each other and from end_of_text, and not be empty, got {given}"
+        yield from unless(len({"", *tokens}) == 1 + len(tokens), text, "special_tokens", "end_of_text")
+        for key in ("file", "hub"):
+            text = f"special_tokens is for a tokenizer that is trained, got {given} with {key}; leave it out"
+            yield from unless(not given or not getattr(self, key), text, "special_tokens", key)
+        yield from one_of(self, "file", "hub")
+        text = f"revision is for hub only, got {self.revision!r}; leave it out"
+        yield from unless(bool(self.hub) or not self.revision, text, "revision", "hub")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +53,9 @@ class SourceConfig(Section):
     """One source of text and its share of the mixture: exactly one of builtin, files, dataset."""
 
     name: Name
-    """What metrics and folders call the source: letters, digits, - and _."""
+    """Name of the source in metrics and folders: letters, digits, - and _."""
     builtin: Literal["prose", "code"] | None = None
-    """Text that ships with Python: its documentation (prose) or its standard library's sources (code)."""
+    """Text that ships with Python: its documentation (prose) or the source code of its standard library (code)."""
     files: str | tuple[str, ...] | None = None
     """Paths or globs: .jsonl, .parquet, .csv, else UTF-8 text, one document a file; also compressed: .gz, .zst."""
     dataset: str | None = None
@@ -81,17 +75,17 @@ class SourceConfig(Section):
     min_chars: Count = 1
     """Documents with fewer characters are skipped."""
     errors: Literal["strict", "replace"] = "strict"
-    """Bytes of files that are not UTF-8: an error, or U+FFFD in their place."""
+    """What happens to bytes that are not UTF-8: strict is an error, replace puts U+FFFD in their place."""
     deduplicate: Flag = False
-    """Read a document only where its exact text has not come before in this source."""
+    """Skip documents whose exact text has already occurred in this source."""
     max_documents: Count | None = None
     """Read at most this many documents."""
     max_tokens: Count | None = None
-    """Stop reading after this many tokens, the validation part included."""
+    """Stop reading after this many tokens, held-out tokens included."""
     epochs: Positive | None = None
-    """Passes over the source in one big epoch, which sets its share; default 1 where no source has a weight."""
+    """Passes over the source in one big epoch, which set its share; 1 if no source has a weight."""
     weight: Positive | None = None
-    """Share of the mixture relative to the other sources' weights, instead of epochs."""
+    """Share of the mixture, relative to the other sources' weights. Use it instead of epochs."""
     fim_rate: Rate = 0.0
     """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); the tokenizer needs its sentinels."""
     fim_spm_rate: Rate = 0.5
@@ -108,38 +102,39 @@ class SourceConfig(Section):
             yield from self._template_problems()
 
     def _misplaced_keys(self) -> Iterator[Problem]:
-        """Yield keys that mean nothing for this kind of source."""
-        for keys, is_wrong, what in (
-            (("subset", "split", "revision", "streaming"), not self.dataset, "for a dataset: source only"),
-            (("text_field", "template"), bool(self.builtin), "not for a builtin source"),
-            (("errors",), not self.files, "for a files: source only"),
+        """Yield keys that have no effect on this kind of source."""
+        for keys, has_effect, what in (
+            (("subset", "split", "revision", "streaming"), self.dataset, "for a dataset: source only"),
+            (("text_field", "template"), not self.builtin, "not for a builtin source"),
+            (("errors",), self.files, "for a files: source only"),
         ):
-            for key in keys if is_wrong else ():
-                if getattr(self, key) != getattr(SourceConfig, key):
-                    yield Problem((key,), f"{key} is {what}, got {getattr(self, key)!r}; leave it out")
+            for key in keys:
+                value = getattr(self, key)
+                text = f"{key} is {what}, got {value!r}; leave it out"
+                yield from unless(bool(has_effect) or value == getattr(SourceConfig, key), text, key)
 
     def _template_problems(self) -> Iterator[Problem]:
-        if self.text_field != "text":
-            text = f"text_field or template: give one, got text_field={self.text_field!r}, template={self.template!r}"
-            yield Problem(("text_field", "template"), text)
+        text = f"text_field or template: give one, got text_field={self.text_field!r}, template={self.template!r}"
+        yield from unless(self.text_field == "text", text, "text_field", "template")
         try:
             names = self.template_fields
         except ValueError as error:
             yield Problem(("template",), f"template must have its braces in pairs, got {self.template!r}: {error}")
             return
-        if not names or not all(name.isidentifier() for name in names):
-            text = f"template must name at least one column, as {{column}} and nothing more, got {self.template!r}"
-            yield Problem(("template",), text)
+        text = f"template must name at least one column, as {{column}} without format, got {self.template!r}"
+        yield from unless(bool(names) and all(map(str.isidentifier, names)), text, "template")
+
+    @property
+    def passes(self) -> float:
+        """Passes over the source in one big epoch."""
+        return self.epochs or 1.0
 
     @property
     def template_fields(self) -> tuple[str, ...]:
-        """The columns that the template names. A format or conversion stays part of its name, so that it is refused."""
-        parts = string.Formatter().parse(self.template or "")
-        return tuple(
-            name + (f":{spec}" if spec else "") + (f"!{conversion}" if conversion else "")
-            for _, name, spec, conversion in parts
-            if name is not None
-        )
+        """The columns in the template. A format or conversion stays in the name, so that it is refused."""
+        parts = string.Formatter().parse(str(self.template))
+        fields = (f"{name}:{spec}!{conversion}" for _, name, spec, conversion in parts if name is not None)
+        return tuple(field.removesuffix(":!None") for field in fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,29 +147,31 @@ class DataConfig(Section):
         SourceConfig(name="prose", builtin="prose", epochs=1),
         SourceConfig(name="code", builtin="code", epochs=2, prompt="def "),
     )
-    """The mixture."""
+    """The sources that are mixed."""
     processes: Count | None = None
     """Processes that tokenise a large source; null is one for each core, at most 16."""
     cache_dir: str | None = None
-    """Where tokenised data is kept and found again; null is moe_gpt in the user's cache folder."""
+    """Folder that keeps tokenised data for later runs; null is moe_gpt in the user's cache folder."""
     document_masking: Flag = False
-    """Let tokens see their own document only, in training and evaluation; no target then crosses a document's end."""
+    """Keep attention and targets within a document, in training and evaluation."""
     verify_tokens: Flag = True
-    """Compare tokenised data with its digests when it is first read; otherwise only the sizes of its files."""
+    """Compare tokenised data with its digests when it is first read; false compares only file sizes."""
     validation_fraction: Share = 0.03
     """Share of each source's documents held out, chosen by a hash of the document."""
     validation_tokens: Count = 65_536
     """Tokens per source that an evaluation reads, from the start of the held-out part."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights set the sources' shares, instead of epochs."""
+        return any(source.weight for source in self.sources)
+
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the sources."""
         names = [source.name for source in self.sources]
-        has_weights = any(source.weight for source in self.sources)
         for index, source in enumerate(self.sources):
-            if source.name in names[:index]:
-                key = f"sources.{index}.name"
-                yield Problem((key,), f"{key} must be unique, got {source.name!r} again")
-            if has_weights and not source.weight:
-                key = f"sources.{index}.weight"
-                text = "is required because other sources have a weight (all sources have epochs, or all have weights)"
-                yield Problem((key,), f"{key} {text}")
+            key = f"sources.{index}.name"
+            yield from unless(source.name not in names[:index], f"{key} must be unique, got {source.name!r} again", key)
+            key = f"sources.{index}.weight"
+            text = f"{key} is required because other sources have a weight; give all of them weights, or all epochs"
+            yield from unless(bool(source.weight) or not self.has_weights, text, key)

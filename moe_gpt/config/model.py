@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fractions
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Literal
 
-from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section, divisors
+from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section, divides, unless
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ModelConfig(Section):
     top_k: Count = 2
     """Experts that each token is sent to."""
     normalize_topk: Flag = True
-    """Rescale the chosen experts' weights to sum to 1 (Mixtral does); refused for top_k 1 of several experts."""
+    """Rescale the chosen experts' weights to sum to 1, as Mixtral does; false is required if top_k is 1."""
     balance: Literal["loss", "bias", "none"] = "loss"
     """What keeps expert loads even: the Switch loss, the loss-free bias of arXiv 2408.15664, or nothing."""
     bias_update_rate: Positive = 1e-3
@@ -41,7 +41,7 @@ class ModelConfig(Section):
     router_noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise on the router logits, in training only."""
     capacity_factor: Positive | None = None
-    """Drop what exceeds this multiple of an expert's even share, in training only; null drops nothing."""
+    """Drop tokens beyond this multiple of an expert's even share, in training only; null drops none."""
     attention_sharing: Count = 1
     """Consecutive layers that use one set of attention weights; must divide n_layers."""
     tie_embeddings: Flag = False
@@ -56,52 +56,30 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; projections into the residual use init_std / sqrt(2 n_layers)."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is impossible about the shape."""
-        yield from self._attention_problems()
-        yield from self._routing_problems()
-
-    def _attention_problems(self) -> Iterator[Problem]:
-        if self.n_heads % self.n_kv_heads:
-            yield Problem(
-                ("n_heads", "n_kv_heads"),
-                f"n_heads must be a multiple of n_kv_heads, got n_heads={self.n_heads}, "
-                f"n_kv_heads={self.n_kv_heads}; choose one of {divisors(self.n_heads)} for n_kv_heads",
-            )
-        if self.head_dim % 2:
-            text = f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
-            yield Problem(("head_dim",), text)
-        if self.n_layers % self.attention_sharing:
-            yield Problem(
-                ("attention_sharing", "n_layers"),
-                f"attention_sharing must divide n_layers, got attention_sharing={self.attention_sharing}, "
-                f"n_layers={self.n_layers}; choose one of {divisors(self.n_layers)}",
-            )
-
-    def _routing_problems(self) -> Iterator[Problem]:
-        if self.top_k > self.n_experts:
-            yield Problem(
-                ("top_k", "n_experts"),
-                f"top_k must be at most n_experts, got top_k={self.top_k}, n_experts={self.n_experts}; "
-                f"use top_k={self.n_experts} or fewer, or more experts",
-            )
-        if self.normalize_topk and self.top_k == 1 and self.n_experts > 1:
-            yield Problem(
-                ("normalize_topk", "top_k", "n_experts"),
-                f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "
-                "rescaled to 1 gives the router no gradient",
-            )
+        """Yield impossible shapes."""
+        yield from divides(self, "n_kv_heads", "n_heads")
+        yield from divides(self, "attention_sharing", "n_layers")
+        text = f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
+        yield from unless(self.head_dim % 2 == 0, text, "head_dim")
+        text = f"top_k must be at most n_experts={self.n_experts}, got top_k={self.top_k}; use fewer, or more experts"
+        yield from unless(self.top_k <= self.n_experts, text, "top_k", "n_experts")
+        text = (
+            f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "
+            "rescaled to 1 gives the router no gradient"
+        )
+        fits = self.is_dense or self.top_k > 1 or not self.normalize_topk
+        yield from unless(fits, text, "normalize_topk", "top_k", "n_experts")
 
     @property
     def capacity_ratio(self) -> tuple[int, int] | None:
-        """Numerator and denominator of capacity_factor / n_experts; None where nothing is dropped.
+        """Numerator and denominator of capacity_factor / n_experts; None if no token is dropped.
 
-        An expert has as many slots as assignments times this ratio, rounded up. The ratio is exact, because floats
-        would make 1.1 times 10 slightly more than 11.
+        An expert has slots for this share of the assignments, rounded up. The ratio is exact, because floats would make
+        1.1 times 10 slightly more than 11.
         """
         if self.capacity_factor is None:
             return None
-        factor = fractions.Fraction(str(self.capacity_factor)) / self.n_experts
-        return factor.numerator, factor.denominator
+        return (Fraction(str(self.capacity_factor)) / self.n_experts).as_integer_ratio()
 
     @property
     def is_dense(self) -> bool:

@@ -1,15 +1,16 @@
-"""All settings of a run together, and what two sections can disagree about."""
+"""All settings of a run together, and the checks across sections."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
 from moe_gpt.config.data import DataConfig
 from moe_gpt.config.model import ModelConfig
 from moe_gpt.config.schedule import OptimizerConfig, ScheduleConfig
-from moe_gpt.config.section import Problem, Section
+from moe_gpt.config.section import Problem, Section, unless
 from moe_gpt.config.training import CheckpointConfig, FaultConfig, LossConfig, TrainConfig
 
 
@@ -20,7 +21,7 @@ class RunConfig(Section):
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The shape of the model."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """What it reads."""
+    """The training data."""
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     """The curricula and the learning rate's shape."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -28,24 +29,25 @@ class RunConfig(Section):
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     """Weights of the auxiliary terms."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    """Execution."""
+    """How the run is executed and watched."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """Saving."""
+    """When checkpoints are saved and which are kept."""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
-    """Numerical faults."""
+    """What happens after numerical faults."""
     tracking: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics are sent besides the run's own files; tensorboard needs moe_gpt[track], wandb the package wandb."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what two sections disagree about."""
-        for index, stage in enumerate(self.schedule.stages):
+        """Yield contradictions between sections."""
+        limits = {
+            "model.max_seq_len": self.model.max_seq_len,
+            "train.micro_batch_tokens": self.train.micro_batch_tokens,
+        }
+        stages = self.schedule.stages
+        for (index, stage), (limit_key, limit) in itertools.product(enumerate(stages), limits.items()):
             key = f"schedule.stages.{index}.seq_len"
-            for limit_key, limit in (
-                ("model.max_seq_len", self.model.max_seq_len),
-                ("train.micro_batch_tokens", self.train.micro_batch_tokens),
-            ):
-                if stage.seq_len > limit:
-                    yield Problem((key, limit_key), f"{key} must be at most {limit_key}={limit}, got {stage.seq_len}")
-        if self.schedule.stages[-1].until_tokens is None and any(source.weight for source in self.data.sources):
-            key = f"schedule.stages.{len(self.schedule.stages) - 1}.until_tokens"
-            yield Problem((key,), f"{key} is required when sources have weights: only epochs say how long a run is")
+            text = f"{key} must be at most {limit_key}={limit}, got {stage.seq_len}"
+            yield from unless(stage.seq_len <= limit, text, key, limit_key)
+        key = f"schedule.stages.{len(stages) - 1}.until_tokens"
+        text = f"{key} is required when sources have weights, because only epochs say how long a run is"
+        yield from unless(stages[-1].until_tokens is not None or not self.data.has_weights, text, key)

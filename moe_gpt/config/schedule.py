@@ -1,18 +1,29 @@
-"""How a run goes along its tokens: the curricula, the learning rate, the optimizer."""
+"""The course of a run: sequence length, batch size, learning rate and optimizer."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Literal
 
-from moe_gpt.config.section import AtMostOne, Count, CountOrZero, Fraction, NonNegative, Positive, Problem, Section
+from moe_gpt.config.section import (
+    AtMostOne,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+    Problem,
+    Section,
+    unless,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig(Section):
-    """One row of the curriculum: holds until that many tokens have been seen."""
+    """One row of the curriculum; it holds until ``until_tokens`` tokens have been seen."""
 
     until_tokens: Count | None = None
     """tokens_seen at which the stage ends; null in the last row means one big epoch of the data."""
@@ -29,10 +40,9 @@ class StageConfig(Section):
     def problems(self) -> Iterator[Problem]:
         """Yield batch sizes that are not whole sequences."""
         for size in sorted(set(self.batch_range)):
-            if size % self.seq_len:
-                nearest = max(1, round(size / self.seq_len)) * self.seq_len
-                text = f"batch_tokens must be a multiple of seq_len={self.seq_len}, got {size}; use {nearest}"
-                yield Problem(("batch_tokens", "seq_len"), text)
+            nearest = max(1, round(size / self.seq_len)) * self.seq_len
+            text = f"batch_tokens must be a multiple of seq_len={self.seq_len}, got {size}; use {nearest}"
+            yield from unless(size % self.seq_len == 0, text, "batch_tokens", "seq_len")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,37 +54,36 @@ class ScheduleConfig(Section):
     warmup_tokens: CountOrZero = 0
     """Tokens over which the learning rate rises linearly from 0."""
     decay: Literal["cosine", "wsd", "none"] = "cosine"
-    """How it falls to optimizer.min_lr: by a cosine, linearly at the end (warm-up, stable, decay), or never."""
+    """Decay to optimizer.min_lr: along a cosine, linearly at the end (wsd: warm-up, stable, decay), or none."""
     decay_fraction: AtMostOne = 0.2
-    """Share of all tokens that the linear decay of wsd takes."""
+    """Share of all tokens over which wsd decays."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield stages out of order and ends that whole sequences do not reach."""
-        start = 0
-        for index, stage in enumerate(self.stages):
-            key, end = f"stages.{index}.until_tokens", stage.until_tokens
-            if end is None:
-                if index < len(self.stages) - 1:
-                    yield Problem((key,), f"{key} may be null only in the last stage, got null in stage {index}")
-                break
-            if end <= start:
-                yield Problem((key,), f"{key} must be greater than the previous stage's end {start}, got {end}")
-            else:
-                yield from self._unaligned_end(index, key, end)
-            start = end
-        total = self.stages[-1].until_tokens
-        if total is not None and self.warmup_tokens >= total:
-            text = f"warmup_tokens must be below the run's {total} tokens, got {self.warmup_tokens}"
-            yield Problem(("warmup_tokens", "stages"), text)
+        """Yield stages out of order and ends that would cut a sequence."""
+        ends = [stage.until_tokens for stage in self.stages]
+        for index, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            yield from self._end_problems(index, start or 0, end)
+        if ends[-1] is not None:
+            text = f"warmup_tokens must be below the run's {ends[-1]} tokens, got {self.warmup_tokens}"
+            yield from unless(self.warmup_tokens < ends[-1], text, "warmup_tokens", "stages")
+
+    def _end_problems(self, index: int, start: int, end: int | None) -> Iterator[Problem]:
+        """Yield an end that is missing, too early, or not a multiple of its own and the next stage's seq_len."""
+        key = f"stages.{index}.until_tokens"
+        if end is None:
+            text = f"{key} may be null only in the last stage, got null in stage {index}"
+            yield from unless(index == len(self.stages) - 1, text, key)
+        elif end <= start:
+            yield Problem((key,), f"{key} must be greater than the previous stage's end {start}, got {end}")
+        else:
+            yield from self._unaligned_end(index, key, end)
 
     def _unaligned_end(self, index: int, key: str, end: int) -> Iterator[Problem]:
-        """Yield a stage end that would leave part of a sequence, of its own length or of the next stage's."""
         seq_lens = [stage.seq_len for stage in self.stages[index : index + 2]]
         unit = math.lcm(*seq_lens)
-        if end % unit:
-            whose = " and of the next stage's ".join(f"seq_len={seq_len}" for seq_len in seq_lens)
-            text = f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}"
-            yield Problem((key, f"stages.{index}.seq_len"), text)
+        whose = " and of the next stage's ".join(f"seq_len={seq_len}" for seq_len in seq_lens)
+        text = f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}"
+        yield from unless(end % unit == 0, text, key, f"stages.{index}.seq_len")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,9 +103,9 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices; norms, embeddings and the balancing bias do not decay."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Largest global norm of the gradients; larger gradients are scaled down to it."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield a learning rate that would rise at the end."""
-        if self.min_lr > self.lr:
-            yield Problem(("min_lr", "lr"), f"min_lr must be at most lr={self.lr}, got {self.min_lr}")
+        text = f"min_lr must be at most lr={self.lr}, got {self.min_lr}"
+        yield from unless(self.min_lr <= self.lr, text, "min_lr", "lr")

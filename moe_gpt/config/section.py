@@ -1,14 +1,15 @@
-"""Typed, frozen sections of settings whose problems are all found at once.
+"""Typed, frozen sections of settings that report all their problems at once.
 
-A section is a frozen dataclass that derives from ``Section``. Constructing one checks every field against its
-annotation (pydantic does the types), and then asks ``problems()`` for what no single field can see. Everything that
-is wrong is reported together, each problem with its key, its value and what would be right.
+A section is a frozen dataclass that derives from ``Section``. Its construction checks every field against its
+annotation (pydantic checks the types) and then calls ``problems()``, which compares fields with each other. All
+problems are reported together, each with its key, its value and a remedy.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -21,18 +22,22 @@ from moe_gpt.errors import ConfigError, InputError, shown
 
 
 class Problem(NamedTuple):
-    """What is wrong (``text``, which starts with a key) and the keys that are involved."""
+    """The involved keys, and a text that begins with one of them."""
 
     keys: tuple[str, ...]
     text: str
 
+    def under(self, prefix: str) -> Problem:
+        """Return the problem as its parent section reports it."""
+        return Problem(tuple(prefix + key for key in self.keys), prefix + self.text)
+
     def touches(self, wrong: set[str]) -> bool:
-        """Return whether one of the keys is a wrong one, holds one, or lies within one."""
+        """Return whether one of the keys is a wrong one, contains one, or lies within one."""
         return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in self.keys for b in wrong)
 
 
 def divisors(number: int) -> str:
-    """Return the whole numbers that divide one, as a problem lists the choices."""
+    """List the divisors of a number, for a message."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
@@ -40,12 +45,15 @@ def _number(value: Any) -> Any:
     """Read text such as "1e-4" or "8_000_000" as a number, and 8e6 as a whole number, which a count needs."""
     if isinstance(value, bool):
         raise ValueError("a truth value is not a number")
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            value = float(value)  # a ValueError here is the right answer
+    value = _parsed(value) if isinstance(value, str) else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _parsed(text: str) -> int | float:
+    try:
+        return int(text)  # exact, however large
+    except ValueError:
+        return float(text)  # pydantic reports a ValueError
 
 
 # The title of a field's type says what a value must be, in messages and in --help.
@@ -63,11 +71,7 @@ Fraction = Annotated[Real, Field(ge=0, lt=1, title="a number of at least 0 and b
 
 
 def require(kind: Any, **values: Any) -> None:
-    """Check that all values are of a kind, such as ``Positive`` or ``Count``.
-
-    Raises:
-        InputError: with the name and the value of the first that is not.
-    """
+    """Raise ``InputError`` unless all values are of a kind, such as ``Positive`` or ``Count``."""
     for name, value in values.items():
         try:
             _adapter(kind).validate_python(value)
@@ -75,22 +79,41 @@ def require(kind: Any, **values: Any) -> None:
             raise InputError(f"{name} must be {expectation(kind)}, got {shown(value)}") from None
 
 
+def unless(holds: bool, text: str, *keys: str) -> Iterator[Problem]:
+    """Yield a problem unless the condition holds."""
+    if not holds:
+        yield Problem(keys, text)
+
+
+def divides(section: Section, part: str, whole: str) -> Iterator[Problem]:
+    """Yield a problem unless the setting ``part`` divides the setting ``whole``."""
+    number, total = getattr(section, part), getattr(section, whole)
+    if total % number:
+        text = f"{whole} must be a multiple of {part}, got {whole}={total}, {part}={number}"
+        yield Problem((whole, part), f"{text}; choose one of {divisors(total)} for {part}")
+
+
 def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Problem]:
-    """Yield that more than one of a section's keys is given, or none where one is needed."""
+    """Yield a problem if more than one of the keys is given, or none although one is needed."""
     given = [f"{key}={getattr(section, key)!r}" for key in keys if getattr(section, key)]
-    if len(given) > 1 or (needed and not given):
-        names, one = f"{', '.join(keys[:-1])} or {keys[-1]}", "exactly one" if needed else "one"
-        yield Problem(keys, f"{names}: give {one}, got {' and '.join(given) or 'none of them'}")
+    names, wanted = f"{', '.join(keys[:-1])} or {keys[-1]}", "exactly one" if needed else "at most one"
+    text = f"{names}: give {wanted}, got {' and '.join(given) or 'none of them'}"
+    yield from unless(len(given) in range(needed, 2), text, *keys)
+
+
+def _refuse_positional(cls: Any, values: tuple) -> None:
+    first = dataclasses.fields(cls)[0]
+    if values and first.kw_only:
+        text = f"{cls.__name__} takes settings by name, such as {first.name}=..., got {shown(values[0])}"
+        raise ConfigError([text])
 
 
 class _ByName(type):
-    """Makes sections from keyword arguments, with the nearest key for one that there is not."""
+    """Builds sections from keyword arguments; an unknown key is an error that names the nearest known one."""
 
     def __call__(cls, *values: Any, **settings: Any) -> Any:
-        known, first = annotations_of(cls), dataclasses.fields(cls)[0]  # type: ignore[arg-type]
-        if values and first.kw_only:
-            text = f"{cls.__name__} takes settings by name, such as {first.name}=..., got {shown(values[0])}"
-            raise ConfigError([text])
+        _refuse_positional(cls, values)
+        known = annotations_of(cls)
         unknown = [_unknown(known, name, "").text for name in settings if name not in known]
         if unknown:
             raise ConfigError(unknown)
@@ -99,7 +122,7 @@ class _ByName(type):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section(metaclass=_ByName):
-    """Base of all settings: checked and coerced at construction, never changed afterwards."""
+    """Base of all settings: checked and coerced at construction, then unchangeable."""
 
     __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)
 
@@ -107,7 +130,7 @@ class Section(metaclass=_ByName):
         self.__dict__.update(vars(self.from_mapping(vars(self))))
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong with the fields taken together."""
+        """Yield contradictions between fields."""
         yield from ()
 
     @classmethod
@@ -124,13 +147,16 @@ class Section(metaclass=_ByName):
 
 
 def _build(cls: type[Section], values: Any, key: str) -> tuple[Any, list[Problem]]:
-    """Build the section at a key as far as its values allow, and list what is wrong with them."""
+    """Build the section at a key as far as its values allow, and list their problems."""
     if isinstance(values, cls):
         return values, []
-    values = {} if values is None else values  # a section whose keys are all commented out
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping | None):  # in YAML, a section without keys is null
         return None, [_unfit(cls, values, key or cls.__name__)]
-    annotations, prefix = annotations_of(cls), f"{key}." if key else ""
+    return _fill(cls, values or {}, f"{key}.".lstrip("."))
+
+
+def _fill(cls: type[Section], values: Mapping, prefix: str) -> tuple[Any, list[Problem]]:
+    annotations = annotations_of(cls)
     problems = [_unknown(annotations, str(name), prefix) for name in values if name not in annotations]
     section = object.__new__(cls)
     for field in dataclasses.fields(cls):
@@ -140,46 +166,54 @@ def _build(cls: type[Section], values: Any, key: str) -> tuple[Any, list[Problem
 
 
 def _setting(field: dataclasses.Field, annotation: Any, values: Mapping, key: str) -> tuple[Any, list[Problem]]:
-    """Return a field's value, or some other valid one so that the section's other problems can be found."""
-    default = default_of(field)
+    """Return a field's value with its problems. An unusable value is replaced, so that other problems can be found."""
     if field.name in values:
         value, problems = _check(annotation, values[field.name], key)
-    elif default is dataclasses.MISSING:
+    elif default_of(field) is dataclasses.MISSING:
         value, problems = None, [Problem((key,), f"{key} is required: give {expectation(annotation)}")]
     else:
-        return default, []
+        return default_of(field), []
     if problems and value is None:
-        fitting = (valid for valid in (1, "x") if not _check(annotation, valid, key)[1])
-        value = next(fitting, None) if default is dataclasses.MISSING else default
+        value = _stand_in(field, annotation, key)
     return value, problems
 
 
+def _stand_in(field: dataclasses.Field, annotation: Any, key: str) -> Any:
+    """Return a valid value for a field: its default, or else 1, "x" or None."""
+    default = default_of(field)
+    if default is not dataclasses.MISSING:
+        return default
+    return next((valid for valid in (1, "x") if not _check(annotation, valid, key)[1]), None)
+
+
 def _check(annotation: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
-    """Check one value: sections by recursion, lists of sections entry by entry, the rest by pydantic."""
+    """Check one value: a section by recursion, a list of sections entry by entry, anything else by pydantic."""
     section = section_in(annotation)
-    if section is None:
-        try:
-            return _adapter(annotation).validate_python(value), []
-        except ValidationError:
-            return None, [_unfit(annotation, value, key)]
-    if section is annotation:
-        return _build(section, value, key)
+    if section is not None:
+        return _build(section, value, key) if section is annotation else _check_list(annotation, section, value, key)
+    try:
+        return _adapter(annotation).validate_python(value), []
+    except ValidationError:
+        return None, [_unfit(annotation, value, key)]
+
+
+def _check_list(annotation: Any, section: type[Section], value: Any, key: str) -> tuple[Any, list[Problem]]:
     if not isinstance(value, list | tuple) or not value:
         return None, [_unfit(annotation, value, key)]
     entries = [_build(section, entry, f"{key}.{index}") for index, entry in enumerate(value)]
-    return tuple(entry for entry, _ in entries), [problem for _, found in entries for problem in found]
+    sections, problems = zip(*entries, strict=True)
+    return sections, list(itertools.chain(*problems))
 
 
 def _contradictions(section: Section, prefix: str, problems: list[Problem]) -> list[Problem]:
-    """List what a section says of its fields together, but not what only follows from problems that are known."""
-    wrong = {key for problem in problems for key in problem.keys}
+    """List a section's contradictions, except those that follow from known problems."""
+    wrong = set(itertools.chain.from_iterable(keys for keys, _ in problems))
     try:
-        found = list(section.problems())
+        found = [problem.under(prefix) for problem in section.problems()]
     except (TypeError, AttributeError, ZeroDivisionError):
-        if wrong:  # nothing could stand in for a wrong value, and that is reported already
+        if wrong:  # no valid value could stand in for a wrong one, which is reported already
             return []
         raise
-    found = [Problem(tuple(prefix + key for key in problem.keys), prefix + problem.text) for problem in found]
     return [problem for problem in found if not problem.touches(wrong)]
 
 
@@ -188,14 +222,19 @@ def _unfit(annotation: Any, value: Any, key: str) -> Problem:
 
 
 def _unknown(annotations: dict[str, Any], name: str, prefix: str) -> Problem:
-    """Name the nearest key: one of this section's, or one that a section inside it has to the letter."""
-    nearest = difflib.get_close_matches(name, annotations, n=1, cutoff=0.0)[0]
+    """Name the nearest key of this section, or the same key in a section inside it."""
+    nearest = difflib.get_close_matches(name, annotations, n=1, cutoff=0.0)
+    nearest += [f"{place}.{name}" for place, inside in _sections(annotations) if name in annotations_of(inside)]
+    key = prefix + (name or "''")  # an empty key is not its section
+    return Problem((key,), f"{key} is not a known key; did you mean {nearest[-1]}?")
+
+
+def _sections(annotations: dict[str, Any]) -> Iterator[tuple[str, type[Section]]]:
+    """Yield the fields that hold sections, with the key of the first section in a list."""
     for field, annotation in annotations.items():
         inside = section_in(annotation)
-        if inside and name in annotations_of(inside):
-            nearest = f"{field}.{name}" if inside is annotation else f"{field}.0.{name}"
-    key = prefix + (name or "''")  # an empty key is not its section
-    return Problem((key,), f"{key} is not a known key; did you mean {nearest}?")
+        if inside:
+            yield field if inside is annotation else f"{field}.0", inside
 
 
 @cache
@@ -204,7 +243,7 @@ def _adapter(annotation: Any) -> TypeAdapter:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """Return the section that a field holds, alone or in a list; None where its values are plain."""
+    """Return the type of section that a field holds, alone or in a list; None if it holds plain values."""
     while arguments := typing.get_args(annotation):
         annotation = arguments[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
@@ -217,7 +256,7 @@ def annotations_of(cls: type) -> dict[str, Any]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """Return a field's default value, or ``dataclasses.MISSING`` where a value is required."""
+    """Return a field's default value; ``dataclasses.MISSING`` if a value is required."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -230,14 +269,17 @@ def field_docs(cls: type[Section]) -> dict[str, str]:
 
 
 def expectation(annotation: Any) -> str:
-    """Say in words what a value of this type must be: the title of an ``Annotated`` type, else what it consists of."""
+    """Describe the values of a type: the title of an ``Annotated`` type, else a description of its parts."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        titles = [item.title for item in arguments[1:] if isinstance(item, FieldInfo) and item.title]
-        return titles[-1] if titles else expectation(arguments[0])
+        return _title(arguments) or expectation(arguments[0])
     if arguments:
         return _CONTAINERS.get(origin, _union)(arguments)
     return "a section of settings" if section_in(annotation) else _WORDS.get(annotation, annotation.__name__)
+
+
+def _title(arguments: tuple) -> str:
+    return next((a.title for a in reversed(arguments) if isinstance(a, FieldInfo) and a.title), "")
 
 
 def _union(members: tuple) -> str:

@@ -1,4 +1,4 @@
-"""How a run is executed, watched and saved: loss weights, execution, checkpoints, faults."""
+"""Settings of execution: loss weights, training loop, checkpoints, faults."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class TrainConfig(Section):
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     log_every_steps: Count = 10
-    """Steps whose metrics are fetched from the device and written together."""
+    """Optimizer steps between writes of the metrics, which are fetched from the device together."""
     record_every_steps: CountOrZero = 50
-    """Optimizer steps between recordings of what the routers did and how large weights and updates are; 0 is never."""
+    """Optimizer steps between recordings of the routing and of the norms of weights and updates; 0 is never."""
     record_tokens: CountOrZero = 2048
-    """Held-out tokens of each source whose experts and gradients every evaluation keeps, for reports; 0 is none."""
+    """Held-out tokens per source whose experts and gradients each evaluation records for reports; 0 is none."""
     sample_tokens: CountOrZero = 48
     """Tokens generated after each source's prompt at every evaluation; 0 is none."""
     report: Flag = True
@@ -61,24 +61,24 @@ class CheckpointConfig(Section):
     keep_every_steps: CountOrZero = 0
     """Also keep checkpoints whose step is a multiple of this; 0 keeps no more than the others."""
     in_background: Flag = True
-    """Write a copy of the state while training goes on. Training waits for it only at the end and at a signal."""
+    """Write checkpoints while training goes on. Training waits for one only at the end and at a signal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultConfig(Section):
-    """What to do about numerical faults. A step whose loss or gradient is not finite never moves the weights."""
+    """What happens after numerical faults. A step with a non-finite loss or gradient never changes the weights."""
 
     max_skips_in_a_row: Count = 10
     """Non-finite steps in a row after which the run returns to its last good checkpoint and skips these tokens."""
     max_rollbacks: CountOrZero = 3
     """How often a run may go back before it stops."""
     spike_window: Count = 200
-    """Steps whose mean and standard deviation the loss is compared with."""
+    """Previous steps whose mean and standard deviation the loss is compared with."""
     spike_deviations: Positive = 8.0
-    """Standard deviations above that mean at which the loss is called a spike, with a warning."""
+    """Standard deviations above that mean at which a warning calls the loss a spike."""
     routing_window: Count = 200
-    """Recent steps whose expert loads are judged together; growth is judged over three times as many."""
+    """Recent steps over which expert loads are judged; growth is judged over three times as many."""
     dead_expert_load: Share = 0.01
-    """Share of an even load below which an expert is called dead, with a warning."""
+    """Share of an even load below which a warning calls an expert dead."""
     collapsed_share: Share = 0.9
-    """Share of all assignments above which the top_k busiest experts of a layer are called a collapse."""
+    """Share of all assignments to the top_k busiest experts of a layer above which a warning says collapse."""

@@ -1,9 +1,11 @@
-"""Settings as YAML: read strictly, with ``section.key=value`` overrides; everything wrong is reported together."""
+"""Settings as YAML with ``section.key=value`` overrides. All problems are reported together."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from moe_gpt.errors import ConfigError, InputError, shown
 
 _PLACES = (Path(__file__).parents[1] / "configs", Path(__file__).resolve().parents[2] / "configs")
 CONFIGS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
-"""The configs that come with the package; a checkout where links do not work has them at its top."""
+"""The configs that come with the package; at the top of a checkout on systems without symbolic links."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -24,7 +26,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = []
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: its keys may be given again
+            if key_node.tag == "tag:yaml.org,2002:merge":  # keys of a merge (<<) may be given again
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
@@ -37,7 +39,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Parse YAML without executing anything.
 
     Raises:
-        ConfigError: naming ``origin`` and the line, where the text is not YAML or repeats a key.
+        ConfigError: naming ``origin`` and the line, if the text is not YAML or repeats a key.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -46,11 +48,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a config given as a path or as a name in ``configs/``.
-
-    Raises:
-        FileNotFoundError: naming what was looked for and the configs there are.
-    """
+    """Return the path of a config that is given as a path or as a name in ``configs/``."""
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
@@ -63,52 +61,65 @@ def load_run_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
     Raises:
         ConfigError: with one line for each problem of the file and the overrides together.
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if there is no such file.
     """
-    path = find_config(str(name))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text: {error}"]) from None
-    values = parse_yaml(text, str(path))
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError([f"{path} must hold sections such as model: and data:, got {shown(values)}"])
-    problems, config = [], None
+    values = _read(find_config(str(name)))
+    problems: list[str] = []
     for override in overrides:
-        try:
+        with _collected(problems):
             _override(values, override)
-        except InputError as error:
-            problems.append(str(error))
-    try:
+    with _collected(problems):
         config = RunConfig.from_mapping(values)
-    except ConfigError as error:
-        problems += error.problems
-    if config is None or problems:
+    if problems:
         raise ConfigError(problems)
     return config
 
 
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Add the problems of an error to the list instead of raising it."""
+    try:
+        yield
+    except InputError as error:
+        problems += getattr(error, "problems", [str(error)])
+
+
+def _read(path: Path) -> dict:
+    """Return the sections of a config file."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path} is not UTF-8 text: {error}"]) from None
+    values = {} if values is None else values  # an empty file
+    if not isinstance(values, dict):
+        raise ConfigError([f"{path} must hold sections such as model: and data:, got {shown(values)}"])
+    return values
+
+
 def _override(values: dict, override: str) -> None:
-    """Set one key of a file's values, and make the sections on the way there."""
+    """Set one key in a file's values, and create missing sections on the way to it."""
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
         raise InputError(f"an override must look like section.key=value, got {override!r}")
     place: Any = values
-    for depth, (part, following) in enumerate(zip(parts, parts[1:], strict=False), 1):
-        part, here = _key_in(place, part, key, ".".join(parts[: depth - 1])), ".".join(parts[:depth])
+    for depth, part in enumerate(parts[:-1], 1):
+        part = _key_in(place, part, key, ".".join(parts[: depth - 1]))
         if isinstance(place, dict) and place.get(part) is None:
-            if following.isdecimal():
-                raise InputError(f"{key}: the file has no list {here}; give all of it, {here}=[...]")
-            place[part] = {}
+            place[part] = _new_section(".".join(parts[:depth]), parts[depth], key)
         place = place[part]
     last = _key_in(place, parts[-1], key, ".".join(parts[:-1]))
     place[last] = parse_yaml(text, f"override {key}")
 
 
+def _new_section(here: str, following: str, key: str) -> dict:
+    if following.isdecimal():
+        raise InputError(f"{key}: the file has no list {here}; give all of it, {here}=[...]")
+    return {}
+
+
 def _key_in(place: Any, part: str, key: str, here: str) -> Any:
-    """Return what one part of an override's key is at its place: a key of a section, or a number of a list."""
+    """Return one part of an override's key as a key of a section or as an index of a list."""
     if isinstance(place, dict):
         return part
     if not isinstance(place, list):
@@ -120,13 +131,7 @@ def _key_in(place: Any, part: str, key: str, here: str) -> Any:
 
 def to_plain(section: Section) -> dict[str, Any]:
     """Return the section as plain dicts, lists, numbers and text, every key included."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return plain(dataclasses.asdict(section))
+    return json.loads(json.dumps(dataclasses.asdict(section)))  # turns tuples into lists
 
 
 def to_yaml(section: Section) -> str:
@@ -135,7 +140,7 @@ def to_yaml(section: Section) -> str:
 
 
 class _TextDumper(yaml.SafeDumper):
-    """Safe YAML that also keeps U+0085 (next line), which PyYAML would write without quotes and read as a space."""
+    """Safe YAML that quotes U+0085 (next line), because PyYAML would read it back as a space."""
 
 
 _TextDumper.add_representer(

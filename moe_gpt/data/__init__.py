@@ -1,4 +1,5 @@
 """From text to batches.
 
-Corpora, tokenizer, token store, and the training stream, a function of the tokens seen. Read ``stream.py`` first.
+Corpora, tokenizer and token store; and the training stream, which is a pure function of the tokens seen. Read
+``stream.py`` first.
 """

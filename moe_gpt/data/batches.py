@@ -1,4 +1,4 @@
-"""Batches as the model takes them: tensors on the device, cut into micro-batches, documents kept apart."""
+"""Batches for the model: tensors on the device, cut into micro-batches, with documents kept apart if asked."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class MicroBatch(NamedTuple):
     inputs: Tensor
     targets: Tensor
     document_ids: Tensor | None = None
-    """A number for each position, the same within a document; None where documents are not kept apart."""
+    """A number for each position, the same within a document; None if documents are not kept apart."""
 
 
 def keep_documents_apart(inputs: Tensor, targets: Tensor, end_of_text_id: int) -> MicroBatch:
-    """Number the documents of each sequence, and take out the targets that lie beyond a document's end."""
+    """Number the documents of each sequence, and ignore targets that belong to the next document."""
     is_end = inputs == end_of_text_id
-    document_ids = is_end.cumsum(dim=1) - is_end.long()  # end-of-text is the last of its own document
+    document_ids = is_end.cumsum(dim=1) - is_end.long()  # end-of-text is the last token of its document
     return MicroBatch(inputs, targets.masked_fill(is_end, IGNORED_TARGET), document_ids)
 
 
@@ -33,10 +33,8 @@ def split_batch(
     """Cut a batch into as few micro-batches as fit under ``micro_batch_tokens``, all full but the last.
 
     Args:
-        batch: of one optimizer step.
-        micro_batch_tokens: at most this many in one forward pass.
-        device: where they go.
-        end_of_text_id: given, documents are kept apart.
+        micro_batch_tokens: most tokens in one forward pass.
+        end_of_text_id: if given, documents are kept apart.
     """
     per_micro = max(1, micro_batch_tokens // batch.inputs.shape[1])
     inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)

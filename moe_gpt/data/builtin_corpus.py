@@ -1,9 +1,9 @@
 """Real text that ships with every Python, so that the smallest run works offline.
 
-*prose* is the language reference of ``pydoc_data`` and the docstrings of the standard library; *code* is the
-standard library's sources with those docstrings taken out, so that no text is in both. Tests and generated tables
-are left out. A module's prose and code carry the same split key, so both fall on the same side of the
-train/validation split. The text differs a little between Python versions; the run records its fingerprint.
+*prose* is the language reference of ``pydoc_data`` and the docstrings of the standard library. *code* is the source
+code of the standard library without those docstrings, so no text is in both. Tests and generated tables are left out.
+A module's prose and code have the same split key, so both are on the same side of the train/validation split. The text
+differs a little between Python versions; the run records its fingerprint.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ast
 import codecs
 import importlib
 import inspect
+import itertools
 import os
 import re
 import sysconfig
@@ -30,16 +31,12 @@ _LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata")
 
 
 def source_files() -> list[Path]:
-    """Return the standard library's source files, sorted.
-
-    Raises:
-        InputError: where this Python has no sources on disk.
-    """
+    """Return the standard library's source files, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not _is_left_out(name)]  # not walked: site-packages is large
-        files += [Path(folder, name) for name in names if name.endswith(".py") and not _is_left_out(name)]
+        folders[:] = itertools.filterfalse(_is_left_out, folders)  # so that the walk skips large ones
+        files += [Path(folder, name) for name in itertools.filterfalse(_is_left_out, names) if name.endswith(".py")]
     if len(files) < 100:
         raise InputError(
             f"builtin needs the standard library's sources, got {len(files)} .py files under {root}; "
@@ -59,16 +56,23 @@ def iterate_builtin(kind: str) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in source_files():
         source = path.read_bytes()
-        try:
-            source.decode("utf-8")
-            with warnings.catch_warnings(action="ignore"):
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError):  # a few files of the standard library are broken or foreign on purpose
+        tree = _parse(source)
+        if tree is None:
             continue
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         text = collect_docstrings(tree, module) if kind == "prose" else remove_docstrings(source, tree)
         if text.strip():
             yield Document(text, module)
+
+
+def _parse(source: bytes) -> ast.Module | None:
+    """Return the syntax tree; None for the few files of the standard library that are invalid on purpose."""
+    try:
+        source.decode("utf-8")
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
 
 
 def _reference_topics() -> Iterator[Document]:
@@ -84,7 +88,7 @@ def _reference_topics() -> Iterator[Document]:
 
 
 def _documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """Yield every module, class and function that has a docstring, with its dotted name inside the module."""
+    """Yield each module, class and function with a docstring, and its dotted name within the module."""
     stack: list[tuple[ast.AST, str]] = [(tree, "")]
     while stack:
         node, name = stack.pop()
@@ -96,7 +100,7 @@ def _documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def collect_docstrings(tree: ast.Module, module: str) -> str:
-    """Return all docstrings of a module in source order, each under the dotted name of what it documents."""
+    """Return all docstrings of a module in source order, each under the dotted name of its object."""
     parts = []
     for node, name in _documented_nodes(tree):
         text = inspect.cleandoc(node.body[0].value.value).strip()  # type: ignore[attr-defined]
@@ -106,20 +110,9 @@ def collect_docstrings(tree: ast.Module, module: str) -> str:
 
 
 def remove_docstrings(source: bytes, tree: ast.Module) -> str:
-    """Return the source without its docstrings; a body that was nothing else becomes ``pass``."""
+    """Return the source without its docstrings. A body that has nothing else becomes ``pass``."""
     source = source.removeprefix(codecs.BOM_UTF8)  # positions in the tree do not count it
-    line_starts = [0]
-    for line in source.splitlines(keepends=True):
-        line_starts.append(line_starts[-1] + len(line))
-    edits = []
-    for node, _ in _documented_nodes(tree):
-        body = node.body  # type: ignore[attr-defined]
-        first = body[0]
-        start = line_starts[first.lineno - 1] + first.col_offset
-        end = line_starts[first.end_lineno - 1] + first.end_col_offset
-        stands_alone = not isinstance(node, ast.Module) and len(body) == 1
-        edits.append((start, end, b"pass" if stands_alone else b""))
-    for start, end, replacement in sorted(edits, reverse=True):
+    for start, end, replacement in sorted(_edits(source, tree), reverse=True):
         if not replacement:
             separator = re.compile(rb"[ \t]*;[ \t]*").match(source, end)
             start, end = _whole_line(source, start, separator.end() if separator else end)
@@ -127,8 +120,19 @@ def remove_docstrings(source: bytes, tree: ast.Module) -> str:
     return source.decode("utf-8")
 
 
+def _edits(source: bytes, tree: ast.Module) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the byte range of each docstring, and its replacement."""
+    line_starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
+    for node, _ in _documented_nodes(tree):
+        body = node.body  # type: ignore[attr-defined]
+        start = line_starts[body[0].lineno - 1] + body[0].col_offset
+        end = line_starts[body[0].end_lineno - 1] + body[0].end_col_offset
+        stands_alone = not isinstance(node, ast.Module) and len(body) == 1
+        yield start, end, b"pass" if stands_alone else b""
+
+
 def _whole_line(source: bytes, start: int, end: int) -> tuple[int, int]:
-    """Widen a range to the whole lines it stands on, where nothing else is on them."""
+    """Widen a range to whole lines, if nothing else is on them."""
     line_start = source.rfind(b"\n", 0, start) + 1
     line_end = source.find(b"\n", end)
     line_end = len(source) if line_end < 0 else line_end + 1

@@ -1,7 +1,7 @@
-"""Where text comes from: the built-in corpus, local files, the Hugging Face hub.
+"""Reading documents from the built-in corpus, local files or the Hugging Face hub.
 
-Everything but the built-in corpus is opened through ``datasets.load_dataset``, so that a local file and a dataset
-on the hub take the same path. Documents come in a fixed order; nothing is shuffled here.
+``datasets.load_dataset`` opens everything except the built-in corpus, so local files and datasets of the hub take the
+same path. Documents come in a fixed order; nothing is shuffled here.
 """
 
 from __future__ import annotations
@@ -30,39 +30,40 @@ from moe_gpt.errors import InputError, shown
 
 @dataclasses.dataclass
 class ReadingProgress:
-    """About how much of a source has been read, from 0 to 1; None where that cannot be told."""
+    """The approximate share of a source that has been read, from 0 to 1; None if it is unknown."""
 
     fraction: float | None = None
 
 
 def iterate_documents(source: SourceConfig, progress: ReadingProgress | None = None) -> Iterator[Document]:
-    """Yield a source's documents that are not shorter than ``min_chars``, at most ``max_documents``.
+    """Yield at most ``max_documents`` documents of a source that have at least ``min_chars``.
 
-    With ``deduplicate`` each text comes once; that keeps 16 bytes of digest for every document.
+    ``deduplicate`` yields each text once and keeps 16 bytes of digest for every document.
 
     Args:
-        source: what to read.
         progress: kept up to date while reading.
 
     Raises:
-        InputError: naming the source and what is wrong with it: no files, no such field, bytes that are not UTF-8,
-            a hub that cannot be reached.
+        InputError: naming the source and its problem: no files, no such column, bytes that are not UTF-8, a hub that
+            cannot be reached.
     """
     progress = progress or ReadingProgress()
-    documents = iterate_builtin(source.builtin) if source.builtin else _iterate_read(source, progress)
+    documents = _all_documents(source, progress)
     documents = (document for document in documents if len(document.text) >= source.min_chars)
     if source.deduplicate:
         documents = _without_repeats(documents)
-    for index, document in enumerate(itertools.islice(documents, source.max_documents)):
-        progress.fraction = _further(progress.fraction, index, source.max_documents)
+    yield from _counted(documents, source.max_documents, progress) if source.max_documents else documents
+
+
+def _counted(documents: Iterator[Document], limit: int, progress: ReadingProgress) -> Iterator[Document]:
+    for index, document in enumerate(itertools.islice(documents, limit)):
+        progress.fraction = max(progress.fraction or 0.0, index / limit)
         yield document
 
 
-def _further(fraction: float | None, index: int, n_documents: int | None) -> float | None:
-    return max(fraction or 0.0, index / n_documents) if n_documents else fraction
-
-
-def _iterate_read(source: SourceConfig, progress: ReadingProgress) -> Iterator[Document]:
+def _all_documents(source: SourceConfig, progress: ReadingProgress) -> Iterator[Document]:
+    if source.builtin:
+        return iterate_builtin(source.builtin)
     texts = _dataset_texts(source, progress) if source.dataset else _files_texts(source, progress)
     return (Document(text, text) for text in texts)
 
@@ -83,7 +84,7 @@ _ORIGIN = (
 
 
 def describe_origin(source: SourceConfig) -> dict[str, Any]:
-    """Return what identifies a source's text without reading all of it: for files, their sizes and times too."""
+    """Return what identifies a source's text without reading it: settings, and the sizes and times of files."""
     origin: dict[str, Any] = {key: getattr(source, key) for key in _ORIGIN}
     origin["python"] = platform.python_version() if source.builtin else None
     origin["stat"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _local_files(source)]
@@ -95,17 +96,13 @@ def _local_files(source: SourceConfig) -> list[Path]:
         return source_files()
     if source.files:
         return expand_files(source)
-    folder = Path(source.dataset or "")  # a dataset may be a local folder
-    return sorted(path.resolve() for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    found = Path(str(source.dataset)).rglob("*")  # none unless the dataset is a local folder
+    return sorted(path.resolve() for path in found if path.is_file())
 
 
 def expand_files(source: SourceConfig) -> list[Path]:
-    """Return the files that the source's paths and globs name, sorted.
-
-    Raises:
-        InputError: where a path or glob matches nothing.
-    """
-    patterns = source.files if isinstance(source.files, tuple) else (source.files or "",)
+    """Return the files that the source's paths and globs match, sorted."""
+    patterns = source.files if isinstance(source.files, tuple) else (str(source.files),)
     return sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)))
 
 
@@ -114,7 +111,7 @@ def _matches(name: str, pattern: str) -> set[Path]:
     found = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
     files = {Path(match).resolve() for match in found if os.path.isfile(match)}
     if not files:
-        remedy = f"it is a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the folder is {Path.cwd()}"
+        remedy = f"it is a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"
         raise InputError(f"source {name}: files={pattern!r} matches no file; {remedy}")
     return files
 
@@ -166,7 +163,7 @@ def _file_texts(source: SourceConfig, path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _with_bytes_replaced(path: Path) -> Iterator[Path]:
-    """Make a temporary copy that is UTF-8, uncompressed: not every reader of datasets can replace bytes itself."""
+    """Make a temporary uncompressed UTF-8 copy, because not every reader of ``datasets`` can replace bytes."""
     import fsspec
 
     name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
@@ -179,12 +176,12 @@ def _with_bytes_replaced(path: Path) -> Iterator[Path]:
 
 
 def _builder_for(source: SourceConfig, path: Path) -> str:
-    """Return which reader of ``datasets`` a file is for, looking through one layer of compression."""
+    """Return the reader of ``datasets`` for a file, looking through one layer of compression."""
     suffix = path.suffix.lower()
     if path.name.lower().endswith(_ARCHIVES):
         raise InputError(f"source {source.name}: {path} is an archive; unpack it (single files may be .gz or .zst)")
     if suffix == ".zst" and not importlib.util.find_spec("zstandard"):
-        raise InputError(f"source {source.name}: {path} needs a package to be read; run: pip install zstandard")
+        raise InputError(f"source {source.name}: {path} needs the package zstandard; run pip install zstandard")
     return _BUILDERS.get(path.with_suffix("").suffix.lower() if suffix in _COMPRESSED else suffix, "text")
 
 
@@ -207,10 +204,10 @@ def _file_rows(builder: str, path: Path, source: SourceConfig) -> Iterator[dict[
 def _open_rows(builder: str, path: Path, columns: tuple[str, ...]) -> Any:
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise each file is reported over the network
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise it reports each file over the network
     options_of: dict[str, dict[str, Any]] = {
         "text": {"sample_by": "document"},
-        "lines": {"sample_by": "line"},  # the JSON reader takes dates for times, and falls over columns that vary
+        "lines": {"sample_by": "line"},  # its JSON reader turns dates into times, and fails if columns vary
         "csv": {"converters": dict.fromkeys(columns, str), "keep_default_na": False},  # a cell is text
     }
     options = options_of.get(builder, {})
@@ -227,14 +224,14 @@ def _parse_lines(rows: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_empty_parquet(path: Path) -> bool:
-    """Whether the file has no rows, which its reader takes for an error."""
+    """Whether the file has no rows; its reader would fail on it."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(path).metadata.num_rows == 0
 
 
 def _check_zstandard(path: Path) -> None:
-    """Raise EOFError where the file ends in the middle of a frame: its reader would take that for the end."""
+    """Raise EOFError if the file ends in the middle of a frame; its reader would not notice."""
     import zstandard
 
     with open(path, "rb") as file:
@@ -253,35 +250,39 @@ def _check_zstandard(path: Path) -> None:
 def _open_hub(source: SourceConfig) -> Any:
     import datasets
 
-    is_local = os.path.exists(source.dataset or "")
-    if os.path.isfile(source.dataset or ""):
+    path = Path(str(source.dataset))
+    if path.is_file():
         raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")
     try:
         return datasets.load_dataset(
             source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
-    except Exception as error:  # datasets has RuntimeError and others of its own besides
+    except Exception as error:  # datasets raises many types
         raise InputError(
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
             f"be opened: {_one_line(error)}"
-            + ("" if is_local else "; local files: and builtin: work without a network")
+            + ("" if path.exists() else "; local files: and builtin: work without a network")
         ) from error
 
 
 def _read_texts(source: SourceConfig, rows: Any, where: str) -> Iterator[str]:
-    """Yield each row's text, turning the reader's failures into errors that name the file."""
+    """Yield each row's text, and turn the reader's failures into errors that name the file."""
     row_number, columns = 0, _columns(source)
     try:
         for row_number, row in enumerate(rows):
             for column in columns:
                 _check_cell(source, row, column, where, row_number)
-            text = row[source.text_field] if source.template is None else source.template.format_map(row)
+            text = _text_of(source, row)
             if text:
                 yield text
     except InputError:
         raise
-    except Exception as error:  # datasets wraps its readers' failures in several types of its own
+    except Exception as error:  # datasets wraps its readers' errors in many types
         raise InputError(f"source {source.name}: {where}: {_reading_failure(error, row_number, where)}") from error
+
+
+def _text_of(source: SourceConfig, row: dict[str, Any]) -> str:
+    return row[source.text_field] if source.template is None else source.template.format_map(row)
 
 
 def _check_cell(source: SourceConfig, row: dict[str, Any], column: str, where: str, row_number: int) -> None:
@@ -289,8 +290,8 @@ def _check_cell(source: SourceConfig, row: dict[str, Any], column: str, where: s
     if column not in row:
         at, there = f" in row {row_number}" if row_number else "", ", ".join(row) or "none"
         raise InputError(f"source {source.name}: {key}={column!r} is not a column of {where}{at}; there are {there}")
-    is_number = isinstance(row[column], int | float) and source.template is not None
-    if not isinstance(row[column], str) and not is_number:
+    accepted = str if source.template is None else str | int | float
+    if not isinstance(row[column], accepted):
         raise InputError(
             f"source {source.name}: column {column!r} of {where} must be text, "
             f"got {shown(row[column])} in row {row_number}"
@@ -311,7 +312,7 @@ def _reading_failure(error: BaseException, row_number: int, where: str) -> str:
 
 
 def _undecodable(path: Path) -> list[tuple[int, int]]:
-    """Return position and value of each byte of a file that is not UTF-8; the reader counts from its own pieces."""
+    """Return position in the file and value of each byte that is not UTF-8; the reader's positions are others."""
     import fsspec
 
     found: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""A document, and the side of the train/validation split it is on."""
+"""A document, and its side of the train/validation split."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class Document(NamedTuple):
 
 
 def is_held_out(document: Document, validation_fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a hash of its key decides, so it never changes sides."""
+    """Whether a document belongs to the validation split. A hash of its key decides, so it never changes sides."""
     digest = hashlib.sha256(document.split_key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < validation_fraction * 2**64

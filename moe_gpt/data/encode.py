@@ -1,4 +1,4 @@
-"""Documents to token ids, in their order, by as many processes as help."""
+"""Turning documents into token ids, in order, with as many processes as help."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ class Encoder:
     """Encodes groups of documents. It can be sent to other processes.
 
     Args:
-        tokenizer: gives the ids.
         validation_fraction: share of documents held out by hash.
-        fim_rate: share of the training documents rearranged for fill-in-the-middle.
-        fim_spm_rate: share of those that take the SPM form.
+        fim_rate: share of the training documents that are rearranged for fill-in-the-middle.
+        fim_spm_rate: share of the rearranged documents in the SPM form.
     """
 
     def __init__(
@@ -53,12 +52,14 @@ class Encoder:
         """Return the ids of each document, without end-of-text."""
         held_out = [is_held_out(document, self._validation_fraction) for document in documents]
         encoded = self.tokenizer.encode_arrays([document.text for document in documents])
-        if self._rearrange is not None:
-            for index, document in enumerate(documents):
-                rearranged = None if held_out[index] else self._rearrange(document.text)
-                if rearranged is not None:
-                    encoded[index] = rearranged
-        return list(map(EncodedDocument, encoded, held_out))
+        return list(map(self._finished, documents, encoded, held_out))
+
+    def _finished(self, document: Document, ids: np.ndarray, is_held_out: bool) -> EncodedDocument:
+        """Rearrange a training document, if it is one of the chosen share."""
+        if self._rearrange is None or is_held_out:
+            return EncodedDocument(ids, is_held_out)
+        rearranged = self._rearrange(document.text)
+        return EncodedDocument(ids if rearranged is None else rearranged, is_held_out)
 
 
 def encode_documents(
@@ -66,15 +67,13 @@ def encode_documents(
 ) -> Generator[list[EncodedDocument], None, None]:
     """Yield the documents' ids in groups, in the documents' order, whatever the number of processes.
 
-    The first 16 MB of text are encoded here, by the library's threads; what is more than that is worth starting
-    processes for, which also take the conversion of ids off this one's hands. At most two groups of about half a
-    MB are under way for each.
+    This process encodes the first 16 MB of text with the library's threads. Only a longer text is worth the start of
+    worker processes. Each of them has at most two groups of about half a MB waiting.
 
     Args:
-        documents: read as far as they are asked for.
-        encoder: what to do with each group.
+        documents: an iterator that is read only as far as needed.
         processes: None is one for each core that this process may use, at most 16.
-        say: told where no processes could be started.
+        say: shows a note if no worker process can start.
     """
     groups = in_groups(documents, lambda document: len(document.text), _GROUP_CHARS)
     for group in itertools.islice(groups, _GROUPS_BEFORE_PROCESSES):
@@ -117,7 +116,7 @@ def available_cores() -> int:
 
 
 def _start_pool(encoder: Encoder, processes: int) -> ProcessPoolExecutor | None:
-    """Return a pool that has answered once, or None where its processes die."""
+    """Return a pool that has answered once; None if its processes die."""
     refuse_in_starting_process()
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
     pool = ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(encoder,))
@@ -130,11 +129,11 @@ def _start_pool(encoder: Encoder, processes: int) -> ProcessPoolExecutor | None:
 
 
 def refuse_in_starting_process() -> None:
-    """End a process that encodes for another and is still starting: it is running that one's unguarded script again.
+    """End a worker process that is still starting, because it is running its parent's unguarded script again.
 
-    The other sees it die, and encodes by itself.
+    The parent notices, and encodes alone.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing's own check does
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing checks the same
         raise SystemExit(1)
 
 
@@ -145,7 +144,7 @@ def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     _worker_encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

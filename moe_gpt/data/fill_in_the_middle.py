@@ -1,8 +1,8 @@
 """Fill-in-the-middle: documents rearranged so that a model learns to insert (Bavarian et al., arXiv 2207.14255).
 
-A document is cut at two places, drawn uniformly from its characters, into prefix, middle and suffix, and its parts are
+Two positions, drawn uniformly from the document's characters, cut it into prefix, middle and suffix. The parts are
 written in another order with sentinels between them (section 3): prefix, suffix, middle (PSM), or suffix, prefix,
-middle (SPM, in the form that the paper trains jointly with PSM). Everything else about training stays as it is.
+middle (SPM, in the form that the paper trains jointly with PSM). Nothing else in training changes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ PREFIX, MIDDLE, SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 
 
 class FillInTheMiddle:
-    """Rearranges a share of the documents. Which ones, where and how follows from their text alone.
+    """Rearranges a share of the documents. The text alone decides which ones, and where they are cut.
 
     Args:
-        tokenizer: has the three sentinels as special tokens.
         rate: share of documents that are rearranged.
-        spm_rate: share of those that take the SPM form.
-
-    Raises:
-        InputError: naming the sentinels that the tokenizer lacks, and how to add them.
+        spm_rate: share of the rearranged documents in the SPM form.
     """
 
     def __init__(self, tokenizer: Tokenizer, rate: float, spm_rate: float) -> None:
@@ -35,13 +31,13 @@ class FillInTheMiddle:
         missing = [token for token in (PREFIX, MIDDLE, SUFFIX) if token not in ids]
         if missing:
             raise InputError(
-                f"fim_rate needs the special tokens {', '.join(missing)}, which the tokenizer has not; add them to "
+                f"fim_rate needs the special tokens {', '.join(missing)}, which the tokenizer lacks; add them to "
                 "data.tokenizer.special_tokens"
             )
         self._tokenizer, self._ids, self._rate, self._spm_rate = tokenizer, ids, rate, spm_rate
 
     def __call__(self, text: str) -> np.ndarray | None:
-        """Return the ids of the rearranged document, or None for one that stays as it is.
+        """Return the ids of the rearranged document, or None if it stays as it is.
 
         PSM is <PRE> prefix <SUF> suffix <MID> middle; SPM is <PRE> <SUF> suffix <MID> prefix middle.
         """

@@ -1,15 +1,16 @@
-"""From a data config to a tokenizer and one token store per source: built on first use, found again afterwards."""
+"""From a data config to a tokenizer and one token store per source, built on first use and cached."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from moe_gpt.files.durable import delete_leftovers, read_digest, replace_file
 from moe_gpt.terminal.progress import ProgressBar
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
-"""Text per source that the tokenizer is trained on, from the start of the source."""
+"""Text at the start of each source that the tokenizer is trained on."""
 
 
 class PreparedSource(NamedTuple):
@@ -38,7 +39,7 @@ class PreparedSource(NamedTuple):
 
 
 class PreparedData(NamedTuple):
-    """Everything a run reads."""
+    """The tokenizer and all tokens of a run."""
 
     tokenizer: Tokenizer
     sources: tuple[PreparedSource, ...]
@@ -57,16 +58,15 @@ def default_cache_dir() -> Path:
 def prepare_data(
     config: DataConfig, tokenizer: Tokenizer | None = None, say: Callable[[str], None] = print
 ) -> PreparedData:
-    """Return the tokenizer and the tokens of all sources, building what is not in the cache.
+    """Return the tokenizer and the tokens of all sources, and build those that are not in the cache.
 
     Args:
-        config: the sources, the tokenizer and where the cache is.
-        tokenizer: use this one instead of the config's, as a continued run does.
-        say: told what is being built, and why a vocabulary came out smaller than asked.
+        tokenizer: use this one instead of the config's, as a resumed run does.
+        say: shows what is being built, and a vocabulary that came out smaller than asked.
 
     Raises:
         InputError: naming the source or setting that cannot be used.
-        OSError: where the cache cannot be written.
+        OSError: if the cache cannot be written.
     """
     refuse_in_starting_process()
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
@@ -93,16 +93,11 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
         _TOKENIZER_SAMPLE_BYTES,
     )
     path = cache / "tokenizers" / f"{key}.json"
-    digest_path = path.with_suffix(".sha256")
-    if not (path.is_file() and digest_path.is_file()):
-        with _lock(cache / "locks" / f"tokenizer-{key}.lock", "training the same tokenizer", say):
-            if not (path.is_file() and digest_path.is_file()):  # another process may have finished it meanwhile
-                delete_leftovers(path.parent, key)
-                _train_tokenizer(config, path, say)
-    if read_digest(path).sha256 != digest_path.read_text(encoding="utf-8"):
-        raise InputError(
-            f"{path} is not the tokenizer that was trained: its SHA-256 differs; delete it to train it again"
-        )
+    digest = path.with_suffix(".sha256")
+    build = functools.partial(_train_tokenizer, config, path, say)
+    _build_once([path, digest], "training the same tokenizer", say, build)
+    if read_digest(path).sha256 != digest.read_text(encoding="utf-8"):
+        raise InputError(f"{path} has changed since it was trained: its SHA-256 differs; delete it to train it again")
     tokenizer = Tokenizer.load(path, wanted.end_of_text)
     if tokenizer.vocab_size < wanted.vocab_size:
         say(
@@ -112,28 +107,30 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     return tokenizer
 
 
-def _names(config: DataConfig) -> str:
-    return ", ".join(source.name for source in config.sources)
+def _build_once(parts: Sequence[Path], what: str, say: Callable[[str], None], build: Callable[[], None]) -> None:
+    """Build a file or folder of the cache unless all its parts exist; other processes wait for the one that builds."""
+    path = parts[0]
+    if all(part.exists() for part in parts):
+        return
+    with _lock(path.parents[1] / "locks" / f"{path.stem}.lock", what, say):
+        if not all(part.exists() for part in parts):  # another process may have built it meanwhile
+            delete_leftovers(path.parent, path.stem)
+            build()
 
 
 def _train_tokenizer(config: DataConfig, path: Path, say: Callable[[str], None]) -> None:
-    """Write a tokenizer and then its digest, which says that it is complete."""
+    """Write a tokenizer and then its digest, which marks it as complete."""
     wanted = config.tokenizer
-    say(f"training a tokenizer of {wanted.vocab_size} tokens on {_names(config)}")
+    say(f"training a tokenizer of {wanted.vocab_size} tokens on {', '.join(source.name for source in config.sources)}")
     with _interruptible():
-        texts = _training_texts(config)
+        texts = itertools.chain.from_iterable(_sample(source, config.validation_fraction) for source in config.sources)
         tokenizer = train_tokenizer(texts, wanted.vocab_size, wanted.end_of_text, wanted.special_tokens)
     replace_file(path, tokenizer.to_json())
     replace_file(path.with_suffix(".sha256"), read_digest(path).sha256)
 
 
-def _training_texts(config: DataConfig) -> Iterator[str]:
-    """Yield the texts that the tokenizer learns from; nothing held out for validation is among them."""
-    for source in config.sources:
-        yield from _sample(source, config.validation_fraction)
-
-
 def _sample(source: SourceConfig, validation_fraction: float) -> Iterator[str]:
+    """Yield the first texts of a source without held-out ones; of a single book, which is split later, all of it."""
     n_chars, held_out = 0, ""
     for document in iterate_documents(source):
         if is_held_out(document, validation_fraction):
@@ -143,9 +140,9 @@ def _sample(source: SourceConfig, validation_fraction: float) -> Iterator[str]:
         n_chars += len(document.text)
         if n_chars >= _TOKENIZER_SAMPLE_BYTES:
             return
-    if not n_chars and not held_out:
-        raise InputError(f"source {source.name} has no documents with text; give it some, or remove the source")
-    if not n_chars:  # a single book, which is split by position
+    if not n_chars:
+        if not held_out:
+            raise InputError(f"source {source.name} has no documents with text; give it some, or remove the source")
         yield held_out
 
 
@@ -157,11 +154,8 @@ def _obtain_source(
         describe_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction, fim
     )
     folder = cache / "tokens" / f"{source.name}-{key}"
-    if not folder.is_dir():
-        with _lock(cache / "locks" / f"{folder.name}.lock", f"tokenising {source.name}", say):
-            if not folder.is_dir():  # another process may have finished it meanwhile
-                delete_leftovers(folder.parent, folder.name)
-                _tokenise(source, config, tokenizer, folder, say)
+    build = functools.partial(_tokenise, source, config, tokenizer, folder, say)
+    _build_once([folder], f"tokenising {source.name}", say, build)
     verify_store(folder)
     train, validation = (TokenStore(folder, split, check=config.verify_tokens) for split in SPLITS)
     return PreparedSource(source, train, validation)
@@ -183,7 +177,7 @@ def _tokenise(
 
 
 def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_documents: int, n_tokens: int) -> None:
-    """Show the documents and tokens so far, and the time left where it can be told."""
+    """Show the documents and tokens so far, and the time left if it is known."""
     fraction = max(reading.fraction or 0.0, n_tokens / source.max_tokens if source.max_tokens else 0.0)
     left = bar.time_left(fraction)
     still = f", about {left} left" if left is not None else ""
@@ -195,7 +189,7 @@ def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGINT end the process at once: inside the library that trains tokenizers Python does not hear of it."""
+    """Let SIGINT end the process at once, because Python cannot handle it inside the tokenizer library."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -207,7 +201,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _lock(lock_file: Path, what: str, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
-    """Wait until no other process holds the lock, and hold it; the lock of a process that died is free."""
+    """Wait for the lock and hold it. A process that dies frees its lock."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(lock_file)
     try:

@@ -1,19 +1,18 @@
-"""The training stream in closed form: any token of it follows from ``(seed, token index)``, with no loader state.
+"""The training stream in closed form: any of its tokens follows from ``(seed, token index)``; there is no loader state.
 
-The stream is one endless sequence of tokens. It is cut into *chunks* of ``chunk_tokens``; each chunk is contiguous
-text of one source, but for the chunk in which a source's epoch ends and its next begins.
+The stream is one endless sequence of tokens, cut into *chunks* of ``chunk_tokens``. A chunk is contiguous text of one
+source, except a chunk in which one epoch of the source ends and the next begins.
 
-- *Mixture.* Which source chunk number c takes is decided by integer arithmetic, one source after another
-  (Bresenham's line, so to speak), such that in any window of the stream each source has its share to within as
-  many chunks as there are sources.
-- *Epochs.* A source's n-th pass visits every token exactly once before the next begins: its text, rotated by a
-  random amount, is cut into chunks, and the chunks are visited in a pseudo-random order.
-- *Order.* The order is a Feistel permutation (Luby and Rackoff 1988) with cycle walking (Black and Rogaway 2002),
-  which needs neither memory nor start-up time, however large the source.
+- *Mixture.* Integer arithmetic decides which source each chunk comes from, one source after another, as in Bresenham's
+  line. In any window of the stream, each source has its share to within as many chunks as there are sources.
+- *Epochs.* Each pass over a source visits every token exactly once before the next begins. The text is rotated by a
+  random amount and cut into chunks, and the chunks are visited in a pseudo-random order.
+- *Order.* The order is a Feistel permutation (Luby and Rackoff 1988) with cycle walking (Black and Rogaway 2002). It
+  needs no memory and no start-up time, however large the source.
 
-A step of any length at any place reads the tokens ``[tokens_seen, tokens_seen + batch_tokens)``; so neither resume
-nor a change of sequence length or batch size skips or repeats anything. The target of a token is the token that
-follows it in its own text, also where a chunk or a sequence ends.
+A step reads the tokens ``[tokens_seen, tokens_seen + batch_tokens)``. Therefore neither a resume nor a change of
+sequence length or batch size skips or repeats a token. The target of a token is the next token in its own text, also
+at the end of a chunk or sequence.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Tokens(Protocol):
 
 
 class Text(Protocol):
-    """What the stream needs of a token store."""
+    """The part of a token store that the stream uses."""
 
     @property
     def tokens(self) -> Tokens:
@@ -55,7 +54,7 @@ class Batch(NamedTuple):
 
 
 class Location(NamedTuple):
-    """Where a token of the stream comes from."""
+    """The origin of a token of the stream."""
 
     source: int
     epoch: int
@@ -70,7 +69,7 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     round_keys = np.random.SeedSequence(key).generate_state(_FEISTEL_ROUNDS, np.uint64)
     result = indices.astype(np.uint64)
     outside = np.ones(len(result), dtype=bool)
-    while outside.any():  # walk the cycle until it comes back below size; the domain is at most 4 x size
+    while outside.any():  # cycle walking: repeat until the result is below size; the domain is at most 4 x size
         left, right = result[outside] >> half_bits, result[outside] & half_mask
         for round_key in round_keys:
             left, right = right, left ^ (_mix(right ^ round_key) & half_mask)
@@ -90,6 +89,15 @@ def _key(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:16], "big")
 
 
+def _check_batch(tokens_seen: int, seq_len: int, batch_tokens: int, rank: int, n_ranks: int) -> None:
+    if seq_len < 1 or batch_tokens % seq_len:
+        raise ValueError(f"batch_tokens must be a multiple of seq_len={seq_len}, got {batch_tokens}")
+    if tokens_seen < 0 or batch_tokens < 1:
+        raise ValueError(f"the stream starts at token 0, got {batch_tokens} tokens from {tokens_seen}")
+    if not 0 <= rank < n_ranks:
+        raise ValueError(f"rank must be below n_ranks={n_ranks}, got {rank}")
+
+
 class TrainingStream:
     """The mixture of several sources as one sequence of tokens.
 
@@ -98,9 +106,6 @@ class TrainingStream:
         shares: each source's share of the tokens; they need not sum to 1.
         seed: fixes the order.
         chunk_tokens: contiguous tokens of one source; a multiple of every sequence length keeps sequences whole.
-
-    Raises:
-        ValueError: where a share is not positive or a source is empty.
     """
 
     def __init__(self, texts: Sequence[Text], shares: Sequence[float], seed: int, chunk_tokens: int) -> None:
@@ -109,24 +114,15 @@ class TrainingStream:
         if any(len(text.tokens) == 0 for text in texts):
             raise ValueError("every source must have tokens, got an empty one")
         self._texts, self._seed, self._chunk_tokens = list(texts), seed, chunk_tokens
-        remaining = [sum(shares[i:]) for i in range(len(shares))]
-        self._numerators = [round(_ONE * share / rest) for share, rest in zip(shares, remaining, strict=True)]
+        self._numerators = [round(_ONE * share / sum(shares[i:])) for i, share in enumerate(shares)]
 
     def batch(self, tokens_seen: int, seq_len: int, batch_tokens: int, rank: int = 0, n_ranks: int = 1) -> Batch:
         """Return the next ``batch_tokens`` tokens of the stream as sequences of ``seq_len``, with their targets.
 
-        Of several data-parallel ranks, each gets its own contiguous part of the sequences; in the order of the ranks
-        the parts are what one alone would get. They differ by at most one sequence.
-
-        Raises:
-            ValueError: where ``batch_tokens`` are not whole sequences, or ``rank`` is not below ``n_ranks``.
+        Each data-parallel rank gets a contiguous part of the sequences. The parts of all ranks in order are the whole
+        batch, and their sizes differ by at most one sequence.
         """
-        if seq_len < 1 or batch_tokens % seq_len:
-            raise ValueError(f"batch_tokens must be a multiple of seq_len={seq_len}, got {batch_tokens}")
-        if tokens_seen < 0 or batch_tokens < 1:
-            raise ValueError(f"the stream starts at token 0, got {batch_tokens} tokens from {tokens_seen}")
-        if not 0 <= rank < n_ranks:
-            raise ValueError(f"rank must be below n_ranks={n_ranks}, got {rank}")
+        _check_batch(tokens_seen, seq_len, batch_tokens, rank, n_ranks)
         n_sequences = batch_tokens // seq_len
         first, last = (n_sequences * r // n_ranks for r in (rank, rank + 1))
         tokens_seen, batch_tokens = tokens_seen + first * seq_len, (last - first) * seq_len
@@ -139,11 +135,7 @@ class TrainingStream:
         return Batch(inputs.reshape(-1, seq_len), targets.reshape(-1, seq_len))
 
     def locate(self, token_index: int) -> Location:
-        """Return source, epoch, document and offset of one token of the stream.
-
-        Raises:
-            ValueError: where ``token_index`` is negative.
-        """
+        """Return source, epoch, document and offset of one token of the stream."""
         if token_index < 0:
             raise ValueError(f"the stream starts at token 0, got {token_index}")
         source, position = self._source_positions(token_index, 1)
@@ -151,7 +143,7 @@ class TrainingStream:
         return Location(int(source[0]), int(epoch[0]), *self._texts[source[0]].locate(int(place[0])))
 
     def _source_positions(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for tokens start..start+length, the source and the position in that source's own endless stream."""
+        """Return each token's source in [start, start + length), and its position in the source's endless stream."""
         U = self._chunk_tokens
         first, last = start // U, (start + length - 1) // U
         sources, counts = self._mixture(first, last + 1)
@@ -165,7 +157,7 @@ class TrainingStream:
         counts = np.empty(end - start, dtype=np.int64)
         undecided = np.arange(end - start)
         for index, numerator in enumerate(self._numerators):
-            # Of the chunks left by the sources before it, the first j give this one (j·numerator + 1/2) // 1.
+            # Of the first j chunks that earlier sources left, this source takes (j·numerator + 1/2) // 1.
             base, rest = divmod(start * numerator + _ONE // 2, _ONE)
             taken = base + (rest + np.arange(len(undecided) + 1, dtype=np.int64) * numerator) // _ONE
             is_mine = np.diff(taken) > 0
@@ -175,14 +167,14 @@ class TrainingStream:
         return sources, counts
 
     def _text_positions(self, index: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return epoch and place in the text of positions in a source's endless stream."""
+        """Return the epoch of each position in a source's endless stream, and its place in the text."""
         n, U = len(self._texts[index].tokens), self._chunk_tokens
         epoch = position // n
         place = np.empty_like(position)
         for e in np.unique(epoch):
             mine = epoch == e
             offset = position[mine] - e * n
-            # Chunks lie on multiples of U of the endless stream: an epoch starts and ends within a chunk.
+            # Chunks lie on multiples of U of the endless stream, so an epoch may start and end within a chunk.
             head = -int(e) * n % U
             n_chunks = max(0, n - head) // U
             chunk = (offset - head) // U
@@ -195,12 +187,8 @@ class TrainingStream:
         return epoch, place
 
 
-ValidationRows = Batch
-"""A fixed slice of held-out text as sequences with targets."""
-
-
 def validation_rows(tokens: Tokens, seq_len: int, max_tokens: int) -> Batch:
-    """Cut the start of held-out tokens into sequences: at most ``max_tokens``, the same at every evaluation.
+    """Cut the first held-out tokens, at most ``max_tokens``, into sequences with targets.
 
     Text shorter than one sequence gives one shorter sequence.
     """

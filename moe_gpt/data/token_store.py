@@ -1,9 +1,9 @@
 """Tokens in flat memory-mapped files, written once.
 
-A source's store is one folder: ``train.bin`` and ``validation.bin`` (token ids, uint16 or uint32, every document
-followed by end-of-text), where the documents end, the SHA-256 of each MiB of tokens, and ``meta.json``. The folder
-appears complete or not at all (``moe_gpt.files.durable``). Each MiB is compared with its digest when something of it
-is first read: so opening a store takes no time, however large it is, and no damaged token is ever used.
+A source's store is one folder with ``train.bin`` and ``validation.bin`` (token ids, uint16 or uint32, end-of-text after
+every document), the ends of the documents, the SHA-256 of each MiB of tokens, and ``meta.json``. The folder appears
+complete or not at all (``moe_gpt.files.durable``). Each MiB is compared with its digest when it is first read.
+Therefore even a large store opens at once, and no damaged token is ever used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterable
@@ -36,10 +37,7 @@ class CheckedTokens:
     """Token ids in a memory-mapped file, read by slice or by an array of positions.
 
     Args:
-        path: of the file.
-        dtype: of its ids.
-        digests: SHA-256 of each ``_BLOCK_BYTES`` of it, compared when something of the block is first read; None
-            compares nothing.
+        digests: SHA-256 of each block of ``_BLOCK_BYTES``, compared when the block is first read; None skips this.
     """
 
     def __init__(self, path: Path, dtype: str, digests: bytes | None = None) -> None:
@@ -52,11 +50,7 @@ class CheckedTokens:
         return len(self._ids)
 
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
-        """Return the ids at the places.
-
-        Raises:
-            InputError: where a block is not what was written.
-        """
+        """Return the ids at the places; raise ``InputError`` if they have changed since they were written."""
         if self._unchecked.any():
             self._check(places)
         return self._ids[places]
@@ -72,7 +66,7 @@ class CheckedTokens:
             ids = self._ids[start : start + self._block_tokens]
             if hashlib.sha256(ids.data).digest() != self._digests[32 * block : 32 * block + 32]:
                 raise InputError(
-                    f"{self._path}: the tokens from {start:,} to {start + len(ids):,} are not those that were "
+                    f"{self._path}: the tokens from {start:,} to {start + len(ids):,} have changed since they were "
                     f"written: their SHA-256 differs; {_ADVICE}"
                 )
             self._unchecked[block] = False
@@ -82,7 +76,6 @@ class TokenStore:
     """The tokens of one split of one source, memory-mapped.
 
     Args:
-        folder: of the store.
         split: train or validation.
         check: compare tokens with their digests when they are first read.
     """
@@ -101,19 +94,15 @@ class TokenStore:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the source's tokens, both splits."""
+        """SHA-256 of the source's tokens in both splits."""
         return self.meta["digest"]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return the document that holds the token at ``position``, and the token's offset in it.
-
-        Raises:
-            InputError: where the documents' ends are not what was written.
-        """
+        """Return the document that holds the token at ``position``, and the token's offset in it."""
         if not self._ends_checked:
             path = self._folder / f"{self._split}_ends.npy"
             if read_digest(path).sha256 != self.meta["digest_of_ends"][self._split]:
-                raise InputError(f"{path} is not what was written: its SHA-256 differs; {_ADVICE}")
+                raise InputError(f"{path} has changed since it was written: its SHA-256 differs; {_ADVICE}")
             self._ends_checked = True
         document = int(np.searchsorted(self.document_ends, position, side="right"))
         return document, position - (int(self.document_ends[document - 1]) if document else 0)
@@ -132,6 +121,10 @@ class _SplitWriter:
     def n_tokens(self) -> int:
         return self.ends[-1] if self.ends else 0
 
+    @property
+    def n_documents(self) -> int:
+        return len(self.ends)
+
     def write(self, ids: np.ndarray, n_bytes: int) -> None:
         np.append(ids, self.end_of_text_id).astype(self.dtype).tofile(self.file)
         self.ends.append(self.n_tokens + len(ids) + 1)
@@ -144,7 +137,7 @@ class _SplitWriter:
         self.ends, self.n_bytes = array("q", ends), n_bytes
 
     def finish(self, ends_file: Path) -> str:
-        """Force the tokens to the disk, write where the documents end, and return the SHA-256 of that."""
+        """Force the tokens to the disk, write the documents' ends, and return the SHA-256 of the ends."""
         ends = io.BytesIO()
         np.save(ends, np.array(self.ends, dtype=np.int64))
         self.file.flush()
@@ -166,15 +159,11 @@ def build_store(
     Args:
         name: the source's name, for errors.
         encoded: groups of documents, in the order in which they are stored.
-        tokenizer: of these ids; gives the end of each document.
         folder: appears complete or not at all.
-        validation_fraction: where holding out documents left a split without any (a single book, say), the last
-            such share of the tokens is held out instead.
-        max_tokens: stop after this many tokens, both splits together.
+        validation_fraction: if one split has no document (a single book, for example), the last tokens of the source
+            are held out instead: this share of them.
+        max_tokens: stop after this many tokens in both splits together.
         report: called with the number of documents and tokens so far.
-
-    Raises:
-        InputError: where there are no documents, or too few tokens for two splits.
     """
     with complete_folder(folder) as temporary:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -195,31 +184,40 @@ def _write_documents(
     max_tokens: int | None,
     report: Callable[[int, int], None],
 ) -> None:
+    limit = math.inf if max_tokens is None else max_tokens
     for group in encoded:
         for ids, is_held_out in group:
-            n_tokens = sum(writer.n_tokens for writer in writers.values())
-            if max_tokens is not None:
-                if max_tokens - n_tokens < 2:  # a document has a token and its end
-                    return
-                ids = ids[: max_tokens - n_tokens - 1]
+            room = limit - _total(writers, "n_tokens")
+            if room < 2:  # a document needs a token and end-of-text
+                return
+            ids = ids[: int(min(len(ids), room - 1))]
             writers["validation" if is_held_out else "train"].write(ids, int(token_bytes[ids].sum()))
-        report(sum(len(w.ends) for w in writers.values()), sum(w.n_tokens for w in writers.values()))
+        report(_total(writers, "n_documents"), _total(writers, "n_tokens"))
+
+
+def _total(writers: dict[str, _SplitWriter], count: str) -> int:
+    return sum(getattr(writer, count) for writer in writers.values())
 
 
 def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_fraction: float) -> None:
-    """Split by position where the split by document left one side empty."""
-    total = sum(writer.n_tokens for writer in writers.values())
+    """Split by position if the split by document left one side empty."""
+    total = _total(writers, "n_tokens")
     if not total:
         raise InputError(f"source {name} has no documents with text; give it some, or remove the source")
     if all(writer.ends for writer in writers.values()):
         return
-    full = writers["train"] if writers["train"].ends else writers["validation"]
     cut = total - max(1, int(total * validation_fraction))
-    if cut < 2 or total - cut < 2:
+    if min(cut, total - cut) < 2:
         raise InputError(
             f"source {name} has {total} tokens, too few to hold out validation_fraction={validation_fraction}; "
             "give it more text, or raise data.validation_fraction"
         )
+    _split_at(cut, writers["train" if writers["train"].ends else "validation"], writers)
+
+
+def _split_at(cut: int, full: _SplitWriter, writers: dict[str, _SplitWriter]) -> None:
+    """Move the tokens from ``cut`` on to the validation split, and those before it to the training split."""
+    total = full.n_tokens
     full.file.seek(0)
     tokens, ends, n_bytes = np.fromfile(full.file, dtype=full.dtype), np.array(full.ends), full.n_bytes
     writers["train"].replace(tokens[:cut], [*ends[ends < cut].tolist(), cut], round(n_bytes * cut / total))
@@ -232,9 +230,10 @@ def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype)
     meta = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype.name,
-        "n_tokens": {split: writer.n_tokens for split, writer in writers.items()},
-        "n_documents": {split: len(writer.ends) for split, writer in writers.items()},
-        "n_bytes": {split: writer.n_bytes for split, writer in writers.items()},
+        **{
+            key: {split: getattr(writer, key) for split, writer in writers.items()}
+            for key in ("n_tokens", "n_documents", "n_bytes")
+        },
         **_digests(folder),
         "digest_of_ends": digest_of_ends,
     }
@@ -242,7 +241,7 @@ def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype)
 
 
 def _digests(folder: Path) -> dict[str, Any]:
-    """Write the SHA-256 of each block; return that of both splits' tokens, and those of the files with the others."""
+    """Write the SHA-256 of each block; return the digest of all tokens and those of the files with block digests."""
     whole, of_blocks = hashlib.sha256(), {}
     for split in SPLITS:
         blocks = bytearray()
@@ -256,11 +255,7 @@ def _digests(folder: Path) -> dict[str, Any]:
 
 
 def verify_store(folder: Path) -> None:
-    """Check that a store's files are complete; its tokens are checked when they are read.
-
-    Raises:
-        InputError: naming the file that is damaged, and what to do.
-    """
+    """Raise ``InputError`` if a store's files are damaged. Its tokens are checked when they are read."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         itemsize = np.dtype(meta["dtype"]).itemsize
@@ -285,6 +280,5 @@ def _verify(file: Path, find: Callable[[Path], int | str], what: str, wanted: in
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file.parent}: {file.name} cannot be used ({error}); {_ADVICE}") from None
     if found != wanted:
-        raise InputError(
-            f"{file.parent}: {file.name} has {what.format(found)}, written with {what.format(wanted)}; {_ADVICE}"
-        )
+        text = f"{file.name} has {what.format(found)}, but was written with {what.format(wanted)}"
+        raise InputError(f"{file.parent}: {text}; {_ADVICE}")

@@ -1,8 +1,8 @@
 """Byte-level BPE: trained once, loaded always.
 
-The pre-tokenizer is exactly GPT-2's byte level (no normaliser, no prefix space, the whole byte alphabet), so that
-every text round-trips and other runtimes recognise the tokenizer. ``encode`` adds no tokens, and text that spells
-a special token stays text.
+The pre-tokenizer is exactly GPT-2's byte level (no normaliser, no prefix space, the whole byte alphabet). Therefore
+every text survives encoding and decoding, and other runtimes recognise the tokenizer. ``encode`` adds no tokens, and
+text that spells a special token stays text.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Tokenizer:
             special = ", ".join(self.special_tokens()) or "none"
             raise InputError(
                 f"data.tokenizer.end_of_text must be a token of the tokenizer, got {end_of_text!r}; its special "
-                f"tokens: {special}"
+                f"tokens are {special}"
             )
         self.end_of_text, self.end_of_text_id = end_of_text, end_of_text_id
         self._piece_chars = _PIECE_CHARS if self._may_be_cut_before_spaces() else None
 
-    def __reduce__(self) -> tuple:  # the library's own pickle forgets encode_special_tokens
+    def __reduce__(self) -> tuple:  # the library's pickle loses encode_special_tokens
         return Tokenizer._from_json, (self.to_json(), self.end_of_text)
 
     @classmethod
@@ -55,8 +55,8 @@ class Tokenizer:
         """Read a ``tokenizer.json``.
 
         Raises:
-            FileNotFoundError: where there is no such file.
-            InputError: where it is not a tokenizer or has no ``end_of_text`` token.
+            FileNotFoundError: if there is no such file.
+            InputError: if the file is not a tokenizer or has no ``end_of_text`` token.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer.file takes the path of a tokenizer.json")
@@ -69,30 +69,26 @@ class Tokenizer:
 
     @classmethod
     def from_hub(cls, name: str, revision: str | None = None, end_of_text: str = END_OF_TEXT) -> Tokenizer:
-        """Fetch the ``tokenizer.json`` of a repository on the Hugging Face hub; later calls find it in hub's cache.
-
-        Raises:
-            InputError: where it cannot be had, or has no ``end_of_text`` token.
-        """
+        """Fetch the ``tokenizer.json`` of a repository on the Hugging Face hub, or find it in the hub's cache."""
         from huggingface_hub import hf_hub_download
 
         try:
             path = hf_hub_download(name, "tokenizer.json", revision=revision)
-        except Exception as error:  # hub has a type for each way of failing, and httpx and others add theirs
+        except Exception as error:  # the hub and its libraries raise many types
             reason = " ".join(str(error).split())[:300].rstrip(".")
             raise InputError(
-                f"data.tokenizer.hub={name!r} could not be fetched: {reason}; a tokenizer.json on disk works "
-                "without a network, as data.tokenizer.file"
+                f"data.tokenizer.hub={name!r} could not be fetched: {reason}; without a network, set "
+                "data.tokenizer.file to a tokenizer.json on disk"
             ) from error
         return cls.load(path, end_of_text)
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, special tokens included; every id is below it."""
+        """Number of token ids, special tokens included. Every id is smaller."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the text and of nothing else."""
+        """Return the ids of the text, without added tokens."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -102,11 +98,11 @@ class Tokenizer:
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Encode several texts in parallel, as arrays of uint32.
 
-        A long text is encoded piece by piece where that gives the same ids, which bounds the memory: the library
-        keeps some 400 bytes for a token of what it encodes at once.
+        A long text is encoded in pieces if that gives the same ids. This saves memory, because the library needs some
+        400 bytes for each token that it encodes at once.
 
         Raises:
-            InputError: where a text holds half of a surrogate pair, which no UTF-8 can spell.
+            InputError: if a text holds half of a surrogate pair, which UTF-8 cannot represent.
         """
         pieces = [list(_cut_before_spaces(_checked(text), self._piece_chars)) for text in texts]
         ids = (
@@ -117,37 +113,37 @@ class Tokenizer:
         return [np.concatenate(list(itertools.islice(ids, len(parts)))) for parts in pieces]
 
     def _may_be_cut_before_spaces(self) -> bool:
-        """Whether a text may be encoded in pieces that begin with a space: true of GPT-2's byte level.
+        """Whether a text may be encoded in pieces that begin with a space. GPT-2's byte level allows it.
 
-        Its pre-tokenizer never puts something else and the space after it into one token (its pattern begins words
-        with a space and ends runs of anything before one), and no merge crosses what it has set apart.
+        Its pre-tokenizer always starts a new word at a space that follows another character, and no merge joins two
+        words.
         """
         spec = json.loads(self._backend.to_str())
         splits = spec["pre_tokenizer"] or {}
-        is_byte_level = splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
-        whole = [token for token in spec["added_tokens"] if not token["special"]]  # found in text before it is split
-        return bool(is_byte_level and not splits["add_prefix_space"] and spec["normalizer"] is None and not whole)
+        is_byte_level = splits.get("type") == "ByteLevel" and bool(splits.get("use_regex", True))
+        found_unsplit = [token for token in spec["added_tokens"] if not token["special"]]
+        return is_byte_level and not (splits["add_prefix_space"] or spec["normalizer"] or found_unsplit)
 
     def template(self) -> tuple[list[int], list[int]]:
-        """Return the ids that the tokenizer's own template puts before and after a text, such as Llama's <s>.
+        """Return the ids that the tokenizer's template puts before and after a text, such as Llama's <s>.
 
-        Ours has none, and ``encode`` never adds them.
+        ``encode`` never adds them. Tokenizers trained here have no template.
         """
         plain, whole = (self._backend.encode("a", add_special_tokens=add).ids for add in (False, True))
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
 
     def special_tokens(self) -> dict[str, int]:
-        """Return the special tokens with their ids."""
+        """Return the id of each special token."""
         decoder = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in decoder.items() if token.special}
 
     def special_id(self, token: str) -> int | None:
-        """Return the id of a special token; None where there is none of that name."""
+        """Return the id of a special token; None if there is no such token."""
         return self.special_tokens().get(token)
 
     def spell(self, index: int) -> str:
-        """Return a token as the vocabulary spells it; empty where there is no such id."""
+        """Return a token as the vocabulary spells it; empty if there is no such id."""
         return self._backend.id_to_token(index) or ""
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -157,11 +153,10 @@ class Tokenizer:
     def decode_stream(self, ids: Iterable[int], context: Sequence[int] = ()) -> Iterator[str]:
         """Yield text as ids arrive, holding back bytes until they form whole characters.
 
-        What is left at the end is decoded with replacement characters, so nothing is lost.
+        Incomplete bytes at the end become replacement characters.
 
         Args:
-            ids: what to decode.
-            context: ids before them, already written; some decoders drop the space of the first token they see.
+            context: ids before them that are already shown; some decoders drop the space of the first token.
         """
         context = list(context)
         pending: list[int] = []
@@ -175,10 +170,10 @@ class Tokenizer:
             yield self.decode(context + pending)[len(self.decode(context)) :]
 
     def token_bytes(self) -> np.ndarray:
-        """Return how many bytes of text each id stands for, (V,) int64; special tokens stand for none.
+        """Return the bytes of text of each id, (V,) int64; special tokens have none.
 
-        Exact for byte-level tokenizers, whose tokens are spelled with one letter a byte. For others it is the
-        length of the token in UTF-8, with SentencePiece's word mark as a space and its <0xNN> as one byte.
+        The numbers are exact for byte-level tokenizers, which spell each byte as one letter. For others they are the
+        token's length in UTF-8, with SentencePiece's word mark as a space and its <0xNN> as one byte.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
@@ -197,7 +192,7 @@ _Item = TypeVar("_Item")
 
 
 def in_groups(items: Iterable[_Item], size: Callable[[_Item], int], limit: int) -> Iterator[list[_Item]]:
-    """Yield the items in lists that end with the item whose size brings their sum to ``limit``."""
+    """Yield the items in lists; each ends with the item that brings the sum of sizes to ``limit``."""
     group, total = [], 0
     for item in items:
         group.append(item)
@@ -213,7 +208,7 @@ _SPACE = re.compile(r"(?<=\S)[ \n]")
 
 
 def _cut_before_spaces(text: str, piece_chars: int | None) -> Iterator[str]:
-    """Yield pieces of at least ``piece_chars`` that all but the first begin with a single space; None: do not cut."""
+    """Yield pieces of at least ``piece_chars``, cut before single spaces; None yields the whole text."""
     start = 0
     while piece_chars and (space := _SPACE.search(text, start + piece_chars)):
         yield text[start : space.start()]
@@ -234,9 +229,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train byte-level BPE (arXiv 1508.07909; GPT-2's byte alphabet).
 
-    The special tokens have the first ids: end-of-text 0, the others in their order. They count as part of the size.
-
-    Too little text for that many merges gives a smaller vocabulary; the caller can compare ``vocab_size``.
+    The special tokens have the first ids: end-of-text 0, then the others in order. ``vocab_size`` includes them. Too
+    little text for that many merges gives a smaller vocabulary.
     """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -252,6 +246,6 @@ def train_tokenizer(
     for key, token in [("end_of_text", end_of_text), *(("special_tokens", token) for token in special_tokens)]:
         if backend.token_to_id(token) in tokenizer.encode(token):
             raise InputError(
-                f"data.tokenizer.{key} must not be a word of the text, got {token!r}; write <|{token}|>, say"
+                f"data.tokenizer.{key} must not occur as a word, got {token!r}; use another, such as <|{token}|>"
             )
     return tokenizer

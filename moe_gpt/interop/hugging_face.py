@@ -1,7 +1,7 @@
 """Folders of Hugging Face's transformers: read Mixtral, Mistral and Llama, write Mixtral and Llama.
 
-What is written has the tensors of the released Mixtral (one matrix per expert), which transformers, vLLM and
-llama.cpp's converter read without any code of ours. What is read becomes a ``MoEGPT`` with the same logits.
+An exported folder has the tensors of the released Mixtral (one matrix per expert), which transformers, vLLM and
+llama.cpp's converter read without moe_gpt. An imported folder becomes a ``MoEGPT`` with the same logits.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ class LoadedFolder(NamedTuple):
     model: MoEGPT
     tokenizer: Tokenizer
     text_start: list[int]
-    """Ids that the folder's tokenizer puts before every text, such as Llama's <s>; none for models made here."""
+    """Ids that the tokenizer's template puts before every text, such as Llama's <s>; none for models trained here."""
     path: Path
 
 
 def is_model_folder(path: str | Path) -> bool:
-    """Whether a path looks like a folder of transformers: it has a config.json."""
+    """Whether a path looks like a Hugging Face folder, which has a config.json."""
     return (Path(path) / "config.json").is_file()
 
 
 def load(folder: str | Path, max_seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> MoEGPT:
     """Return the model of a Mixtral, Mistral or Llama folder, in evaluation mode.
 
-    Experts may be stored one by one, as released, or fused, as transformers 5 holds them. Weights are read one
-    tensor at a time into the model, so it takes little more memory than the model's.
+    Experts may be stored separately, as in the release, or fused, as in transformers 5. Weights are read one tensor at
+    a time, so loading needs little more memory than the model.
 
     Args:
         folder: holds config.json and safetensors.
         max_seq_len: the context to use instead of the folder's.
-        dtype: of the weights; training wants float32.
+        dtype: of the weights; training needs float32.
 
     Raises:
-        FileNotFoundError: where the folder has no config.json.
-        InputError: for another architecture, settings this model does not have (one line each), and tensors that
-            are missing, left over, cut off or of another shape than config.json says, by name.
+        FileNotFoundError: if the folder has no config.json.
+        InputError: for another architecture; for settings that this model does not have (one line each); for tensors
+            that are missing, left over, cut off or of another shape than config.json says.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
@@ -69,30 +69,31 @@ def load(folder: str | Path, max_seq_len: int | None = None, dtype: torch.dtype 
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in table.items():
-            tensor = reader.read(name)
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"{folder}: {name} has values that are not finite")
-            part.of(own[part.name]).copy_(tensor)
+            part.of(own[part.name]).copy_(_finite(reader.read(name), f"{folder}: {name}"))
     return model.eval()
 
 
-def check(folder: str | Path, max_seq_len: int | None = None) -> ModelConfig:
-    """Return the config of a folder's model after everything that ``load`` checks before it reads weights.
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise InputError(f"{name} has values that are not finite")
+    return tensor
 
-    Raises:
-        FileNotFoundError: where the folder has no config.json.
-        InputError: as ``load``, except that no value is checked to be finite.
+
+def check(folder: str | Path, max_seq_len: int | None = None) -> ModelConfig:
+    """Check a folder as ``load`` does, but without reading the weights, and return its model's config.
+
+    The errors are those of ``load``, except the one for values that are not finite.
     """
     return _open(Path(folder), max_seq_len)[0].config
 
 
 def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slice], TensorReader]:
-    """Return a folder's model without memory for its weights, where their tensors go, and the files they are in."""
+    """Return a folder's model without memory, the table that maps tensors to its weights, and the files' reader."""
     if max_seq_len is not None and max_seq_len < 1:
         raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
     config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
-    if config.n_layers > len(reader.names):  # an absurd number of layers would take long to describe
+    if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
         raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     table = tensor_table(config, "fused" if is_fused else "per_expert")
@@ -102,51 +103,55 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
 
 
 def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> LoadedFolder:
-    """Return a folder's model and its tokenizer.
-
-    Raises:
-        FileNotFoundError: where config.json or tokenizer.json is missing.
-        InputError: as ``load``; and for a tokenizer with more tokens than the model.
-    """
+    """Return a folder's model and tokenizer; errors are those of ``load`` and ``load_tokenizer``."""
     folder = Path(folder)
-    check(folder)  # a wrong architecture is reported before a missing tokenizer
+    check(folder)  # reports a wrong architecture before a missing tokenizer
     tokenizer = load_tokenizer(folder)
     return LoadedFolder(load(folder).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return a folder's tokenizer; its end-of-text is the ``eos_token`` that tokenizer_config.json names.
+    """Return a folder's tokenizer; its end-of-text is the ``eos_token`` in tokenizer_config.json.
 
     Raises:
-        FileNotFoundError: where there is no tokenizer.json.
-        InputError: where no end-of-text is named, or config.json says that the model has fewer tokens.
+        FileNotFoundError: if there is no tokenizer.json or no tokenizer_config.json.
+        InputError: if the end-of-text is missing, or the tokenizer has more tokens than the model.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.json; AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers "
-            "makes one from other tokenizers"
+            f"{folder} has no tokenizer.json; for other tokenizers, AutoTokenizer.from_pretrained(...).save_pretrained("
+            "...) of transformers makes one"
         )
-    if not (folder / "tokenizer_config.json").is_file():
+    if not settings.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer_config.json, which names the token that ends a text")
-    end_of_text = _read_json(folder / "tokenizer_config.json").get("eos_token")
-    if isinstance(end_of_text, dict):
-        end_of_text = end_of_text.get("content")
-    if not isinstance(end_of_text, str):
-        raise InputError(f"{folder / 'tokenizer_config.json'} must name an eos_token, got {end_of_text!r}")
+    end_of_text = _end_of_text(settings)
     try:
         tokenizer = Tokenizer.load(path, end_of_text)
     except InputError as error:
-        place = folder / "tokenizer_config.json"
-        raise InputError(f"{error} (eos_token of {place} is {end_of_text!r})") from None
+        raise InputError(f"{error} (eos_token of {settings} is {end_of_text!r})") from None
     vocab_size = _read_json(folder / "config.json").get("vocab_size")
-    if isinstance(vocab_size, int) and vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, config.json says that the model has "
-            f"vocab_size={vocab_size}; they are of different models"
-        )
+    if isinstance(vocab_size, int):
+        _check_vocabulary(f"{folder}: ", tokenizer, vocab_size)
     return tokenizer
+
+
+def _end_of_text(settings: Path) -> str:
+    """Return the ``eos_token`` of a tokenizer_config.json, which is text or a mapping with its content."""
+    token = _read_json(settings).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str):
+        raise InputError(f"{settings} must name an eos_token, got {token!r}")
+    return token
+
+
+def _check_vocabulary(where: str, tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"{where}the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={vocab_size}; they "
+            "belong to different models"
+        )
 
 
 def _read_model_config(folder: Path, max_seq_len: int | None) -> ModelConfig:
@@ -176,11 +181,11 @@ def _shapes(model: MoEGPT, table: dict[str, Slice]) -> dict[str, tuple[int, ...]
 
 
 def _stored_names(folder: Path, config: ModelConfig, reader: TensorReader) -> set[str]:
-    """Return the stored tensors that the model needs: not what follows from settings, nor a tied matrix twice."""
-    found = {name for name in reader.names if not name.endswith(".rotary_emb.inv_freq")}  # follows from rope_theta
+    """Return the stored tensors that the model needs: no rotary frequencies, and a tied matrix once."""
+    found = {name for name in reader.names if not name.endswith(".rotary_emb.inv_freq")}  # rope_theta gives them
     if config.tie_embeddings and "lm_head.weight" in found:  # some writers store a tied matrix twice
         if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
-            raise InputError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
+            raise InputError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
         found.remove("lm_head.weight")
     return found
 
@@ -196,7 +201,7 @@ def _check_tensors(folder: Path, config: ModelConfig, shapes: dict[str, tuple[in
 
 
 def _unfit(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """Yield what is wrong with a stored tensor, if anything."""
+    """Yield the problem of a stored tensor, if it has one."""
     if reader.shape(name) != shape:
         yield f"{name} has shape {reader.shape(name)}, config.json says {shape}"
     elif reader.dtype(name) not in _READABLE_DTYPES:
@@ -210,23 +215,20 @@ def save(
     dtype: torch.dtype = torch.float32,
     load_balancing_loss_weight: float = LossConfig.load_balancing_loss_weight,
 ) -> None:
-    """Write a folder that ``transformers.AutoModelForCausalLM.from_pretrained`` opens as the same function.
+    """Write a folder from which ``transformers.AutoModelForCausalLM.from_pretrained`` loads the same function.
 
-    A model with experts becomes a Mixtral, a dense one a Llama. ``moe_gpt`` is not needed to use it.
+    A model with experts becomes a Mixtral, a dense one a Llama. Using it does not need ``moe_gpt``.
 
     Args:
-        model: on any device.
         folder: new or empty.
-        tokenizer: written beside the weights, for ``AutoTokenizer.from_pretrained``; a tokenizer of this package, such
-            as ``load_tokenizer`` and ``load_model`` return. Its template, if it has one, is kept.
+        tokenizer: written beside the weights, for ``AutoTokenizer.from_pretrained``, with its template if it has one.
         dtype: torch.float32 or torch.bfloat16, of the weights in the files.
         load_balancing_loss_weight: ours, translated into ``router_aux_loss_coef``.
 
     Raises:
-        InputError: for routers that are not exactly ``Router``; where the folder is not empty; for settings that change
-            the function and that Mixtral does not
-            have (``balance: bias`` once the bias has moved, ``normalize_topk: false``), by name; for a tokenizer with
-            more tokens than the model; for weights that are not finite; where the folder cannot be written.
+        InputError: for a user's router; for settings that Mixtral lacks (``normalize_topk: false``, or
+            ``balance: bias`` after the bias has moved); for a tokenizer with more tokens than the model; for weights
+            that are not finite; for a folder that is not empty or cannot be written.
         ValueError: for another dtype.
     """
     for layer in model.moe_layers():
@@ -237,10 +239,10 @@ def save(
 
 
 def own_router_text(name: str) -> str:
-    """Say why a model with a router of one's own is not exported."""
+    """Say why a model with a user's router cannot be exported."""
     return (
-        f"a model with the router {name} cannot be exported: as a Mixtral it would choose experts by a linear top-k "
-        "router, and compute something else"
+        f"a model with the router {name} cannot be exported: a Mixtral always has a linear top-k router, so it would "
+        "compute another function"
     )
 
 
@@ -254,20 +256,15 @@ def export(
     model_card: str | None = None,
     keep_template: bool = True,
 ) -> None:
-    """Write a folder for transformers from weights that are read one tensor at a time; ``save`` says the rest.
+    """Write a folder as ``save`` does, but from weights that are read one tensor at a time.
 
     The folder appears complete or not at all.
 
     Args:
-        config: of the model.
         read: returns one of the model's tensors by our name.
-        folder: new or empty.
-        tokenizer: written where given.
-        dtype: of the weights in the files.
-        load_balancing_loss_weight: ours.
-        model_card: contents of README.md, where given.
-        keep_template: let the written tokenizer put before and after a text what its template says, such as Llama's
-            <s>. Training here does not, so a model that was trained here is best used without.
+        model_card: contents of README.md, if given.
+        keep_template: keep the tokenizer's template, which puts tokens such as Llama's <s> around a text. Training here
+            does not add them, so a model that was trained here works best without the template.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
@@ -289,14 +286,10 @@ def export(
 
 
 def _token_ids(config: ModelConfig, tokenizer: Tokenizer | None, keep_template: bool) -> dict[str, int | None]:
-    """Return the tokens that start and end a text; end-of-text starts one where the tokenizer has nothing else."""
+    """Return the tokens that start and end a text; end-of-text also starts it if the template has no start."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
-    if config.vocab_size and tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={config.vocab_size}; they "
-            "are of different models"
-        )
+    _check_vocabulary("", tokenizer, config.vocab_size or tokenizer.vocab_size)
     start = tokenizer.template()[0] if keep_template else []
     return {"bos_token_id": [*start, tokenizer.end_of_text_id][0], "eos_token_id": tokenizer.end_of_text_id}
 
@@ -305,10 +298,7 @@ def _write_weights(folder: Path, config: ModelConfig, read: Callable[[str], Tens
     table = tensor_table(config)
 
     def read_slice(name: str) -> Tensor:
-        tensor = table[name].of(read(table[name].name))
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{table[name].name} has values that are not finite; the model is of no use")
-        return tensor
+        return _finite(table[name].of(read(table[name].name)), table[name].name)
 
     shapes = _shapes(shapes_only(config), table)
     write_sharded(folder, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
@@ -318,51 +308,53 @@ def _new_or_empty(folder: str | Path) -> Path:
     path = Path(folder)
     if not str(folder).strip():
         raise InputError("the output folder must have a name, got ''")
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"the output folder must be new or empty, got a broken link, {path}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"the output folder must be new or empty, got {path}")
+    is_broken = path.is_symlink() and not path.exists()
+    if is_broken or _is_taken(path):
+        raise InputError(f"the output folder must be new or empty, got {'a broken link, ' * is_broken}{path}")
     return path
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
     if config.balance != "bias" or config.is_dense:
         return
-    moved = [layer for layer in range(config.n_layers) if read(f"blocks.{layer}.feed_forward.router.expert_bias").any()]
-    if moved:
+    n_moved = sum(bool(read(f"blocks.{i}.feed_forward.router.expert_bias").any()) for i in range(config.n_layers))
+    if n_moved:
         raise InputError(
-            f"model.balance: bias cannot be exported as Mixtral: the balancing bias of {len(moved)} of "
-            f"{config.n_layers} layers changes which experts are chosen, and Mixtral has none; train with "
-            "model.balance=loss"
+            f"model.balance: bias cannot be exported as Mixtral: the balancing bias of {n_moved} of {config.n_layers} "
+            "layers changes which experts are chosen, and Mixtral has no such bias; train with model.balance=loss"
         )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], keep_template: bool) -> None:
-    """Write the tokenizer as a class that old and new versions know."""
+    """Write the tokenizer as a class that old and new versions of transformers know."""
     values = json.loads(tokenizer.to_json())
     if not keep_template and any(tokenizer.template()):
         values["post_processor"] = None
     _write_json(folder / "tokenizer.json", values)
-    end = tokenizer.end_of_text
-    pad = PADDING if tokenizer.special_id(PADDING) is not None else end
-    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.spell(settings["bos_token_id"]),
-            "eos_token": end,
-            "pad_token": pad,
-            "unk_token": None,
-            "padding_side": "left",
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": settings["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
-        },
-    )
+    pad = PADDING if tokenizer.special_id(PADDING) is not None else tokenizer.end_of_text
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, settings, pad))
     ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.special_id(pad)})
+
+
+def _tokenizer_config(tokenizer: Tokenizer, settings: dict[str, Any], pad: str) -> dict[str, Any]:
+    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.spell(settings["bos_token_id"]),
+        "eos_token": tokenizer.end_of_text,
+        "pad_token": pad,
+        "unk_token": None,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": settings["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
+    }
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""How a MoEGPT is spelled in Hugging Face's Mixtral, Llama and Mistral: names of tensors and keys of config.json.
+"""The tensor names and config.json keys of Hugging Face's Mixtral, Llama and Mistral.
 
-One table serves both directions: every Hugging Face tensor is a slice of one of ours. The settings go through
-``to_hugging_face`` and ``from_hugging_face``.
+One table serves import and export: every Hugging Face tensor is a slice of one of ours. ``to_hugging_face`` and
+``from_hugging_face`` translate the settings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
-from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, annotations_of, section_in
+from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, annotations_of, section_in, unless
 from moe_gpt.errors import InputError, shown
 
 _GROUPED_MM_WIDTH = 8  # rows of 16 bytes in bfloat16
@@ -23,41 +23,46 @@ ExpertLayout = Literal["per_expert", "fused"]
 
 
 class Slice(NamedTuple):
-    """Where a Hugging Face tensor lies in one of ours."""
+    """The part of one of our tensors that is a Hugging Face tensor."""
 
     name: str
-    """Our tensor."""
+    """The name of our tensor."""
     expert: int | None = None
-    """Its first index, where ours holds all experts and theirs one."""
+    """The expert, if our tensor holds all experts and theirs holds one."""
     rows: tuple[int, int] | None = None
-    """First row and the one after the last, of what is left; None is all."""
+    """The rows [first, last + 1); None is all of them."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the view of our tensor that theirs is."""
+        """Return this part of our tensor, as a view."""
         part = tensor if self.expert is None else tensor[self.expert]
         return part if self.rows is None else part[self.rows[0] : self.rows[1]]
 
 
 def tensor_table(config: ModelConfig, experts: ExpertLayout = "per_expert") -> dict[str, Slice]:
-    """Return the slice of our weights that each Hugging Face tensor is, in the order of the layers.
+    """Map each Hugging Face tensor to its slice of our weights, in the order of the layers.
 
     Args:
-        config: the model; with ``attention_sharing`` several of their tensors are the same slice of ours.
-        experts: ``per_expert`` is the form of the released Mixtral (w1 gate, w3 up, w2 down), which every reader
-            knows; ``fused`` is how transformers 5 holds experts in memory.
+        config: with ``attention_sharing``, several of their tensors are the same slice of ours.
+        experts: ``per_expert`` is the layout of the released Mixtral (w1 gate, w3 up, w2 down), which every reader
+            knows; ``fused`` is the layout of transformers 5 in memory.
     """
     table = {"model.embed_tokens.weight": Slice("embedding.weight")}
     for layer in range(config.n_layers):
-        block, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        table[theirs + "input_layernorm.weight"] = Slice(block + "attention_norm.weight")
-        table |= {theirs + "self_attn." + name: part for name, part in _attention(config, layer)}
-        table[theirs + "post_attention_layernorm.weight"] = Slice(block + "feed_forward_norm.weight")
-        rows = _dense(config) if config.is_dense else _fused(config) if experts == "fused" else _per_expert(config)
-        table |= {theirs + name: part._replace(name=block + "feed_forward." + part.name) for name, part in rows}
+        table |= {f"model.layers.{layer}.{name}": part for name, part in _layer(config, layer, experts)}
     table["model.norm.weight"] = Slice("final_norm.weight")
     if not config.tie_embeddings:
         table["lm_head.weight"] = Slice("output.weight")
     return table
+
+
+def _layer(config: ModelConfig, layer: int, experts: ExpertLayout) -> Iterator[tuple[str, Slice]]:
+    block = f"blocks.{layer}."
+    yield "input_layernorm.weight", Slice(block + "attention_norm.weight")
+    for name, part in _attention(config, layer):
+        yield "self_attn." + name, part
+    yield "post_attention_layernorm.weight", Slice(block + "feed_forward_norm.weight")
+    for name, part in _FEED_FORWARD["dense" if config.is_dense else experts](config):
+        yield name, part._replace(name=block + "feed_forward." + part.name)
 
 
 def _attention(config: ModelConfig, layer: int) -> Iterator[tuple[str, Slice]]:
@@ -90,6 +95,7 @@ def _fused(config: ModelConfig) -> Iterator[tuple[str, Slice]]:
     yield "mlp.experts.down_proj", Slice("experts.down")
 
 
+_FEED_FORWARD = {"dense": _dense, "fused": _fused, "per_expert": _per_expert}
 _SAME = {
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
@@ -100,29 +106,28 @@ _SAME = {
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "init_std",
 }
-"""Keys of config.json whose values are those of our settings."""
+"""Keys of config.json that have the same values as our settings."""
 
 
 def to_hugging_face(config: ModelConfig, load_balancing_loss_weight: float) -> dict[str, Any]:
-    """Return the keys of config.json that say what a model computes: Mixtral's, or Llama's for a dense model.
+    """Return the keys of config.json that define the model's function: a Mixtral's, or a Llama's if it is dense.
 
-    ``rope_theta`` is given twice: transformers 4 reads the flat key and ignores ``rope_parameters``, 5 prefers the
-    latter. ``router_aux_loss_coef`` is our weight over top_k, because their loss is top_k times ours for one layer;
-    for several they pool all layers' tokens before the product, which is another quantity, so the translation is
-    exact for one layer only. Training with noise or a capacity leaves no trace: neither acts at inference.
-
-    Raises:
-        InputError: naming the settings that neither architecture has.
+    ``rope_theta`` appears twice: transformers 4 reads the flat key and ignores ``rope_parameters``; transformers 5
+    prefers the latter. ``router_aux_loss_coef`` is our weight over top_k, because their loss is top_k times ours for
+    one layer. For several layers the two losses differ (theirs pools the tokens of all layers before the product), so
+    the translation is exact for one layer only. Router noise and capacity have no keys, because neither acts at
+    inference.
     """
-    if not config.normalize_topk and not config.is_dense and config.top_k < config.n_experts:
+    if not config.normalize_topk and config.top_k < config.n_experts:
         raise InputError(
             "model.normalize_topk must be true to be exported as Mixtral, got false: Mixtral rescales the weights of "
             f"the top_k={config.top_k} chosen experts to sum to 1, which is another function"
         )
     rope_theta = float(config.rope_theta)
+    kind = "llama" if config.is_dense else "mixtral"
     return {
-        "architectures": ["LlamaForCausalLM" if config.is_dense else "MixtralForCausalLM"],
-        "model_type": "llama" if config.is_dense else "mixtral",
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in _SAME.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
@@ -150,7 +155,7 @@ def _mixtral_only(config: ModelConfig, load_balancing_loss_weight: float) -> dic
         "sliding_window": None,
     }
     if config.d_model % _GROUPED_MM_WIDTH or config.d_ff % _GROUPED_MM_WIDTH:
-        values["experts_implementation"] = "eager"  # what transformers 5 takes by default fails at these widths
+        values["experts_implementation"] = "eager"  # the default of transformers 5 fails at these widths
     return values
 
 
@@ -162,7 +167,7 @@ _Unquantized = Annotated[None, Field(title="absent (weights must be float32, bfl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rope(Section):
-    """What config.json says of rotary positions in a mapping of their own."""
+    """The rotary positions in config.json, where they are a mapping of their own."""
 
     rope_type: _Unscaled = "default"
     type: _Unscaled = "default"
@@ -173,7 +178,7 @@ class _Rope(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Llama(Section):
-    """The keys of a Llama's config.json that say what it computes, with what transformers assumes for absent ones."""
+    """The keys of a Llama's config.json that define its function, with the defaults of transformers."""
 
     vocab_size: Count
     hidden_size: Count
@@ -199,37 +204,33 @@ class _Llama(Section):
     _rope_theta_assumed: ClassVar[float] = 1e4
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what this model does not have."""
+        """Yield settings that this model does not have."""
         heads, groups = self.num_attention_heads, self.n_kv_heads
-        if heads % groups:
-            text = f"num_attention_heads must be a multiple of num_key_value_heads={groups}, got {heads}"
-            yield Problem(("num_attention_heads", "num_key_value_heads"), text)
-        if self.head_width % 2 or self.head_width == 0:
-            yield Problem(("head_dim", "hidden_size"), f"head_dim must be even and above 0, got {self.head_width}")
-        said = self._said_of_rope_theta()
-        if len(set(said.values())) > 1:
-            both = " and ".join(f"{key}={value}" for key, value in said.items())
-            text = (
-                f"rope_theta must be the same in all places, got {both}; versions of transformers read different ones"
-            )
-            yield Problem(tuple(said), text)
+        text = f"num_attention_heads must be a multiple of num_key_value_heads={groups}, got {heads}"
+        yield from unless(heads % groups == 0, text, "num_attention_heads", "num_key_value_heads")
+        text = f"head_dim must be even and above 0, got {self.head_width}"
+        yield from unless(self.head_width % 2 == 0 < self.head_width, text, "head_dim", "hidden_size")
+        given = self._rope_thetas()
+        both = " and ".join(f"{key}={value}" for key, value in given.items())
+        text = f"rope_theta must be the same everywhere, got {both}; versions of transformers read different ones"
+        yield from unless(len(set(given.values())) <= 1, text, *given)
 
-    def _said_of_rope_theta(self) -> dict[str, float]:
-        said = {
+    def _rope_thetas(self) -> dict[str, float]:
+        given = {
             "rope_theta": self.rope_theta,
             "rope_parameters.rope_theta": self.rope_parameters.rope_theta,
             "rope_scaling.rope_theta": self.rope_scaling.rope_theta,
         }
-        return {key: value for key, value in said.items() if value is not None}
+        return {key: value for key, value in given.items() if value is not None}
 
     @property
     def rope_base(self) -> float:
-        """The base of the rotary frequencies, wherever it is written."""
-        return next(iter(self._said_of_rope_theta().values()), self._rope_theta_assumed)
+        """The base of the rotary frequencies, from whichever key has it."""
+        return next(iter(self._rope_thetas().values()), self._rope_theta_assumed)
 
     @property
     def n_kv_heads(self) -> int:
-        """Key-value heads; null means one for each query head."""
+        """Key-value heads; null is one for each query head."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
@@ -239,7 +240,7 @@ class _Llama(Section):
 
     @property
     def experts(self) -> tuple[int, int]:
-        """Experts of a layer, and how many of them a token is sent to."""
+        """Experts per layer, and experts per token."""
         return 1, 1
 
 
@@ -261,32 +262,27 @@ class _Mixtral(_Llama):
     _rope_theta_assumed: ClassVar[float] = 1e6
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what this model does not have."""
+        """Yield settings that this model does not have."""
         yield from super().problems()
         n_experts, top_k = self.experts
-        if n_experts == 1:
-            text = "num_local_experts must be at least 2, got 1: a model with one expert is a Llama"
-            yield Problem(("num_local_experts",), text)
-        elif top_k == 1:
-            text = (
-                "num_experts_per_tok must be at least 2, got 1: Mixtral rescales that single weight to 1, and so the "
-                "router gets no gradient"
-            )
-            yield Problem(("num_experts_per_tok",), text)
-        elif top_k > n_experts:
-            text = f"num_experts_per_tok must be at most num_local_experts={n_experts}, got {top_k}"
-            yield Problem(("num_experts_per_tok", "num_local_experts"), text)
+        is_dense = n_experts == 1
+        text = "num_local_experts must be at least 2, got 1: a model with one expert is a Llama"
+        yield from unless(not is_dense, text, "num_local_experts")
+        text = "num_experts_per_tok must be at least 2, got 1: rescaled to 1, its weight gives the router no gradient"
+        yield from unless(is_dense or top_k > 1, text, "num_experts_per_tok")
+        text = f"num_experts_per_tok must be at most num_local_experts={n_experts}, got {top_k}"
+        yield from unless(is_dense or top_k <= n_experts, text, "num_experts_per_tok", "num_local_experts")
 
     @property
     def experts(self) -> tuple[int, int]:
-        """Experts of a layer, and how many of them a token is sent to."""
+        """Experts per layer, and experts per token."""
         return self.num_local_experts, self.num_experts_per_tok
 
 
-_ARCHITECTURES: dict[str, tuple[str, type[_Llama]]] = {
-    "MixtralForCausalLM": ("mixtral", _Mixtral),
-    "MistralForCausalLM": ("mistral", _Mistral),
-    "LlamaForCausalLM": ("llama", _Llama),
+_ARCHITECTURES: dict[str, type[_Llama]] = {
+    "MixtralForCausalLM": _Mixtral,
+    "MistralForCausalLM": _Mistral,
+    "LlamaForCausalLM": _Llama,
 }
 
 
@@ -298,8 +294,8 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
         max_seq_len: the context to use instead of ``max_position_embeddings``.
 
     Raises:
-        InputError: one line for each thing that is another architecture, missing, of the wrong type, contradictory,
-            or that this model does not have.
+        InputError: if the architecture is another one; else with one line for each setting that is missing, of the
+            wrong type, contradictory or not available in this model.
     """
     keys = _keys_of(values)
     known = keys.from_mapping(_known(keys, values))
@@ -307,8 +303,8 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
     if known.sliding_window is not None and known.sliding_window < context:
         window = known.sliding_window
         raise InputError(
-            f"sliding_window must be at least the context of {context} tokens, got {window}: every position sees the "
-            f"whole context here; with max_seq_len={window} (model.max_seq_len in a run) it is used as it was made"
+            f"sliding_window must be at least the context of {context} tokens, got {window}: attention here covers the "
+            f"whole context; with max_seq_len={window} (model.max_seq_len in a run) the model computes the same"
         )
     n_experts, top_k = known.experts
     return ModelConfig(
@@ -323,7 +319,7 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
 
 
 def _known(keys: type[Section], values: Any) -> Any:
-    """Return what a section knows of some values: config.json has many keys that do not change the function."""
+    """Keep only the keys of a section, because config.json has many others that do not change the function."""
     if not isinstance(values, dict):
         return values
     inside = {name: section_in(kind) for name, kind in annotations_of(keys).items() if name in values}
@@ -331,15 +327,25 @@ def _known(keys: type[Section], values: Any) -> Any:
 
 
 def _keys_of(values: dict[str, Any]) -> type[_Llama]:
-    """Return the section that describes a config.json's architecture, which ``model_type`` says where it is alone."""
-    architectures, model_type = values.get("architectures"), values.get("model_type")
-    if architectures is not None and (not isinstance(architectures, list) or len(architectures) != 1):
-        raise InputError(f"architectures must be a list of one name, got {shown(architectures)}")
-    given = architectures[0] if architectures else model_type
-    fitting = [name for name, (kind, _) in _ARCHITECTURES.items() if given == (name if architectures else kind)]
-    if not fitting:
-        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {shown(given)}")
-    kind, keys = _ARCHITECTURES[fitting[0]]
-    if model_type not in (None, kind):
-        raise InputError(f"model_type must be {kind} for {fitting[0]}, got {shown(model_type)}: they disagree")
-    return keys
+    """Return the section for a config.json's architecture."""
+    name, model_type = _architecture(values), values.get("model_type")
+    if name not in list(_ARCHITECTURES):  # a list, because a stranger's name may be unhashable
+        raise InputError(f"architectures must name one of {', '.join(_ARCHITECTURES)}, got {shown(name)}")
+    if model_type not in (None, _kind(name)):
+        raise InputError(f"model_type must be {_kind(name)} for {name}, got {shown(model_type)}: they disagree")
+    return _ARCHITECTURES[name]
+
+
+def _architecture(values: dict[str, Any]) -> Any:
+    """Return the single entry of ``architectures``; without that key, the architecture of ``model_type``."""
+    names, model_type = values.get("architectures"), values.get("model_type")
+    if names is None:
+        return next((name for name in _ARCHITECTURES if _kind(name) == model_type), model_type)
+    if not isinstance(names, list) or len(names) != 1:
+        raise InputError(f"architectures must be a list of one name, got {shown(names)}")
+    return names[0]
+
+
+def _kind(architecture: str) -> str:
+    """Return the ``model_type`` of an architecture."""
+    return architecture.removesuffix("ForCausalLM").lower()

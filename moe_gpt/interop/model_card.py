@@ -1,4 +1,4 @@
-"""The README.md of an exported model: ``model_card.md.jinja``, filled from its run."""
+"""The README.md of an exported model: the template ``model_card.md.jinja``, filled in from the run."""
 
 from __future__ import annotations
 
@@ -13,30 +13,27 @@ from moe_gpt.measure.parameters import count_parameters
 
 
 class Training(NamedTuple):
-    """What is known about how a model was trained."""
+    """How a model was trained, as its checkpoint records it."""
 
     config: RunConfig
-    """Of the run, as saved with the checkpoint."""
     step: int
-    """Optimizer steps that the weights have seen."""
     tokens_seen: int
-    """Tokens that they have seen."""
     scores: Mapping[str, Mapping[str, float]]
-    """Per source, ``ce_loss`` in nats per token and ``bits_per_byte`` on held-out text; empty where not evaluated."""
+    """Per source, ``ce_loss`` in nats per token and ``bits_per_byte`` on held-out text; empty if not evaluated."""
     started_from: str | None = None
-    """The model whose weights the run started with."""
+    """The model that the initial weights came from."""
 
 
 def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
     """Return a model card in Markdown, with the front matter that the Hugging Face hub reads.
 
     Args:
-        name: what the model is called.
-        training: the run it comes from.
+        name: of the model.
+        training: the run that made the model.
         dtype: of the weights in the files.
         licence: an identifier that the hub knows, or "unknown".
     """
-    from huggingface_hub import CardData, RepoCard  # takes its time
+    from huggingface_hub import CardData, RepoCard  # slow to import
 
     config, model = training.config, training.config.model
     front_matter = CardData(
@@ -52,7 +49,7 @@ def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
         training=training,
         config=config,
         model=model,
-        counts=count_parameters(dataclasses.replace(model, attention_sharing=1)),  # written once for each layer
+        counts=count_parameters(dataclasses.replace(model, attention_sharing=1)),  # files repeat shared attention
         dtype=dtype,
         json=json.dumps,
         sources=[(source.name, _origin(source), _share(source)) for source in config.data.sources],
@@ -66,9 +63,8 @@ def _origin(source: SourceConfig) -> str:
     if source.files:
         patterns = (source.files,) if isinstance(source.files, str) else source.files
         return "files: " + ", ".join(pattern.replace("\\", "/").rpartition("/")[2] for pattern in patterns)
-    parts = (source.dataset, source.subset, source.split, source.revision)
-    return "dataset: " + ", ".join(part for part in parts if part)
+    return "dataset: " + ", ".join(filter(None, (source.dataset, source.subset, source.split, source.revision)))
 
 
 def _share(source: SourceConfig) -> str:
-    return f"weight {source.weight:g}" if source.weight else f"{source.epochs or 1:g} x per big epoch"
+    return f"weight {source.weight:g}" if source.weight else f"{source.passes:g} x per big epoch"

@@ -1,4 +1,4 @@
-"""Callbacks: told of steps, evaluations, saves and the end of a run while it trains; they may stop it."""
+"""Callbacks of a run: called after steps, evaluations and saves and at the end. They may stop the run."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told what happens; override what you need. Returning True stops the run after this step, saved.
+    """Override the methods that you need. If one returns True, the run saves and stops after this step.
 
-    A callback must not change the run: what it changes is not there after a resume.
+    A callback must not change the run, because a resume would not repeat the change.
     """
 
     def on_step(self, run: Run, result: StepResult) -> bool | None:
-        """Take note of a step; its metrics are still on the device, and reading one waits for it."""
+        """After a step. Its metrics are still on the device; reading one waits for the device."""
 
     def on_evaluation(self, run: Run, scores: dict[str, Score]) -> bool | None:
-        """Take note of an evaluation: the score of each source's held-out text."""
+        """After an evaluation, with the score of each source's held-out text."""
 
     def on_save(self, run: Run, checkpoint: Path) -> bool | None:
-        """Take note of a checkpoint that is on the disk; saving happens in the background, so it may be of earlier."""
+        """After a checkpoint is on disk. Saves run in the background, so it may be of an earlier step."""
 
     def on_end(self, run: Run, outcome: str) -> None:
-        """Take note of the end, after the last checkpoint."""
+        """At the end of training, after the last checkpoint."""
 
 
 @dataclasses.dataclass
 class EarlyStopping(Callback):
-    """Stop when the mean validation loss has not become better for some evaluations.
+    """Stop when the mean validation loss has not improved for ``patience`` evaluations.
 
-    It counts the evaluations of this process: after a resume it starts anew.
+    Only evaluations of this process count; a resume starts the count again.
     """
 
     patience: int = 3
-    """Evaluations in a row that may be no better than the best one."""
+    """Evaluations in a row without improvement after which the run stops."""
     min_improvement: float = 0.0
-    """Nats per token that count as better."""
+    """Smallest improvement that counts, in nats per token."""
     best: float = dataclasses.field(default=math.inf, init=False)
     n_worse: int = dataclasses.field(default=0, init=False)
 
     def on_evaluation(self, run: Run, scores: dict[str, Score]) -> bool:
-        """Return whether it is time to stop."""
+        """Return True if the run should stop."""
         loss = statistics.fmean(score.ce_loss for score in scores.values())
         is_better = loss < self.best - self.min_improvement
         self.best, self.n_worse = (loss, 0) if is_better else (self.best, self.n_worse + 1)
@@ -58,17 +58,13 @@ class EarlyStopping(Callback):
 
 
 class Callbacks:
-    """Tells several callbacks, and remembers whether one of them asked to stop."""
+    """Calls several callbacks, and remembers whether one of them asked to stop."""
 
     def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
         self.run, self.callbacks, self.wants_stop = run, callbacks, False
 
     def tell(self, event: str, *details: Any) -> None:
-        """Call a method of each callback that has it."""
-        for callback in self.callbacks:
-            answer = getattr(callback, event, _nothing)(self.run, *details)
-            self.wants_stop = self.wants_stop or answer is True
-
-
-def _nothing(*details: Any) -> None:
-    """Stand for a method that a callback does not have."""
+        """Call this method of each callback that has it."""
+        methods = [getattr(callback, event) for callback in self.callbacks if hasattr(callback, event)]
+        answers = [method(self.run, *details) for method in methods]
+        self.wants_stop |= any(answer is True for answer in answers)

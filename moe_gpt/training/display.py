@@ -1,11 +1,11 @@
-"""Who is told what happens while a run trains: a person at a terminal, or nobody."""
+"""How a run shows its progress: at a terminal, or not at all."""
 
 from __future__ import annotations
 
 import datetime
 import math
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from moe_gpt.terminal.numbers import format_count
 from moe_gpt.terminal.progress import ProgressBar
@@ -13,8 +13,8 @@ from moe_gpt.terminal.wrapping import wrap
 from moe_gpt.training.evaluation import Score, format_scores
 
 
-class Display(Protocol):
-    """Who is told what happens."""
+class Display:
+    """Shows the progress of a run: override the methods. These show nothing."""
 
     def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
         """Show the newest metrics."""
@@ -26,32 +26,20 @@ class Display(Protocol):
         """Show an evaluation."""
 
     def warn(self, text: str) -> None:
-        """Show something that a person should know now."""
+        """Show a warning at once."""
 
 
-class Silent:
+class Silent(Display):
     """Shows nothing."""
 
-    def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show nothing."""
 
-    def evaluating(self, step: int) -> None:
-        """Show nothing."""
-
-    def scores(self, step: int, scores: dict[str, Score]) -> None:
-        """Show nothing."""
-
-    def warn(self, text: str) -> None:
-        """Show nothing."""
-
-
-class TerminalDisplay:
-    """A progress bar over tokens where stderr is a terminal, otherwise a line now and then.
+class TerminalDisplay(Display):
+    """A progress bar over tokens if stderr is a terminal, else a line now and then.
 
     Args:
-        end: the count of tokens at which this process stops, as far as steps decide it.
-        tokens_seen: when this process begins.
-        max_minutes: after which it stops in any case.
+        end: tokens seen when this process stops, unless ``max_minutes`` stops it earlier.
+        tokens_seen: tokens seen when this process starts.
+        max_minutes: the longest time that this process trains.
     """
 
     def __init__(self, end: int, tokens_seen: int, max_minutes: float | None = None) -> None:
@@ -62,7 +50,7 @@ class TerminalDisplay:
         self._tokens = self._seconds = 0.0
 
     def progress(self, tokens_seen: int, line: dict[str, Any]) -> None:
-        """Show loss and speed; the speed is that of all steps so far, without evaluations and saves."""
+        """Show loss and speed. The speed is the mean of all steps so far, without evaluations and saves."""
         is_first, new = not self._seconds, max(0, tokens_seen - self._last)
         self._last = tokens_seen
         self._tokens, self._seconds = self._tokens + new, self._seconds + new / line["tokens_per_second"]
@@ -101,5 +89,5 @@ class TerminalDisplay:
         self._bar.close()
 
     def summary(self) -> str:
-        """Return the last evaluation as a table, nothing where there was none."""
+        """Return the last evaluation as a table; empty if there was none."""
         return "\n" + format_scores(self._scores) + "\n" if self._scores else ""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from moe_gpt.data.batches import MicroBatch, split_batch
 from moe_gpt.data.prepare import PreparedSource
-from moe_gpt.data.stream import Batch, ValidationRows, validation_rows
+from moe_gpt.data.stream import Batch, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure.positions import position_buckets
 from moe_gpt.model.losses import IGNORED_TARGET
@@ -27,12 +27,12 @@ class Score(NamedTuple):
     ce_loss: float
     """Mean cross entropy in nats per token."""
     bits_per_byte: float
-    """Total bits over the bytes of the predicted text; end-of-text costs bits and has no bytes."""
+    """Total bits over the bytes of the predicted text. End-of-text costs bits and has no bytes."""
     n_tokens: int
 
     @property
     def perplexity(self) -> float:
-        """E to the cross entropy; infinite where that is beyond a float."""
+        """The exponential of the cross entropy; infinite if that exceeds a float."""
         return math.exp(self.ce_loss) if self.ce_loss < 700 else math.inf
 
 
@@ -46,14 +46,14 @@ class PositionScore(NamedTuple):
 
 
 class SourceEvaluation(NamedTuple):
-    """One source's held-out tokens, position by position of the sequences they were cut into."""
+    """The evaluation of one source, by position in the sequence."""
 
     nats: np.ndarray
     """Summed cross entropy at each position (T,)."""
     counts: np.ndarray
     """Scored tokens at each position (T,)."""
     n_bytes: int
-    """Bytes of the scored text; end-of-text has none."""
+    """Bytes of the scored text. End-of-text has none."""
     tokens_per_expert: np.ndarray | None
     """Assignments (L, E); None for a dense model."""
 
@@ -75,12 +75,12 @@ class Evaluator:
     """Scores a model on the same held-out tokens every time.
 
     Args:
-        sources: their validation splits are read.
-        tokenizer: tells how many bytes a token stands for.
-        seq_len: length of the scored sequences, the run's longest.
+        sources: only their validation splits are read.
+        tokenizer: knows the bytes of each token.
+        seq_len: length of the scored sequences.
         max_tokens: tokens per source.
         batch_tokens: tokens per forward pass.
-        keeps_documents_apart: as in training with ``data.document_masking``: what follows end-of-text is not scored.
+        keeps_documents_apart: as with ``data.document_masking``: a token after end-of-text is not scored.
     """
 
     def __init__(
@@ -98,23 +98,23 @@ class Evaluator:
         self._batch_tokens = batch_tokens
 
     def __call__(self, model: MoEGPT, precision: Precision) -> dict[str, Score]:
-        """Return each source's score. The model's mode and all random generators are left as they were."""
+        """Return each source's score. The model's mode and all random generators stay as they are."""
         return {name: evaluation.score for name, evaluation in self.evaluate(model, precision).items()}
 
     def by_position(self, model: MoEGPT, precision: Precision) -> dict[str, list[PositionScore]]:
         """Return each source's mean cross entropy for positions 0 to 63, 64 to 127, 128 to 255 and so on.
 
-        In a model that uses its context, later positions are predicted better.
+        A model that uses its context predicts later positions better.
         """
         return {name: evaluation.by_position() for name, evaluation in self.evaluate(model, precision).items()}
 
     @torch.inference_mode()
     def evaluate(self, model: MoEGPT, precision: Precision) -> dict[str, SourceEvaluation]:
-        """Return everything that one pass over each source's held-out tokens tells; the mode is left as it was."""
+        """Evaluate each source in one pass over its held-out tokens. The model's mode stays as it is."""
         with evaluating(model):
             return {name: self._evaluate(model, rows, precision) for name, rows in self._rows.items()}
 
-    def _evaluate(self, model: MoEGPT, rows: ValidationRows, precision: Precision) -> SourceEvaluation:
+    def _evaluate(self, model: MoEGPT, rows: Batch, precision: Precision) -> SourceEvaluation:
         device, length = model.embedding.weight.device, rows.inputs.shape[1]
         nats, counts, tokens_per_expert, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), None, 0
         for batch in self._micro_batches(rows, device):
@@ -136,8 +136,8 @@ class Evaluator:
         """Return the first whole sequences (B, T) of each source's held-out tokens, about ``max_tokens`` of them."""
         return {name: rows.inputs[: max(1, max_tokens // rows.inputs.shape[1])] for name, rows in self._rows.items()}
 
-    def _micro_batches(self, rows: ValidationRows, device: torch.device) -> list[MicroBatch]:
-        return split_batch(Batch(rows.inputs, rows.targets), self._batch_tokens, device, self._end)
+    def _micro_batches(self, rows: Batch, device: torch.device) -> list[MicroBatch]:
+        return split_batch(rows, self._batch_tokens, device, self._end)
 
 
 def format_scores(scores: dict[str, Score]) -> str:

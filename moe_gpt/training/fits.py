@@ -1,4 +1,4 @@
-"""Whether a run fits this machine, said before anything is built."""
+"""Whether a run fits into the memory of this machine; checked before anything is built."""
 
 from __future__ import annotations
 
@@ -14,27 +14,23 @@ from moe_gpt.ops.device import Precision, available_memory_bytes
 from moe_gpt.terminal.numbers import format_value
 
 _HOPELESS = 20
-"""Times the free memory; what takes more is no run of this machine, whatever its settings."""
+"""A model that needs more than this many times the free memory is refused; no setting would make it fit."""
 
 
 def refuse_full_size(config: RunConfig, device: torch.device) -> None:
-    """Refuse a model whose weights, gradients and moments alone are far beyond this machine: it is meant for a plan.
-
-    Raises:
-        InputError: with the size, and what it is for.
-    """
+    """Raise ``InputError`` if weights, gradients and moments alone are far larger than the free memory."""
     free, counts = available_memory_bytes(device), count_parameters(config.model)
     needed = 16 * counts.total
     if free is not None and needed > _HOPELESS * free:
         raise InputError(
-            f"this config has {format_value(counts.total, 'parameters')} parameters: to train it takes at least "
-            f"{format_value(needed, 'bytes')} of memory, and {format_value(free, 'bytes')} are free here; it is meant "
-            "for moe-gpt plan, which says what such a run takes; to train, take a smaller one such as tiny.yaml"
+            f"this config has {format_value(counts.total, 'parameters')} parameters; training needs at least "
+            f"{format_value(needed, 'bytes')} of memory, and {format_value(free, 'bytes')} are free here; use it with "
+            "moe-gpt plan to see what such a run needs, or train a smaller config such as tiny.yaml"
         )
 
 
 def warn_of_memory(config: RunConfig, device: torch.device, precision: Precision, say: Callable[[str], None]) -> None:
-    """Say, before anything is built, where a run will not fit."""
+    """Warn if a run needs more memory than is free."""
     needed, free = needed_memory(config, device, precision), available_memory_bytes(device)
     if free is not None and needed.bytes > free:
         advice = f"lower train.micro_batch_tokens (now {config.train.micro_batch_tokens:,})"

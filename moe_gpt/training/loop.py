@@ -1,6 +1,6 @@
 """The training loop: plan, batch, step; then log, evaluate, save.
 
-What happens when something goes wrong is ``recovery``.
+``recovery.py`` handles what goes wrong.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from moe_gpt.training.step import StepResult, train_step
 
 Outcome = Literal["finished", "max_steps", "max_minutes", "callback", "SIGINT", "SIGTERM", "SIGHUP"]
 StepFunction = Callable[[Run, StepPlan, bool], StepResult]
-"""Takes one optimizer step on a run; the flag says whether the step is recorded in full."""
+"""Takes one optimizer step of a run; the flag asks for a full record of the step."""
 
 
 class Limits(NamedTuple):
-    """When to stop before the schedule does; neither changes the schedule."""
+    """When to stop before the schedule ends. The schedule itself stays the same."""
 
     max_steps: int | None = None
     """Stop after this optimizer step, counted from the start of the run."""
     max_minutes: float | None = None
-    """Stop after this time, counted from the start of this process's training."""
+    """Stop this many minutes after this process began to train."""
 
 
 def pretraining_step(run: Run, plan: StepPlan, should_record: bool) -> StepResult:
@@ -52,24 +52,19 @@ def train(
     take_step: StepFunction = pretraining_step,
     callbacks: Sequence[Callback] = (),
 ) -> Outcome:
-    """Train until the schedule ends, a limit is reached or a signal arrives; save at the end in any case.
+    """Train until the schedule ends, a limit is reached or a signal arrives, save, and return why training stopped.
 
-    Lines of ``metrics.jsonl`` are on disk before the checkpoint that follows them is complete.
+    The lines of ``metrics.jsonl`` are on disk before the checkpoint of the same step is complete.
 
     Args:
-        run: what to train.
-        limits: when to stop before the schedule does.
-        display: told what happens.
-        take_step: what an optimizer step is: another batch, another loss.
-        callbacks: told what happens; any of them can stop the run.
-
-    Returns:
-        why it stopped.
+        display: shows what happens.
+        take_step: your own optimizer step, for another batch or another loss.
+        callbacks: called as the run goes on; any of them can stop it.
 
     Raises:
-        InputError: where the model has parameters that the optimizer does not know.
-        TrainingStopped: where training cannot go on: no memory, no place to save the last step, too many steps that
-            were not finite, the run folder gone. It says what is saved.
+        InputError: if the model has parameters that the optimizer lacks.
+        TrainingStopped: if training cannot go on: no memory, no space for the last checkpoint, too many non-finite
+            steps, or the run folder is gone. The message says what is saved.
         KeyboardInterrupt: at a second SIGINT.
     """
     check_optimizer(run.state.model, run.state.optimizer)
@@ -109,7 +104,7 @@ class _Loop:
         return outcome
 
     def step(self) -> None:
-        """Plan, batch, step; nothing waits for the device."""
+        """Take one optimizer step without waiting for the device."""
         state = self.run.state
         plan = self.run.schedule.at(state.tokens_seen)
         should_record = _is_due(state.step + 1, self.run.config.train.record_every_steps)
@@ -119,34 +114,41 @@ class _Loop:
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
 
     def after_step(self, outcome: Outcome | None, is_urgent: bool) -> None:
-        """Fetch metrics, evaluate, save: what is due."""
-        config, step = self.run.config, self.run.state.step
+        """Fetch metrics, evaluate and save, each if it is due."""
+        config, step, is_last = self.run.config, self.run.state.step, outcome is not None
         is_scheduled = _is_due(step, config.checkpoint.every_steps)
-        should_save = outcome is not None or is_scheduled
-        should_evaluate = (outcome is not None and not is_urgent) or _is_due(step, config.train.eval_every_steps)
-        if should_save or should_evaluate or not self.has_shown or _is_due(step, config.train.log_every_steps):
-            self.has_shown = True  # the first step is shown at once
-            fetched = self.log.fetch()
-            self.recovery.check_skips(fetched)  # before they are shown: a run that goes back takes steps back
-            self.log.show_and_track(fetched)
-            self.recovery.look_at_save()
+        should_save = is_last or is_scheduled
+        should_evaluate = (is_last and not is_urgent) or _is_due(step, config.train.eval_every_steps)
+        # the first step is shown at once
+        if any((should_save, should_evaluate, not self.has_shown, _is_due(step, config.train.log_every_steps))):
+            self.read_metrics()
         score = self.log.evaluate() if should_evaluate else None
         if should_save:
-            self.recovery.save(score, is_last=outcome is not None, is_scheduled=is_scheduled)
+            self.recovery.save(score, is_last, is_scheduled)
+
+    def read_metrics(self) -> None:
+        """Fetch the metrics of the last steps, check them, and only then show them: a rollback takes steps back."""
+        self.has_shown = True
+        fetched = self.log.fetch()
+        self.recovery.check_skips(fetched)
+        self.log.show_and_track(fetched)
+        self.recovery.look_at_save()
 
     def why_stop(self, limits: Limits, signal_name: StopSignalName | None) -> Outcome | None:
         """Return the reason to stop here, if there is one."""
-        if self.run.is_finished:
-            return "finished"
-        if signal_name:
-            return signal_name
-        if self.log.callbacks.wants_stop:
-            return "callback"
-        if limits.max_steps is not None and self.run.state.step >= limits.max_steps:
-            return "max_steps"
-        if limits.max_minutes is not None and time.monotonic() - self.started_at >= 60 * limits.max_minutes:
-            return "max_minutes"
-        return None
+        minutes = (time.monotonic() - self.started_at) / 60
+        reasons: tuple[tuple[bool, Outcome | None], ...] = (
+            (self.run.is_finished, "finished"),
+            (signal_name is not None, signal_name),
+            (self.log.callbacks.wants_stop, "callback"),
+            (_reached(self.run.state.step, limits.max_steps), "max_steps"),
+            (_reached(minutes, limits.max_minutes), "max_minutes"),
+        )
+        return next((reason for holds, reason in reasons if holds), None)
+
+
+def _reached(value: float, limit: float | None) -> bool:
+    return limit is not None and value >= limit
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -1,9 +1,9 @@
-"""What a run does when something goes wrong: bad steps, full disks, no memory, a folder that is gone.
+"""What a run does when something goes wrong: non-finite steps, a full disk, no memory, a missing run folder.
 
-A step whose loss or gradient is not finite moves nothing (``train_step``). After a series of them the run goes back to
-its last good checkpoint and past all tokens since: the skipped steps moved nothing, so going back to any later point
-would be no change at all. (PaLM, arXiv 2204.02311, section 5.1, does the same by hand: it restarts about 100 steps
-before a spike and skips the data around it.)
+A step with a non-finite loss or gradient changes no weights (``train_step``). After several such steps in a row the
+run goes back to its last good checkpoint and skips all tokens since then. Going back less far would change nothing,
+because the skipped steps left the weights as they were. PaLM (arXiv 2204.02311, section 5.1) did the same manually: it
+restarted about 100 steps before a spike and skipped the data around it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from moe_gpt.training.setup import Run
 
 
 class TrainingStopped(RuntimeError):
-    """Training could not go on. The message says why, what is saved, and what to do. Commands exit with status 3."""
+    """Training cannot go on. The message has the reason, the newest checkpoint and a remedy. Exit status 3."""
 
 
-class TooManySkips(Exception):  # noqa: N818 (a turn of events inside the loop, not an error)
-    """So many steps in a row were not finite that the run must go back."""
+class TooManySkips(Exception):  # noqa: N818 (the loop catches it; nobody else sees it)
+    """Too many non-finite steps in a row; the run must go back."""
 
     def __init__(self, step: int, tokens_seen: int, n_steps: int) -> None:
         super().__init__(step, tokens_seen, n_steps)
@@ -36,7 +36,7 @@ class TooManySkips(Exception):  # noqa: N818 (a turn of events inside the loop, 
 
 
 def past_skipped(windows: Sequence[tuple[int, int]], tokens_seen: int) -> int:
-    """Return the first place at or after ``tokens_seen`` that lies in none of the windows [start, end)."""
+    """Return the first token at or after ``tokens_seen`` that lies in none of the windows [start, end)."""
     for start, end in sorted(windows):
         if start <= tokens_seen < end:
             tokens_seen = end
@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Recovery:
-    """Saves a run, and brings it back to a good state or to an end that says what is saved."""
+    """Saves a run. After a fault it restores a good state, or stops and names the newest checkpoint."""
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self.run, self.state, self.config, self.log = run, run.state, run.config, log
@@ -61,15 +61,12 @@ class Recovery:
         self._n_told = 0
 
     def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
-        """Save a checkpoint; where that fails, warn and train on, unless it is the last.
+        """Save a checkpoint. If that fails, warn and go on training, unless it is the last checkpoint.
 
         Args:
-            score: mean validation loss at this step, where it was evaluated.
-            is_last: wait until it is on the disk.
+            score: mean validation loss, if this step was evaluated.
+            is_last: wait until the checkpoint is on disk.
             is_scheduled: whether ``checkpoint.every_steps`` asked for it.
-
-        Raises:
-            TrainingStopped: where the last one cannot be written.
         """
         self.wait_for_save()
         try:
@@ -83,29 +80,25 @@ class Recovery:
         self.log.restart_clock()
 
     def wait_for_save(self) -> None:
-        """Return when nothing is being saved; a save that failed is a warning."""
+        """Wait for the save in the background. If it failed, warn."""
         try:
             self.saver.wait()
         except OSError as error:
             self._warn("cannot_save", f"a checkpoint could not be saved: {error}")
 
     def look_at_save(self) -> None:
-        """Note how the save in the background went, if it has ended, and tell the callbacks."""
+        """Warn if the save in the background failed, and tell the callbacks about new checkpoints."""
         if self.saver.has_failed:
             self.wait_for_save()
         new = self.saver.saved[self._n_told :]
         if new and not self._n_told and not self.run.resumed_from:
-            self.log.record("first_checkpoint")  # says later that there was one
+            self.log.record("first_checkpoint")  # a resume knows by it that checkpoints existed
         self._n_told += len(new)
         for path in new:
             self.log.callbacks.tell("on_save", path)
 
     def check_skips(self, fetched: Fetched) -> None:
-        """Count the steps in a row that were not finite.
-
-        Raises:
-            TooManySkips: where the run must go back.
-        """
+        """Count the non-finite steps in a row, and raise ``TooManySkips`` if the run must go back."""
         failure = None
         for line in fetched.steps:
             self.state.skips_in_a_row = self.state.skips_in_a_row + 1 if line["skipped"] else 0
@@ -115,22 +108,14 @@ class Recovery:
             raise failure
 
     def go_back(self, skips: TooManySkips) -> None:
-        """Return to the last good checkpoint, and pass over all tokens from there to the steps that failed.
-
-        Raises:
-            TrainingStopped: where there is none, or the run went back too often.
-        """
-        state, limit = self.state, self.config.faults.max_rollbacks
+        """Return to the last good checkpoint and skip the tokens of the failed steps, or raise ``TrainingStopped``."""
+        state = self.state
         self.wait_for_save()
         place = find_checkpoint_to_go_back_to(self.run.run_dir)
         account = f"{_count(skips.n_steps, 'step')} in a row not finite, up to step {skips.step}"
-        advice = "events.jsonl has the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
-        if place is None or state.rollbacks >= limit:
-            for path in self._later_than(place):  # saved within the series: a resumed run must not start there
-                set_aside(path)
-            why = f"the run went back {_count(limit, 'time')}" if place else "there is no good checkpoint to go back to"
-            self.log.record("stopped", reason=account)
-            raise TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
+        advice = "events.jsonl lists the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
+        if place is None or state.rollbacks >= self.config.faults.max_rollbacks:
+            raise self._given_up(place, account, advice)
         windows, rollbacks = list(state.skipped_windows), state.rollbacks
         for path in self._later_than(place):
             delete_folder(path)
@@ -140,18 +125,24 @@ class Recovery:
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
         state.rollbacks, state.skips_in_a_row = rollbacks + 1, 0
         self.log.rewind(state.step)
-        self._warn("went_back", f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}")
+        text = f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}"
+        self._warn("went_back", text)
+
+    def _given_up(self, place: Path | None, account: str, advice: str) -> TrainingStopped:
+        """Return the error for a run that cannot go back, and set aside the checkpoints of its failed steps."""
+        for path in self._later_than(place):  # a resumed run must not start from them
+            set_aside(path)
+        limit = self.config.faults.max_rollbacks
+        why = f"the run went back {_count(limit, 'time')}" if place else "there is no good checkpoint to go back to"
+        self.log.record("stopped", reason=account)
+        return TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
 
     def _later_than(self, place: Path | None) -> list[Path]:
         return [path for path in list_checkpoints(self.run.run_dir) if place and path.name > place.name]
 
     @contextlib.contextmanager
     def explaining_failures(self) -> Iterator[None]:
-        """Save what can be saved when memory runs out or the run folder goes away, and say what to do.
-
-        Raises:
-            TrainingStopped: instead of what was raised.
-        """
+        """Raise ``TrainingStopped`` when memory runs out or the run folder is gone, after saving what can be saved."""
         try:
             yield
         except RunFolderGone as error:
@@ -186,7 +177,7 @@ class Recovery:
         return f"{account}; {self.saved()}"
 
     def saved(self) -> str:
-        """Say where the run can go on from, once a save in the background is on the disk."""
+        """Wait for the save in the background, and say which checkpoint the run can resume from."""
         self.wait_for_save()
         checkpoints = list_checkpoints(self.run.run_dir)
         return f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"

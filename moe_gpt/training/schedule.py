@@ -1,12 +1,13 @@
 """The curriculum and the learning rate as pure functions of ``tokens_seen``.
 
-Nothing is advanced and nothing is mutated: ``schedule.at(tokens_seen)`` is the plan of the step that starts there.
-The reports raise the sequence length step by step and the batch size over days; both are rows of the stage table.
+``schedule.at(tokens_seen)`` is the plan of the step that starts there; a schedule has no state. Longer sequences and
+larger batches later in the run are rows of the stage table.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,9 @@ class StepPlan(NamedTuple):
 
 
 class StepSchedule(Protocol):
-    """What may stand for the stage table: a schedule of one's own needs ``at`` alone.
+    """A schedule of your own in place of the stage table. Only ``at`` is required.
 
-    An attribute ``total_tokens`` says where it ends; without one it ends where the stage table does.
+    An optional attribute ``total_tokens`` says where the run ends; the default is the end of the stage table.
     """
 
     def at(self, tokens_seen: int) -> StepPlan:
@@ -35,7 +36,7 @@ class StepSchedule(Protocol):
 
 
 class Stage(NamedTuple):
-    """A row of the stage table with both of its ends."""
+    """A row of the stage table with its first and last token."""
 
     start: int
     end: int
@@ -43,15 +44,15 @@ class Stage(NamedTuple):
 
 
 class Schedule:
-    """The stage table with its ends known.
+    """The stage table in which every stage has an end.
 
     Args:
         config: the stages and the learning rate's shape.
         optimizer: peak and final learning rate.
-        big_epoch_tokens: what a last stage without an end runs to, rounded down to whole sequences.
+        big_epoch_tokens: the end of a last stage that has none, rounded down to whole sequences.
 
     Raises:
-        InputError: where the data is too small for the stages, or the warm-up longer than the run.
+        InputError: if the data is too small for the stages, or the warm-up is longer than the run.
     """
 
     def __init__(self, config: ScheduleConfig, optimizer: OptimizerConfig, big_epoch_tokens: int) -> None:
@@ -70,9 +71,6 @@ class Schedule:
         A ramped batch grows linearly with tokens_seen from the stage's start to its end, rounded down to whole
         sequences. A step that would cross the stage's end is shortened to end on it. The learning rate is that of
         the step's last token, so the first is above 0 and the last is exactly ``min_lr``.
-
-        Raises:
-            ValueError: where ``tokens_seen`` is not inside the run.
         """
         if not 0 <= tokens_seen < self.total_tokens:
             raise ValueError(f"tokens_seen must be at least 0 and below {self.total_tokens}, got {tokens_seen}")
@@ -98,12 +96,12 @@ class Schedule:
 
 
 class OwnSchedule(Schedule):
-    """A schedule of one's own in the place of the stage table, with every plan checked.
+    """A user's schedule in place of the stage table, with every plan checked.
 
     Args:
         given: makes the plans.
-        table: the config's, whose sequence lengths the data is laid out for.
-        max_seq_len: of the model.
+        table: the config's stage table; the data is laid out for its sequence lengths.
+        max_seq_len: the model's longest context.
     """
 
     def __init__(self, given: StepSchedule, table: Schedule, max_seq_len: int) -> None:
@@ -112,60 +110,63 @@ class OwnSchedule(Schedule):
         self._chunk_tokens = chunk_tokens([stage.config for stage in table.stages])
 
     def at(self, tokens_seen: int) -> StepPlan:
-        """Return the given schedule's plan; the last step may go beyond ``total_tokens``.
-
-        Raises:
-            InputError: naming the schedule and what is wrong with its plan.
-        """
-        plan = self.given.at(tokens_seen)
-        problem = self._problem(plan)
+        """Return the given schedule's plan; the last step may go beyond ``total_tokens``."""
+        plan: Any = self.given.at(tokens_seen)
+        if not isinstance(plan, tuple) or len(plan) != len(StepPlan._fields):
+            problem = "it must be a StepPlan(seq_len, batch_tokens, lr)"
+        else:
+            problem = self._problem_of_lengths(*plan[:2]) or _problem_of_lr(plan[2])
         if problem:
             name = type(self.given).__qualname__
             raise InputError(f"the schedule {name} gives {plan!r} after {tokens_seen:,} tokens: {problem}")
         return StepPlan(*plan)
 
-    def _problem(self, plan: Any) -> str | None:
-        if not isinstance(plan, tuple) or len(plan) != len(StepPlan._fields):
-            return "it must be a StepPlan(seq_len, batch_tokens, lr)"
-        seq_len, batch_tokens, lr = plan
+    def _problem_of_lengths(self, seq_len: Any, batch_tokens: Any) -> str:
+        """Describe the problem of a plan's lengths; empty if there is none."""
         if not isinstance(seq_len, int) or not 1 <= seq_len <= self._max_seq_len:
             return f"seq_len must be a whole number from 1 to model.max_seq_len={self._max_seq_len}"
         if self._chunk_tokens % seq_len:
             return f"seq_len must divide {self._chunk_tokens}; add it to the seq_len of schedule.stages"
         if not isinstance(batch_tokens, int) or batch_tokens < 1 or batch_tokens % seq_len:
             return f"batch_tokens must be a multiple of seq_len={seq_len}, at least once"
-        if not 0 <= lr < math.inf:
-            return "lr must be a number of at least 0"
-        return None
+        return ""
+
+
+def _problem_of_lr(lr: float) -> str:
+    return "" if 0 <= lr < math.inf else "lr must be a number of at least 0"
 
 
 def chunk_tokens(stages: Sequence[StageConfig]) -> int:
-    """Return the tokens that the stream takes from one source at a time: whole sequences of every stage."""
+    """Return how many tokens the stream takes from one source at a time: whole sequences of every stage."""
     return math.lcm(*(stage.seq_len for stage in stages))
 
 
+def step_ends(schedule: Schedule, tokens_seen: int = 0) -> Iterator[int]:
+    """Yield the tokens seen after each remaining step of a schedule."""
+    while tokens_seen < schedule.total_tokens:
+        tokens_seen += schedule.at(tokens_seen).batch_tokens
+        yield tokens_seen
+
+
 def tokens_after(schedule: Schedule, n_steps: int, tokens_seen: int = 0) -> int:
-    """Return how many tokens have been seen ``n_steps`` steps later, or at the end where that comes first."""
-    while n_steps > 0 and tokens_seen < schedule.total_tokens:
-        tokens_seen, n_steps = tokens_seen + schedule.at(tokens_seen).batch_tokens, n_steps - 1
-    return tokens_seen
+    """Return the tokens seen after ``n_steps`` more steps, or at the end of the schedule if that comes first."""
+    return max((tokens_seen, *itertools.islice(step_ends(schedule, tokens_seen), max(0, n_steps))))
+
+
+def count_steps(schedule: Schedule) -> int:
+    """Return the optimizer steps of a whole schedule."""
+    return sum(1 for _ in step_ends(schedule))
 
 
 def fit_schedule(
     config: ScheduleConfig, optimizer: OptimizerConfig, schedule: Schedule, n_steps: int
 ) -> ScheduleConfig:
-    """Return the stage table shrunk so that it ends after at most ``n_steps`` optimizer steps, and close to them.
+    """Return the stage table shrunk to at most ``n_steps`` optimizer steps, and close to that many.
 
-    Every end and the warm-up move by the same share; lengths and batches stay.
+    Every stage's end and the warm-up shrink by the same factor; sequence lengths and batch sizes stay.
 
     Args:
-        config: of the stage table.
-        optimizer: of the learning rate.
-        schedule: of both, with its ends known.
-        n_steps: the budget.
-
-    Raises:
-        InputError: where a stage would have no step.
+        schedule: made of ``config`` and ``optimizer``.
     """
     share = min(1.0, n_steps / count_steps(schedule))
     while True:
@@ -176,21 +177,13 @@ def fit_schedule(
         share *= (n_steps - 0.5) / n_found
 
 
-def count_steps(schedule: Schedule) -> int:
-    """Return the optimizer steps of a whole schedule."""
-    tokens_seen = n_steps = 0
-    while tokens_seen < schedule.total_tokens:
-        tokens_seen, n_steps = tokens_seen + schedule.at(tokens_seen).batch_tokens, n_steps + 1
-    return n_steps
-
-
 def _shrunk(config: ScheduleConfig, schedule: Schedule, share: float, n_steps: int) -> ScheduleConfig:
     stages, start = [], 0
     for index, stage in enumerate(schedule.stages):
         unit = math.lcm(*(s.config.seq_len for s in schedule.stages[index : index + 2]))
         end = round(stage.end * share / unit) * unit
         if end <= start:
-            raise InputError(f"schedule.stages.{index} would have no step in {n_steps} steps; allow more of them")
+            raise InputError(f"schedule.stages.{index} would have no step in {n_steps} steps; allow more steps")
         stages.append(dataclasses.replace(stage.config, until_tokens=end))
         start = end
     warmup_tokens = min(int(config.warmup_tokens * share), start - 1)
@@ -206,7 +199,7 @@ def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]
             if end <= start:
                 raise InputError(
                     f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
-                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the one before earlier"
+                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the stage before earlier"
                 )
         yield Stage(start, end, stage)
         start = end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.data.tokenizer import Tokenizer, in_groups
 from moe_gpt.errors import InputError
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
 from moe_gpt.model.transformer import MoEGPT, evaluating
@@ -29,27 +28,23 @@ def score_documents(
 ) -> Score:
     """Score any text with a window that moves by ``stride`` tokens.
 
-    Every token of a document is predicted once, from at least the model's context minus ``stride`` tokens before it
-    where the document has them; the first from end-of-text, which is not itself scored. So the bits per byte can be
-    compared with those of other tokenizers and code.
+    Every token is predicted once. Its context is at least the model's context minus ``stride`` tokens, if the document
+    has that many before it. End-of-text precedes the first token and is not scored. The bits per byte are therefore
+    comparable with those of other tokenizers and other code.
 
     Args:
-        model: put into evaluation mode; its mode is restored.
-        tokenizer: of the model.
-        documents: texts; each is scored by itself.
-        precision: compute type.
+        model: its mode is restored afterwards.
+        documents: each is scored on its own.
         stride: from 1 (slowest, most context) to the model's context.
-        batch_tokens: tokens of one forward pass.
-
-    Raises:
-        InputError: where the stride is not in that range, or there is no text.
+        batch_tokens: tokens in one forward pass.
     """
     length, device = model.config.max_seq_len, model.embedding.weight.device
     if not 1 <= stride <= length:
         raise InputError(f"the stride must be from 1 to the model's context of {length} tokens, got {stride}")
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with evaluating(model):
-        for batch in _batches(_windows(tokenizer, documents, length, stride), max(1, batch_tokens // length)):
+        windows = _windows(tokenizer, documents, length, stride)
+        for batch in in_groups(windows, lambda window: 1, max(1, batch_tokens // length)):
             inputs, targets = (_padded([getattr(window, name) for window in batch]) for name in ("inputs", "targets"))
             with autocast(device, precision):
                 logits = model(inputs.clamp(min=0).to(device)).logits
@@ -64,9 +59,9 @@ def score_documents(
 class _Window(NamedTuple):
     inputs: list[int]
     targets: list[int]
-    """What is scored; IGNORED_TARGET where a window before did it."""
+    """Tokens to score; IGNORED_TARGET for those that an earlier window scored."""
     n_bytes: int
-    """Bytes of the document, counted with its first window."""
+    """Bytes of the whole document in its first window; 0 in the others."""
 
 
 def _windows(tokenizer: Tokenizer, documents: Iterable[str], length: int, stride: int) -> Iterator[_Window]:
@@ -83,14 +78,8 @@ def _windows(tokenizer: Tokenizer, documents: Iterable[str], length: int, stride
                 break
 
 
-def _batches(windows: Iterable[_Window], size: int) -> Iterator[list[_Window]]:
-    iterator = iter(windows)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
 def _padded(rows: list[list[int]]) -> Tensor:
-    """Fill rows up on the right; nothing looks ahead, so what stands there does not matter."""
+    """Pad rows on the right; attention is causal, so the padding changes no score."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=IGNORED_TARGET
     )

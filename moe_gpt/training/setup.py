@@ -1,4 +1,4 @@
-"""From settings to a run that can start: data, schedule, model, optimizer, and the state to go on from."""
+"""From settings to a run that can start: data, schedule, model, optimizer, and the saved or initial state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_gpt.config import RunConfig
+from moe_gpt.config import DataConfig, RunConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ from moe_gpt.training.step import TrainState
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that training needs; only ``state`` changes."""
+    """Everything that training needs. Only ``state`` changes."""
 
     config: RunConfig
     run_dir: Path
@@ -60,17 +60,17 @@ class Run:
     state: TrainState
     identity: RunIdentity
     resumed_from: Path | None
-    """The checkpoint of this run that ``state`` was restored from."""
+    """The checkpoint of this run that ``state`` comes from, if it was resumed."""
     damaged: Sequence[Damaged]
     """Newer checkpoints that cannot be used."""
     changes: list[dict[str, Any]]
-    """What is not as it was when the run was saved."""
+    """Settings, data and environment that changed since that checkpoint."""
     passes: dict[str, float]
     """How often the whole schedule visits each source's training tokens."""
 
     @property
     def document_end_id(self) -> int | None:
-        """The id after which documents are kept apart; None where they are not."""
+        """The id that ends a document, if attention must not cross it; else None."""
         return self.data.tokenizer.end_of_text_id if self.config.data.document_masking else None
 
     @property
@@ -80,13 +80,13 @@ class Run:
 
 
 class OwnParts(NamedTuple):
-    """What users put in the place of ours."""
+    """A user's own router and schedule, in place of ours."""
 
     make_router: MakeRouter = Router
     schedule: StepSchedule | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Return what is recorded of them: name and source digest, None for ours."""
+        """Return the name and source digest of each, for the checkpoint; None for ours."""
         schedule = None if self.schedule is None else describe_source(type(self.schedule), None)
         return {"router": describe_source(self.make_router, Router), "schedule": schedule}
 
@@ -95,18 +95,18 @@ NOTHING_OWN = OwnParts()
 
 
 class Start(NamedTuple):
-    """What a run begins with, as far as its folder and ``--init-from`` tell."""
+    """What a run begins with, from its run folder or ``--init-from``."""
 
     saved: Path | None = None
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     damaged: Sequence[Damaged] = ()
     """Newer checkpoints that cannot be used."""
     initial: InitialWeights | None = None
     """A trained model to start with."""
     tokenizer: Tokenizer | None = None
-    """The tokenizer of either."""
+    """The tokenizer of either of them."""
     vocab_size: int | None = None
-    """The vocabulary of either."""
+    """The vocabulary of either of them."""
 
 
 def set_up_run(
@@ -120,23 +120,21 @@ def set_up_run(
     own: OwnParts = NOTHING_OWN,
     fit_steps: int | None = None,
 ) -> Run:
-    """Prepare data, build the model, and restore what is to be restored. The run folder is not touched.
+    """Prepare data, build the model, and restore a checkpoint if there is one. Nothing is written to the run folder.
 
     Args:
-        config: as the user gave it; what follows from the data is filled in.
-        run_dir: where the run will be, or is.
-        device: where to train.
-        resume: go on from the folder's newest checkpoint, if there is one.
+        config: as the user gave it; the run's config also has what follows from the data.
+        resume: resume from the folder's newest checkpoint, if there is one.
         init_from: run, checkpoint or Hugging Face folder whose weights and tokenizer a new run starts with.
-        allow_changes: keys that may differ from the run that is resumed, although its results change with them.
-        say: told about slow steps, damaged checkpoints, and differences that do not stop the run.
-        own: a router or a schedule of one's own.
+        allow_changes: keys that may differ from the resumed run, although they change its results.
+        say: shows slow steps, damaged checkpoints, and differences that do not stop the run.
+        own: a user's router or schedule.
         fit_steps: shrink the schedule to this many optimizer steps.
 
     Raises:
-        InputError: for a folder that holds a run and is not to be resumed; settings, data or weights that do not
-            fit together; a run whose checkpoints are all damaged.
-        FileNotFoundError: where ``init_from`` has no model.
+        InputError: if the folder holds a run and ``resume`` is false; if settings, data or weights do not fit
+            together; or if all checkpoints of the run are damaged.
+        FileNotFoundError: if ``init_from`` has no model.
     """
     if not resume:
         refuse_existing_run(run_dir)
@@ -154,7 +152,7 @@ def find_start(
     say: Callable[[str], None],
     make_router: MakeRouter = Router,
 ) -> Start:
-    """Return what the run begins with: its newest good checkpoint, else the model of ``init_from``, else nothing."""
+    """Return the run's newest good checkpoint, else the model of ``init_from``, else an empty start."""
     saved, damaged = _newest_good_checkpoint(run_dir, say)
     if saved:
         config = read_config(saved)
@@ -229,7 +227,7 @@ def _passes(data: PreparedData, shares: Sequence[float], total_tokens: int) -> d
 def _with_history(
     identity: RunIdentity, start: Start, allow_changes: Collection[str], say: Callable[[str], None]
 ) -> tuple[RunIdentity, list[dict[str, Any]]]:
-    """Return the run's identity with where it comes from, and the changes since the checkpoint that were allowed."""
+    """Add the run's origin to its identity; return that and the allowed changes since the checkpoint."""
     if start.initial:
         how = UPCYCLED if start.initial.is_upcycled_into(identity.config.model) else ""
         return identity._replace(initialised_from=f"{start.initial.path}{how}"), []
@@ -244,36 +242,37 @@ def _with_history(
 def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[[str], None]) -> None:
     if initial.is_upcycled_into(config.model):
         say(
-            f"note: the weights are a dense model's, and each of the {config.model.n_experts} experts starts as its "
-            "feed-forward network; model.n_experts=1 model.top_k=1 keeps it dense"
+            f"note: these are weights of a dense model; each of the {config.model.n_experts} experts starts as a copy "
+            "of its feed-forward network; model.n_experts=1 model.top_k=1 keeps the model dense"
         )
     start, end = initial.tokenizer.template()
     if start or end:
         spelled = " ".join(initial.tokenizer.spell(index) for index in (*start, *end))
         say(
-            f"note: this tokenizer puts {spelled} around every text; training here does not, and neither will the model"
+            f"note: this tokenizer's template puts {spelled} around every text; training here does not add these "
+            "tokens, so the model will not expect them"
         )
 
 
 def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Damaged]]:
-    """Return the checkpoint to resume, if there is one, and the damaged ones that are newer."""
+    """Return the checkpoint to resume, if there is one, and the newer ones that are damaged."""
     saved, damaged = find_good_checkpoint(run_dir)
     if damaged and not saved:
         raise InputError(
             "\n".join(problem for _, problem in damaged)
-            + f"\n{run_dir} has no other checkpoint; start it anew with another --run-dir"
+            + f"\n{run_dir} has no other checkpoint; start a new run with another --run-dir"
         )
     for _, problem in damaged:
         say(f"WARNING: {problem}")
-    if damaged and saved:
-        say(f"WARNING: going on from the newest undamaged checkpoint instead, {saved}")
+    if damaged:
+        say(f"WARNING: resuming from the newest undamaged checkpoint instead, {saved}")
     return saved, damaged
 
 
 def build_evaluator(
     config: RunConfig, data: PreparedData, max_tokens: int | None = None, seq_len: int | None = None
 ) -> Evaluator:
-    """Return the run's evaluation: its held-out text in sequences of its longest length, or of the one given."""
+    """Return the evaluation of a run's held-out text, in sequences of ``seq_len`` or of the run's longest length."""
     return Evaluator(
         data.sources,
         data.tokenizer,
@@ -285,17 +284,13 @@ def build_evaluator(
 
 
 def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float]) -> TrainingStream:
-    """Return the run's stream; its chunks hold whole sequences of every stage."""
+    """Return the run's stream of tokens; its chunks hold whole sequences of every stage."""
     unit = chunk_tokens(config.schedule.stages)
     return TrainingStream([source.train for source in data.sources], shares, config.train.seed, unit)
 
 
 def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter = Router) -> TrainState:
-    """Return a fresh model and optimizer; the initial weights are the same on every device.
-
-    Raises:
-        InputError: where the load is balanced by a bias that the routers do not have.
-    """
+    """Return a new model and optimizer. The seed gives the same initial weights on every device."""
     torch.manual_seed(config.train.seed)
     model = MoEGPT(config.model, make_router).to(device)
     if config.model.balance == "bias" and not all(hasattr(m.router, "expert_bias") for m in model.moe_layers()):
@@ -306,19 +301,13 @@ def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter
 def fill_in(
     config: RunConfig, data: PreparedData, vocab_size: int | None, fit_steps: int | None = None
 ) -> tuple[RunConfig, Schedule, list[float]]:
-    """Return the config with what follows from the data, its schedule, and each source's share of the tokens.
+    """Fill in what follows from the data; return the config, its schedule, and each source's share of the tokens.
 
     Args:
-        config: as the user gave it.
-        data: the tokenised sources.
-        vocab_size: of the weights that the run goes on from; used where the config names none.
+        vocab_size: the vocabulary of the initial weights; used if the config has none.
         fit_steps: shrink the schedule to this many optimizer steps.
     """
-    uses_weights = any(source.config.weight for source in data.sources)
-    shares: list[float] = [
-        source.config.weight or 0.0 if uses_weights else (source.config.epochs or 1.0) * len(source.train)
-        for source in data.sources
-    ]
+    shares = _shares(data, config.data)
     vocab_size = config.model.vocab_size or vocab_size or data.tokenizer.vocab_size
     if vocab_size < data.tokenizer.vocab_size:
         raise InputError(
@@ -337,3 +326,10 @@ def fill_in(
         schedule=dataclasses.replace(config.schedule, stages=(*stages, last)),
     )
     return config, schedule, shares
+
+
+def _shares(data: PreparedData, config: DataConfig) -> list[float]:
+    """Return each source's share of the mixture: its weight, or else the tokens of its passes."""
+    if config.has_weights:
+        return [source.config.weight or 0.0 for source in data.sources]
+    return [source.config.passes * len(source.train) for source in data.sources]

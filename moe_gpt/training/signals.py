@@ -1,4 +1,4 @@
-"""Signals as requests: training finishes its step, saves and stops."""
+"""A signal is a request to stop: training finishes its step, saves and ends."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ StopSignalName = Literal["SIGINT", "SIGTERM", "SIGHUP"]
 
 @dataclass
 class StopRequest:
-    """What was asked for so far."""
+    """Whether a signal has asked training to stop."""
 
     name: StopSignalName | None = None
-    """The first signal that came, if one did."""
+    """The first signal that arrived; None before that."""
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into a request to stop; a second SIGINT interrupts at once.
 
-    In a thread that is not the main one Python allows no handlers; signals then do what they did before.
+    Python allows signal handlers in the main thread only. In another thread, signals keep their usual effect.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():

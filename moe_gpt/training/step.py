@@ -30,17 +30,17 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     skipped_windows: list[tuple[int, int]] = field(default_factory=list)
-    """Parts [start, end) of the stream that are passed over, because the run went back to before them."""
+    """Token ranges [start, end) of the stream that training leaves out since it went back to a checkpoint."""
     skips_in_a_row: int = 0
-    """Non-finite steps up to and including the last one whose metrics were read."""
+    """Non-finite steps in a row, up to the last step whose metrics were read."""
     rollbacks: int = 0
-    """How often the run went back."""
+    """How often the run went back to a checkpoint."""
     is_updating: bool = False
-    """Whether the optimizer is at work: an error then leaves weights that are neither old nor new."""
+    """True while the optimizer writes; an error at that time leaves some weights old and some new."""
 
 
 class StepMetrics(NamedTuple):
-    """What one step did, averaged over its valid tokens; scalars that stay on the device until they are written."""
+    """What one step did: scalars, averaged over its valid tokens, that stay on the device until they are written."""
 
     loss: Tensor
     ce_loss: Tensor
@@ -53,7 +53,7 @@ class StepMetrics(NamedTuple):
     dropped_fraction: Tensor
     """Share of assignments beyond capacity."""
     skipped: Tensor
-    """1 where a loss or gradient that was not finite kept the step from moving the weights."""
+    """1 if a non-finite loss or gradient kept the step from moving the weights, else 0."""
 
 
 class StepResult(NamedTuple):
@@ -63,9 +63,9 @@ class StepResult(NamedTuple):
     router_stats: RouterStats | None
     """Of the whole batch, by layer; None for a dense model."""
     norms: dict[str, Tensor] | None
-    """By group of parameters, where they were asked for: see ``norms``."""
+    """By group of parameters (``records.norms``), if they were asked for."""
     sample: RoutingSample | None = None
-    """What the routers made of some tokens of the batch, where the step is recorded in full."""
+    """How the routers handled the first micro-batch, if the step is recorded in full."""
 
 
 def accumulate_gradients(
@@ -73,11 +73,11 @@ def accumulate_gradients(
 ) -> tuple[LossTerms, RouterStats | None]:
     """Add the gradients of a whole batch to ``.grad``.
 
-    Cross entropy is summed and divided by the valid tokens of the whole batch, so that it does not matter how the
-    batch is cut. The auxiliary terms are those of each micro-batch, weighted by its share of the valid tokens.
+    Cross entropy is summed and divided by the valid tokens of the whole batch, so it does not depend on how the batch
+    is cut. The auxiliary terms of each micro-batch are weighted by its share of the valid tokens.
 
     Returns:
-        the loss terms of the whole batch, and what its routers did by layer; None for a dense model.
+        the loss terms of the whole batch, and its router statistics by layer (None for a dense model).
     """
     device = micro_batches[0].inputs.device
     n_valid = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]).sum().clamp(min=1)
@@ -96,12 +96,17 @@ def accumulate_gradients(
         (terms.loss * share).backward()
         terms_sum += torch.stack(terms).detach() * share
         if stats:
-            weighted = stats._replace(
-                load_balancing_loss=stats.load_balancing_loss.detach() * share,
-                router_z_loss=stats.router_z_loss.detach() * share,
-            )
-            whole = RouterStats(*map(torch.add, whole, weighted)) if whole else weighted
+            whole = _add_stats(whole, stats, share)
     return LossTerms(*terms_sum.unbind()), whole
+
+
+def _add_stats(whole: RouterStats | None, stats: RouterStats, share: Tensor) -> RouterStats:
+    """Add a micro-batch's router statistics: counts as they are, losses by the share of the valid tokens."""
+    weighted = stats._replace(
+        load_balancing_loss=stats.load_balancing_loss.detach() * share,
+        router_z_loss=stats.router_z_loss.detach() * share,
+    )
+    return RouterStats(*map(torch.add, whole, weighted)) if whole else weighted
 
 
 def train_step(
@@ -112,18 +117,13 @@ def train_step(
     precision: Precision,
     with_norms: bool = False,
 ) -> StepResult:
-    """Take one optimizer step and advance ``state``; never waits for the device.
+    """Take one optimizer step and advance ``state``, without waiting for the device.
 
-    A loss or gradient that is not finite leaves weights, moments and balancing bias as they are; its tokens count as
-    seen.
+    A non-finite loss or gradient leaves weights, moments and balancing bias as they are; its tokens count as seen.
 
     Args:
-        state: what changes.
         micro_batches: the whole batch.
-        plan: of this step.
-        config: of the run.
-        precision: compute type.
-        with_norms: return the norms of gradients, parameters and updates, too.
+        with_norms: also return the norms of gradients, parameters and updates.
     """
     model, optimizer = state.model, state.optimizer
     model.train()
@@ -138,15 +138,16 @@ def train_step(
     state.step += 1
     state.tokens_seen += plan.batch_tokens
     state.is_updating = False
-    zero = torch.zeros_like(skipped)
-    metrics = StepMetrics(
-        *terms,
-        grad_norm=grad_norm,
-        max_violation=max_violation(stats.tokens_per_expert).mean() if stats else zero,
-        dropped_fraction=stats.dropped_tokens.sum() / stats.tokens_per_expert.sum().clamp(min=1) if stats else zero,
-        skipped=skipped,
-    )
+    metrics = StepMetrics(*terms, grad_norm, *_balance_of(stats, torch.zeros_like(skipped)), skipped=skipped)
     return StepResult(metrics, stats, found_norms)
+
+
+def _balance_of(stats: RouterStats | None, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a step's ``max_violation`` and ``dropped_fraction``; both are zero for a dense model."""
+    if stats is None:
+        return zero, zero
+    counts = stats.tokens_per_expert
+    return max_violation(counts).mean(), stats.dropped_tokens.sum() / counts.sum().clamp(min=1)
 
 
 def update_weights(
@@ -154,10 +155,10 @@ def update_weights(
 ) -> tuple[Tensor, Tensor]:
     """Step the optimizer with the gradients clipped to ``max_grad_norm``, and clear them.
 
-    Clipping is left to the optimizer's own kernel, which divides by ``grad_scale`` on the way: no pass of its own.
+    The optimizer's fused kernel does the clipping: it divides by ``grad_scale`` as it goes, so no extra pass is needed.
 
     Returns:
-        the global norm before clipping, and 1 where norm or loss were not finite, so that nothing moved.
+        the global norm before clipping; and 1 if norm or loss were not finite, so that nothing moved, else 0.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = total_norm(gradients)

@@ -1,6 +1,8 @@
-"""What a run is, in words, before it starts."""
+"""The summary of a run, shown before it starts."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from moe_gpt.measure.flops import stage_tokens, training_flops
 from moe_gpt.measure.memory import checkpoint_bytes, needed_memory
@@ -20,39 +22,51 @@ def describe_run(run: Run) -> str:
         f"{model.n_layers} layers of width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value"
         f", {experts}",
         f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
+        *_sources(run),
+        f"schedule   {run.schedule.total_tokens:,} tokens{_big_epochs(run)}",
+        *_stages(run),
+        _cost(run, counts),
+        f"device     {describe_device(run.device)}, {run.precision}",
+        f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""),
     ]
-    for source in run.data.sources:
-        name = source.config.name
-        lines.append(
-            f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
-            f"this run passes over it {run.passes[name]:.2f} times"
-        )
-    lines.append(f"schedule   {run.schedule.total_tokens:,} tokens{_big_epochs(run)}")
-    for stage in run.schedule.stages:
-        first, last = stage.config.batch_range
-        batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"
-        lines.append(f"           until {stage.end:>12,}: sequences of {stage.config.seq_len}, {batch} tokens a step")
-    lines.append(_describe_cost(run, counts))
-    lines.append(f"device     {describe_device(run.device)}, {run.precision}")
-    lines.append(f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""))
     if run.identity.initialised_from:
         lines.append(f"           started with the weights of {run.identity.initialised_from}")
     return "\n".join(lines)
 
 
+def _sources(run: Run) -> Iterator[str]:
+    for source in run.data.sources:
+        name = source.config.name
+        yield (
+            f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
+            f"this run passes over it {run.passes[name]:.2f} times"
+        )
+
+
+def _stages(run: Run) -> Iterator[str]:
+    for stage in run.schedule.stages:
+        first, last = stage.config.batch_range
+        batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"
+        yield f"           until {stage.end:>12,}: sequences of {stage.config.seq_len}, {batch} tokens a step"
+
+
 def _big_epochs(run: Run) -> str:
-    """Return how many big epochs the schedule is; nothing where sources have weights instead of epochs."""
-    if any(source.config.weight for source in run.data.sources):
+    """Return how many big epochs the schedule is; empty if sources have weights instead of epochs."""
+    if run.config.data.has_weights:
         return ""
-    big_epoch = sum((source.config.epochs or 1.0) * len(source.train) for source in run.data.sources)
+    big_epoch = sum(source.config.passes * len(source.train) for source in run.data.sources)
     return f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"
 
 
+<<<<<<< HEAD
 def _describe_cost(run: Run, counts: ParameterCounts) -> str:
     """Return what the run takes, from its plan; moe-gpt plan says more."""
+=======
+def _cost(run: Run, counts: ParameterCounts) -> str:
+>>>>>>> words_room
     flops = training_flops(run.config.model, stage_tokens(run.config.schedule), counts)
     memory = needed_memory(run.config, run.device, run.precision, counts)
     return (
-        f"plan       {format_value(flops, 'FLOPs')} in matrix products; training takes {memory.shown()} of memory, "
+        f"plan       {format_value(flops, 'FLOPs')} in matrix products; training needs {memory.shown()} of memory, "
         f"a checkpoint {format_value(checkpoint_bytes(run.config.model).total, 'bytes')}"
     )

@@ -153,7 +153,7 @@ def test_wrong_type_names_key_expectation_and_value(problems, text, line):
         ("head_dim: 33", ["model.head_dim", "33", "34"]),
         ("n_experts: 4, top_k: 5", ["model.top_k", "top_k=5", "n_experts=4"]),
         ("n_experts: 4, top_k: 1", ["model.normalize_topk", "top_k=1", "n_experts=4", "true"]),
-        ("n_layers: 4, attention_sharing: 3", ["model.attention_sharing", "attention_sharing=3", "n_layers=4"]),
+        ("n_layers: 4, attention_sharing: 3", ["model.n_layers", "attention_sharing=3", "n_layers=4", "1, 2, 4"]),
         ("max_seq_len: 128", ["schedule.stages.0.seq_len", "model.max_seq_len=128", "256"]),
     ],
 )

@@ -272,7 +272,7 @@ def test_corrupt_file_is_named(name, content):
 def test_pattern_that_matches_nothing_is_refused():
     """A path or glob without a file is an error with the pattern and the folder, even beside one that matches."""
     message = failure(files=(write("a.txt", "text"), "b*.txt"))
-    assert message == f"source mine: files='b*.txt' matches no file; the folder is {Path.cwd()}"
+    assert message == f"source mine: files='b*.txt' matches no file; the current folder is {Path.cwd()}"
 
 
 def test_home_of_an_unknown_user_is_refused():
@@ -375,7 +375,7 @@ def test_zst_without_its_package_says_what_to_install(monkeypatch):
     """The one compression that Python lacks."""
     path = write("a.jsonl.zst", zstandard.compress(b"{}"))
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
-    assert failure(files=path).endswith("run: pip install zstandard")
+    assert failure(files=path).endswith("run pip install zstandard")
 
 
 def test_damaged_compressed_file_is_named():

@@ -277,7 +277,7 @@ def test_damaged_document_ends_are_found_when_a_document_is_looked_up(tmp_path):
     content[-8] ^= 1
     path.write_bytes(content)
     assert TokenStore(tmp_path / "store", "train", check=False).locate(0) == (0, 0)
-    with pytest.raises(InputError, match=r"train_ends.npy is not what was written"):
+    with pytest.raises(InputError, match=r"train_ends.npy has changed since it was written"):
         TokenStore(tmp_path / "store", "train").locate(0)
 
 

@@ -156,7 +156,7 @@ def test_shorter_context_makes_a_sliding_window_harmless(folder):
         ({"num_local_experts": 5}, "experts.4.w1.weight is missing"),
         ({"num_local_experts": 3}, "experts.3.w1.weight is left over"),
         ({"num_hidden_layers": 1}, "layers.1.* is left over(.|\\n)*and 14 more"),
-        ({"tie_word_embeddings": True}, "lm_head.weight is not the embedding"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
         ({"vocab_size": 10}, "embed_tokens.weight has shape"),
         ({"architectures": "MixtralForCausalLM"}, "architectures must be a list of one name, got .MixtralForCausalLM"),
         ({"sliding_window": "x"}, "sliding_window must be a whole number of at least 1 or null, got 'x'"),
@@ -268,7 +268,7 @@ def test_tokenizer_of_another_model_is_refused(folder, tmp_path):
     """Both when a folder is read and when one is written."""
     shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.json")
     edit_json(folder / "config.json", vocab_size=200)
-    with pytest.raises(InputError, match=r"tokenizer has \d+ tokens, config.json says .* vocab_size=200"):
+    with pytest.raises(InputError, match=r"tokenizer has \d+ tokens, .* vocab_size=200"):
         hugging_face.load_tokenizer(folder)
     with pytest.raises(InputError, match=f"tokens, the model only vocab_size={VOCAB_SIZE}"):
         hugging_face.save(tiny_model(), tmp_path / "y", Tokenizer.load(tmp_path / "tokenizer.json"))

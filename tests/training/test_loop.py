@@ -118,7 +118,7 @@ def test_resume_falls_back_from_a_damaged_checkpoint(small_config, tmp_path):
     run = set_up_run(config, tmp_path / "run", CPU, resume=True, say=said.append)
     assert run.state.step == 10
     assert f"WARNING: checkpoint {newest}: optimizer.safetensors has 1 bytes" in said[0]
-    assert "going on from the newest undamaged checkpoint instead" in said[1]
+    assert said[1].endswith(str(list_checkpoints(tmp_path / "run")[-2]))
     run_training(config, tmp_path / "run", resume=True)
     assert (newest.parent / f"{newest.name}.damaged-1").is_dir()
     assert step_lines(tmp_path / "run") == step_lines(tmp_path / "whole")

@@ -228,7 +228,7 @@ def test_metrics_with_holes_are_said_at_resume(small_config, tmp_path):
     path.write_text("\n".join(line for line in path.read_text().splitlines() if '"step": 3,' not in line) + "\n")
     display = Listening()
     run_training(small_config, tmp_path, display, resume=True, max_steps=8)
-    assert display.warnings == ["metrics.jsonl lacks 1 of the 6 steps that were done; the run goes on"]
+    assert display.warnings == ["metrics.jsonl lacks 1 of the 6 completed steps; the run goes on"]
 
 
 def test_run_whose_checkpoints_vanished_is_not_started_over(small_config, tmp_path):
@@ -237,7 +237,7 @@ def test_run_whose_checkpoints_vanished_is_not_started_over(small_config, tmp_pa
     run_training(config, tmp_path / "run", max_steps=9)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="had checkpoints, and now .*checkpoints has none; put them back"):
+    with pytest.raises(InputError, match="had checkpoints, .*run/checkpoints now has none; put them back"):
         run_training(config, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     (tmp_path / "young").mkdir()

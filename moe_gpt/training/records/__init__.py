@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, events, arrays of evaluations, and what it sends to trackers.
+"""The records of a run: metrics, events, arrays of evaluations, and points for trackers.
 
 Read ``run_log.py`` first.
 """

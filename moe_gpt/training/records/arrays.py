@@ -1,6 +1,6 @@
-"""What an evaluation found, as arrays for reports: ``evaluations/step_XXXXXXXX.safetensors``.
+"""The arrays of an evaluation, for reports: ``evaluations/step_XXXXXXXX.safetensors``.
 
-Everything is of one step and of fixed text, so that an interrupted and resumed run writes the same.
+They depend on one step and on fixed text only, so an interrupted and resumed run writes the same files.
 """
 
 from __future__ import annotations
@@ -29,23 +29,17 @@ def write_evaluation(
     precision: Precision,
     end_of_text_id: int | None = None,
 ) -> Gradients | None:
-    """Write the arrays of an evaluation, and return its gradients: the same state gives the same bytes.
+    """Write the arrays of an evaluation, and return its gradients. The same state gives the same bytes.
 
     For each source: ``<source>/nats`` and ``/counts`` by position (T,), ``/tokens_per_expert`` (L, E) over all held-out
     tokens, and of its slice ``/tokens`` (B, T) and ``/choices`` (L, B, T, K). ``gradients/routers`` and
     ``gradients/experts`` (L,) are those of cross entropy alone, on the first tokens of all slices.
 
     Args:
-        run_dir: the run.
         step: completed optimizer steps.
-        model: as it is after that step.
-        evaluations: what the evaluator found.
-        slices: tokens of each source whose experts are kept; empty for none.
-        precision: compute type.
-        end_of_text_id: given, documents are kept apart.
-
-    Raises:
-        OSError: where it cannot be written.
+        model: its state after that step.
+        slices: tokens of each source whose experts are recorded; empty for none.
+        end_of_text_id: if given, attention stays within documents.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, found in evaluations.items():
@@ -64,12 +58,12 @@ def write_evaluation(
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:
-    """Return where the arrays of the evaluation after a step are."""
+    """Return the file with the arrays of the evaluation after a step."""
     return run_dir / EVALUATIONS / f"step_{step:08d}.safetensors"
 
 
 def remove_later_evaluations(run_dir: Path, step: int) -> None:
-    """Remove the arrays of evaluations after a step, which is done again, and what a killed process left of others."""
+    """Remove the arrays of evaluations after a step, which will be made again, and leftovers of a killed process."""
     delete_leftovers(run_dir / EVALUATIONS, "step_")
     for path in (run_dir / EVALUATIONS).glob("step_*.safetensors"):
         if path > evaluation_file(run_dir, step):

@@ -1,4 +1,4 @@
-"""What stands in a line of ``metrics.jsonl`` about a recorded step or an evaluation."""
+"""The contents of a line of ``metrics.jsonl`` for a recorded step or an evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_gpt.training.evaluation import SourceEvaluation
 
 
 def describe_routing(stats: RouterStats, sample: RoutingSample) -> dict[str, list]:
-    """Return a step's routing as lists over layers, for ``metrics.jsonl`` (docs/healthy-router.md has each formula).
+    """Return a step's routing as lists over layers (docs/healthy-router.md has each formula).
 
     Loads, losses and drops are those of the whole batch.
     """
@@ -42,7 +42,7 @@ def describe_routing(stats: RouterStats, sample: RoutingSample) -> dict[str, lis
 
 
 def describe_norms(norms: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return the norms of ``train.norms`` as ``{group: {kind: value}}``."""
+    """Return the norms of ``records.norms`` as ``{group: {kind: value}}``."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in zip(norms, torch.stack(list(norms.values())).tolist(), strict=True):
         group, kind = name.split("/")
@@ -52,11 +52,11 @@ def describe_norms(norms: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def score_line(evaluations: dict[str, SourceEvaluation], samples: dict[str, str]) -> dict[str, Any]:
     """Return an evaluation as the keys of its line in ``metrics.jsonl``."""
-    line: dict[str, Any] = {}
-    for name, found in evaluations.items():
-        score = found.score
-        for key in ("ce_loss", "bits_per_byte"):
-            line[str(MetricName(name, key))] = getattr(score, key)
+    line: dict[str, Any] = {
+        str(MetricName(name, key)): getattr(found.score, key)
+        for name, found in evaluations.items()
+        for key in ("ce_loss", "bits_per_byte")
+    }
     counts = [found.tokens_per_expert for found in evaluations.values() if found.tokens_per_expert is not None]
     if counts:
         line[f"{VALIDATION}max_violation"] = float(routing.max_violation(np.sum(counts, axis=0)).mean())

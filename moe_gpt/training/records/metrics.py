@@ -1,6 +1,6 @@
 """The run's log: ``metrics.jsonl`` has a JSON object per optimizer step, per recording and per evaluation.
 
-``events.jsonl`` has what happened besides: starts, resumes, warnings, faults. It is only ever appended to.
+``events.jsonl`` has the rest: starts, resumes, warnings, faults. Nothing is ever removed from it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from moe_gpt.training.step import StepMetrics, StepResult
 
 
 class JsonLines:
-    """Appends lines to a file; what cannot be written now is kept and written with the next lines.
+    """Appends JSON lines to a file. Lines that cannot be written now are kept and written with the next ones.
 
-    A line is in the file whole or not at all: what a full disk cut off is removed again.
+    A line is in the file completely or not at all; the part that fitted on a full disk is removed again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,10 +46,10 @@ class JsonLines:
         self._unwritten += json.dumps(_finite(line)).encode() + b"\n"
 
     def write(self) -> None:
-        """Write what was added. A file that was removed or replaced meanwhile is restored; another's is kept beside it.
+        """Write the added lines. A removed or replaced file is restored; its replacement is kept under another name.
 
         Raises:
-            OSError: where it cannot be written, or its folder is not there any more; nothing added is lost.
+            OSError: if the file cannot be written or its folder is gone; the lines are kept.
         """
         if not self._path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
             self._restore()
@@ -64,7 +64,7 @@ class JsonLines:
         self._unwritten = b""
 
     def _restore(self) -> None:
-        """Write the file anew from the one that is open, which has no name any more."""
+        """Write the file again from the open one, whose name was removed."""
         self._file.seek(0)
         content = self._file.read()
         if self._path.exists():
@@ -76,11 +76,7 @@ class JsonLines:
         self._open()
 
     def sync(self) -> None:
-        """Write what was added and force it to the disk.
-
-        Raises:
-            OSError: as ``write``.
-        """
+        """Write the added lines and force them to the disk; errors are those of ``write``."""
         self.write()
         os.fsync(self._file.fileno())
 
@@ -90,7 +86,7 @@ class JsonLines:
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with null for every number that is not finite: JSON has no NaN."""
+    """Replace every non-finite number by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -99,12 +95,12 @@ def _finite(value: Any) -> Any:
 
 
 class Fetched(NamedTuple):
-    """The lines that were appended."""
+    """New lines of ``metrics.jsonl``."""
 
     steps: list[dict[str, Any]]
-    """One of each step."""
+    """One for each step."""
     records: list[dict[str, Any]]
-    """What the routers did and how large weights and updates are, of the steps that were recorded."""
+    """Routing and norms of the steps that were recorded in full."""
 
 
 class MetricsLog(JsonLines):
@@ -112,7 +108,7 @@ class MetricsLog(JsonLines):
 
     Args:
         path: the file, appended to.
-        step: lines of later steps are removed first: they are from a part of the run that is done again.
+        step: lines of later steps are removed first, because those steps are done again.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -122,7 +118,7 @@ class MetricsLog(JsonLines):
         self._recorded: list[tuple[dict[str, Any], StepResult]] = []
 
     def add(self, step: int, tokens_seen: int, plan: StepPlan, result: StepResult) -> None:
-        """Remember a step; nothing is fetched from the device yet. Where it has norms, it is recorded in full."""
+        """Remember a step without fetching from the device. A step with norms is recorded in full."""
         place = {"step": step, "tokens_seen": tokens_seen}
         self._pending.append(({**place, **plan._asdict()}, result.metrics))
         if result.norms is not None:
@@ -131,18 +127,18 @@ class MetricsLog(JsonLines):
     def fetch(self, started_at: float) -> Fetched:
         """Fetch the metrics of the steps since the last call, append their lines, and return them.
 
-        Args:
-            started_at: time.perf_counter() when the first of the steps began. The clock is read again after the
-                device has delivered the values, so that work still queued there is counted.
+        Every line has the mean ``tokens_per_second`` of these steps, because single steps are not timed on the device.
 
-        Every line has the mean ``tokens_per_second`` of the group: single steps are not timed on the device.
+        Args:
+            started_at: time.perf_counter() when the first of the steps began. The clock stops when the device has
+                delivered the values, so work that was still queued there counts.
         """
         if not self._pending:
             return Fetched([], [])
-        values = torch.stack([torch.stack(metrics).float() for _, metrics in self._pending]).tolist()
+        lines, metrics = map(list, zip(*self._pending, strict=True))
+        values = torch.stack([torch.stack(step).float() for step in metrics]).tolist()
         seconds = time.perf_counter() - started_at
-        n_tokens = sum(line["batch_tokens"] for line, _ in self._pending)
-        lines = [line for line, _ in self._pending]
+        n_tokens = sum(line["batch_tokens"] for line in lines)
         for line, row in zip(lines, values, strict=True):
             line.update(zip(StepMetrics._fields, row, strict=True), tokens_per_second=n_tokens / max(seconds, 1e-9))
             line["skipped"] = bool(line["skipped"])
@@ -154,7 +150,7 @@ class MetricsLog(JsonLines):
         return Fetched(lines, records)
 
     def rewind(self, step: int) -> None:
-        """Remove the lines of later steps, written or not."""
+        """Remove all lines of later steps, in the file and in memory."""
         self._pending, self._recorded = [], []
         self.write()
         self._file.close()
@@ -170,12 +166,12 @@ def _record(place: dict[str, Any], result: StepResult) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``; what follows a damaged line is left out."""
+    """Return the lines of a ``metrics.jsonl`` up to the first damaged one."""
     return read_json_lines(path, lambda line: isinstance(line.get("step"), int), stops_at_damage=True).lines
 
 
 def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
-    """Return the evaluation after a step: per source ``ce_loss`` and ``bits_per_byte``; empty where there is none."""
+    """Return the evaluation after a step: per source ``ce_loss`` and ``bits_per_byte``; empty if there is none."""
     scores: dict[str, dict[str, float]] = {}
     for line in read_metrics(path) if path.is_file() else []:
         for key, value in line.items() if line["step"] == step else ():

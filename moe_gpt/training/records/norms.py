@@ -1,4 +1,4 @@
-"""How large parameters, gradients and updates are, by group: embedding, attention, routers, experts, norms, output."""
+"""L2 norms of parameters, gradients and updates, by group: embedding, attention, routers, experts, norms, output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GROUPS = (
 
 
 def group_of(name: str) -> str:
-    """Return the group of a parameter by its name; ``other`` for one that an experiment added."""
+    """Return the group of a parameter by its name; ``other`` if no group fits."""
     return next((group for group, pattern in _GROUPS if re.search(pattern, name)), "other")
 
 
@@ -28,7 +28,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all the numbers in ``tensors`` together, a float32 scalar."""
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm([x.float() for x in tensors])
-    # row by row: PyTorch works out the norm of a whole tensor in one thread
+    # row by row, because PyTorch computes the norm of a whole tensor in one thread
     rows = [x.flatten(0, -2) if x.dim() > 1 else x.reshape(1, -1) for x in tensors]
     return torch.linalg.vector_norm(torch.cat([torch.linalg.vector_norm(x.float(), dim=1) for x in rows]))
 
@@ -45,16 +45,14 @@ def parameter_norms(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor | float = 0.0) -> dict[str, Tensor]:
-    """Return ``<group>/update_norm``: how far the step just taken moved the parameters, by L2 norm.
+    """Return ``<group>/update_norm``: L2 norms of the step that was just taken.
 
-    Computed from the optimizer's moments after the step, so that no copy of the parameters is needed. With AdamW
-    (arXiv 1711.05101, algorithm 2) p_new = (1 - lr·wd)·p - lr·d, where d = m / (1 - β1^t) / (sqrt(v / (1 - β2^t)) + ε),
-    and so p - p_new = lr·(d + wd·p_new) / (1 - lr·wd).
+    The optimizer's moments after the step determine it, so no copy of the parameters is needed. AdamW (arXiv
+    1711.05101, algorithm 2) has p_new = (1 - lr·wd)·p - lr·d with d = m / (1 - β1^t) / (sqrt(v / (1 - β2^t)) + ε).
+    Therefore p - p_new = lr·(d + wd·p_new) / (1 - lr·wd).
 
     Args:
-        model: after the step.
-        optimizer: after the step.
-        skipped: 1 where the step was skipped and moved nothing, otherwise 0.
+        skipped: 1 if the step was skipped and moved nothing, else 0.
     """
     has_stayed = torch.as_tensor(skipped, device=next(model.parameters()).device).bool()
     settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}

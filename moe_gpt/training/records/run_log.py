@@ -1,4 +1,4 @@
-"""Everything that a run writes down and says: metrics, events, evaluations, warnings; what it sends to trackers."""
+"""The log of a run: metrics, events, evaluations and warnings, on disk, on screen and in trackers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from moe_gpt.training.records.watch import Finding, HealthWatch, SpikeDetector
 from moe_gpt.training.setup import Run
 
 _MOST_PLACES = 64
-"""Sequences of a batch whose place in the data is written down when the batch is at fault."""
+"""Sequences of a non-finite step whose place in the data is recorded; the others are only counted."""
 
 
-class RunFolderGone(Exception):  # noqa: N818 (the loop makes an account of it)
-    """Somebody removed the folder of the run while it was training."""
+class RunFolderGone(Exception):  # noqa: N818 (recovery turns it into TrainingStopped)
+    """Somebody removed the run folder while the run was training."""
 
 
 class RunLog:
-    """A run's files that only grow, its warnings and its trackers."""
+    """The metrics, events, warnings and trackers of a run."""
 
     def __init__(self, run: Run, display: Display, callbacks: Sequence[Callback] = ()) -> None:
         self.run, self.state, self.config, self.display = run, run.state, run.config, display
@@ -45,17 +45,17 @@ class RunLog:
         self.restart_clock()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and the tracker."""
         self.metrics.close()
         self.events.close()
         self.tracker.close()
 
     def restart_clock(self) -> None:
-        """Count time for the speed of the next steps from now."""
+        """Measure the speed of the next steps from now on."""
         self.group_started_at = time.perf_counter()
 
     def rewind(self, step: int) -> None:
-        """Forget what came after a step: it is done again."""
+        """Remove everything after a step, because it is done again."""
         self.metrics.rewind(step)
         self.spikes = SpikeDetector(self.config.faults)
         self.health = self.watch_from(step)
@@ -63,19 +63,19 @@ class RunLog:
         self.tracker = self.track_from(step)
 
     def watch_from(self, step: int) -> HealthWatch:
-        """Return a watch that has seen what the run recorded up to this step; what is later is done again."""
+        """Return a watch that has read the run's records up to this step, and remove later evaluations."""
         remove_later_evaluations(self.run.run_dir, step)
         health = HealthWatch(self.config)
-        list(health.read(read_metrics(self.run.run_dir / "metrics.jsonl")))  # told when they began
+        list(health.read(read_metrics(self.run.run_dir / "metrics.jsonl")))  # these warnings were given already
         return health
 
     def track_from(self, resumed_at: int | None) -> Tracker:
-        """Open what metrics are sent to; the steps after ``resumed_at`` are done again."""
+        """Open the run's tracker; steps after ``resumed_at`` are done again."""
         settings = to_plain(self.config)
         return open_tracker(self.config.tracking, self.run.run_dir, settings, self.display.warn, resumed_at)
 
     def record_start(self) -> None:
-        """Write down that the run starts or goes on, with what changed and what was damaged."""
+        """Record that the run starts or resumes, with changed settings and damaged checkpoints."""
         run = self.run
         self.record(
             "resume" if run.resumed_from else "start",
@@ -85,20 +85,16 @@ class RunLog:
         self.warn_of_missing_metrics()
 
     def warn_of_missing_metrics(self) -> None:
-        """Say where metrics.jsonl has not every step that was done: somebody removed or changed it."""
+        """Warn if metrics.jsonl lacks completed steps, because somebody removed or changed it."""
         lines = read_metrics(self.run.run_dir / "metrics.jsonl")
         found = {line["step"] for line in lines if "loss" in line}
         missing = self.state.step - len(found & set(range(1, self.state.step + 1)))
         if missing:
-            text = f"metrics.jsonl lacks {missing:,} of the {self.state.step:,} steps that were done; the run goes on"
+            text = f"metrics.jsonl lacks {missing:,} of the {self.state.step:,} completed steps; the run goes on"
             self.warn(Finding("metrics_incomplete", self.state.step, text))
 
     def fetch(self) -> Fetched:
-        """Fetch and write the metrics of the steps since the last time, and note what was wrong with them.
-
-        Raises:
-            RunFolderGone: where the run folder is gone.
-        """
+        """Fetch and write the metrics of the steps since the last call; record skipped steps and loss spikes."""
         fetched = self.metrics.fetch(self.group_started_at)
         self.restart_clock()
         for line in fetched.steps:
@@ -110,7 +106,7 @@ class RunLog:
         return fetched
 
     def show_and_track(self, fetched: Fetched) -> None:
-        """Show, track and judge new metrics."""
+        """Show and track new metrics, and warn of unhealthy routers."""
         for finding in self.health.read(fetched.records):
             self.warn(finding)
         for line in (*fetched.steps, *fetched.records):
@@ -119,21 +115,21 @@ class RunLog:
             self.display.progress(self.state.tokens_seen, fetched.steps[-1])
 
     def write_log(self) -> None:
-        """Write the metrics, or keep them where that is not possible now."""
+        """Write the metrics; if that fails, warn once and keep them for the next time."""
         try:
             self.metrics.write()
         except OSError as error:
             if not self.run.run_dir.is_dir():
                 raise RunFolderGone from error
             if not self.cannot_log:
-                text = f"metrics cannot be written ({error}); they are kept, and nothing is saved before they are"
+                text = f"metrics cannot be written ({error}); they are kept, and checkpoints wait for them"
                 self.warn(Finding("cannot_log", self.state.step, text))
             self.cannot_log = True
         else:
             self.cannot_log = False
 
     def record_skip(self, line: dict[str, Any]) -> None:
-        """Note where the data of a step came from whose loss or gradient was not finite."""
+        """Record where the data of a non-finite step came from."""
         start, names = line["tokens_seen"] - line["batch_tokens"], [s.config.name for s in self.run.data.sources]
         starts = range(start, line["tokens_seen"], line["seq_len"])
         places = [self.run.stream.locate(place) for place in starts[:_MOST_PLACES]]
@@ -145,17 +141,14 @@ class RunLog:
             sequences=[{**place._asdict(), "source": names[place.source]} for place in places],
         )
         self.display.warn(
-            f"step {line['step']}: loss or gradient not finite; the weights stay as they were (its data: events.jsonl)"
+            f"step {line['step']}: loss or gradient not finite; the weights are unchanged (events.jsonl has the data)"
         )
 
     def evaluate(self) -> float | None:
-        """Evaluate the model as it is; write, show and track what comes out, with samples and what reports draw.
+        """Evaluate the model; write, show and track the scores, the samples and the arrays for reports.
 
         Returns:
-            the mean validation loss of the sources, None where it is not finite.
-
-        Raises:
-            RunFolderGone: where the run folder is gone.
+            the mean validation loss of the sources; None if it is not finite.
         """
         self.display.evaluating(self.state.step)
         evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision)
@@ -175,12 +168,12 @@ class RunLog:
         return mean if math.isfinite(mean) else None
 
     def sample(self) -> dict[str, str]:
-        """Return a generated text for each source's prompt, unless none is wanted."""
+        """Return a generated text for each source's prompt; none if ``train.sample_tokens`` is 0."""
         n_tokens = self.config.train.sample_tokens
         return dict(generate_samples(self.run, n_tokens)) if n_tokens else {}
 
     def keep_arrays(self, evaluations: dict[str, SourceEvaluation]) -> None:
-        """Write what only reports read; where that fails, warn and train on."""
+        """Write the arrays for reports; if that fails, warn and go on training."""
         run, step, n_tokens = self.run, self.state.step, self.config.train.record_tokens
         slices = run.evaluator.slices(n_tokens) if n_tokens else {}
         try:
@@ -194,12 +187,12 @@ class RunLog:
             self.warn(finding)
 
     def warn(self, finding: Finding) -> None:
-        """Tell a person, and keep it in events.jsonl."""
+        """Show a finding, and record it in events.jsonl."""
         self.display.warn(finding.text)
         self.record(finding.kind, step=finding.step, text=finding.text)
 
     def record(self, kind: str, **details: Any) -> None:
-        """Append to events.jsonl; where that cannot be written it is tried again with the next event."""
+        """Append to events.jsonl; if that fails, the next event tries again."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.events.append({"time": now, "kind": kind, "step": self.state.step, **details})
         with contextlib.suppress(OSError):

@@ -1,8 +1,7 @@
 """Sending a run's metrics to TensorBoard or Weights & Biases, through one small interface.
 
-Off by default. Both packages are imported only where they are asked for, and one that is missing is the only error that
-is raised: whatever else a service raises is told once, and the run goes on without it. ``metrics.jsonl`` has everything
-in any case.
+Tracking is off by default, and both packages are imported only if they are used. A missing package is an error. After
+any other failure of a service, the run says so once and goes on without it; ``metrics.jsonl`` still has everything.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TrackerName = Literal["none", "tensorboard", "wandb"]
 
 
 class _Service(NamedTuple):
-    """What a tracker's package can do."""
+    """The functions of a tracker's package."""
 
     log: Callable[[Mapping[str, float], int], Any]
     text: Callable[[str, str, int], Any]
@@ -33,12 +32,12 @@ class _Service(NamedTuple):
 
 
 class Tracker:
-    """A place where the curves of a run are drawn, until it fails or is closed.
+    """A service that draws the curves of a run, until it fails or is closed.
 
     Args:
         name: of the service, for the message.
-        service: nothing where the run is not tracked.
-        say: told, in one line and at most once, that the service failed.
+        service: opens the service; returns None if the run is not tracked.
+        say: shows one line, at most once, if the service fails.
     """
 
     def __init__(self, name: str, service: Callable[[], _Service | None], say: Callable[[str], None]) -> None:
@@ -52,12 +51,12 @@ class Tracker:
             self._guarded(self._service.log, values, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Add a text, such as a generated sample; it is shown as it is, line by line."""
+        """Add a text, such as a generated sample; it is shown without formatting."""
         if self._service:
             self._guarded(self._service.text, name, text, step)
 
     def close(self) -> None:
-        """Send what is not yet sent, and end. Whatever is logged afterwards goes nowhere."""
+        """Send what is still waiting, and close. Later calls do nothing."""
         if self._service:
             self._guarded(self._service.close)
         self._service = None  # a closed SummaryWriter would begin another file
@@ -82,20 +81,16 @@ def open_tracker(
 ) -> Tracker:
     """Open the tracker of a run; "none" does nothing.
 
-    TensorBoard's files are in ``run_dir / "tensorboard"``. For Weights & Biases the run directory's full path is the
-    identity of the run: the same directory always continues the same curves.
+    TensorBoard's files are in ``run_dir / "tensorboard"``. Weights & Biases identifies the run by the full path of its
+    folder, so the same folder always continues the same curves.
 
     Args:
         name: the value of the setting ``tracking``.
-        run_dir: the run's directory.
         settings: the resolved config; it is sent once, here.
-        say: told, in one line and at most once, that the service failed.
-        resumed_at: the last step of an earlier part of the run that is kept. TensorBoard hides what it has of later
-            steps; Weights & Biases cannot remove points, so steps that are done again have two. A run that goes back
-            while it runs closes its tracker and opens another.
-
-    Raises:
-        InputError: where the service's package is not installed.
+        say: shows one line, at most once, if the service fails.
+        resumed_at: the last step that is kept of an earlier part of the run. TensorBoard hides its points of later
+            steps. Weights & Biases cannot remove points, so a step that is done again has two. A run that goes back
+            closes its tracker and opens another.
     """
     openers: dict[TrackerName, Callable[[], _Service | None]] = {
         "none": lambda: None,
@@ -106,11 +101,7 @@ def open_tracker(
 
 
 def require_tracker(name: TrackerName) -> None:
-    """See that the tracker's package is there, before anything is written.
-
-    Raises:
-        InputError: where it is not.
-    """
+    """Raise ``InputError``, before anything is written, if the tracker's package is not installed."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise _missing(name)
 
@@ -127,7 +118,7 @@ def _import(package: TrackerName) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package:  # installed, but something that it needs is not
+        if error.name != package:  # the package is there, but one of its own imports is missing
             raise
         raise _missing(package) from None
 
@@ -137,7 +128,7 @@ def _tensorboard(run_dir: Path, settings: dict[str, Any], resumed_at: int | None
     _import("tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    # events of purge_step itself are hidden too, and resumed_at is a step that is not done again
+    # TensorBoard hides purge_step itself, too; resumed_at must stay visible
     first_step = 0 if resumed_at is None else resumed_at + 1
     writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step, flush_secs=10)
 
@@ -146,7 +137,7 @@ def _tensorboard(run_dir: Path, settings: dict[str, Any], resumed_at: int | None
             writer.add_scalar(name, value, step)
 
     def text(name: str, text: str, step: int) -> None:
-        # the text is read as Markdown, where what is indented by four spaces stays as it is
+        # TensorBoard reads Markdown, in which lines indented by four spaces stay as they are
         writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
 
     text("settings", json.dumps(settings, indent=2, default=str), first_step)
@@ -159,7 +150,7 @@ def _weights_and_biases(run_dir: Path, settings: dict[str, Any]) -> _Service:
     folder = run_dir.resolve()
     identity = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     run = wandb.init(project="moe_gpt", name=folder.name, dir=str(folder), id=identity, resume="allow", config=settings)
-    # wandb's own step can only grow: it would drop what is logged out of order, and all steps that are done again
+    # wandb's own step can only grow, so it would drop points logged out of order and steps that are done again
     run.define_metric("*", step_metric="step")
 
     def text(name: str, text: str, step: int) -> None:
@@ -172,20 +163,26 @@ def _weights_and_biases(run_dir: Path, settings: dict[str, Any]) -> _Service:
 def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a line of ``metrics.jsonl`` under the names that trackers show.
 
-    An optimizer step's numbers are ``train/<key>``, an evaluation's keep their names ``val/...``, and a recording's are
-    ``routing/layer_03/...``, ``routing/layer_03/load/expert_07`` and ``norms/<group>/...``. ``step`` is the x axis, not
-    a value. A flag is 0 or 1. What is missing, not a number or not finite is left out.
+    The numbers of an optimizer step are ``train/<key>``. Those of an evaluation keep their names ``val/...``. Those of
+    a recording are ``routing/layer_03/...``, ``routing/layer_03/load/expert_07`` and ``norms/<group>/...``. ``step`` is
+    the x axis, not a value. A flag is 0 or 1. Missing and non-finite values are left out.
     """
     values = {key: value for key, value in line.items() if key.startswith(VALIDATION)}
-    for name, layers in _mapping(line, "routing").items():
-        values.update(_by_layer(name, layers))
-    for group in _mapping(line, "groups"):
-        values.update({f"norms/{group}/{name}": norm for name, norm in _mapping(line["groups"], group).items()})
+    values.update(_recorded_values(line))
     others = line.keys() - {"step", "routing", "groups", *values}
-    if len(others) < len(line) - 1:  # no optimizer step, whose own line has the tokens
+    if len(others) < len(line) - 1:  # an evaluation or a recording; the step's own line has the tokens
         others -= {"tokens_seen"}
     values.update({f"train/{key}": line[key] for key in others})
     return {name: float(value) for name, value in values.items() if _is_finite_number(value)}
+
+
+def _recorded_values(line: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the routing and the norms of a recorded step."""
+    for name, layers in _mapping(line, "routing").items():
+        yield from _by_layer(name, layers)
+    groups = _mapping(line, "groups")
+    for group in groups:
+        yield from ((f"norms/{group}/{name}", norm) for name, norm in _mapping(groups, group).items())
 
 
 def _mapping(line: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -203,7 +200,7 @@ def _by_layer(name: str, layers: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _numbered(noun: str, items: Any) -> Iterator[tuple[str, Any]]:
-    """Name the items so that sorting by name keeps their order: two digits, or more where there are 100 or more."""
+    """Number the items with two or more digits, so that sorting by name keeps their order."""
     items = items if isinstance(items, list | tuple) else []
     n_digits = max(2, len(str(len(items))))
     for i, item in enumerate(items):

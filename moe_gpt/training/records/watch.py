@@ -1,4 +1,4 @@
-"""Watching a run: loss spikes and routers that are not healthy, each told once, when it begins."""
+"""Warnings of loss spikes and unhealthy routers, each given once, when the problem begins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_gpt.measure.health import Gradients, find_problems
 
 
 class Finding(NamedTuple):
-    """Something a person should know, for the terminal and for events.jsonl."""
+    """A warning for the terminal and for events.jsonl."""
 
     kind: str
     step: int
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
 
 
 class SpikeDetector:
-    """Compares each step's cross entropy with the mean and deviation of those before it."""
+    """Compares each step's cross entropy with the mean and standard deviation of the steps before it."""
 
     def __init__(self, config: FaultConfig) -> None:
         self._window: deque[float] = deque(maxlen=config.spike_window)
@@ -28,29 +28,33 @@ class SpikeDetector:
         self._quiet = 0
 
     def read(self, line: dict[str, Any]) -> Iterator[Finding]:
-        """Yield a warning where a step's loss is a spike; at most one per window."""
-        loss, window = line["ce_loss"], self._window
+        """Yield a warning if a step's loss is a spike; at most one per window."""
+        loss = line["ce_loss"]
         if loss is None or not math.isfinite(loss):
             return
         self._quiet = max(0, self._quiet - 1)
-        if len(window) == window.maxlen and not self._quiet:
-            mean = sum(window) / len(window)
-            deviation = math.sqrt(sum((x - mean) ** 2 for x in window) / len(window))
-            if loss > mean + self._deviations * deviation and loss > mean:
-                self._quiet = len(window)
-                step, deviations = line["step"], (loss - mean) / max(deviation, 1e-12)
-                yield Finding(
-                    "loss_spike",
-                    step,
-                    f"ce_loss {loss:.3f} at step {step} is {deviations:.0f} standard deviations above the mean "
-                    f"{mean:.3f} of the {len(window)} steps before; if it does not come back, lower optimizer.lr or "
-                    "optimizer.max_grad_norm",
-                )
-        window.append(loss)
+        if len(self._window) == self._window.maxlen and not self._quiet:
+            yield from self._judge(loss, line["step"])
+        self._window.append(loss)
+
+    def _judge(self, loss: float, step: int) -> Iterator[Finding]:
+        """Compare a loss with a full window."""
+        size = len(self._window)
+        mean = sum(self._window) / size
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in self._window) / size)
+        if loss > mean + self._deviations * deviation and loss > mean:
+            self._quiet = size
+            deviations = (loss - mean) / max(deviation, 1e-12)
+            text = (
+                f"ce_loss {loss:.3f} at step {step} is {deviations:.0f} standard deviations above the mean {mean:.3f} "
+                f"of the {size} steps before; if it does not come down again, lower optimizer.lr or "
+                "optimizer.max_grad_norm"
+            )
+            yield Finding("loss_spike", step, text)
 
 
 class HealthWatch:
-    """Tells of a router's problems when they begin, from the newest records."""
+    """Finds unhealthy routers in the newest records, and warns when a problem begins."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._window = config, 3 * config.faults.routing_window // max(1, config.train.record_every_steps)
@@ -59,14 +63,14 @@ class HealthWatch:
         self._told: set[tuple[str, int]] = set()
 
     def read(self, records: Iterable[dict[str, Any]]) -> Iterator[Finding]:
-        """Add recorded steps; yield a warning for each problem that was not there before."""
+        """Add recorded steps; yield a warning for each new problem."""
         for record in records:
             if "routing" in record:
                 self._records.append(record["routing"])
                 yield from self._judge(record["step"])
 
     def read_evaluation(self, gradients: Gradients | None, step: int) -> Iterator[Finding]:
-        """Add an evaluation's gradients, unless it was before the first step; yield what begins with it."""
+        """Add the gradients of an evaluation after the first step; yield a warning for each new problem."""
         if step and gradients is not None:
             self._gradients = gradients
             yield from self._judge(step)

@@ -1,4 +1,4 @@
-"""Checkpoints, and what a run needs to go on from one as if it had never stopped.
+"""Checkpoints, and resuming a run from one bit for bit.
 
 Read ``checkpoint.py`` first.
 """

@@ -1,4 +1,4 @@
-"""What differs between a run and its continuation, and whether it may."""
+"""Changes between a checkpoint and the run that resumes it, and which of them are allowed."""
 
 from __future__ import annotations
 
@@ -41,41 +41,46 @@ _NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
 _SHAPE = ["vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts"]
 _SHAPE += ["balance", "attention_sharing", "tie_embeddings"]
 _FIXED = ("data.tokenizer.", *(f"model.{key}" for key in _SHAPE))
-"""What the saved weights and tokens are made for; no permission makes another fit."""
+"""Settings that the saved weights and tokens depend on. No permission can change them."""
 
 
 class Change(NamedTuple):
-    """Something that is not what it was when the run was saved."""
+    """Something that changed since the run was saved."""
 
     key: str
     """A setting, ``data.<source>``, or a key of the environment."""
     old: Any
     new: Any
     needs_permission: bool
-    """Whether the results would be another run's, rather than merely not the same to the bit."""
+    """True if the results may differ clearly; False if they only stop being bit-identical."""
+
+    @property
+    def is_impossible(self) -> bool:
+        """Whether the saved weights or tokens depend on the old value."""
+        return self.key.startswith(_FIXED)
 
     def is_of(self, key: str) -> bool:
-        """Whether it is the change of ``key`` or of something below it."""
+        """Whether ``key`` or something below it has changed."""
         return self.key == key or self.key.startswith(f"{key}.")
 
     def is_permitted(self, allowed: Collection[str]) -> bool:
-        """Whether the run may go on with it."""
+        """Whether the run may go on with this change."""
         return not self.needs_permission or any(self.is_of(key) for key in allowed)
 
     @property
     def effect(self) -> str:
-        """What it means for the run that goes on all the same."""
+        """The consequence for a run that goes on with this change."""
         if self.needs_permission:
-            return ", as allowed; from here on this is another run than it would have been"
-        return ": the run goes on in the same data order, but not bit-identically"
+            return ", as allowed; from here on the results differ from those of the unchanged run"
+        return "; the run goes on in the same data order, but not bit-identically"
 
     def shown(self) -> str:
-        """Return it in words."""
+        """Return the key with its old and new value."""
         return f"{self.key} was {shown(self.old)} and is now {shown(self.new)}"
 
 
 def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Return what bit-identical resume depends on besides config and data."""
+    """Return everything besides config and data on which a bit-identical resume depends."""
     return {
         "moe_gpt": moe_gpt.__version__,
         "code": _code_digests(),
@@ -92,20 +97,14 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
 
 
 def _code_digests() -> dict[str, str]:
-    """Return a digest of each file of this package that training computes with."""
+    """Return a digest of each file of this package that can change what training computes."""
     root = Path(moe_gpt.__file__).parent
     files = sorted(file for room in _ROOMS_THAT_COMPUTE for file in (root / room).rglob("*.py"))
     return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity: RunIdentity) -> list[Change]:
-    """Compare a checkpoint with what it would be continued with.
-
-    Args:
-        saved_config: of the checkpoint.
-        saved_state: its state.json.
-        identity: of the process that wants to go on.
-    """
+    """Compare a checkpoint's config and ``state.json`` with the process that resumes it."""
     return [
         *_changed_settings(saved_config, identity.config),
         *_changed_data(saved_state["data_fingerprint"], identity.data_fingerprint),
@@ -123,20 +122,18 @@ def _changed_settings(saved: RunConfig, wanted: RunConfig) -> Iterator[Change]:
 
 
 def _changed_data(saved: dict[str, str], found: dict[str, str]) -> Iterator[Change]:
-    for name in saved.keys() & found.keys():  # a source more or less is a changed setting
+    for name in saved.keys() & found.keys():  # a new or missing source is a changed setting
         if saved[name] != found[name]:
             old, new = (f"tokens with digest {digest[:12]}" for digest in (saved[name], found[name]))
             yield Change(f"data.{name}", old, new, needs_permission=True)
 
 
 def _changed_environment(saved: dict[str, Any], found: dict[str, Any]) -> Iterator[Change]:
-    for key in found:
-        if key not in saved or saved[key] == found[key]:
-            continue
+    for key in (key for key in found if saved.get(key, found[key]) != found[key]):
         old, new = saved[key], found[key]
         if isinstance(old, dict) and isinstance(new, dict):  # digests of the code
-            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-            old, new = "another", f"changed in {', '.join(names)}"
+            files = sorted(file for file in old.keys() | new.keys() if old.get(file) != new.get(file))
+            old, new = "another", f"changed in {', '.join(files)}"
         yield Change(key, old, new, needs_permission=key in _NEEDS_PERMISSION)
 
 
@@ -149,40 +146,40 @@ def _changed_own_code(key: str, saved: dict[str, str] | None, found: dict[str, s
 def check_changes(
     changes: Collection[Change], allowed: Collection[str], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Refuse changes that were not allowed, and return a record of those that were.
+    """Refuse changes that were not allowed, and return a record of the others.
 
     Args:
-        changes: from ``find_changes``.
-        allowed: keys given with --allow-changes; a key also allows what is below it (``optimizer`` allows
-            ``optimizer.lr``).
-        say: told about every change that does not stop the run.
+        allowed: keys given with --allow-changes. A key also allows everything below it: ``optimizer`` allows
+            ``optimizer.lr``.
+        say: shows every change that does not stop the run.
 
     Raises:
-        InputError: with a line for each change that is not allowed, and what to add to allow them.
+        InputError: with a line for each change that is not allowed, and the option that would allow them.
     """
-    refused = [change for change in changes if not change.is_permitted(allowed)]
-    impossible = [c for c in changes if c.key.startswith(_FIXED)]
-    if impossible or refused:
-        _refuse(impossible, refused, allowed)
-    for key in _without_effect(allowed, changes):
-        say(f"note: --allow-changes {key} had no effect: {key} is unchanged since the checkpoint")
-    for change in changes:
-        say(f"note: {change.shown()}{change.effect}")
+    stopping = [change for change in changes if change.is_impossible or not change.is_permitted(allowed)]
+    if stopping:
+        _refuse(stopping, allowed)
+    for note in _notes(changes, allowed):
+        say(f"note: {note}")
     return [change._asdict() for change in changes]
 
 
-def _without_effect(allowed: Collection[str], changes: Collection[Change]) -> list[str]:
-    return [key for key in allowed if not any(change.is_of(key) for change in changes)]
+def _notes(changes: Collection[Change], allowed: Collection[str]) -> Iterator[str]:
+    for key in allowed:
+        if not any(change.is_of(key) for change in changes):
+            yield f"--allow-changes {key} had no effect: {key} is unchanged since the checkpoint"
+    yield from (f"{change.shown()}{change.effect}" for change in changes)
 
 
-def _refuse(impossible: Sequence[Change], refused: Sequence[Change], allowed: Collection[str]) -> NoReturn:
-    # an entry of a list stands for the list: stages that come and go have no value of their own to allow
-    keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in refused)])
+def _refuse(stopping: Sequence[Change], allowed: Collection[str]) -> NoReturn:
+    impossible = [change.key for change in stopping if change.is_impossible]
+    # a list is allowed as a whole, because entries such as stages may come and go
+    keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in stopping)])
     remedy = f"go on all the same with --allow-changes {','.join(keys)}"
     if impossible:
-        remedy = f"{impossible[0].key} cannot change within a run"
+        remedy = f"{impossible[0]} cannot change within a run"
     raise InputError(
         "--resume continues the same run, but something has changed since the checkpoint:\n"
-        + "\n".join(change.shown() for change in dict.fromkeys([*impossible, *refused]))
+        + "\n".join(change.shown() for change in sorted(stopping, key=lambda change: not change.is_impossible))
         + f"\nrestore it; or {remedy}; or start a new run with --init-from"
     )

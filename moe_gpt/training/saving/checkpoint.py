@@ -1,9 +1,9 @@
-"""One checkpoint: everything a run needs to go on as if it had never stopped.
+"""One checkpoint: everything that a run needs to resume bit for bit.
 
-A checkpoint is a folder ``step_XXXXXXXX``: weights, optimizer and random generators as safetensors, the rest as JSON
-and YAML; nothing needs unpickling. ``manifest.json`` has the size and SHA-256 of every file and is compared with them
-before anything is used. The folder appears complete or not at all (``moe_gpt.files.durable``). Which
-checkpoints a run has, and which of them it keeps, is ``moe_gpt.training.saving.store``.
+A checkpoint is a folder ``step_XXXXXXXX``. Weights, optimizer and random generators are safetensors; the rest is JSON
+and YAML, so nothing needs unpickling. ``manifest.json`` has the size and SHA-256 of every file, which are verified
+before use. The folder appears complete or not at all (``moe_gpt.files.durable``). ``store.py`` lists the checkpoints of
+a run and decides which are kept.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ _ADDED_IN_VERSION_2: dict[str, Any] = {
 
 
 class RunIdentity(NamedTuple):
-    """What stays the same while a process trains and is saved with every checkpoint."""
+    """What every checkpoint of a process has in common."""
 
     config: RunConfig
     tokenizer: Tokenizer
     data_fingerprint: dict[str, str]
     environment: dict[str, Any]
     initialised_from: str | None = None
-    """The model whose weights the run started with (--init-from)."""
+    """The model that the run's initial weights come from (--init-from)."""
     changes: tuple[dict[str, Any], ...] = ()
-    """What was changed on purpose when the run was resumed (--allow-changes)."""
+    """The changes that were allowed when the run was resumed (--allow-changes)."""
     router: dict[str, str] | None = None
-    """Name and source digest of a router of one's own (``describe_source``)."""
+    """Name and source digest of a user's router (``describe_source``); None for ours."""
     schedule: dict[str, str] | None = None
-    """Of a schedule of one's own."""
+    """The same of a user's schedule."""
 
 
 class Snapshot(NamedTuple):
-    """Everything of a run that changes, at one step."""
+    """The changing state of a run at one step."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
@@ -79,20 +79,19 @@ class Snapshot(NamedTuple):
 
 
 def model_tensors(model: MoEGPT) -> dict[str, Tensor]:
-    """Return every distinct parameter and buffer by name; shared ones have the first of their names."""
+    """Return every parameter and buffer by name; a shared one appears once, under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def take_snapshot(
     state: TrainState, score: float | None = None, is_scheduled: bool = True, copy: bool = False
 ) -> Snapshot:
-    """Return a run's state.
+    """Return the state of a run.
 
     Args:
-        state: what is being trained.
-        score: mean validation loss at this step, where it was evaluated.
-        is_scheduled: whether ``checkpoint.every_steps`` asked for it, rather than an interruption or the end.
-        copy: copy every tensor, so that training may go on while the snapshot is written.
+        score: mean validation loss, if this step was evaluated.
+        is_scheduled: False for a checkpoint made because of an interruption or the end of the run.
+        copy: copy every tensor, so that training can go on while the snapshot is written.
     """
 
     def kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,10 +130,10 @@ def _generator_states(state: TrainState) -> dict[str, Tensor]:
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) -> None:
-    """Write a checkpoint; one of the same name is replaced. Equal state gives equal files.
+    """Write a checkpoint, replacing one of the same name. Equal state gives equal files.
 
     Raises:
-        OSError: where it cannot be written; then nothing has changed.
+        OSError: if it cannot be written; the old one is then intact.
     """
     with complete_folder(folder, replace=True) as temporary:
         tensors = {WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer, _GENERATORS: snapshot.generators}
@@ -165,21 +164,17 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileDigest:
 
 
 def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
-    """Compare files of a checkpoint with its manifest: all of them, or those that will be read.
+    """Compare all files of a checkpoint, or only ``names``, with its manifest.
 
-    Sizes are compared first, and no file is read that the manifest does not know or that has another size.
+    Sizes are compared first. A file that has another size, or that is not in the manifest, is never read.
 
     Raises:
-        InputError: naming the checkpoint and the file that is missing, of another size, changed or foreign; or where
-            the checkpoint is of another step than its name says.
+        InputError: naming the checkpoint and the file that is missing, changed or foreign; or if the folder's name has
+            another step than the state.
     """
     manifest = _read_manifest(path)
     for name in names:
-        if not (path / name).is_file():
-            raise InputError(f"checkpoint {path}: {name} is missing")
-        size = (path / name).stat().st_size
-        if size != manifest[name].bytes:
-            raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, saved were {manifest[name].bytes:,}")
+        _check_size(path, name, manifest[name].bytes)
     for name in names:
         if read_digest(path / name) != manifest[name]:
             raise InputError(f"checkpoint {path}: {name} is not the file that was saved: its SHA-256 differs")
@@ -190,6 +185,14 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
         )
 
 
+def _check_size(path: Path, name: str, wanted: int) -> None:
+    if not (path / name).is_file():
+        raise InputError(f"checkpoint {path}: {name} is missing")
+    size = (path / name).stat().st_size
+    if size != wanted:
+        raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, but {wanted:,} were saved")
+
+
 def _read_manifest(path: Path) -> dict[str, FileDigest]:
     file = path / MANIFEST
     try:
@@ -198,20 +201,20 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
         values = json.loads(file.read_text(encoding="utf-8"))
         if set(values) != set(FILES):
             raise ValueError(f"it must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
-        manifest = {name: FileDigest(**digest) for name, digest in values.items()}
-        if not all(isinstance(digest.bytes, int) and isinstance(digest.sha256, str) for digest in manifest.values()):
-            raise ValueError("every file must have a whole number of bytes and the digest as text")
+        return {name: _digest(**values[name]) for name in values}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None
-    return manifest
+
+
+def _digest(**values: Any) -> FileDigest:
+    digest = FileDigest(**values)
+    if not isinstance(digest.bytes, int) or not isinstance(digest.sha256, str):
+        raise ValueError("every file needs bytes as a whole number and sha256 as text")
+    return digest
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's ``state.json``; one of format 1 is completed with what it did not have.
-
-    Raises:
-        InputError: where it cannot be read or was written in another format.
-    """
+    """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         version = state["format_version"]
@@ -219,18 +222,14 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error!r}") from None
     if version not in (1, FORMAT_VERSION):
-        raise InputError(f"checkpoint {path} has format version {version}, this code reads 1 and {FORMAT_VERSION}")
+        raise InputError(f"checkpoint {path} has format version {version}; this code reads 1 and {FORMAT_VERSION}")
     if not all(isinstance(known[key], int) and known[key] >= 0 for key in ("step", "tokens_seen")):
-        raise InputError(f"checkpoint {path}: {_STATE} must count step and tokens_seen, got {shown(known)}")
+        raise InputError(f"checkpoint {path}: {_STATE} needs step and tokens_seen of at least 0, got {shown(known)}")
     return _ADDED_IN_VERSION_2 | state
 
 
 def read_config(path: Path) -> RunConfig:
-    """Return the resolved config saved with a checkpoint.
-
-    Raises:
-        InputError: where it is not a config of this version.
-    """
+    """Return the resolved config saved with a checkpoint."""
     try:
         text = (path / _CONFIG).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -241,7 +240,7 @@ def read_config(path: Path) -> RunConfig:
         lines = str(error).splitlines()
         raise InputError("\n".join(f"checkpoint {path}: {_CONFIG}: {line.strip()}" for line in lines)) from None
     if config.model.vocab_size is None:
-        raise InputError(f"checkpoint {path}: {_CONFIG} has no model.vocab_size; it is not the config of a checkpoint")
+        raise InputError(f"checkpoint {path}: {_CONFIG} must have model.vocab_size, got null; every checkpoint has one")
     return config
 
 
@@ -253,14 +252,14 @@ def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
 def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
     """Return a checkpoint's weights by name, after comparing their names and shapes with the config.
 
-    Nothing of the size that the config names is allocated before the file is known to hold it.
+    Memory is allocated only after this comparison, so a wrong config cannot exhaust it.
 
     Raises:
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
             safetensors.
     """
     reader = TensorReader([path / WEIGHTS])
-    if config.n_layers > len(reader.names):  # a model without end would take long to describe
+    if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
         raise InputError(f"checkpoint {path} is of another model: it has {len(reader.names)} tensors in all")
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
     _compare(shapes, {name: reader.shape(name) for name in reader.names}, f"checkpoint {path}")
@@ -271,12 +270,8 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
     """Copy weights into a model.
 
     Args:
-        model: where they go.
         saved: every parameter and buffer by name.
-        origin: where they come from, for the error.
-
-    Raises:
-        InputError: naming tensors that are missing, left over or of another shape.
+        origin: the source of the weights, for the error.
     """
     own = model_tensors(model)
     _compare({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
@@ -298,36 +293,33 @@ def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...
 
 
 def load_training_state(state: TrainState, path: Path) -> None:
-    """Restore weights, optimizer, progress and random generators from a verified checkpoint.
-
-    Raises:
-        InputError: where it is of another model or format.
-    """
+    """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
     model = state.model
     copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
     saved = TensorReader([path / _OPTIMIZER])
-    for name, parameter in state.model.named_parameters():
+    for name, parameter in model.named_parameters():
+        state.optimizer.state.pop(parameter, None)
         if f"{name}.step" in saved.names:
-            # its step count too belongs beside the parameter; copied, because what is read may be mapped onto the file
+            # the step count belongs on the parameter's device, too; a copy, because the reader may map the file
             state.optimizer.state[parameter] = {
                 part: saved.read(f"{name}.{part}").to(parameter.device, copy=True) for part in _OPTIMIZER_PARTS
             }
-        else:
-            state.optimizer.state.pop(parameter, None)
     progress = read_state(path)
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
     state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
-    generators = TensorReader([path / _GENERATORS])
-    device = state.model.embedding.weight.device
-    torch.set_rng_state(generators.read("cpu").clone())
-    if device.type == "cuda" and "cuda" in generators.names:
-        torch.cuda.set_rng_state(generators.read("cuda").clone(), device)
-    if device.type == "mps" and "mps" in generators.names:
-        torch.mps.set_rng_state(generators.read("mps").clone())
+    _restore_generators(TensorReader([path / _GENERATORS]), model.embedding.weight.device)
+
+
+def _restore_generators(saved: TensorReader, device: torch.device) -> None:
+    torch.set_rng_state(saved.read("cpu").clone())
+    if device.type == "cuda" and "cuda" in saved.names:
+        torch.cuda.set_rng_state(saved.read("cuda").clone(), device)
+    if device.type == "mps" and "mps" in saved.names:
+        torch.mps.set_rng_state(saved.read("mps").clone())
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return a run's checkpoints, oldest first; what is in them is not looked at."""
+    """Return a run's checkpoints, oldest first, without reading them."""
     found = [path for path in run_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name[5:]))

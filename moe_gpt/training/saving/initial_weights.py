@@ -1,6 +1,6 @@
-"""What a new run can start with (--init-from): a run or checkpoint of ours, or a Hugging Face folder.
+"""Weights to start a new run with (--init-from): from a run, a checkpoint or a Hugging Face folder.
 
-Weights of a dense model can start a mixture of experts (``moe_gpt.training.saving.upcycle``).
+A dense model's weights can start a mixture of experts (``upcycle.py``).
 """
 
 from __future__ import annotations
@@ -40,49 +40,52 @@ _ROUTING = ("n_experts", "top_k", "normalize_topk", "balance")
 
 
 class InitialWeights(NamedTuple):
-    """A trained model that a new run starts with; its weights are read when they are asked for."""
+    """A trained model that a new run starts with. Its weights are read later."""
 
     path: Path
     model: ModelConfig
     tokenizer: Tokenizer
     tokenizer_config: TokenizerConfig
-    """The settings that mean this tokenizer."""
+    """The settings that give this tokenizer."""
     read: Callable[[], dict[str, Tensor]]
     """Returns the weights by our names."""
     make_router: MakeRouter = Router
-    """What their routers are."""
+    """The class of their routers."""
 
     def is_upcycled_into(self, config: ModelConfig) -> bool:
-        """Whether a model of this config would begin with every expert as these weights' dense feed-forward."""
+        """Whether these weights are dense and the config is not, so that every expert starts as a copy."""
         return self.model.is_dense and not config.is_dense
 
     def copy_into(self, model: MoEGPT) -> None:
-        """Put the weights into a model whose config ``check_fits`` accepted.
+        """Copy the weights into a model whose config ``check_fits`` accepted.
 
-        What they have no part of keeps its initial values: the routers of an upcycled model, routers of another
-        kind, a new balancing bias.
+        Tensors without a counterpart keep their initial values: the routers of an upcycled model, routers of another
+        class, a new balancing bias.
         """
         tensors = self.read()
         if self.is_upcycled_into(model.config):
             tensors = upcycle(tensors, model.config)
         own, is_new = model_tensors(model), ".router.expert_bias"
         if self.model.is_dense or model.make_router is not self.make_router:
-            tensors, is_new = {name: t for name, t in tensors.items() if ".router." not in name}, ".router."
+            tensors, is_new = _without_routers(tensors), ".router."
         tensors |= {name: own[name] for name in own.keys() - tensors.keys() if is_new in name}
         copy_weights(model, tensors, str(self.path))
 
 
+def _without_routers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if ".router." not in name}
+
+
 def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRouter | None = None) -> InitialWeights:
-    """Open what ``--init-from`` names.
+    """Open the run folder, checkpoint or Hugging Face folder of ``--init-from``.
 
     Args:
-        path: a run folder, a checkpoint, or a Hugging Face folder.
-        max_seq_len: the context that the weights will be used with.
-        make_router: the router of one's own that a run was trained with, if it was.
+        max_seq_len: the longest context that the new run uses.
+        make_router: the user's router that the model was trained with, if any.
 
     Raises:
-        FileNotFoundError: where there is neither a complete checkpoint nor a config.json.
-        InputError: for a damaged checkpoint, and for folders that ``hugging_face.load`` refuses.
+        FileNotFoundError: if there is neither a complete checkpoint nor a config.json.
+        InputError: if the checkpoint is damaged, or ``hugging_face.load`` refuses the folder.
     """
     if hugging_face.is_model_folder(path):
         folder = Path(path)
@@ -109,17 +112,17 @@ def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRo
 
 
 def check_fits(initial: InitialWeights, config: RunConfig) -> None:
-    """Check that the weights mean the same in a run's model; context length and training settings may differ.
+    """Check that the run's model computes the same function; context length and training settings may differ.
 
     Raises:
-        InputError: naming every setting that differs, and what to add to the command.
+        InputError: naming every setting that differs, and the overrides that would make them agree.
     """
     differences = list(_differences(initial, config))
     problems = [f"{key} is {there!r} there, got {here!r}" for key, there, here in differences]
     if problems:
         overrides = [f"{key}={json.dumps(there, ensure_ascii=False)}" for key, there, _ in differences]
         raise InputError(
-            f"--init-from {initial.path} needs its model and its tokenizer, and the settings must say so\n"
+            f"--init-from {initial.path} needs a config with the same model and tokenizer; these settings differ\n"
             + "\n".join(problems)
             + f"\nto agree, add: {shlex.join(overrides)}"
         )
@@ -131,14 +134,14 @@ def check_fits(initial: InitialWeights, config: RunConfig) -> None:
 
 
 def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
-    """Yield each key that must agree and does not, with its value there and here."""
+    """Yield each key that must agree but differs, with its value in the weights and in the run."""
     yield from _differences_of_models(initial, config)
     saved, wanted = initial.tokenizer_config, config.data.tokenizer
     if wanted.file and wanted.file != saved.file:
         if Tokenizer.load(wanted.file, wanted.end_of_text).to_json() == initial.tokenizer.to_json():
             return
     elif saved.file:
-        wanted = dataclasses.replace(wanted, vocab_size=saved.vocab_size)  # not used where a file is given
+        wanted = dataclasses.replace(wanted, vocab_size=saved.vocab_size)  # a file has its own size
     for key in to_plain(saved):
         if getattr(saved, key) != getattr(wanted, key):
             yield f"data.tokenizer.{key}", getattr(saved, key), getattr(wanted, key)
@@ -146,10 +149,18 @@ def _differences(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[s
 
 def _differences_of_models(initial: InitialWeights, config: RunConfig) -> Iterator[tuple[str, object, object]]:
     there, here = to_plain(initial.model), to_plain(config.model)
-    here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null follows the weights
-    ignored = (*_ANY_CONTEXT, *_TRAINING_ONLY, *(_ROUTING if initial.is_upcycled_into(config.model) else ()))
-    if initial.model.balance != "bias":  # a bias that starts at zero changes nothing
-        ignored += ("balance",)
+    here["vocab_size"] = here["vocab_size"] or there["vocab_size"]  # null takes the weights' size
+    ignored = _may_differ(initial, config.model)
     for key in there:
         if key not in ignored and there[key] != here[key]:
             yield f"model.{key}", there[key], here[key]
+
+
+def _may_differ(initial: InitialWeights, config: ModelConfig) -> set[str]:
+    """Return the settings that may differ between the weights and a model that starts with them."""
+    keys = {*_ANY_CONTEXT, *_TRAINING_ONLY}
+    if initial.is_upcycled_into(config):
+        keys.update(_ROUTING)
+    if initial.model.balance != "bias":  # a new bias starts at zero, which changes nothing
+        keys.add("balance")
+    return keys

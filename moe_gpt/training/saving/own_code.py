@@ -1,4 +1,4 @@
-"""Code of one's own in a run: recorded with every checkpoint by name and digest, and asked for again when loading."""
+"""A user's own router or schedule: each checkpoint records its name and digest, and loading asks for it again."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from moe_gpt.model.router import MakeRouter, Router
 
 
 def describe_source(own: object, ours: object) -> dict[str, str] | None:
-    """Return what a checkpoint records of a class or function of one's own: its name and a digest of its source.
+    """Return the name and source digest of a user's class or function, for the checkpoint; None if it is ``ours``.
 
-    None where it is ``ours``.
-
-    The digest is of its own text alone, not of what it calls. It is "unknown" where Python has no source, as for what
-    was typed at a prompt.
+    The digest covers its own text only, not the code that it calls. It is "unknown" if Python has no source, for
+    example for code typed at a prompt.
     """
     if own is ours:
         return None
@@ -33,27 +31,32 @@ def describe_source(own: object, ours: object) -> dict[str, str] | None:
 
 
 def find_router(place: str) -> MakeRouter:
-    """Return the router that ``file.py:Name`` means; the file is run as Python.
+    """Import ``file.py`` of ``file.py:Name`` and return its router ``Name``.
 
     Raises:
-        InputError: where the form is another, the file cannot be imported, or has no such class or function.
+        InputError: if the argument has another form, or the file cannot be imported or has no such class or function.
     """
-    file, separator, name = place.rpartition(":")
+    file, _, name = place.rpartition(":")
     path = Path(file)
-    if not separator or path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py" or not path.is_file():
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
     module = _import_file(path)
     if not callable(getattr(module, name, None)):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        raise InputError(f"--router {path} has no class or function {name}; it has {', '.join(own) or 'none'}")
+        raise InputError(f"--router {path} has no class or function {name}; it has {_names_in(module) or 'none'}")
     return getattr(module, name)
+
+
+def _names_in(module: ModuleType) -> str:
+    """List the classes and functions that a module defines."""
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return ", ".join(own)
 
 
 def _import_file(path: Path) -> ModuleType:
     loader = SourceFileLoader(f"router_of_{path.stem}", str(path))
     module = ModuleType(loader.name)
     module.__file__ = str(path)
-    sys.modules[loader.name] = module  # where inspect looks for the source
+    sys.modules[loader.name] = module  # inspect looks for the source there
     try:
         loader.exec_module(module)
     except Exception as error:
@@ -62,26 +65,27 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: str) -> MakeRouter:
-    """Return the router that a saved model is built with.
+    """Return the router to build a saved model with.
 
     Args:
-        saved: what its checkpoint recorded.
-        given: by the user, if one was.
-        origin: of the model, for the messages.
+        saved: name and digest from the checkpoint; None for our router.
+        given: the router that the user gave, if any.
+        origin: where the model comes from, for the messages.
 
     Raises:
-        InputError: where the model had a router of its own and none, or one of another name, was given.
+        InputError: if the model needs a user's router, and none or one of another name was given.
     """
+    router = given or Router
     if saved is None:
-        return given or Router
-    found = describe_source(given, Router) if given else None
-    if given is None or found is None or found["name"] != saved["name"]:
-        got = "none" if given is None else getattr(given, "__qualname__", repr(given))
+        return router
+    found = describe_source(router, Router)
+    if found is None or found["name"] != saved["name"]:
+        got = getattr(given, "__qualname__", repr(given)) if given else "none"
         raise InputError(
             f"{origin} was trained with the router {saved['name']}, got {got}; give it with --router "
             f"FILE.py:{saved['name']}, or in Python with make_router={saved['name']}"
         )
     if found["digest"] != saved["digest"]:
-        text = f"the source of the router {saved['name']} is not what {origin} was trained with"
+        text = f"the source of the router {saved['name']} has changed since {origin} was trained"
         warnings.warn(text, stacklevel=3)
-    return given
+    return router

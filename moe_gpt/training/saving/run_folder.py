@@ -1,4 +1,4 @@
-"""What a run keeps on disk, and who may write to it."""
+"""The folder of a run: checks before a run starts, and the lock that keeps other processes out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from moe_gpt.training.saving.store import Damaged, set_aside
 
 
 def refuse_existing_run(run_dir: Path) -> None:
-    """Check that a new run would not write over another.
-
-    Raises:
-        InputError: where the folder holds a run.
-    """
+    """Raise ``InputError`` if the folder holds a run, which a new run would overwrite."""
     if (run_dir / "metrics.jsonl").exists() or list_checkpoints(run_dir):
         raise InputError(
             f"{run_dir} already holds a run; continue it with --resume, or choose another --run-dir (or delete it)"
@@ -29,11 +25,7 @@ def refuse_existing_run(run_dir: Path) -> None:
 
 
 def check_writable(run_dir: Path) -> None:
-    """Check, without making anything, that the run folder can be written.
-
-    Raises:
-        InputError: naming the folder that cannot be written, or the file that is in the way.
-    """
+    """Raise ``InputError`` if the run folder cannot be written. Nothing is created."""
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--run-dir {run_dir} cannot be written: no permission in {existing}, or not a folder")
@@ -43,26 +35,22 @@ def check_writable(run_dir: Path) -> None:
 def open_run_folder(
     run_dir: Path, identity: RunIdentity, resumed_from: Path | None, damaged: Collection[Damaged] = ()
 ) -> Iterator[None]:
-    """Hold a run folder for this process, with the run's config and tokenizer in it.
-
-    The lock of a process that died is free. Damaged checkpoints get a name under which nothing takes them for good.
+    """Create and lock a run folder, write the run's config and tokenizer, and set damaged checkpoints aside.
 
     Args:
-        run_dir: made where it is missing.
-        identity: what is written into it.
-        resumed_from: the checkpoint that the run goes on from.
+        resumed_from: the checkpoint that the run resumes from.
         damaged: newer checkpoints that cannot be used.
 
     Raises:
-        InputError: where another process is training in it, or has done so since the run was set up.
-        OSError: where the folder cannot be written.
+        InputError: if another process trains in the folder, or has trained there since the run was set up.
+        OSError: if the folder cannot be written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with hold(run_dir):
         unusable = {path for path, _ in damaged}
         newest = [path for path in list_checkpoints(run_dir) if path not in unusable][-1:]
         if newest != ([resumed_from] if resumed_from else []):
-            raise InputError(f"{run_dir} changed while this run was being prepared; run the same line again")
+            raise InputError(f"{run_dir} changed while this run was being prepared; run the same command again")
         for path in unusable:
             set_aside(path)
         delete_leftovers(run_dir, "")
@@ -72,39 +60,30 @@ def open_run_folder(
 
 
 def check_not_in_use(run_dir: Path) -> None:
-    """Check that no other process trains in the folder.
-
-    Raises:
-        InputError: where one does.
-    """
+    """Raise ``InputError`` if another process trains in the folder."""
     if (run_dir / ".lock").exists():
         with hold(run_dir):
             pass
 
 
 def check_checkpoints_are_there(run_dir: Path) -> None:
-    """Check that a run without checkpoints never had one: it would be started over, and its metrics lost.
+    """Raise ``InputError`` if events.jsonl says that a run had checkpoints, and none is left.
 
-    Raises:
-        InputError: where events.jsonl says that it had.
+    Such a run would start from the beginning and lose its metrics.
     """
     events = run_dir / "events.jsonl"
     if not list_checkpoints(run_dir) and events.is_file():
         text = events.read_text(encoding="utf-8", errors="replace")
         if '"kind": "first_checkpoint"' in text or '"kind": "resume"' in text:
             raise InputError(
-                f"{run_dir} had checkpoints, and now {run_dir / 'checkpoints'} has none; put them back, or start anew "
-                "with another --run-dir"
+                f"{run_dir} had checkpoints, but {run_dir / 'checkpoints'} now has none; put them back, or start a new "
+                "run with another --run-dir"
             )
 
 
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Lock a run folder for this process; the lock of a process that died is free.
-
-    Raises:
-        InputError: where another process holds it.
-    """
+    """Lock a run folder, or raise ``InputError`` if another process holds it. A process that dies frees its lock."""
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)

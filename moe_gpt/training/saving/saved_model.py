@@ -29,7 +29,7 @@ from moe_gpt.training.saving.own_code import router_for
 
 
 class SavedModel(NamedTuple):
-    """A verified checkpoint, as far as using its model needs it; the weights are not read yet."""
+    """A verified checkpoint with all that using its model needs, except the weights, which are read later."""
 
     path: Path
     config: RunConfig
@@ -38,21 +38,21 @@ class SavedModel(NamedTuple):
     tokens_seen: int
     initialised_from: str | None
     router: dict[str, str] | None
-    """Name and source digest of a router of one's own."""
+    """Name and source digest of a user's router; None for ours."""
 
     @property
     def weights_file(self) -> Path:
-        """Where the weights are, by our names."""
+        """The safetensors file with the weights, by our names."""
         return self.path / WEIGHTS
 
     @property
     def run_dir(self) -> Path:
-        """The run that the checkpoint belongs to, while it lies where it was written."""
+        """The run folder, if nobody has moved the checkpoint."""
         return self.path.parent.parent
 
 
 class LoadedRun(NamedTuple):
-    """A trained model with what is needed to use it."""
+    """A trained model with its tokenizer and config."""
 
     model: MoEGPT
     tokenizer: Tokenizer
@@ -62,11 +62,7 @@ class LoadedRun(NamedTuple):
 
 
 def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """Return the checkpoint that a path means: itself, or the newest of a run folder.
-
-    Raises:
-        FileNotFoundError: where it is neither.
-    """
+    """Return the checkpoint at a path, or the newest checkpoint of a run folder."""
     path = Path(run_or_checkpoint)
     if (path / MANIFEST).is_file():
         return path
@@ -82,11 +78,11 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
 
 
 def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
-    """Return a run folder's newest checkpoint, or one checkpoint, after comparing its files with the manifest.
+    """Return the checkpoint at a path, or the newest one of a run folder, after verifying its files.
 
     Raises:
-        FileNotFoundError: where there is no complete checkpoint.
-        InputError: where it is damaged or of another format.
+        FileNotFoundError: if there is no complete checkpoint.
+        InputError: if the checkpoint is damaged or has another format.
     """
     path = resolve_checkpoint(run_or_checkpoint)
     try:
@@ -103,7 +99,7 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
 
 
 def describe_model(path: str) -> str:
-    """Name what ``initialised_from`` says: the run and the step of a checkpoint, else the folder."""
+    """Return a short name for ``initialised_from``: the run and step of a checkpoint, else the folder."""
     place, how = Path(path.removesuffix(UPCYCLED)), UPCYCLED if path.endswith(UPCYCLED) else ""
     is_checkpoint = place.parent.name == "checkpoints"
     return (f"{place.parent.parent.name}, {place.name}" if is_checkpoint else place.name) + how
@@ -112,16 +108,14 @@ def describe_model(path: str) -> str:
 def load_model(
     run_or_checkpoint: str | Path, device: str | torch.device = "cpu", make_router: MakeRouter | None = None
 ) -> LoadedRun:
-    """Return the model of a run folder's newest checkpoint, or of one checkpoint, in evaluation mode.
+    """Return the model of a checkpoint, or of the newest one of a run folder, in evaluation mode.
 
     Args:
-        run_or_checkpoint: the folder of either.
-        device: where the model goes.
-        make_router: the router of one's own that the model was trained with, if it was.
+        make_router: the user's router that the model was trained with, if any.
 
     Raises:
-        FileNotFoundError: where there is no complete checkpoint.
-        InputError: where it is damaged or of another format, or its router is missing or another one.
+        FileNotFoundError: if there is no complete checkpoint.
+        InputError: if the checkpoint is damaged or has another format, or if its router is missing or different.
     """
     saved = open_checkpoint(run_or_checkpoint)
     make_router = router_for(saved.router, make_router, str(saved.path))

@@ -1,7 +1,8 @@
-"""The checkpoints of a run: which are good, which are kept, and saving a new one while training goes on."""
+"""The checkpoints of a run: finding good ones, saving new ones in the background, and deleting old ones."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -29,63 +30,60 @@ class Damaged(NamedTuple):
 
 
 def find_good_checkpoint(run_dir: Path) -> tuple[Path | None, list[Damaged]]:
-    """Return a run's newest checkpoint whose files are all what was saved, and the newer ones that are not.
-
-    None and an empty list where the run has no checkpoints.
-    """
-    damaged = []
+    """Return a run's newest undamaged checkpoint, None if there is none, and the newer ones that are damaged."""
+    damaged: list[Damaged] = []
     for path in reversed(list_checkpoints(run_dir)):
-        try:
-            verify_checkpoint(path)
-        except (InputError, OSError) as error:
-            damaged.append(Damaged(path, str(error)))
-        else:
+        problem = _problem_of(path)
+        if problem is None:
             return path, damaged
+        damaged.append(Damaged(path, problem))
     return None, damaged
+
+
+def _problem_of(path: Path) -> str | None:
+    """Describe the damage of a checkpoint; None if it has none."""
+    try:
+        verify_checkpoint(path)
+    except (InputError, OSError) as error:
+        return str(error)
+    return None
 
 
 def find_checkpoint_to_go_back_to(run_dir: Path) -> Path | None:
     """Return the newest good checkpoint that was not saved within a series of non-finite steps.
 
-    One that ``every_steps`` asked for, if there is any: an interruption leaves others, and a run that was interrupted
-    must go back to the same step as one that was not.
+    Scheduled checkpoints come first. An interruption leaves others, and an interrupted run must go back to the same
+    step as an uninterrupted one.
     """
-    candidates = []
+    fallback = None
     for path in reversed(list_checkpoints(run_dir)):
-        try:
-            verify_checkpoint(path)
-            state = read_state(path)
-        except (InputError, OSError):
-            continue
-        if not state["skips_in_a_row"]:
+        state = None if _problem_of(path) else _readable_state(path)
+        if state and not state["skips_in_a_row"]:
             if state["is_scheduled"]:
                 return path
-            candidates.append(path)
-    return candidates[0] if candidates else None
+            fallback = fallback or path
+    return fallback
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is never taken for one, and return its new place."""
-    number = 1
-    while (place := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    return path.rename(place)
+    """Rename a checkpoint so that nothing uses it again, and return its new path."""
+    places = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+    return path.rename(next(place for place in places if not place.exists()))
 
 
 def list_set_aside(run_dir: Path) -> list[Path]:
-    """Return what was set aside, oldest first."""
+    """Return the checkpoints that were set aside, oldest first."""
     return sorted(run_dir.glob("checkpoints/step_*.damaged-*"))
 
 
 def checkpoints_not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints that the config does not keep, oldest first.
 
-    Kept are the newest, the best by validation, every n-th, and always the one to go back to when steps fail.
+    Kept are the newest, the best by validation loss, every n-th, and always the one to go back to after failed steps.
     """
     checkpoints = list_checkpoints(run_dir)
-    kept = set(checkpoints[-config.keep_last :])
     states = {path: state for path in checkpoints if (state := _readable_state(path))}
-    kept.update(_ways_back(states))
+    kept = {*checkpoints[-config.keep_last :], *_ways_back(states)}
     if config.keep_best:
         kept.update(_best(states))
     if config.keep_every_steps:
@@ -94,12 +92,12 @@ def checkpoints_not_kept(run_dir: Path, config: CheckpointConfig) -> list[Path]:
 
 
 def _ways_back(states: Mapping[Path, dict[str, Any]]) -> Iterable[Path]:
-    """Return the newest checkpoints, scheduled and not, that were not saved within a series of non-finite steps."""
+    """Return the newest scheduled and the newest other checkpoint, except those saved amid non-finite steps."""
     return {state["is_scheduled"]: path for path, state in states.items() if not state["skips_in_a_row"]}.values()
 
 
 def _best(states: Mapping[Path, dict[str, Any]]) -> list[Path]:
-    """Return the checkpoint with the lowest validation loss; none where none was evaluated."""
+    """Return the checkpoint with the lowest validation loss, if any was evaluated."""
     scored = [path for path, state in states.items() if state["score"] is not None]
     return sorted(scored, key=lambda path: states[path]["score"])[:1]
 
@@ -112,48 +110,31 @@ def _readable_state(path: Path) -> dict[str, Any] | None:
 
 
 def prunable_checkpoints(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Return what ``checkpoints_not_kept`` returns, provided that a checkpoint that is kept has all its files.
-
-    Raises:
-        InputError: where every checkpoint that would be kept is damaged.
-    """
+    """Return the result of ``checkpoints_not_kept``; raise ``InputError`` if no kept checkpoint is undamaged."""
     doomed = checkpoints_not_kept(run_dir, config)
     kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
-    if doomed and not any(_is_good(path) for path in reversed(kept)):
-        raise InputError(f"{run_dir}: nothing is pruned, because no checkpoint that would be kept is undamaged")
+    if doomed and all(_problem_of(path) for path in reversed(kept)):
+        raise InputError(f"{run_dir}: nothing is deleted, because every checkpoint that would be kept is damaged")
     return doomed
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete what ``prunable_checkpoints`` returns, and return it.
-
-    Raises:
-        InputError: where every checkpoint that would be kept is damaged; then nothing is deleted.
-    """
+    """Delete the checkpoints of ``prunable_checkpoints``, which also has the errors, and return them."""
     doomed = prunable_checkpoints(run_dir, config)
     for path in doomed:
         delete_folder(path)
     return doomed
 
 
-def _is_good(path: Path) -> bool:
-    try:
-        verify_checkpoint(path)
-    except (InputError, OSError):
-        return False
-    return True
-
-
 class CheckpointSaver:
-    """Saves one checkpoint after another; a save begins only when the one before is on the disk.
+    """Saves checkpoints one after another, each after the previous one is on disk.
 
-    Use it only while holding the run folder. In the background, training waits while its state is copied, and for the
-    save before, where that is not done yet. An error of a background save is raised by the next call.
+    The caller must hold the run folder. A background save delays training only while the state is copied and while the
+    previous save is still running. The next call raises the error of a background save.
 
     Args:
-        run_dir: the run.
         identity: saved with every checkpoint.
-        config: which to keep.
+        config: says which checkpoints to keep.
     """
 
     def __init__(self, run_dir: Path, identity: RunIdentity, config: CheckpointConfig) -> None:
@@ -161,26 +142,25 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.saved: list[Path] = []
-        """The checkpoints that were written."""
+        """The checkpoints that are on disk."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether a background save has ended with an error that ``wait`` will raise."""
+        """Whether a background save has failed; ``wait`` raises its error."""
         return self._error is not None
 
     def save(
         self, state: TrainState, score: float | None = None, wait: bool = False, is_scheduled: bool = True
     ) -> None:
-        """Save ``run_dir/checkpoints/step_XXXXXXXX``, then prune.
+        """Save ``run_dir/checkpoints/step_XXXXXXXX``, then delete the checkpoints that are not kept.
 
         Args:
-            state: what is being trained.
-            score: mean validation loss at this step, where it was evaluated.
-            wait: return when the checkpoint is on the disk; otherwise as the config says.
+            score: mean validation loss, if this step was evaluated.
+            wait: return only when the checkpoint is on disk; otherwise the config decides.
             is_scheduled: whether ``every_steps`` asked for it.
 
         Raises:
-            OSError: where this save, or the one before it, cannot be written; earlier checkpoints are intact.
+            OSError: if this checkpoint or the previous one cannot be written; earlier ones are intact.
         """
         self.wait()
         in_background = self._config.in_background and not wait
@@ -202,11 +182,7 @@ class CheckpointSaver:
             write()
 
     def wait(self) -> None:
-        """Return when nothing is being saved.
-
-        Raises:
-            OSError: where the save that was under way failed.
-        """
+        """Wait for the background save, and raise its ``OSError`` if it failed."""
         if self._thread:
             self._thread.join()
             self._thread = None

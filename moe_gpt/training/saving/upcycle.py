@@ -14,13 +14,13 @@ _DENSE_NAMES = {"gate_up.weight": "experts.gate_up", "down.weight": "experts.dow
 def upcycle(dense: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors of a mixture in which every expert is the dense model's feed-forward network.
 
-    With weights that sum to 1 the mixture starts as the same function: all experts answer alike, whatever the
-    router chooses. They come apart in training, because each sees other tokens. The router's own tensors are not
-    among those returned: there is nothing in a dense model that they could come from.
+    If the weights of a token's experts sum to 1, the mixture starts as the same function as the dense model: all
+    experts are equal, whatever the router chooses. Training makes them differ, because each sees other tokens. The
+    router's tensors are not returned, because a dense model has none.
 
     Args:
         dense: the dense model's tensors by our names.
-        config: the mixture's.
+        config: of the mixture.
     """
     mixture = {}
     for name, tensor in dense.items():

@@ -95,8 +95,8 @@ def test_checkpoint_keeps_the_last_ones(tmp_path):
 
 
 DAMAGE = {
-    "truncate": r"{name} has [\d,]+ bytes, saved were",
-    "extend": r"{name} has [\d,]+ bytes, saved were",
+    "truncate": r"{name} has [\d,]+ bytes, but [\d,]+ were",
+    "extend": r"{name} has [\d,]+ bytes, but [\d,]+ were",
     "flip": r"{name} is not the file that was saved: its SHA-256 differs",
     "delete": r"{name} is missing",
     "swap": r"{name} (is not the file that was saved|has [\d,]+ bytes)",
@@ -156,7 +156,7 @@ def test_checkpoint_of_another_format_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, state, identity, keep_last=1)
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format_version": 7}))
-    with pytest.raises(InputError, match="format version 7, this code reads 1 and 2"):
+    with pytest.raises(InputError, match="format version 7.* reads 1 and 2"):
         checkpoint.read_state(path)
 
 

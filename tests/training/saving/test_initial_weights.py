@@ -126,7 +126,7 @@ def test_start_of_a_run_says_what_is_special(small_config, dense_run, tmp_path):
     """That experts are upcycled, and that a tokenizer's own template is not used in training."""
     said: list[str] = []
     set_up_run(small_config, tmp_path / "mixture", CPU, init_from=str(dense_run), say=said.append)
-    assert any("each of the 4 experts starts as its feed-forward network" in line for line in said)
+    assert any("each of the 4 experts" in line and "model.n_experts=1" in line for line in said)
     run = set_up_run(with_model(small_config, **DENSE), tmp_path / "x", CPU, init_from=str(dense_run))
     folder = tmp_path / "llama"
     hugging_face.save(run.state.model, folder, run.data.tokenizer)
@@ -141,7 +141,7 @@ def test_start_of_a_run_says_what_is_special(small_config, dense_run, tmp_path):
     said.clear()
     config = with_model(with_tokenizer(small_config, folder), **DENSE)
     set_up_run(config, tmp_path / "next", CPU, init_from=str(folder), say=said.append)
-    assert any("puts <|endoftext|> around every text; training here does not" in line for line in said)
+    assert any("<|endoftext|> around every text" in line for line in said)
 
 
 def test_damaged_folder_is_noticed_before_settings_are_compared(small_config, dense_run, tmp_path):

@@ -100,7 +100,7 @@ def test_pruning_by_hand_never_leaves_only_damaged_ones(tmp_path):
         saver.save(state, wait=True)
     first, second = list_checkpoints(tmp_path)
     (second / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="nothing is pruned"):
+    with pytest.raises(InputError, match="nothing is deleted"):
         prune(tmp_path, CheckpointConfig(keep_last=1))
     assert first.exists()
 
