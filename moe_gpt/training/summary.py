@@ -58,12 +58,7 @@ def _big_epochs(run: Run) -> str:
     return f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"
 
 
-<<<<<<< HEAD
-def _describe_cost(run: Run, counts: ParameterCounts) -> str:
-    """Return what the run takes, from its plan; moe-gpt plan says more."""
-=======
 def _cost(run: Run, counts: ParameterCounts) -> str:
->>>>>>> words_room
     flops = training_flops(run.config.model, stage_tokens(run.config.schedule), counts)
     memory = needed_memory(run.config, run.device, run.precision, counts)
     return (
