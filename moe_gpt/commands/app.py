@@ -104,11 +104,8 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
     """Return what is wrong with a command line, with the flag or argument that it is about."""
     chain = " ".join(error.command_chain or ())
     argument = error.argument.name if error.argument else ""
-    if isinstance(error, cyclopts.MissingArgumentError) and error.keyword:
-        text = f"{error.keyword} needs a value"
-    elif isinstance(error, cyclopts.MissingArgumentError):
-        hint = "; give a YAML file, or a config that comes with moe_gpt: tiny.yaml" if argument == "--config" else ""
-        text = f"{argument.removeprefix('--').upper()} is missing{hint}"
+    if isinstance(error, cyclopts.MissingArgumentError):
+        text = f"{error.keyword} needs a value" if error.keyword else _missing(argument)
     elif isinstance(error, cyclopts.CoercionError) and error.msg:
         text = f"{argument} {error.msg}"
     elif isinstance(error, cyclopts.UnknownOptionError) and (setting := _setting_like(error.token.value)):
@@ -116,6 +113,11 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
     else:
         text = str(error).rstrip(".")
     return f"{text}; moe-gpt {chain} --help says what there is".replace("  ", " ")
+
+
+def _missing(argument: str) -> str:
+    hint = "; give a YAML file, or a config that comes with moe_gpt: tiny.yaml" if argument == "--config" else ""
+    return f"{argument.removeprefix('--').upper()} is missing{hint}"
 
 
 def _setting_like(flag: str) -> str | None:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from moe_gpt.measure.flops import stage_tokens, training_flops
 from moe_gpt.measure.memory import checkpoint_bytes, needed_memory
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters
+from moe_gpt.model.router import Router
 from moe_gpt.ops.device import describe_device
 from moe_gpt.terminal.numbers import format_value
+from moe_gpt.training.schedule import OwnSchedule
 from moe_gpt.training.setup import Run
 
 
@@ -17,6 +19,9 @@ def describe_run(run: Run) -> str:
     model, counts = run.config.model, count_parameters(run.config.model)
     experts = "dense" if model.is_dense else f"{model.n_experts} experts, top-{model.top_k}, balance by {model.balance}"
     total = sum(parameter.numel() for parameter in run.state.model.parameters())  # routers of one's own included
+    make_router = run.state.model.make_router
+    if make_router is not Router:
+        experts += f", routed by {getattr(make_router, '__qualname__', make_router)}"
     lines = [
         f"model      {total:,} parameters, {counts.active + total - counts.total:,} active per token; "
         f"{model.n_layers} layers of width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value"
@@ -44,6 +49,9 @@ def _sources(run: Run) -> Iterator[str]:
 
 
 def _stages(run: Run) -> Iterator[str]:
+    if isinstance(run.schedule, OwnSchedule):
+        yield f"           every step is planned by {type(run.schedule.given).__qualname__}, a schedule of your own"
+        return
     for stage in run.schedule.stages:
         first, last = stage.config.batch_range
         batch = f"{first:,}" if first == last else f"{first:,} to {last:,}"

@@ -27,8 +27,10 @@ def refuse_existing_run(run_dir: Path) -> None:
 def check_writable(run_dir: Path) -> None:
     """Raise ``InputError`` if the run folder cannot be written. Nothing is created."""
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--run-dir {run_dir} cannot be written: no permission in {existing}, or not a folder")
+    if not existing.is_dir():
+        raise InputError(f"--run-dir {run_dir} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--run-dir {run_dir} cannot be written: no permission in {existing}")
 
 
 @contextlib.contextmanager
