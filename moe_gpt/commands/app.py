@@ -6,7 +6,6 @@ are the help, and an error is an exception, so that it can be one line. The func
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -14,8 +13,10 @@ from typing import NoReturn
 import cyclopts
 
 import moe_gpt
+from moe_gpt.commands.output import discard
 from moe_gpt.errors import InputError
 
+_READER_GONE = 128 + 13
 COMMANDS = {
     "train": "Train a model.",
     "generate": "Continue a prompt.",
@@ -131,18 +132,27 @@ def _setting_like(flag: str) -> str | None:
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Call a function and exit with what it returns: status 2 and one line for each problem where the input is bad."""
-    for stream in (sys.stdout, sys.stderr):  # a console may lack characters that a model writes
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    """Call a function and exit with what it returns: status 2 and one line for each problem where the input is bad.
+
+    A reader of stdout that is gone ends it with status 141, as SIGPIPE would, and a full disk with status 2.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None: closed by whoever started this
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack characters
     try:
-        sys.exit(main() or 0)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        status = main() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.exit(status)
+    except BrokenPipeError:
+        discard(sys.stdout)
+        sys.exit(_READER_GONE)
     except InputError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error))
+        if error.filename is None:  # of a stream, which Python would flush again
+            discard(sys.stdout)
+        _fail(f"{error.strerror}: {error.filename or 'stdout'}" if error.strerror else str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

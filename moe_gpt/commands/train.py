@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from cyclopts import Group, Parameter
 
 from moe_gpt.commands.next_command import command_line, repeated
 from moe_gpt.commands.options import AboveZero, Device, Switch, Whole, Words, flat
+from moe_gpt.commands.output import lasting_output
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
         overrides: Settings over the file's, as key.path=value.
     """
+    with lasting_output():
+        return _train(config, overrides, options)
+
+
+def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     from moe_gpt.api.training import fit_budget, prepare, train_to_the_end
     from moe_gpt.model.router import Router
     from moe_gpt.training.loop import Limits

@@ -1,0 +1,71 @@
+"""Output whose reader is gone, whose disk is full or whose terminal hung up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+
+class LastingStream:
+    """A stream that goes on without its file: text that cannot be written is dropped, and one warning says so.
+
+    Args:
+        stream: stdout or stderr.
+        name: for the warning.
+        warn_on: where the warning goes, None for nowhere.
+    """
+
+    def __init__(self, stream: TextIO, name: str, warn_on: Any = None) -> None:
+        self._stream, self._name, self._warn_on = stream, name, warn_on
+
+    def write(self, text: str) -> int:
+        """Write text, or drop it."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is left."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        discard(self._stream)
+        if self._warn_on is not None:
+            print(
+                f"warning: {self._name} is lost ({error}); training goes on without it", file=self._warn_on, flush=True
+            )
+            self._warn_on = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what a stream still holds, and all that follows, nowhere: Python flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let nothing that goes wrong with stdout or stderr end what runs inside."""
+    out, errors = sys.stdout, sys.stderr
+    if errors is not None:
+        sys.stderr = LastingStream(errors, "stderr")  # type: ignore[assignment]
+    if out is not None:
+        sys.stdout = LastingStream(out, "stdout", sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, LastingStream):
+                stream.flush()
+        sys.stdout, sys.stderr = out, errors
