@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from moe_gpt.ops.device import Precision, autocast, pick_device, pick_precision,
 from moe_gpt.training.evaluation import Score
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.score_text import score_documents
+from moe_gpt.training.setup import Run
 
 if TYPE_CHECKING:
     import pandas
@@ -114,6 +116,8 @@ class LanguageModel:
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Return the ids that the model sees of a text."""
+        if not isinstance(text, str):
+            raise InputError(f"the text must be a str, got {type(text).__name__}")
         tokenizer = self.require_tokenizer()
         start = list(self.text_start) or [tokenizer.end_of_text_id] * bos
         return start + tokenizer.encode(text)
@@ -222,6 +226,8 @@ class LanguageModel:
 def _documents(given: str | Path, text_field: str) -> Iterator[str]:
     """Yield a text, or the documents of files."""
     if isinstance(given, str) and not _is_files(given):
+        if re.fullmatch(r"\S*(/\S*|\.\w{1,8})", given):
+            raise InputError(f"{given!r} looks like a path and matches no file; to score it as a text, add a line end")
         yield given
         return
     source = SourceConfig(name="files", files=str(given), text_field=text_field)
@@ -263,11 +269,11 @@ def load(
     return LanguageModel(run.model, run.tokenizer, run.path, run.config, precision=chosen)
 
 
-def save(model: MoEGPT | LanguageModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save(model: MoEGPT | LanguageModel | Run, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a model as a Hugging Face folder, Mixtral or Llama, which ``load`` and transformers read.
 
     Args:
-        model: of ``load``, with its tokenizer; or a ``MoEGPT``.
+        model: of ``load`` or the run of ``train``, with its tokenizer; or a ``MoEGPT``.
         folder: new or empty.
         tokenizer: of a ``MoEGPT``; without one the folder has none, and what is loaded takes no text.
 
@@ -276,5 +282,7 @@ def save(model: MoEGPT | LanguageModel, folder: str | Path, tokenizer: Tokenizer
     """
     if isinstance(model, LanguageModel):
         hugging_face.save(model.model, folder, tokenizer or model.tokenizer)
+    elif isinstance(model, Run):
+        hugging_face.save(model.state.model, folder, tokenizer or model.data.tokenizer)
     else:
         hugging_face.save(model, folder, tokenizer)

@@ -19,10 +19,12 @@ class RecordedRun:
     """A run folder, finished or not; ``moe_gpt.read_run`` makes one."""
 
     path: Path
-    config: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(repr=False)
     """The settings of config.yaml."""
     steps: list[dict[str, Any]] = dataclasses.field(repr=False)
+    """The lines of metrics.jsonl about steps; ``metrics`` is their table."""
     evaluation_lines: list[dict[str, Any]] = dataclasses.field(repr=False)
+    """The lines about evaluations; ``evaluations`` is their table."""
     notes: list[str]
     """What is missing or cannot be read."""
 

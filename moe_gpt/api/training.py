@@ -14,7 +14,7 @@ from moe_gpt.config.yaml import find_config, load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.ops.device import pick_device
-from moe_gpt.training.callbacks import Callback
+from moe_gpt.training.callbacks import Callback, check_callbacks
 from moe_gpt.training.display import TerminalDisplay
 from moe_gpt.training.loop import Limits, Outcome
 from moe_gpt.training.loop import train as train_run
@@ -65,6 +65,7 @@ def train(
     """
     require(Count | None, max_steps=max_steps)
     require(Positive | None, max_minutes=max_minutes)
+    check_callbacks(callbacks)
     fit_steps, own = fit_budget(fit_schedule, max_steps), OwnParts(make_router, schedule)
     run = prepare(config, overrides, run_dir, resume, init_from, allow_changes, fit_steps, device, own, say)
     train_to_the_end(run, Limits(max_steps, max_minutes), callbacks)

@@ -7,6 +7,7 @@ are the help, and an error is an exception, so that it can be one line. The func
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -105,15 +106,23 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
     """Return what is wrong with a command line, with the flag or argument that it is about."""
     chain = " ".join(error.command_chain or ())
     argument = error.argument.name if error.argument else ""
-    if isinstance(error, cyclopts.MissingArgumentError):
-        text = f"{error.keyword} needs a value" if error.keyword else _missing(argument)
-    elif isinstance(error, cyclopts.CoercionError) and error.msg:
-        text = f"{argument} {error.msg}"
-    elif isinstance(error, cyclopts.UnknownOptionError) and (setting := _setting_like(error.token.value)):
-        text = f"{error.token.value} is no option; a setting is given without dashes, as {setting}=..."
-    else:
-        text = str(error).rstrip(".")
+    text = str(error).partition(" Available commands:")[0].removesuffix(".")
+    match error:
+        case cyclopts.CoercionError(msg=str(problem)):
+            text = f"{argument} {problem}"
+        case cyclopts.MissingArgumentError(keyword=str(flag)):
+            text = f"{flag} needs a value; one that starts with a dash is given as {flag}=VALUE"
+        case cyclopts.MissingArgumentError():
+            text = _missing(argument)
+        case cyclopts.UnusedCliTokensError(unused_tokens=[word, *_]):
+            text = f"unexpected argument {word!r}{_WANTED.get(chain, '')}"
+        case cyclopts.UnknownOptionError(token=token) if setting := _setting_like(token.value):
+            text = f"{token.value} is no option; a setting is given without dashes, as {setting}=..."
     return f"{text}; moe-gpt {chain} --help says what there is".replace("  ", " ")
+
+
+_WANTED = {"generate": "; a prompt is given with --prompt", "evaluate": "; files are given with --files"}
+"""What an argument too many was probably meant as."""
 
 
 def _missing(argument: str) -> str:
@@ -127,7 +136,7 @@ def _setting_like(flag: str) -> str | None:
     from moe_gpt.config.flat import flatten
     from moe_gpt.config.yaml import to_plain
 
-    name = flag.lstrip("-").replace("-", "_")
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
     return next((key for key in flatten(to_plain(RunConfig())) if name in (key, key.rpartition(".")[2])), None)
 
 
@@ -136,13 +145,12 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
     A reader of stdout that is gone ends it with status 141, as SIGPIPE would, and a full disk with status 2.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # None: closed by whoever started this
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack characters
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started this
+        stream.reconfigure(errors="replace")  # type: ignore[attr-defined]  # a console may lack characters
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main() or 0
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)  # what cannot be written shows now
         sys.exit(status)
     except BrokenPipeError:
         discard(sys.stdout)
@@ -150,12 +158,16 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except InputError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:  # of a stream, which Python would flush again
-            discard(sys.stdout)
-        _fail(f"{error.strerror}: {error.filename or 'stdout'}" if error.strerror else str(error))
+        _fail_on_files(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail_on_files(error: OSError) -> NoReturn:
+    if error.filename is None:  # an error of stdout, which Python would flush again
+        discard(sys.stdout)
+    _fail(f"{error.strerror}: {error.filename or 'stdout'}" if error.strerror else str(error))
 
 
 def _fail(message: str) -> NoReturn:

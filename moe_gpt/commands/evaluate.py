@@ -97,6 +97,8 @@ def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
         max_seq_len=max(options.context or 0, model.config.max_seq_len),
         rope_theta=options.rope_theta or model.config.rope_theta,
     )
+    if options.context and options.context > config.model.max_seq_len:
+        note(f"note: the model was built for {config.model.max_seq_len} tokens; beyond them its loss is extrapolation")
     evaluator = build_evaluator(config, data, options.max_tokens, options.context)
     if options.by_position:
         return format_positions(evaluator.by_position(model, loaded.precision))

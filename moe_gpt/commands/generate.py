@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from moe_gpt.commands.options import Device, Precision, Switch, Whole, flat, read_as
-from moe_gpt.config.section import Seed
+from moe_gpt.commands.options import Device, Precision, Switch, Whole, WholeOrZero, flat, read_as
+from moe_gpt.config.section import AtMostOne, NonNegative, Seed
 from moe_gpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ class GenerateOptions:
     """How many continuations to write, each with a seed of its own."""
     max_new_tokens: Annotated[Whole, Parameter(group=SAMPLING)] = 200
     """Tokens to write at most."""
-    temperature: Annotated[float, Parameter(group=SAMPLING)] = 0.8
+    temperature: Annotated[NonNegative, read_as(NonNegative), Parameter(group=SAMPLING)] = 0.8
     """0 takes the most likely token each time."""
-    top_k: Annotated[int, Parameter(group=SAMPLING)] = 0
+    top_k: Annotated[WholeOrZero, Parameter(group=SAMPLING)] = 0
     """Draw from this many most likely tokens; 0 from all."""
-    top_p: Annotated[float, Parameter(group=SAMPLING)] = 1.0
+    top_p: Annotated[AtMostOne, read_as(AtMostOne), Parameter(group=SAMPLING)] = 1.0
     """Draw from the most likely tokens that together have this probability."""
     seed: Annotated[Seed, read_as(Seed), Parameter(group=SAMPLING)] = 0
     """Of the draws."""

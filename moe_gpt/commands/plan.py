@@ -74,13 +74,13 @@ class Cluster:
     gpu: Annotated[str, Parameter(group=CLUSTER)] = "a100-80gb"
     """A name of the table; or cpu, which is measured; or
     name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10."""
-    n_gpus: Annotated[int | None, Parameter(group=CLUSTER)] = None
+    n_gpus: Annotated[Whole | None, Parameter(group=CLUSTER)] = None
     """GPUs of the cluster; tensor x pipeline x expert by default."""
-    tensor: Annotated[int, Parameter(group=CLUSTER)] = 1
+    tensor: Annotated[Whole, Parameter(group=CLUSTER)] = 1
     """Tensor-parallel GPUs."""
-    pipeline: Annotated[int, Parameter(group=CLUSTER)] = 1
+    pipeline: Annotated[Whole, Parameter(group=CLUSTER)] = 1
     """Pipeline-parallel GPUs."""
-    expert: Annotated[int, Parameter(group=CLUSTER)] = 1
+    expert: Annotated[Whole, Parameter(group=CLUSTER)] = 1
     """Expert-parallel GPUs."""
     zero: Annotated[Literal["0", "1", "2", "3", "fsdp"], Parameter(group=CLUSTER)] = "1"
     """Stage of ZeRO."""
@@ -140,11 +140,11 @@ class OfFailures:
 class Serving:
     """How the model is served; the defaults are those of ``PlanOptions``."""
 
-    serve_gpus: Annotated[int | None, Parameter(group=SERVING)] = None
+    serve_gpus: Annotated[Whole | None, Parameter(group=SERVING)] = None
     """GPUs of the cluster; those of one copy by default."""
-    serve_tensor: Annotated[int | None, Parameter(group=SERVING)] = None
+    serve_tensor: Annotated[Whole | None, Parameter(group=SERVING)] = None
     """GPUs that share a layer; as in training by default."""
-    serve_pipeline: Annotated[int | None, Parameter(group=SERVING)] = None
+    serve_pipeline: Annotated[Whole | None, Parameter(group=SERVING)] = None
     """Stages of a copy; as in training by default."""
     batch: Annotated[Whole | None, Parameter(group=SERVING)] = None
     """Sequences that pass through a stage together; 64 by default."""

@@ -52,6 +52,8 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if path.is_file():
             return path
+    if (Path(name) / "config.yaml").is_file():
+        raise FileNotFoundError(f"{name} is a folder; its config is {Path(name) / 'config.yaml'}")
     known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
     raise FileNotFoundError(f"no config at {name} and none of that name in {CONFIGS}; there are {known}")
 
@@ -101,7 +103,8 @@ def _override(values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise InputError(f"an override must look like section.key=value, got {override!r}")
+        hint = "; give one config only" if override.endswith((".yaml", ".yml")) else ""
+        raise InputError(f"an override must look like section.key=value, got {override!r}{hint}")
     place: Any = values
     for depth, part in enumerate(parts[:-1], 1):
         part = _key_in(place, part, key, ".".join(parts[: depth - 1]))

@@ -70,7 +70,7 @@ def generate(
     if isinstance(prompt, str):
         raise InputError(f"the prompt must be token ids, got {prompt!r}; moe_gpt.load(...).generate takes text")
     if not len(prompt):
-        raise InputError("the prompt must have at least one token, got none; give text or --bos")
+        raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
     if len(prompt) >= limit:
         raise InputError(
             f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it"

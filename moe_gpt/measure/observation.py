@@ -96,6 +96,7 @@ def mean_gradients(
     model: MoEGPT, slices: dict[str, np.ndarray], precision: Precision, end_of_text_id: int | None
 ) -> Gradients | None:
     """Return the root mean square over the slices of the gradients' norms on their first tokens; None if dense."""
+    slices = {source: tokens for source, tokens in slices.items() if tokens.shape[1] > 1}  # one token predicts nothing
     if model.config.is_dense or not slices:
         return None
     found = []

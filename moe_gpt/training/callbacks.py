@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_gpt.config.section import Count, NonNegative, require
+from moe_gpt.errors import InputError
 from moe_gpt.training.evaluation import Score
 
 if TYPE_CHECKING:
@@ -49,12 +51,29 @@ class EarlyStopping(Callback):
     best: float = dataclasses.field(default=math.inf, init=False)
     n_worse: int = dataclasses.field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        require(Count, patience=self.patience)
+        require(NonNegative, min_improvement=self.min_improvement)
+
     def on_evaluation(self, run: Run, scores: dict[str, Score]) -> bool:
         """Return True if the run should stop."""
         loss = statistics.fmean(score.ce_loss for score in scores.values())
         is_better = loss < self.best - self.min_improvement
         self.best, self.n_worse = (loss, 0) if is_better else (self.best, self.n_worse + 1)
         return self.n_worse >= self.patience
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raise ``InputError`` unless all callbacks are objects with a method that is called."""
+    if not isinstance(callbacks, list | tuple):
+        raise InputError(f"callbacks must be a list, got {callbacks!r}; write callbacks=[...]")
+    for callback in callbacks:
+        if isinstance(callback, type) or not any(
+            hasattr(callback, name) for name in vars(Callback) if name[:3] == "on_"
+        ):
+            raise InputError(
+                f"a callback must be an object with on_step, on_evaluation, on_save or on_end, got {callback}"
+            )
 
 
 class Callbacks:

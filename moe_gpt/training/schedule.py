@@ -105,6 +105,8 @@ class OwnSchedule(Schedule):
     """
 
     def __init__(self, given: StepSchedule, table: Schedule, max_seq_len: int) -> None:
+        if isinstance(given, type) or not hasattr(given, "at"):
+            raise InputError(f"a schedule must be an object with at(tokens_seen), got {given!r}")
         self.given, self.stages, self._max_seq_len = given, table.stages, max_seq_len
         self.total_tokens = getattr(given, "total_tokens", table.total_tokens)
         self._chunk_tokens = chunk_tokens([stage.config for stage in table.stages])
@@ -158,6 +160,10 @@ def count_steps(schedule: Schedule) -> int:
     return sum(1 for _ in step_ends(schedule))
 
 
+_HALVINGS = 12
+"""To find the share of a schedule that has a given number of steps."""
+
+
 def fit_schedule(
     config: ScheduleConfig, optimizer: OptimizerConfig, schedule: Schedule, n_steps: int
 ) -> ScheduleConfig:
@@ -169,12 +175,15 @@ def fit_schedule(
         schedule: made of ``config`` and ``optimizer``.
     """
     share = min(1.0, n_steps / count_steps(schedule))
-    while True:
-        fitted = _shrunk(config, schedule, share, n_steps)
-        n_found = count_steps(Schedule(fitted, optimizer, 0))
-        if n_found <= n_steps:
-            return fitted
-        share *= (n_steps - 0.5) / n_found
+    low, high = 0.5 * share, min(1.0, 1.2 * share)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        fits = count_steps(Schedule(_shrunk(config, schedule, middle, n_steps), optimizer, 0)) <= n_steps
+        low, high = (middle, high) if fits else (low, middle)
+    fitted = _shrunk(config, schedule, 1.0 if high == share == 1.0 else low, n_steps)
+    if count_steps(Schedule(fitted, optimizer, 0)) > n_steps:
+        raise InputError(f"schedule.stages cannot end in {n_steps} steps: every stage needs one; allow more of them")
+    return fitted
 
 
 def _shrunk(config: ScheduleConfig, schedule: Schedule, share: float, n_steps: int) -> ScheduleConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from moe_gpt.config import DataConfig, RunConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
@@ -291,11 +292,25 @@ def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float])
 
 def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter = Router) -> TrainState:
     """Return a new model and optimizer. The seed gives the same initial weights on every device."""
+    if isinstance(make_router, nn.Module):
+        raise InputError(
+            f"make_router must make a router for each layer, got a router; give {type(make_router).__name__}"
+        )
     torch.manual_seed(config.train.seed)
     model = MoEGPT(config.model, make_router).to(device)
     if config.model.balance == "bias" and not all(hasattr(m.router, "expert_bias") for m in model.moe_layers()):
         raise InputError("model.balance=bias needs a router with a buffer expert_bias; use balance=loss or none")
+    if make_router is not Router:
+        _try_routers(model, device)
     return TrainState(model, build_optimizer(model, config.optimizer))
+
+
+def _try_routers(model: MoEGPT, device: torch.device) -> None:
+    """Let each layer's router route two tokens, so that a malformed routing is told before a folder is made."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        for layer in model.moe_layers():
+            layer(torch.zeros(1, 2, model.config.d_model, device=device))
 
 
 def fill_in(

@@ -187,6 +187,21 @@ def test_save_and_load_give_the_same_model(loaded, tmp_path):
         again.generate("def ")
 
 
+def test_run_of_train_can_be_saved(run, tmp_path):
+    """With its tokenizer."""
+    moe_gpt.save(run, tmp_path / "hf")
+    assert moe_gpt.load(tmp_path / "hf").generate("def ", 5, seed=3) == moe_gpt.load(run.run_dir).generate(
+        "def ", 5, seed=3
+    )
+
+
+@pytest.mark.parametrize("path", ["nothing/*.txt", "notes.txt", "a/b"])
+def test_path_that_matches_nothing_is_not_scored_as_a_text(loaded, path):
+    """The error says how to score it as a text."""
+    with pytest.raises(InputError, match="matches no file"):
+        loaded.evaluate(path)
+
+
 def test_load_says_what_is_not_there(tmp_path):
     """A folder without a model is named, and so is a router that a Hugging Face folder cannot have."""
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):

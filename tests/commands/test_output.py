@@ -48,7 +48,7 @@ def test_training_goes_on_without_its_output(small_yaml, tmp_path, broken):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_other_commands_say_by_their_status_what_happened():
     """141 where the reader is gone, as SIGPIPE would; 2 and a line where the disk is full; 0 where stdout is closed."""
-    words = ["checkpoint", "--help"]
+    words = ["plan", "tiny.yaml", "--all"]
     out = readerless()
     assert start(*words, stdout=out, stderr=subprocess.DEVNULL).wait(timeout=60) == 141
     os.close(out)

@@ -169,7 +169,7 @@ def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
         ),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "/proc/no/such"], "/proc/no"),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--device", "cuda:99"], "is not there"),
-        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "no complete"),
+        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "holds some"),
         ("export.py", ["{run}", "{run}"], "output folder must be new or empty"),
         ("export.py", ["{tmp}/nothing", "{tmp}/x"], "no complete checkpoint at"),
         ("export.py", ["{hf}", "{tmp}/x"], "is a Hugging Face folder; this takes a run folder"),

@@ -14,7 +14,7 @@ from small_runs import CPU, Silent, change, run_training, steps
 from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
 from moe_gpt.model.router import Router
-from moe_gpt.training.callbacks import Callback, EarlyStopping
+from moe_gpt.training.callbacks import Callback, EarlyStopping, check_callbacks
 from moe_gpt.training.evaluation import Score
 from moe_gpt.training.loop import Limits, train
 from moe_gpt.training.saving.checkpoint import list_checkpoints, read_state
@@ -50,6 +50,18 @@ class Scaled(Router):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return scaled logits."""
         return self.scale * super().logits(x)
+
+
+@dataclasses.dataclass
+class Constant:
+    """The same step again and again."""
+
+    plan: StepPlan = StepPlan(seq_len=32, batch_tokens=256, lr=1e-3)
+    total_tokens: int = 1024
+
+    def at(self, tokens_seen: int) -> StepPlan:
+        """Return the plan."""
+        return self.plan
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +101,13 @@ def test_loading_without_the_router_says_which_it_was(own_run):
         assert done.returncode == 0, done.stderr
 
 
+def test_run_of_our_router_takes_no_other(own_run, small_config, tmp_path):
+    """A model that was trained with the standard router is not loaded with another without a word."""
+    run_training(small_config, tmp_path, max_steps=1)
+    with pytest.raises(InputError, match="own Router, got Scaled"):
+        load_model(tmp_path, make_router=Scaled)
+
+
 def test_another_source_of_the_router_is_told(own_run, tmp_path):
     """Loading with a changed router warns; resuming with it needs permission; the same one needs none."""
     (tmp_path / "scaled.py").write_text(SOURCE.replace("2.0", "3.0"), encoding="utf-8")
@@ -115,7 +134,11 @@ def test_only_our_own_router_is_exported(own_run, tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "wanted"),
-    [("scaled", "FILE|a Python file"), ("nothing.py:Scaled", "a Python file"), ("{folder}/scaled.py:Other", "Scaled")],
+    [
+        ("scaled", "FILE|a Python file"),
+        ("nothing.py:Scaled", "no file nothing.py"),
+        ("{folder}/scaled.py:Other", "Scaled"),
+    ],
 )
 def test_router_that_is_not_there_is_named(own_run, place, wanted):
     """The error says what the form is, or what the file has."""
@@ -156,16 +179,36 @@ def test_balance_by_bias_needs_a_router_that_has_one(small_config, tmp_path):
         set_up_run(config, tmp_path, CPU, own=OwnParts(lambda c: torch.nn.Linear(c.d_model, 4)), say=lambda _: None)
 
 
-@dataclasses.dataclass
-class Constant:
-    """The same step again and again."""
+def test_router_that_cannot_route_is_told_before_a_folder_is_made(small_config, tmp_path):
+    """A malformed routing, and a router in the place of what makes one."""
+    with pytest.raises(ValueError, match="^a router must return"):
+        set_up_run(
+            small_config, tmp_path / "a", CPU, own=OwnParts(lambda c: torch.nn.Linear(32, 4)), say=lambda _: None
+        )
+    with pytest.raises(InputError, match="make_router must make"):
+        set_up_run(small_config, tmp_path / "a", CPU, own=OwnParts(Scaled(small_config.model)), say=lambda _: None)
+    assert not (tmp_path / "a").exists()
 
-    plan: StepPlan = StepPlan(seq_len=32, batch_tokens=256, lr=1e-3)
-    total_tokens: int = 1024
 
-    def at(self, tokens_seen: int) -> StepPlan:
-        """Return the plan."""
-        return self.plan
+@pytest.mark.parametrize("given", [Constant, 3])
+def test_schedule_that_is_no_object_with_at_is_told(small_config, tmp_path, given):
+    """A class in the place of its object, and anything else."""
+    with pytest.raises(InputError, match="a schedule must be an object"):
+        set_up_run(small_config, tmp_path, CPU, own=OwnParts(schedule=given), say=lambda _: None)
+
+
+@pytest.mark.parametrize("callbacks", [[Callback], Callback(), [3]])
+def test_callbacks_that_are_none_are_told(callbacks):
+    """A class, an object without a list, and something without methods."""
+    with pytest.raises(InputError, match="callback"):
+        check_callbacks(callbacks)
+
+
+@pytest.mark.parametrize("options", [{"patience": 0}, {"patience": "three"}, {"min_improvement": -1}])
+def test_early_stopping_checks_its_numbers(options):
+    """The error names the number."""
+    with pytest.raises(InputError, match=next(iter(options))):
+        EarlyStopping(**options)
 
 
 def own_schedule_run(config, folder, schedule, resume=False, **limits):
@@ -218,7 +261,7 @@ def test_fitted_schedule_ends_within_its_steps(small_config, n_steps):
     fitted = fit_schedule(small_config.schedule, small_config.optimizer, schedule, n_steps)
     short, whole = Schedule(fitted, small_config.optimizer, 0), count_steps(schedule)
     found = count_steps(short)
-    assert 0.6 * min(n_steps, whole) <= found <= n_steps
+    assert 0.75 * min(n_steps, whole) <= found <= n_steps
     assert [stage.config.seq_len for stage in short.stages] == [16, 32, 64]
     assert short.lr_after(short.total_tokens) == small_config.optimizer.min_lr
 
@@ -226,7 +269,7 @@ def test_fitted_schedule_ends_within_its_steps(small_config, n_steps):
 def test_schedule_that_does_not_fit_is_refused(small_config):
     """Three stages need three steps."""
     schedule = Schedule(small_config.schedule, small_config.optimizer, 0)
-    with pytest.raises(InputError, match=r"schedule\.stages\.0"):
+    with pytest.raises(InputError, match=r"schedule\.stages.* 1 steps"):
         fit_schedule(small_config.schedule, small_config.optimizer, schedule, 1)
 
 

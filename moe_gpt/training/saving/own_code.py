@@ -38,6 +38,8 @@ def find_router(place: str) -> MakeRouter:
     """
     file, _, name = place.rpartition(":")
     path = Path(file)
+    if path.suffix == ".py" and not path.exists():
+        raise InputError(f"--router {place}: there is no file {path}")
     if path.suffix != ".py" or not path.is_file():
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
     module = _import_file(path)
@@ -73,14 +75,15 @@ def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: s
         origin: where the model comes from, for the messages.
 
     Raises:
-        InputError: if the model needs a user's router, and none or one of another name was given.
+        InputError: if the model was trained with another router than the one that was given.
     """
     router = given or Router
+    found, got = describe_source(router, Router), getattr(given, "__qualname__", repr(given)) if given else "none"
     if saved is None:
-        return router
-    found = describe_source(router, Router)
+        if found is not None:
+            raise InputError(f"{origin} was trained with moe_gpt's own Router, got {got}; leave the router out")
+        return Router
     if found is None or found["name"] != saved["name"]:
-        got = getattr(given, "__qualname__", repr(given)) if given else "none"
         raise InputError(
             f"{origin} was trained with the router {saved['name']}, got {got}; give it with --router "
             f"FILE.py:{saved['name']}, or in Python with make_router={saved['name']}"

@@ -70,6 +70,9 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
     if not checkpoints and (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is a Hugging Face folder; this takes a run folder or one of its checkpoints")
     if not checkpoints:
+        inside = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
+        if inside:
+            raise FileNotFoundError(f"{path} is no run, but holds some; give one of {', '.join(inside)}")
         raise FileNotFoundError(
             f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*, "
             "or, to generate or to start a run, a Hugging Face folder on this disk (with a config.json)"
