@@ -8,6 +8,7 @@ To train and to use a model:
     read_run(run_dir)                                what a run recorded, as pandas tables
     LanguageModel                                    what load returns: generate, stream, evaluate, route, plot_route
     Callback, EarlyStopping                          be told what happens while a run trains, and stop it
+    StepPlan                                         what a schedule of one's own returns for a step
 
 To build one:
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from moe_gpt.model.transformer import ModelOutput, MoEGPT
     from moe_gpt.training.callbacks import Callback, EarlyStopping
     from moe_gpt.training.saving.saved_model import load_model
+    from moe_gpt.training.schedule import StepPlan
 
 __version__ = "0.1.0"
 
@@ -57,6 +59,7 @@ _NAMES_BY_PLACE = {
     "model.transformer": ("MoEGPT", "ModelOutput"),
     "training.callbacks": ("Callback", "EarlyStopping"),
     "training.saving.saved_model": ("load_model",),
+    "training.schedule": ("StepPlan",),
 }
 _PLACES = {name: place for place, names in _NAMES_BY_PLACE.items() for name in names}
 
@@ -73,6 +76,7 @@ __all__ = [
     "Routing",
     "RunConfig",
     "SamplingConfig",
+    "StepPlan",
     "generate",
     "load",
     "load_model",

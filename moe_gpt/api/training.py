@@ -55,7 +55,8 @@ def train(
         fit_schedule: shrink the schedule to ``max_steps`` instead.
         device: auto, cpu, cuda or mps.
         make_router: makes each layer's router; its name and source are recorded, and loading asks for it again.
-        schedule: plans each step in the place of the config's stages; see ``StepSchedule``.
+        schedule: plans each step in the place of the config's stages: an object with ``at(tokens_seen)``, which returns
+            a ``moe_gpt.StepPlan``, and if it likes ``total_tokens``, where it ends.
         callbacks: told of steps, evaluations, saves and the end; see ``Callback``.
         say: told what is worth knowing before training starts.
 
