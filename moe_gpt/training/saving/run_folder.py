@@ -20,7 +20,8 @@ def refuse_existing_run(run_dir: Path) -> None:
     """Raise ``InputError`` if the folder holds a run, which a new run would overwrite."""
     if (run_dir / "metrics.jsonl").exists() or list_checkpoints(run_dir):
         raise InputError(
-            f"{run_dir} already holds a run; continue it with --resume, or choose another --run-dir (or delete it)"
+            f"{run_dir} already holds a run; continue it with --resume (resume=True), or choose another --run-dir, or "
+            "delete it"
         )
 
 
