@@ -36,7 +36,7 @@ def kept_assignments(
     Args:
         expert_indices: the choices.
         n_experts: among how many.
-        capacity_ratio: slots of an expert for each assignment, as numerator and denominator.
+        capacity_ratio: slots of an expert for each assignment, as numerator and denominator; slots are rounded up.
         valid_mask: False for padding.
     """
     numerator, denominator = capacity_ratio  # -(-a // b) is a / b, rounded up

@@ -45,11 +45,15 @@ def read_run(run_dir: str | Path) -> RunRecords:
     if not folder.is_dir():
         raise InputError(f"there is no run folder {folder}; give one that moe-gpt train has written")
     if not any((folder / name).exists() for name in _FILES_OF_A_RUN):
-        inside = sorted({str(path.parent) for name in _FILES_OF_A_RUN for path in folder.glob(f"*/{name}")})
-        shown = inside[:5] + [f"and {len(inside) - 5} more"] * (len(inside) > 5)
-        advice = f"; give a run in it: {', '.join(shown)}" if inside else ""
-        raise InputError(f"{folder} is no run: it has neither config.yaml nor metrics.jsonl{advice}")
+        raise InputError(f"{folder} is no run: it has neither config.yaml nor metrics.jsonl{_runs_to_give(folder)}")
     return _Reader(folder).read()
+
+
+def _runs_to_give(folder: Path) -> str:
+    """Return advice that names the runs inside a folder; empty where there are none."""
+    inside = sorted({str(path.parent) for name in _FILES_OF_A_RUN for path in folder.glob(f"*/{name}")})
+    shown = inside[:5] + [f"and {len(inside) - 5} more"] * (len(inside) > 5)
+    return f"; give a run in it: {', '.join(shown)}" if inside else ""
 
 
 def is_training(run_dir: Path) -> bool:
