@@ -37,9 +37,10 @@ class Shown:
     explain: Annotated[str | None, Parameter(group=OUTPUT)] = None
     """Formula and source of a number of the plan, by its name."""
     extrapolate: Annotated[Switch, Parameter(group=OUTPUT)] = False
-    """The forecast of 2020 instead of a plan."""
+    """Instead of a plan, show the forecast of 2020: what the model after GPT-3 takes, if it grows as much as GPT-3 did
+    from GPT-2. It takes no config."""
     set: Annotated[Words, Parameter(group=OUTPUT)] = ()
-    """With --extrapolate: another input, as NAME=VALUE."""
+    """With --extrapolate: another input of the forecast, as NAME=VALUE."""
 
     def check(self, config: str | None) -> None:
         """Check that what is asked for goes together.
@@ -98,7 +99,8 @@ class Training:
     """What training is supposed to be; the defaults are those of ``PlanOptions``."""
 
     mfu: Annotated[Utilisation | None, read_as(Utilisation), Parameter(group=TRAINING)] = None
-    """Model FLOPs utilisation: the share of all GPUs' peak that 6 N D per second comes to; 0.4 by default."""
+    """Model FLOPs utilisation: the share of all GPUs' peak that training uses, at 6 FLOPs for each active parameter and
+    token. 0.4 by default; on cpu, what was measured of models of this width."""
     price: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
     """Dollars per GPU-hour; 1 by default."""
     context: Annotated[Whole | None, Parameter(group=TRAINING)] = None
@@ -108,7 +110,7 @@ class Training:
     budget: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
     """Also say the tokens that so many dollars pay for."""
     days: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
-    """Also say the MFU of a run that took so many days."""
+    """Also say the MFU that a run needs to take so many days."""
     recompute: Annotated[bool | None, Parameter(group=TRAINING)] = None
     """Compute activations again in the backward pass; by default as the config says."""
     micro_batch_sequences: Annotated[Whole | None, Parameter(group=TRAINING)] = None

@@ -56,4 +56,4 @@ def check_paths(runs: Sequence[Path], path: Path) -> None:
     folders = [run.resolve() for run in runs]
     for run, folder in zip(runs, folders, strict=True):
         if folders.count(folder) > 1:
-            raise InputError(f"{run} is given more than once: its seed would count as several")
+            raise InputError(f"{run} is given more than once; give it once, or it would count as several seeds")

@@ -35,17 +35,18 @@ class TrainOptions:
     resume: Annotated[Switch, Parameter(group=START)] = False
     """Go on from the newest checkpoint, or start where there is none."""
     init_from: Annotated[str | None, Parameter(group=START)] = None
-    """Start a new run with the weights of a run, a checkpoint or a Hugging Face folder. Those of a dense model can
-    start a mixture of experts. With --resume: unless the run has started."""
+    """Start a new run with the weights of a run, a checkpoint or a Hugging Face folder. A mixture of experts can also
+    start with those of a dense model. With --resume, this is ignored where the run has a checkpoint already."""
     allow_changes: Annotated[Words, Parameter(group=START)] = ()
-    """With --resume: go on although these are not what they were, as KEY,KEY. A key is a setting or a section such as
-    optimizer, data.SOURCE, router, code, torch or moe_gpt. The checkpoint records it."""
+    """With --resume: permit changes since the checkpoint, as KEY,KEY. A KEY is a setting (optimizer.lr), a section
+    (optimizer), or one of data.SOURCE, router, schedule, code, torch, moe_gpt. Later checkpoints record the changes."""
     max_steps: Annotated[Whole | None, Parameter(group=LIMITS)] = None
     """Stop after this optimizer step of the run."""
     max_minutes: Annotated[AboveZero | None, Parameter(group=LIMITS)] = None
     """Stop after this time."""
     fit_schedule: Annotated[Switch, Parameter(group=LIMITS)] = False
-    """Shrink the schedule to --max-steps: otherwise the learning rate follows the whole schedule."""
+    """Shrink the schedule to --max-steps, so that all stages and the decay of the learning rate happen within them.
+    Without it, --max-steps cuts the schedule off."""
     router: Annotated[str | None, Parameter(group=OWN)] = None
     """A router of your own, as FILE.py:NAME. The checkpoint records its name and source."""
     device: Annotated[Device, Parameter(group=OWN)] = "auto"

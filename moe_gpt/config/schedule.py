@@ -54,7 +54,8 @@ class ScheduleConfig(Section):
     warmup_tokens: CountOrZero = 0
     """Tokens over which the learning rate rises linearly from 0."""
     decay: Literal["cosine", "wsd", "none"] = "cosine"
-    """Decay to optimizer.min_lr: along a cosine, linearly at the end (wsd: warm-up, stable, decay), or none."""
+    """How the learning rate falls to optimizer.min_lr after the warm-up. cosine: along a cosine. wsd (warm-up, stable,
+    decay): linearly, over the last tokens only. none: it does not fall."""
     decay_fraction: AtMostOne = 0.2
     """Share of all tokens over which wsd decays."""
 

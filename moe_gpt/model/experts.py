@@ -28,7 +28,7 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch D"], valid_mask: Bool[Tensor, "*batch"] | None = None
     ) -> tuple[Float[Tensor, "*batch D"], None]:
-        """Return down(silu(gate(x)) · up(x)), and no routing; the mask is for networks that have one."""
+        """Return down(silu(gate(x)) · up(x)), and None for the routing; only a mixture of experts uses the mask."""
         return self.down(ops.swiglu(self.gate_up(x))), None
 
 

@@ -49,9 +49,9 @@ def load_balancing_loss(
 ) -> Float[Tensor, "*L"]:
     """Return E · Σ_e f_e · P_e of each layer (Switch Transformers, arXiv 2101.03961, eq. 4-6).
 
-    f_e is the share of all N·K assignments that expert e got, before any dropping; P_e the mean router
-    probability. Dividing by K too makes it 1 under uniform routing for every K (Hugging Face's is K times that),
-    and E when one expert gets everything. The gradient flows through P only.
+    f_e is the share of all N·K assignments that expert e got, before any dropping. P_e is its mean probability.
+    Uniform routing gives 1 for every K, because the shares are divided by N·K; Hugging Face divides by N and gives K.
+    One expert that gets everything (K = 1) gives E. The gradient flows through P only.
     """
     shares = tokens_per_expert.float() / tokens_per_expert.sum(-1, keepdim=True).clamp(min=1)
     return router_probs.shape[-1] * (shares * _mean(router_probs, valid_mask, dim=-2)).sum(-1)
@@ -65,7 +65,7 @@ def router_z_loss(
 
 
 def _mean(values: Tensor, valid_mask: Tensor | None, dim: int) -> Tensor:
-    """Return the mean over tokens, the valid ones where a mask is given; ``dim`` is theirs."""
+    """Return the mean over ``dim``, the dimension of the tokens; over the valid tokens where a mask is given."""
     if valid_mask is None:
         return values.mean(dim=dim)
     weights = valid_mask.to(values.dtype)
@@ -81,9 +81,9 @@ class RouterStats(NamedTuple):
     router_z_loss: Float[Tensor, "L"]
     """Unweighted, differentiable."""
     tokens_per_expert: Int[Tensor, "L E"]
-    """Assignments to each expert before dropping; a sum over valid tokens."""
+    """How many assignments each expert got, before dropping. A valid token makes K, padding none."""
     dropped_tokens: Int[Tensor, "L"]
-    """Assignments that found their expert full; a sum over valid tokens."""
+    """How many assignments, not tokens, found their expert full; those of padding do not count."""
 
 
 def router_stats(

@@ -16,9 +16,9 @@ def within_capacity(
 ) -> Bool[Tensor, "N K"]:
     """Return which assignments keep their slot when an expert has ``expert_capacity`` of them.
 
-    Token-first: slots go to the earliest tokens of the flattened batch, so a later token never evicts an earlier
-    one. Who is dropped still depends on earlier sequences of the batch, so with dropping a sequence does not get
-    the same logits alone and in a batch. Training only.
+    Token-first: slots go to the earliest tokens of the flattened batch. A later token never takes the slot of an
+    earlier one, but a token can find its expert filled by earlier ones, those of earlier sequences included. So a
+    sequence can get other logits in a batch than alone. Training only.
     """
     chosen = nn.functional.one_hot(expert_indices.flatten(), n_experts)
     n_earlier = (chosen.cumsum(0) - chosen).gather(1, expert_indices.reshape(-1, 1))
@@ -36,16 +36,17 @@ def kept_assignments(
     Args:
         expert_indices: the choices.
         n_experts: among how many.
-        capacity_ratio: slots of an expert for each assignment, as numerator and denominator; rounded up.
+        capacity_ratio: slots of an expert for each assignment, as numerator and denominator; slots are rounded up.
         valid_mask: False for padding.
     """
-    numerator, denominator = capacity_ratio
+    numerator, denominator = capacity_ratio  # -(-a // b) is a / b, rounded up
     if valid_mask is None:
         return within_capacity(expert_indices, n_experts, -(-expert_indices.numel() * numerator // denominator))
     is_valid = valid_mask.flatten()
     capacity = -(-is_valid.sum() * expert_indices.shape[1] * numerator // denominator)
-    elsewhere = torch.where(is_valid[:, None], expert_indices, n_experts)  # a place after the last expert
-    return within_capacity(elsewhere, n_experts + 1, capacity)
+    # padding goes to one more expert, which does not exist, and so takes no slot of a real one
+    indices = torch.where(is_valid[:, None], expert_indices, n_experts)
+    return within_capacity(indices, n_experts + 1, capacity)
 
 
 class MoE(nn.Module):
@@ -68,7 +69,7 @@ class MoE(nn.Module):
         """Route, compute and combine; return the routing too, of which ``router_stats`` makes losses and counts.
 
         Args:
-            x: normalised residual stream. Under autocast the experts run in its type; the router never does.
+            x: normalised residual stream. Under autocast the experts compute in autocast's type, the router in float32.
             valid_mask: False for padding, which is computed but takes no slot of an expert.
         """
         tokens = x.flatten(0, 1)

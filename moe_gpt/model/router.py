@@ -41,8 +41,9 @@ def choose_experts(scores: Float[Tensor, "N E"], top_k: int) -> Int[Tensor, "N K
 class Router(nn.Module):
     """Linear top-k router.
 
-    For a router of your own, subclass it and override ``logits``, ``scores`` (what the choice is made by) or
-    ``forward``, and pass the class to ``MoEGPT(config, make_router=...)``. ``forward`` must return a ``Routing``.
+    For a router of your own, subclass it and override ``logits``, or ``scores`` (the experts with the K highest scores
+    are chosen), or ``forward``, which must return a ``Routing``. Pass the class to ``MoEGPT(config, make_router=...)``.
+    A router gets hidden states, never token ids.
 
     ``balance: bias`` adds a bias to the probabilities when choosing, and only then: the weights of the chosen come
     from the probabilities alone (loss-free balancing, arXiv 2408.15664, eq. 3). The bias is a buffer that training

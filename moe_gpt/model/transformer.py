@@ -90,7 +90,7 @@ class MoEGPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layers):
-            if layer % config.attention_sharing == 0:
+            if layer % config.attention_sharing == 0:  # else this layer shares the attention of an earlier one
                 attention = Attention(config)
             feed_forward = FeedForward(config) if config.is_dense else MoE(config, make_router)
             self.blocks.append(Block(config, attention, feed_forward))
@@ -104,10 +104,11 @@ class MoEGPT(nn.Module):
     def init_weights(self) -> None:
         """Draw the initial weights from torch's global generator.
 
-        Matrices are normal with ``init_std``; the two projections into the residual stream of each block are
-        divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2); norms are 1.
-        The logits then start with variance d_model · init_std², and the loss about half of that above ln V. Call it
-        again after materialising a model built on the meta device.
+        Matrices are normal with ``init_std``, and norms are 1. The two projections into the residual stream of each
+        block are divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2).
+        At the start, the logits have the variance d_model · init_std², because the last hidden states are normalised.
+        The loss starts above ln V by about half this variance.
+        Call it again after materialising a model built on the meta device.
         """
         if self.config.tie_embeddings:  # materialising a meta model unties them
             self.output.weight = self.embedding.weight
@@ -169,17 +170,16 @@ class MoEGPT(nn.Module):
         cache: KVCache | None = None,
         document_ids: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], list[Routing]]:
-        """Return what the output matrix reads, and every layer's routing of ``tokens.flatten()``; none if dense.
+        """Return the last hidden states, which the output matrix turns into logits, and the routings.
 
+        The states are normalised. There is one routing of ``tokens.flatten()`` for each layer, none if dense.
         Arguments and errors are those of calling the model.
         """
         if document_ids is not None and (valid_mask is not None or cache is not None):
             raise ValueError("document_ids are for whole sequences without padding and without a cache")
-        T, past = tokens.shape[1], cache.length if cache else 0
-        if past + T > self.config.max_seq_len:
-            raise ValueError(
-                f"a sequence may have at most max_seq_len={self.config.max_seq_len} tokens, got {past + T}"
-            )
+        T, past, limit = tokens.shape[1], cache.length if cache else 0, self.config.max_seq_len
+        if past + T > limit:
+            raise ValueError(f"a sequence may have at most max_seq_len={limit} tokens, got {past + T}")
         visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)
         positions = visible.positions(T, tokens.device)
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)

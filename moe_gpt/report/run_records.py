@@ -29,6 +29,7 @@ from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, section
 from moe_gpt.report.words import paragraphs, words
 
 T = TypeVar("T")
+_FILES_OF_A_RUN = ("config.yaml", "metrics.jsonl")
 _SECTIONS = ("model", "data", "schedule", "train", "faults")
 _NUMBERS = {"ce_loss", "loss", "lr", "seq_len", "batch_tokens", "tokens_per_second", "grad_norm"}
 """What a report draws of a step: a number or null."""
@@ -38,14 +39,21 @@ def read_run(run_dir: str | Path) -> RunRecords:
     """Read what a run's folder has.
 
     Raises:
-        InputError: where there is no such folder, or nothing in it that a run writes.
+        InputError: where there is no such folder, or nothing in it that a run writes; names the runs one level below.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
         raise InputError(f"there is no run folder {folder}; give one that moe-gpt train has written")
-    if not any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl")):
-        raise InputError(f"{folder} is no run: it has neither config.yaml nor metrics.jsonl")
+    if not any((folder / name).exists() for name in _FILES_OF_A_RUN):
+        raise InputError(f"{folder} is no run: it has neither config.yaml nor metrics.jsonl{_runs_to_give(folder)}")
     return _Reader(folder).read()
+
+
+def _runs_to_give(folder: Path) -> str:
+    """Return advice that names the runs inside a folder; empty where there are none."""
+    inside = sorted({str(path.parent) for name in _FILES_OF_A_RUN for path in folder.glob(f"*/{name}")})
+    shown = inside[:5] + [f"and {len(inside) - 5} more"] * (len(inside) > 5)
+    return f"; give a run in it: {', '.join(shown)}" if inside else ""
 
 
 def is_training(run_dir: Path) -> bool:

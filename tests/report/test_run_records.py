@@ -124,6 +124,22 @@ def test_what_is_no_run_is_refused(tmp_path, make):
         read_run(tmp_path / "there")
 
 
+def test_folder_of_runs_is_refused_by_the_names_of_the_runs(tmp_path):
+    """At most five are named; what is no run is not."""
+    for name in "bac":
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "config.yaml").touch()
+    (tmp_path / "b" / "metrics.jsonl").touch()
+    with pytest.raises(InputError) as caught:
+        read_run(tmp_path)
+    assert str(caught.value).endswith(f": {tmp_path / 'a'}, {tmp_path / 'b'}")
+    for number in range(5):
+        (tmp_path / f"run-{number}").mkdir()
+        (tmp_path / f"run-{number}" / "config.yaml").touch()
+    with pytest.raises(InputError, match=r"run-2, and 2 more$"):
+        read_run(tmp_path)
+
+
 def test_arrays_that_do_not_belong_are_left_out(run_dir):
     """Another model's file by its shape, and an evaluation without a file by its step: both are said."""
     last = run_dir / "evaluations" / "step_00000026.safetensors"

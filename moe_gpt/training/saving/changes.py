@@ -175,11 +175,11 @@ def _refuse(stopping: Sequence[Change], allowed: Collection[str]) -> NoReturn:
     impossible = [change.key for change in stopping if change.is_impossible]
     # a list is allowed as a whole, because entries such as stages may come and go
     keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in stopping)])
-    remedy = f"go on all the same with --allow-changes {','.join(keys)}"
+    remedy = f"undo the changes; or go on with them by --allow-changes {','.join(keys)}"
     if impossible:
-        remedy = f"{impossible[0]} cannot change within a run"
+        remedy = f"undo the changes, because {impossible[0]} cannot change within a run"
     raise InputError(
         "--resume continues the same run, but something has changed since the checkpoint:\n"
         + "\n".join(change.shown() for change in sorted(stopping, key=lambda change: not change.is_impossible))
-        + f"\nrestore it; or {remedy}; or start a new run with --init-from"
+        + f"\n{remedy}; or start a new run with --init-from"
     )
