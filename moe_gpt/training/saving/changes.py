@@ -178,6 +178,8 @@ def _refuse(stopping: Sequence[Change], allowed: Collection[str]) -> NoReturn:
     remedy = f"undo the changes; or go on with them by --allow-changes {','.join(keys)}"
     if impossible:
         remedy = f"undo the changes, because {impossible[0]} cannot change within a run"
+    if any(change.key.startswith("schedule.stages") for change in stopping):
+        remedy += "; or, if the run began with --fit-schedule, repeat that and its --max-steps"
     raise InputError(
         "--resume continues the same run, but something has changed since the checkpoint:\n"
         + "\n".join(change.shown() for change in sorted(stopping, key=lambda change: not change.is_impossible))
