@@ -67,6 +67,8 @@ def train(
     require(Count | None, max_steps=max_steps)
     require(Positive | None, max_minutes=max_minutes)
     check_callbacks(callbacks)
+    if fit_schedule and schedule is not None:
+        raise InputError("fit_schedule shrinks the schedule of the config, and cannot shrink one of your own")
     fit_steps, own = fit_budget(fit_schedule, max_steps), OwnParts(make_router, schedule)
     run = prepare(config, overrides, run_dir, resume, init_from, allow_changes, fit_steps, device, own, say)
     train_to_the_end(run, Limits(max_steps, max_minutes), callbacks)

@@ -16,6 +16,7 @@ import cyclopts
 import moe_gpt
 from moe_gpt.commands.output import discard
 from moe_gpt.errors import InputError
+from moe_gpt.terminal.wrapping import wrap
 
 _READER_GONE = 128 + 13
 COMMANDS = {
@@ -172,5 +173,6 @@ def _fail_on_files(error: OSError) -> NoReturn:
 
 def _fail(message: str) -> NoReturn:
     for line in (message or "failed without a message").splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        text = f"error: {line}"
+        print(wrap(text) if sys.stderr and sys.stderr.isatty() else text, file=sys.stderr)
     sys.exit(2)

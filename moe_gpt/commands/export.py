@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from moe_gpt.commands.next_command import command_line
 from moe_gpt.commands.options import flat
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
@@ -72,7 +73,8 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     print(f"{saved.path} -> {folder}: {architecture}, {options.dtype}, {n_bytes / 1e6:,.1f} MB")
     for note in notes(saved):
         print(wrap(f"note: {note}"))
-    print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    print(f"next:\n  {command_line('generate', folder, '--prompt', 'def ')}")
+    print(f"or, in Python with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 def notes(saved: SavedModel) -> Iterator[str]:

@@ -73,8 +73,8 @@ class Cluster:
     """The cluster that trains."""
 
     gpu: Annotated[str, Parameter(group=CLUSTER)] = "a100-80gb"
-    """A name of the table; or cpu, which is measured; or
-    name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10."""
+    """A name of the table; or cpu, which is measured; or a GPU of your own, by name, memory, flops, bandwidth, link
+    and network, as name=mine,memory=96e9 and so on."""
     n_gpus: Annotated[Whole | None, Parameter(group=CLUSTER)] = None
     """GPUs of the cluster; tensor x pipeline x expert by default."""
     tensor: Annotated[Whole, Parameter(group=CLUSTER)] = 1
@@ -128,8 +128,10 @@ class OfFailures:
     """From a failure to the next useful step; 900 by default."""
     checkpoint_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
     """How long a checkpoint stops training; 60 by default."""
-    checkpoint_interval_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
-    """Between the ends of two checkpoints; the interval that loses least by default."""
+    checkpoint_interval_seconds: Annotated[
+        AboveZero | None, Parameter(name=("--interval", "--checkpoint-interval-seconds"), group=FAILURES)
+    ] = None
+    """Seconds between the ends of two checkpoints; the interval that loses least by default."""
 
     def failures(self) -> Failures:
         """Return how often the run breaks."""

@@ -113,6 +113,11 @@ def note_on_schedule(run: Run, limits: Limits) -> str:
     """Return what a limit on the steps means for the learning rate; nothing where it ends no run early."""
     from moe_gpt.training.schedule import tokens_after
 
+    if limits.max_minutes is not None:
+        return (
+            f"note       --max-minutes {limits.max_minutes:g} may end this run early; the learning rate follows the "
+            "whole schedule, and --fit-schedule with --max-steps would shrink it"
+        )
     if limits.max_steps is None or run.state.step >= limits.max_steps:
         return ""
     end = tokens_after(run.schedule, limits.max_steps - run.state.step, run.state.tokens_seen)
@@ -143,7 +148,9 @@ def say_what_came_out(run: Run, outcome: str) -> None:
 
 def generate_command(run: Run) -> str:
     """Return a command that continues a prompt of the run's last source."""
-    return command_line("generate", run.run_dir, "--prompt", run.config.data.sources[-1].prompt)
+    prompt = run.config.data.sources[-1].prompt
+    words = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
+    return command_line("generate", run.run_dir, *words)
 
 
 def write_page(run_dir: Path) -> None:

@@ -44,7 +44,8 @@ def parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{origin} is not valid YAML: {' '.join(str(error).split())}"]) from None
+        hint = "" if origin.endswith((".yaml", ".yml")) else "; is it data? a config is a file such as tiny.yaml"
+        raise ConfigError([f"{origin} is not valid YAML: {' '.join(str(error).split())}{hint}"]) from None
 
 
 def find_config(name: str) -> Path:

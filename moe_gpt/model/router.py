@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_gpt import ops
 from moe_gpt.config import ModelConfig
+from moe_gpt.errors import InputError
 from moe_gpt.model.norm import parameter_shapes
 
 
@@ -95,14 +96,14 @@ def check_routing(routing: object, n_tokens: int, n_experts: int) -> None:
     """Check what a router of one's own returned for N tokens: any K from 1 to E is right.
 
     Raises:
-        ValueError: which says what the router must return.
+        InputError: which says what the router must return.
     """
-    if not isinstance(routing, Routing):
-        raise ValueError(f"a router must return a moe_gpt.Routing, got {type(routing).__name__}")
+    if not isinstance(routing, Routing) or not all(isinstance(part, Tensor) for part in routing):
+        raise InputError(f"a router must return a moe_gpt.Routing of four tensors, got {type(routing).__name__}")
     indices, N, E = routing.expert_indices, n_tokens, n_experts
     shapes, K = [tuple(part.shape) for part in routing], indices.shape[-1] if indices.dim() else 0
     if shapes != [(N, K), (N, K), (N, E), (N, E)] or not 1 <= K <= E:
-        raise ValueError(f"a router must return shapes (N, K), (N, K), (N, E), (N, E) with N={N}, E={E}, got {shapes}")
+        raise InputError(f"a router must return shapes (N, K), (N, K), (N, E), (N, E) with N={N}, E={E}, got {shapes}")
     ops.require_indices(indices, E, "a router must return expert_indices")
 
 

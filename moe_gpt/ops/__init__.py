@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_gpt.errors import InputError
 from moe_gpt.ops import cpu, cpu_attention, cuda, dispatch, loss, plain
 from moe_gpt.ops.device import compute_dtype, without_autocast
 from moe_gpt.ops.plain import IGNORED_TARGET
@@ -76,18 +77,17 @@ def _takes_custom_gradient(x: Tensor) -> bool:
 
 
 def require_indices(indices: Tensor, end: int, subject: str) -> None:
-    """Raise ValueError where indices are not int64 or not from 0 to ``end`` - 1; ``subject`` starts the message.
+    """Raise InputError where indices are not int64 or not from 0 to ``end`` - 1; ``subject`` starts the message.
 
     A device that computes later fails later; inside ``torch.compile`` the error is a RuntimeError.
     """
     if indices.dtype != torch.int64:
-        raise ValueError(f"{subject} in int64, got {indices.dtype}")
-    is_in_range = ((indices >= 0) & (indices < end)).all()
-    message = f"{subject} from 0 to {end - 1}, got others"
+        raise InputError(f"{subject} in int64, got {indices.dtype}")
+    is_wrong, message = (indices < 0) | (indices >= end), f"{subject} from 0 to {end - 1}"
     if indices.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(is_in_range, message)
-    elif not is_in_range:
-        raise ValueError(message)
+        torch._assert_async(~is_wrong.any(), message)
+    elif is_wrong.any():
+        raise InputError(f"{message}, got {int(indices[is_wrong][0])}")
 
 
 def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:

@@ -18,6 +18,7 @@ from moe_gpt.plan.scaling_laws import optimal_section, predict_section
 from moe_gpt.plan.serving import serving_sections, speculation_section
 from moe_gpt.plan.training_cost import compute_section, failures_section, mfu_from_duration, tokens_from_budget
 from moe_gpt.terminal.tables import format_table
+from moe_gpt.terminal.wrapping import wrap
 
 
 def plan_run(config: RunConfig, options: PlanOptions) -> list[PlanSection]:
@@ -81,5 +82,5 @@ def describe(sections: Iterable[PlanSection], options: PlanOptions | None = None
         rows = [row for row in rows if not re.match(left_out, row[0])]
         if rows:
             table = format_table((section.title, "", ""), rows, left=2)
-            parts.append("\n".join([table, *(f"  note: {note}" for note in section.notes)]))
+            parts.append("\n".join([table, *(wrap(f"  note: {note}") for note in section.notes)]))
     return "\n\n".join(parts)

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from moe_gpt.errors import InputError
 from moe_gpt.plan.data_files import read_data
 from moe_gpt.terminal.numbers import Unit, format_value, plural
+from moe_gpt.terminal.wrapping import wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _called(known: Mapping[str, Quantity], name: str) -> dict[str, Quantity]:
 
 def _explanation(key: str, quantity: Quantity) -> str:
     value = "" if quantity.value == "" else f" = {quantity.shown()}"
-    return f"{key}{value}\n  {quantity.label}\n  formula: {quantity.formula}\n  source:  {quantity.source}"
+    return wrap(f"{key}{value}\n  {quantity.label}\n  formula: {quantity.formula}\n  source:  {quantity.source}")
 
 
 def _words_of_the_file() -> dict[str, Quantity]:

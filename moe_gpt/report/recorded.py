@@ -109,7 +109,10 @@ class RunRecords:
 
     @property
     def planned_tokens(self) -> int | None:
-        """Tokens at the end of the schedule; None where the config does not say."""
+        """Tokens at the end of the schedule; None where neither the run nor its config says."""
+        recorded = [event["total_tokens"] for event in self.events if isinstance(event.get("total_tokens"), int)]
+        if recorded:  # a schedule of one's own may end elsewhere than the config's
+            return recorded[-1]
         end: Any = [None, *(stage.get("until_tokens") for stage in self.stages)][-1]
         return end if isinstance(end, int) else None
 

@@ -99,7 +99,9 @@ def _whether_it_learned(run: RunRecords) -> Facts:
     tokens = [series.tokens for series in scores.values()]
     facts = {"scores": scores, "perplexity": perplexity, "guess": guess, "infinity": math.inf}
     facts |= {"n_evaluations": max(map(len, tokens)), "is_untrained": not np.concatenate(tokens).any()}
-    return facts | {"verdict": any(verdicts) + all(verdicts)}
+    needed = known_settings(FaultConfig, run.section("faults")).routing_window
+    is_early = run.is_short and run.evaluations[-1]["step"] < needed and not all(verdicts)
+    return facts | {"verdict": any(verdicts) + all(verdicts), "is_early": is_early}
 
 
 def _is_better(losses: np.ndarray, guess: float) -> bool:

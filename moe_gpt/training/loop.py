@@ -82,6 +82,7 @@ class _Loop:
     def __init__(self, run: Run, limits: Limits, log: RunLog, recovery: Recovery, take_step: StepFunction) -> None:
         self.run, self.limits, self.log, self.recovery, self.take_step = run, limits, log, recovery, take_step
         self.started_at, self.has_shown = time.monotonic(), False
+        self.score: float | None = None
 
     def train(self, stop: StopRequest) -> Outcome:
         """Step until there is a reason to stop."""
@@ -94,6 +95,9 @@ class _Loop:
                 self.step()
                 outcome = self.why_stop(self.limits, stop.name)
                 self.after_step(outcome, is_urgent=outcome in ("SIGINT", "SIGTERM", "SIGHUP"))
+                if outcome is None and self.log.callbacks.wants_stop:  # asked for at an evaluation or a save
+                    outcome = "callback"
+                    self.recovery.save(self.score, is_last=True)
             except TooManySkips as skips:
                 self.recovery.go_back(skips)
                 outcome = self.why_stop(self.limits, stop.name)
@@ -111,6 +115,7 @@ class _Loop:
         result = self.take_step(self.run, plan, should_record)
         self.log.metrics.add(state.step, state.tokens_seen, plan, result)
         self.log.callbacks.tell("on_step", result)
+        self.score = None
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
 
     def after_step(self, outcome: Outcome | None, is_urgent: bool) -> None:
@@ -122,13 +127,15 @@ class _Loop:
         # the first step is shown at once
         if any((should_save, should_evaluate, not self.has_shown, _is_due(step, config.train.log_every_steps))):
             self.read_metrics()
-        score = self.log.evaluate() if should_evaluate else None
+        if should_evaluate:
+            self.score = self.log.evaluate()
         if should_save:
-            self.recovery.save(score, is_last, is_scheduled)
+            self.recovery.save(self.score, is_last, is_scheduled)
 
     def read_metrics(self) -> None:
         """Fetch the metrics of the last steps, check them, and only then show them: a rollback takes steps back."""
         self.has_shown = True
+        check_optimizer(self.run.state.model, self.run.state.optimizer)  # parameters may have been made since the start
         fetched = self.log.fetch()
         self.recovery.check_skips(fetched)
         self.log.show_and_track(fetched)

@@ -46,7 +46,7 @@ from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk
 from moe_gpt.training.step import TrainState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """Everything that training needs. Only ``state`` changes."""
 
@@ -68,6 +68,11 @@ class Run:
     """Settings, data and environment that changed since that checkpoint."""
     passes: dict[str, float]
     """How often the whole schedule visits each source's training tokens."""
+
+    def __repr__(self) -> str:
+        """Return folder and progress in a line."""
+        state, total = self.state, self.schedule.total_tokens
+        return f"Run({str(self.run_dir)!r}, step {state.step}, {state.tokens_seen:,} of {total:,} tokens)"
 
     @property
     def document_end_id(self) -> int | None:

@@ -98,10 +98,10 @@ class ReturnsTuple(Router):
 @pytest.mark.parametrize(
     ("make_router", "wanted"),
     [
-        (ReturnsTuple, "Routing, got tuple"),
+        (ReturnsTuple, "Routing of four tensors, got tuple"),
         (spoiled(expert_indices=torch.Tensor.int), "int64, got torch.int32"),
         (spoiled(expert_indices=lambda chosen: chosen + 5), "from 0 to 5"),
-        (spoiled(expert_indices=lambda chosen: chosen - 9), "from 0 to 5"),
+        (spoiled(expert_indices=lambda chosen: chosen - 9), "from 0 to 5, got -"),
         (spoiled(expert_indices=lambda chosen: chosen[:, :0], expert_weights=lambda w: w[:, :0]), r"\(18, 0\)"),
         (spoiled(expert_weights=lambda weights: weights[:, :1]), r"\(18, 1\)"),
         (spoiled(expert_indices=torch.Tensor.flatten), r"\(36,\)"),

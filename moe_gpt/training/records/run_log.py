@@ -79,6 +79,7 @@ class RunLog:
         run = self.run
         self.record(
             "resume" if run.resumed_from else "start",
+            total_tokens=run.schedule.total_tokens,
             changes=[change["key"] for change in run.changes],
             damaged=[f"{path.name}: {problem}" for path, problem in run.damaged],
         )
