@@ -121,7 +121,7 @@ def test_bad_command_line_is_one_line_that_names_the_word(words, wanted):
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), ["bench", "train"], ["checkpoint", "prune"]])
 def test_help_fits_the_terminal(words, width):
     """Help of every command exits with 0, names every flag with a word, and is no wider than the terminal."""
-    done = command(*words, "--help", COLUMNS=width)
+    done = command(*words, "--help", COLUMNS=width, TERM="xterm", FORCE_COLOR="0", TTY_COMPATIBLE="0")
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= int(width)
 
