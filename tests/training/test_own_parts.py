@@ -343,3 +343,57 @@ def test_summary_of_a_shortened_run_speaks_of_the_learning_rate(own_run, tmp_pat
     refused = script("train.py", *words[:2], "--run-dir", tmp_path / "c", "--fit-schedule")
     assert refused.returncode == 2
     assert "--max-steps" in refused.stderr
+
+
+class AtEvaluation(Callback):
+    """Asks to stop at the first evaluation after the start."""
+
+    def on_evaluation(self, run, scores):
+        """Return whether a step was done."""
+        return run.state.step > 0
+
+
+def test_stop_at_an_evaluation_comes_at_its_step(small_config, tmp_path):
+    """No step follows the evaluation at which a callback returned True; that step is saved, with its score."""
+    config = change(small_config, "train", eval_every_steps=2)
+    run, outcome = run_training(config, tmp_path, callbacks=[AtEvaluation()])
+    assert (outcome, run.state.step) == ("callback", 2)
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert (checkpoint.name, read_state(checkpoint)["score"] is None) == ("step_00000002", False)
+
+
+class GrowsLater(Router):
+    """Makes a parameter when it is first called in training."""
+
+    def forward(self, x: torch.Tensor):
+        """Route as usual."""
+        if self.training and torch.is_grad_enabled() and not hasattr(self, "extra"):
+            self.extra = torch.nn.Parameter(torch.zeros(1))
+        return super().forward(x)
+
+
+def test_parameters_that_are_made_later_are_an_error(small_config, tmp_path):
+    """They would never learn, and the checkpoint could not be loaded: the first step ends the run with their names."""
+    run = set_up_run(small_config, tmp_path, CPU, own=OwnParts(GrowsLater), say=lambda _: None)
+    with (
+        open_run_folder(run.run_dir, run.identity, run.resumed_from, run.damaged),
+        pytest.raises(InputError, match=r"router\.extra"),
+    ):
+        train(run, Limits(max_steps=3), Silent())
+
+
+def test_report_of_an_own_schedule_knows_its_end(small_config, tmp_path):
+    """A run whose schedule is finished is reported as finished, wherever the config's stages end."""
+    from moe_gpt.report.run_records import read_run
+
+    own_schedule_run(small_config, tmp_path, Constant())
+    found = read_run(tmp_path)
+    assert (found.planned_tokens, found.is_short) == (1024, False)
+
+
+def test_schedule_of_ones_own_is_not_fitted(small_yaml, tmp_path):
+    """Only the stages of a config can be shrunk."""
+    import moe_gpt
+
+    with pytest.raises(InputError, match="fit_schedule"):
+        moe_gpt.train(small_yaml, run_dir=tmp_path, schedule=Constant(), fit_schedule=True, max_steps=2)
