@@ -7,8 +7,8 @@ To train and to use a model:
     save(model, folder)                              write a Hugging Face folder
     read_run(run_dir)                                what a run recorded, as pandas tables
     LanguageModel                                    what load returns: generate, stream, evaluate, route, plot_route
-    Callback, EarlyStopping                          be told what happens while a run trains, and stop it
-    StepPlan                                         what a schedule of one's own returns for a step
+    Callback, EarlyStopping                          called while a run trains; can stop the run
+    StepPlan                                         returned by a user's schedule for each step
 
 To build one:
 

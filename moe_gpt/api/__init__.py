@@ -1,4 +1,4 @@
-"""What users call in Python: train, load, save and read runs.
+"""Python functions to train, load, save and read runs.
 
-Each function does what a command does, and returns values instead of printing them. Read ``loaded.py`` first.
+Each function does the same as a command, but returns values instead of printing them. Read ``loaded.py`` first.
 """

@@ -1,4 +1,4 @@
-"""Measurements against peers.
+"""Measures speed against other libraries.
 
 Read ``train.py`` first.
 """

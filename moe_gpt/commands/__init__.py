@@ -1,5 +1,4 @@
-"""The command lines.
+"""The commands of ``moe-gpt``.
 
-Each command is a function whose parameters are its arguments; it builds what they name and calls the library. Read
-``train.py`` first.
+Each command is a function. The function's parameters are the command's arguments. Read ``train.py`` first.
 """

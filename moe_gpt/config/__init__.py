@@ -1,7 +1,7 @@
-"""Every setting, checked when it is constructed.
+"""Every setting, checked when a config is constructed.
 
-Each file has the settings of one part of a run. Every default is written here, once. A number that follows from others
-is a property. ``section.py`` checks values; ``yaml.py`` reads files and overrides. Read ``model.py`` first.
+Each file has the settings of one part of a run. This room alone has defaults. A number that follows from other
+settings is a property. ``section.py`` checks values; ``yaml.py`` reads files and overrides. Read ``model.py`` first.
 """
 
 from moe_gpt.config.data import DataConfig, SourceConfig, TokenizerConfig

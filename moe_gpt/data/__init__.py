@@ -1,5 +1,4 @@
-"""From text to batches.
+"""Turns text into batches.
 
-Corpora, tokenizer and token store; and the training stream, which is a pure function of the tokens seen. Read
-``stream.py`` first.
+The training stream is a pure function of the number of tokens seen. Read ``stream.py`` first.
 """

@@ -1,4 +1,4 @@
-"""What is applied to a model from outside.
+"""Applies compilation and activation checkpointing to a model.
 
-Activation checkpointing, then compilation. Read ``parallelize.py`` first.
+Checkpointing comes first. Read ``parallelize.py`` first.
 """

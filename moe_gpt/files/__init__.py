@@ -1,4 +1,4 @@
-"""Files that are complete or absent; safetensors, one tensor at a time.
+"""Writes files completely or not at all; reads safetensors one tensor at a time.
 
 Read ``durable.py`` first.
 """

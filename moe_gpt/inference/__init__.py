@@ -1,4 +1,4 @@
-"""Generation.
+"""Generates tokens.
 
 Read ``generate.py`` first.
 """

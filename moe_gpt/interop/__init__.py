@@ -1,4 +1,4 @@
-"""Hugging Face, both ways.
+"""Reads and writes Hugging Face folders.
 
-Mixtral and Llama folders, for transformers, vLLM and llama.cpp. Read ``hugging_face.py`` first.
+Exported Mixtral and Llama folders work in transformers, vLLM and llama.cpp. Read ``hugging_face.py`` first.
 """

@@ -1,4 +1,4 @@
-"""Numbers that training, plans and reports share.
+"""Computes metrics for training, plans and reports.
 
-Routing statistics, health of routers, parameters, FLOPs, memory. Read ``routing.py`` first.
+These are routing statistics, problems of routers, parameters, FLOPs and memory. Read ``routing.py`` first.
 """

@@ -1,4 +1,4 @@
-"""What is computed: the decoder, in plain PyTorch.
+"""The decoder, in plain PyTorch.
 
-How an operation is computed, on which device, is ``moe_gpt.ops``. Read ``transformer.py`` first.
+``moe_gpt.ops`` chooses how each operation is computed on a device. Read ``transformer.py`` first.
 """

@@ -1,8 +1,8 @@
-"""How an operation is computed.
+"""Operations of the model: plain definitions and faster versions.
 
-The model calls the functions below and nothing beneath them; the body of each is the choice of a way. ``plain`` has
-every operation in its plainest form, which is its definition; ``cpu``, ``cpu_attention`` and ``cuda`` have faster ways,
-``dispatch`` takes tokens to experts and back, ``loss`` makes the loss without all logits. Read ``plain.py`` first.
+The model calls only the functions below. Each of them chooses an implementation. ``plain`` defines every operation;
+``cpu``, ``cpu_attention`` and ``cuda`` have faster implementations. ``dispatch`` groups tokens by expert and sums the
+outputs. ``loss`` computes the loss without storing all logits. Read ``plain.py`` first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The full-size system on paper.
+"""Estimates memory, time and cost before training.
 
-Parameters, compute, memory, communication and costs, each beside what was reported. Read ``plan.py`` first.
+Each estimate for GPT-4 stands beside the reported number. Read ``plan.py`` first.
 """

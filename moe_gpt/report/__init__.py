@@ -1,4 +1,4 @@
-"""Pictures and pages about runs.
+"""Draws pictures and writes pages about runs.
 
-It reads the files that a run wrote and never a model. Read ``report.py`` first.
+This room reads the files that a run wrote, but loads no model. Read ``report.py`` first.
 """

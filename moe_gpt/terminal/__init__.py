@@ -1,4 +1,4 @@
-"""Numbers, tables and progress for people.
+"""Formats numbers, tables and progress bars.
 
 Read ``tables.py`` first.
 """

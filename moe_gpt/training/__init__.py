@@ -1,4 +1,4 @@
-"""The loop: plan, batch, step; log, evaluate, save.
+"""The training loop, with evaluation, logging and checkpoints.
 
-``saving/`` never loses a run, ``records/`` writes down what happened. Read ``loop.py`` first.
+``saving/`` has the checkpoints, ``records/`` the metrics and events. Read ``loop.py`` first.
 """

@@ -100,7 +100,7 @@ def test_run_that_has_hardly_begun(run_dir):
     (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     shutil.rmtree(run_dir / "evaluations")
     run = read_run(run_dir)
-    assert [note.partition(":")[0] for note in run.notes] == ["no evaluation", "no recorded steps"]
+    assert [note.partition(",")[0] for note in run.notes] == ["no evaluation", "no recorded steps"]
     assert run.scores("code")[0].shape == (0,)
     assert run.record_values("routing", "load")[1].size == 0
 
@@ -151,7 +151,7 @@ def test_arrays_that_do_not_belong_are_left_out(run_dir):
     assert (
         run.notes[0] == "step_00000026.safetensors is of another model, and left out: it has not 2 layers of 4 experts"
     )
-    assert run.notes[1].startswith("no arrays of the evaluations after steps 26: ")
+    assert run.notes[1].startswith("no arrays of the evaluations after steps 26")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Several runs side by side: validation curves over text, compute and time, where they end, how their settings differ.
+"""Compares runs: validation loss over text, compute and time, last scores, and differences between settings.
 
-Runs that differ in their seed alone are one group. Loss per token depends on what a token is, so runs that were
-tokenised differently are compared in bits per byte only. What a run lacks is left out and named in the notes. Read
+Runs that differ only in their seed form a group. Runs with different tokenizers are compared in bits per byte only,
+because loss per token depends on the tokenizer. The notes list data that a run lacks. Read
 ``compare.py`` first.
 """

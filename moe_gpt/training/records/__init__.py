@@ -1,4 +1,4 @@
-"""The records of a run: metrics, events, arrays of evaluations, and points for trackers.
+"""Writes the metrics, events and evaluation arrays of a run, and sends metrics to trackers.
 
 Read ``run_log.py`` first.
 """

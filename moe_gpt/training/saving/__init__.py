@@ -1,4 +1,4 @@
-"""Checkpoints, and resuming a run from one bit for bit.
+"""Saves checkpoints, and resumes a run from a checkpoint bit for bit.
 
 Read ``checkpoint.py`` first.
 """
