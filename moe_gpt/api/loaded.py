@@ -129,7 +129,7 @@ class LanguageModel:
             InputError: where there is none.
         """
         if self.tokenizer is None:
-            raise InputError(f"{self.path} has no tokenizer.json, so it reads no text; save the model with a tokenizer")
+            raise InputError(f"{self.path} has no tokenizer.json, so it reads no text; save it with a tokenizer")
         return self.tokenizer
 
     def evaluate(
@@ -144,8 +144,8 @@ class LanguageModel:
         Each token is scored once, after at least context - ``stride`` earlier tokens, or after all of them.
 
         Args:
-            texts: one or several. A ``Path``, or a string that is a glob of existing files, names files as ``--files`` of
-                ``moe-gpt evaluate`` does. Any other string is a text.
+            texts: one or several. A ``Path``, or a string that is a glob of existing files, stands for files, as in
+                ``moe-gpt evaluate --files``. Any other string is a text.
             text_field: the text column of .jsonl, .parquet and .csv files.
             stride: tokens by which the window advances; half the context by default.
 

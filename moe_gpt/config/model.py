@@ -61,7 +61,7 @@ class ModelConfig(Section):
         yield from divides(self, "attention_sharing", "n_layers")
         text = f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
         yield from unless(self.head_dim % 2 == 0, text, "head_dim")
-        text = f"top_k must be at most n_experts={self.n_experts}, got {self.top_k}; lower top_k or raise n_experts"
+        text = f"top_k cannot exceed n_experts={self.n_experts}, got top_k={self.top_k}; lower top_k or raise n_experts"
         yield from unless(self.top_k <= self.n_experts, text, "top_k", "n_experts")
         text = (
             f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "

@@ -179,7 +179,7 @@ def _builder_for(source: SourceConfig, path: Path) -> str:
     """Return the reader of ``datasets`` for a file, looking through one layer of compression."""
     suffix = path.suffix.lower()
     if path.name.lower().endswith(_ARCHIVES):
-        raise InputError(f"source {source.name}: {path} is an archive; unpack it (a file may be {", ".join(_COMPRESSED)})")
+        raise InputError(f"source {source.name}: {path} is an archive; unpack it (.gz, .zst, .xz, .bz2 are read)")
     if suffix == ".zst" and not importlib.util.find_spec("zstandard"):
         raise InputError(f"source {source.name}: {path} needs the package zstandard; run pip install zstandard")
     return _BUILDERS.get(path.with_suffix("").suffix.lower() if suffix in _COMPRESSED else suffix, "text")
@@ -260,8 +260,7 @@ def _open_hub(source: SourceConfig) -> Any:
     except Exception as error:  # datasets raises many types
         raise InputError(
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
-            f"be opened: {_one_line(error)}"
-            + ("" if path.exists() else "; without a network, use files: or builtin:")
+            f"be opened: {_one_line(error)}" + ("" if path.exists() else "; without a network, use files: or builtin:")
         ) from error
 
 

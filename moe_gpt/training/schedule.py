@@ -182,7 +182,9 @@ def fit_schedule(
         low, high = (middle, high) if fits else (low, middle)
     fitted = _shrunk(config, schedule, 1.0 if high == share == 1.0 else low, n_steps)
     if count_steps(Schedule(fitted, optimizer, 0)) > n_steps:
-        raise InputError(f"schedule.stages cannot end in {n_steps} steps, one or more per stage; raise --max-steps")
+        raise InputError(
+            f"schedule.stages cannot end in {n_steps} steps, because each stage needs one; raise --max-steps"
+        )
     return fitted
 
 
@@ -208,7 +210,7 @@ def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]
             if end <= start:
                 raise InputError(
                     f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
-                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the stage before it sooner"
+                    f"big epoch has {big_epoch_tokens}; give until_tokens, or end the previous stage earlier"
                 )
         yield Stage(start, end, stage)
         start = end

@@ -124,7 +124,7 @@ def check_fits(initial: InitialWeights, config: RunConfig) -> None:
         raise InputError(
             f"--init-from {initial.path} needs a config with the same model and tokenizer; these settings differ\n"
             + "\n".join(problems)
-            + f"\nadd these overrides: {shlex.join(overrides)}"
+            + f"\nto match that model, add: {shlex.join(overrides)}"
         )
     if initial.is_upcycled_into(config.model) and not starts_as_same_function(config.model):
         raise InputError(

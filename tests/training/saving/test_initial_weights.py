@@ -75,7 +75,7 @@ def test_every_difference_is_named_with_what_to_add(small_config, dense_run, tmp
         start(change(other, "data", tokenizer=TokenizerConfig(vocab_size=300)), tmp_path / "mixture", dense_run)
     assert "model.d_ff is 32 there, got 48" in str(caught.value)
     last = str(caught.value).splitlines()[-1]
-    assert last == "to agree, add: model.d_ff=32 model.norm_eps=1e-05 data.tokenizer.vocab_size=400"
+    assert last == "to match that model, add: model.d_ff=32 model.norm_eps=1e-05 data.tokenizer.vocab_size=400"
 
 
 def test_balancing_by_bias_can_begin_later(small_config, tmp_path):
