@@ -5,17 +5,17 @@ To train and to use a model:
     train(config, overrides=(), run_dir=None, ...)   train a model and return the run
     load(path)                                       load a run, a checkpoint or a Hugging Face folder
     save(model, folder)                              write a Hugging Face folder
-    read_run(run_dir)                                what a run recorded, as pandas tables
-    LanguageModel                                    what load returns: generate, stream, evaluate, route, plot_route
-    Callback, EarlyStopping                          called while a run trains; can stop the run
-    StepPlan                                         returned by a user's schedule for each step
+    read_run(run_dir)                                read the records of a run as pandas tables
+    LanguageModel                                    a loaded model: generate, stream, evaluate, route, plot_route
+    Callback, EarlyStopping                          methods that a run calls; they may stop the run
+    StepPlan                                         the plan of a step, which a schedule of your own returns
 
-To build one:
+To build a model:
 
     ModelConfig, RunConfig, load_run_config          the settings of a model and of a run
-    MoEGPT, ModelOutput                              the decoder, and what a forward pass returns
+    MoEGPT, ModelOutput                              the decoder, and the result of its forward pass
     MoE, Router, Routing, RouterStats                an expert layer, its router, the router's decision, statistics
-    SamplingConfig, generate, load_model             ids in, ids out
+    SamplingConfig, generate, load_model             load a saved model, and continue token ids with it
 
 Shapes, everywhere in the package:
 
@@ -23,7 +23,7 @@ Shapes, everywhere in the package:
     G key-value heads · Dh head_dim · F d_ff · E experts · K experts of a token · L layers
     V vocabulary · S positions of keys, cached ones included · R rows of the dispatched buffer
 
-The public names load on first use, so that ``import moe_gpt`` and ``--help`` stay quick.
+Each public name is imported on first use, so that ``import moe_gpt`` and ``--help`` stay fast.
 """
 
 import importlib

@@ -37,11 +37,11 @@ class LanguageModel:
 
     model: MoEGPT
     tokenizer: Tokenizer | None
-    """None for a Hugging Face folder without tokenizer.json; then there is no text in or out."""
+    """None for a Hugging Face folder without tokenizer.json; methods that need text then raise ``InputError``."""
     path: Path
-    """Where it was loaded from."""
+    """The folder that the model was loaded from."""
     run_config: RunConfig | None = None
-    """Of the run that trained it; None for a Hugging Face folder."""
+    """Config of the run that trained the model; None for a Hugging Face folder."""
     text_start: tuple[int, ...] = ()
     """Ids that a Hugging Face folder's tokenizer puts before every text, such as Llama's <s>."""
     precision: Precision = "fp32"
@@ -63,18 +63,18 @@ class LanguageModel:
         seed: int = 0,
         bos: bool = False,
     ) -> str:
-        """Return what the model writes after a prompt, without the prompt.
+        """Return the model's continuation of a prompt, without the prompt.
 
-        It stops at end-of-text, after ``max_new_tokens``, or where the context is full. Equal arguments give equal
-        text.
+        The continuation ends at end-of-text, after ``max_new_tokens``, or where the context is full. Equal
+        arguments give equal text.
 
         Args:
             prompt: the model sees exactly its tokens.
-            max_new_tokens: at most.
-            temperature: 0 takes the most likely token each time.
-            top_k: draw from this many most likely tokens; 0 from all.
-            top_p: draw from the most likely tokens that together have this probability.
-            seed: of the draws.
+            max_new_tokens: largest number of new tokens.
+            temperature: divides the logits; 0 chooses the most likely token each time.
+            top_k: sample from this many most likely tokens; 0 samples from all.
+            top_p: sample from the most likely tokens that together have this probability.
+            seed: seed of the sampling.
             bos: put end-of-text before the prompt, as before a document in training.
 
         Raises:
@@ -97,8 +97,8 @@ class LanguageModel:
     ) -> Iterator[str]:
         """Yield what ``generate`` returns piece by piece, in whole characters.
 
-        Arguments and errors are those of ``generate``; a setting out of its range is refused at once, the prompt when
-        the first piece is asked for.
+        Arguments and errors are those of ``generate``. A setting out of its range raises at the call, a bad prompt at
+        the first piece.
         """
         require(Count, max_new_tokens=max_new_tokens)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -110,12 +110,12 @@ class LanguageModel:
     def continue_ids(
         self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int
     ) -> Iterator[int]:
-        """Yield the ids of new tokens after given ones; see ``moe_gpt.generate``."""
+        """Yield the ids of new tokens that continue the given ids; see ``moe_gpt.generate``."""
         end = self.require_tokenizer().end_of_text_id
         return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision)
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Return the ids that the model sees of a text."""
+        """Return the token ids of a text, as the model reads them."""
         if not isinstance(text, str):
             raise InputError(f"the text must be a str, got {type(text).__name__}")
         tokenizer = self.require_tokenizer()
@@ -129,7 +129,7 @@ class LanguageModel:
             InputError: where there is none.
         """
         if self.tokenizer is None:
-            raise InputError(f"{self.path} has no tokenizer.json, so it takes no text; save the model with a tokenizer")
+            raise InputError(f"{self.path} has no tokenizer.json, so it reads no text; save it with a tokenizer")
         return self.tokenizer
 
     def evaluate(
@@ -141,14 +141,13 @@ class LanguageModel:
     ) -> Score:
         """Return the loss in nats per token, bits per byte and perplexity of texts or files.
 
-        Every token is predicted once, with at least the context minus ``stride`` tokens before it where there are so
-        many.
+        Each token is scored once, after at least context - ``stride`` earlier tokens, or after all of them.
 
         Args:
-            texts: one or several. A ``Path``, and a string that is a glob of existing files, is read as ``--files`` of
-                ``moe-gpt evaluate`` is; any other string is a text.
-            text_field: the column of .jsonl, .parquet and .csv files.
-            stride: tokens that the window moves; half the context by default.
+            texts: one or several. A ``Path``, or a string that is a glob of existing files, stands for files, as in
+                ``moe-gpt evaluate --files``. Any other string is a text.
+            text_field: the text column of .jsonl, .parquet and .csv files.
+            stride: tokens by which the window advances; half the context by default.
 
         Raises:
             InputError: where there is no text, or a file cannot be read.
@@ -160,10 +159,10 @@ class LanguageModel:
 
     @torch.inference_mode()
     def route(self, text: str) -> pandas.DataFrame:
-        """Return which experts each token goes to: a row for each token, layer and choice.
+        """Return the experts of each token: a row for each token, layer and choice.
 
         Columns: ``position``, ``token`` (its text), ``layer``, ``choice`` (0 is the first), ``expert`` and
-        ``weight``, with which the expert's output counts.
+        ``weight``, which multiplies the expert's output.
 
         Raises:
             InputError: where the model is dense, or the text has no token or more than the context.
@@ -172,7 +171,7 @@ class LanguageModel:
 
         ids = self.encode(text)
         if self.config.is_dense:
-            raise InputError("a dense model has no routes: model.n_experts is 1")
+            raise InputError("a dense model has no router: model.n_experts is 1")
         if not 0 < len(ids) <= self.config.max_seq_len:
             raise InputError(f"the text must have from 1 to {self.config.max_seq_len} tokens, got {len(ids)}")
         device = self.model.embedding.weight.device
@@ -192,7 +191,7 @@ class LanguageModel:
     def plot_route(self, text: str) -> Figure:
         """Return a picture of ``route``: tokens from left to right, layers from bottom to top, experts as colours.
 
-        The number in a cell is the first choice; the stronger its colour, the larger its weight.
+        The number in a cell is the first choice. A stronger colour means a larger weight.
         """
         from matplotlib.figure import Figure
 
@@ -227,7 +226,7 @@ def _documents(given: str | Path, text_field: str) -> Iterator[str]:
     """Yield a text, or the documents of files."""
     if isinstance(given, str) and not _is_files(given):
         if re.fullmatch(r"\S*(/\S*|\.\w{1,8})", given):
-            raise InputError(f"{given!r} looks like a path and matches no file; to score it as a text, add a line end")
+            raise InputError(f"{given!r} looks like a path and matches no file; to score this text, add a line end")
         yield given
         return
     source = SourceConfig(name="files", files=str(given), text_field=text_field)
@@ -247,19 +246,19 @@ def load(
     Args:
         path: the folder.
         device: auto, cpu, cuda or mps.
-        make_router: the router of one's own that the model was trained with, if it was.
+        make_router: your own router, if the model was trained with one.
         precision: auto, bf16 or fp32; by default fp32 on a CPU, else auto.
 
     Raises:
         FileNotFoundError: where there is no model.
-        InputError: where the model is damaged, or its router is missing or another one.
+        InputError: where the model is damaged, or ``make_router`` is not the router of its training.
     """
     place = pick_device(device)
     tune_process(place)
     chosen = pick_precision(precision or ("fp32" if place.type == "cpu" else "auto"), place)
     if hugging_face.is_model_folder(path):
         if make_router is not None:
-            raise InputError(f"{path} is a Hugging Face folder: its routers are Mixtral's; leave make_router out")
+            raise InputError(f"{path} is a Hugging Face folder, whose routers are Mixtral's; leave make_router out")
         if not (Path(path) / "tokenizer.json").is_file():
             return LanguageModel(hugging_face.load(path).to(place), None, Path(path), precision=chosen)
         found = hugging_face.load_with_tokenizer(path, place)
@@ -273,12 +272,12 @@ def save(model: MoEGPT | LanguageModel | Run, folder: str | Path, tokenizer: Tok
     """Write a model as a Hugging Face folder, Mixtral or Llama, which ``load`` and transformers read.
 
     Args:
-        model: of ``load`` or the run of ``train``, with its tokenizer; or a ``MoEGPT``.
+        model: a ``MoEGPT``, or the result of ``load`` or ``train``, which has a tokenizer.
         folder: new or empty.
-        tokenizer: of a ``MoEGPT``; without one the folder has none, and what is loaded takes no text.
+        tokenizer: tokenizer of a ``MoEGPT``; a folder without one loads as a model that cannot read text.
 
     Raises:
-        InputError: for a model with routers of its own: as a Mixtral it would compute something else.
+        InputError: for a model with your own router, because a Mixtral would compute something else.
     """
     if isinstance(model, LanguageModel):
         hugging_face.save(model.model, folder, tokenizer or model.tokenizer)

@@ -1,4 +1,4 @@
-"""What a run recorded, as tables."""
+"""The records of a run, as tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RecordedRun:
     evaluation_lines: list[dict[str, Any]] = dataclasses.field(repr=False)
     """The lines about evaluations; ``evaluations`` is their table."""
     notes: list[str]
-    """What is missing or cannot be read."""
+    """The files that are missing or cannot be read."""
 
     @cached_property
     def metrics(self) -> pandas.DataFrame:
@@ -40,7 +40,7 @@ class RecordedRun:
 
 
 def _table(lines: list[dict[str, Any]]) -> pandas.DataFrame:
-    """Return a row for each step, its last line where it was done again; sections become columns with dotted names."""
+    """Return a row for each step, from its last line if a step was repeated; sections become dotted column names."""
     import pandas
 
     by_step = {line["step"]: flatten(line) for line in lines}
@@ -48,10 +48,10 @@ def _table(lines: list[dict[str, Any]]) -> pandas.DataFrame:
 
 
 def read_run(run_dir: str | Path) -> RecordedRun:
-    """Read what a run recorded; files that are damaged or missing are named in ``notes``.
+    """Read the records of a run; ``notes`` names the files that are damaged or missing.
 
     Raises:
-        InputError: where the folder is missing or no run's.
+        InputError: where the folder is missing, or is not a run folder.
     """
     found = run_records.read_run(run_dir)
     return RecordedRun(found.run_dir, found.config, found.steps, found.evaluations, found.notes)

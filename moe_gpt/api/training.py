@@ -1,4 +1,4 @@
-"""Training from Python: what ``moe-gpt train`` does, with parts of one's own."""
+"""Training from Python, as ``moe-gpt train`` does it, and with your own router, schedule and callbacks."""
 
 from __future__ import annotations
 
@@ -41,34 +41,34 @@ def train(
     callbacks: Sequence[Callback] = (),
     say: Callable[[str], None] = print,
 ) -> Run:
-    """Train a model and return the run: ``run.state.model`` is trained, and ``run.run_dir`` holds what was recorded.
+    """Train a model and return the run: ``run.state.model`` is trained, and ``run.run_dir`` holds the records.
 
     Args:
         config: a YAML file, the name of one that comes with moe_gpt (``"tiny.yaml"``), or a ``RunConfig``.
         overrides: settings over the file's, as ``{"model.n_layers": 2}`` or ``["model.n_layers=2"]``.
-        run_dir: where the run is kept; ``runs/<name of the config>`` by default.
-        resume: go on from the run's newest checkpoint, or start where there is none.
+        run_dir: folder of the run; ``runs/<name of the config>`` by default.
+        resume: continue from the run's newest checkpoint; if there is none, start a new run.
         init_from: a run, a checkpoint or a Hugging Face folder whose weights a new run starts with.
         allow_changes: with ``resume``, settings that may differ from those of the run.
         max_steps: stop after this optimizer step of the run; the learning rate still follows the whole schedule.
-        max_minutes: stop after this time.
-        fit_schedule: shrink the schedule to ``max_steps`` instead.
+        max_minutes: stop after this many minutes.
+        fit_schedule: shrink the schedule to ``max_steps``, so that the learning rate decays within them.
         device: auto, cpu, cuda or mps.
         make_router: makes each layer's router; its name and source are recorded, and loading asks for it again.
-        schedule: plans each step in the place of the config's stages: an object with ``at(tokens_seen)``, which returns
-            a ``moe_gpt.StepPlan``, and if it likes ``total_tokens``, where it ends.
-        callbacks: told of steps, evaluations, saves and the end; see ``Callback``.
-        say: told what is worth knowing before training starts.
+        schedule: plans each step instead of the config's stages: an object with ``at(tokens_seen)``, which returns a
+            ``moe_gpt.StepPlan``, and optionally ``total_tokens``, the length of the run.
+        callbacks: called after steps, evaluations and saves and at the end; see ``Callback``.
+        say: called with each message before training starts.
 
     Raises:
         InputError: for bad settings and folders, with a line for each problem.
-        TrainingStopped: where training could not go on; it says what is saved.
+        TrainingStopped: where training cannot continue; the message names the newest checkpoint.
     """
     require(Count | None, max_steps=max_steps)
     require(Positive | None, max_minutes=max_minutes)
     check_callbacks(callbacks)
     if fit_schedule and schedule is not None:
-        raise InputError("fit_schedule shrinks the schedule of the config, and cannot shrink one of your own")
+        raise InputError("fit_schedule shrinks the schedule of the config, and cannot shrink a schedule of your own")
     fit_steps, own = fit_budget(fit_schedule, max_steps), OwnParts(make_router, schedule)
     run = prepare(config, overrides, run_dir, resume, init_from, allow_changes, fit_steps, device, own, say)
     train_to_the_end(run, Limits(max_steps, max_minutes), callbacks)
@@ -89,10 +89,10 @@ def prepare(
 ) -> Run:
     """Return a run that can start; arguments and errors are those of ``train`` and ``set_up_run``."""
     if allow_changes and not resume:
-        raise InputError(f"--allow-changes is for --resume, got {','.join(allow_changes)} without it")
+        raise InputError(f"--allow-changes needs --resume, got {','.join(allow_changes)} without it")
     if isinstance(config, RunConfig):
         if overrides or run_dir is None:
-            raise InputError("with a RunConfig there are no overrides (use dataclasses.replace), and run_dir is needed")
+            raise InputError("a RunConfig needs a run_dir, and takes no overrides (use dataclasses.replace)")
         settings = config
     else:
         settings = load_run_config(config, as_overrides(overrides))
@@ -103,10 +103,10 @@ def prepare(
 
 
 def fit_budget(fit_schedule: bool, max_steps: int | None) -> int | None:
-    """Return the steps that the schedule is shrunk to, None where it is not.
+    """Return the steps that the schedule is shrunk to; None if the schedule is not shrunk.
 
     Raises:
-        InputError: where it is to be shrunk to no number of steps.
+        InputError: for ``fit_schedule`` without ``max_steps``.
     """
     if fit_schedule and max_steps is None:
         raise InputError("--fit-schedule needs --max-steps: the number of steps that the schedule shrinks to")
@@ -123,9 +123,9 @@ def as_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
 
 
 def train_to_the_end(run: Run, limits: Limits, callbacks: Sequence[Callback] = ()) -> tuple[Outcome, TerminalDisplay]:
-    """Train a prepared run while holding its folder; return why it stopped, and what was shown.
+    """Train a prepared run while locking its folder; return the reason of its end, and its display.
 
-    A run that is already at its end is left as it is.
+    A finished run is not trained.
     """
     remaining = None if limits.max_steps is None else max(0, limits.max_steps - run.state.step)
     seen, total = run.state.tokens_seen, run.schedule.total_tokens

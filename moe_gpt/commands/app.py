@@ -1,7 +1,8 @@
 """The command ``moe-gpt``: its commands, and how an error ends it.
 
-Cyclopts makes the command line of each function from its signature: a parameter is positional and a flag, docstrings
-are the help, and an error is an exception, so that it can be one line. The functions are imported when they are called.
+Cyclopts builds each command line from a function's signature. A parameter can be given by position or as a flag, and
+docstrings are the help. Cyclopts raises its errors, and this file prints each as one line. A function is imported when
+its command is called.
 """
 
 from __future__ import annotations
@@ -12,36 +13,37 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import cyclopts
+from rich.console import Console
 
 import moe_gpt
 from moe_gpt.commands.output import discard
 from moe_gpt.errors import InputError
-from moe_gpt.terminal.wrapping import wrap
+from moe_gpt.terminal.wrapping import terminal_width, wrap
 
 _READER_GONE = 128 + 13
 COMMANDS = {
     "train": "Train a model.",
     "generate": "Continue a prompt.",
-    "evaluate": "Loss, perplexity and bits per byte of held-out text or of files.",
-    "prepare": "Tokenise the text of a config, and say what there is.",
+    "evaluate": "Measure loss, perplexity and bits per byte of held-out text or of files.",
+    "prepare": "Tokenise the text of a config, and print a table of its sources.",
     "export": "Write a model as a Hugging Face folder.",
-    "report": "Write a page about a run, or about several side by side.",
-    "plan": "Say what a run takes before paying for it.",
+    "report": "Write a page about a run, or about several runs side by side.",
+    "plan": "Estimate time, memory and cost of a run before paying for it.",
 }
 """Each is the function of its name in the file of its name."""
 FAMILIES = {
     "checkpoint": {
         "list": "Show each checkpoint's step, tokens, size and validation loss.",
-        "verify": "Compare every file with what was saved.",
-        "prune": "Delete what the run's own settings, or those given here, do not keep.",
+        "verify": "Compare every file with the digest that was saved.",
+        "prune": "Delete the checkpoints that the run's settings, or the options given here, do not keep.",
     },
     "bench": {
-        "train": "Whole optimizer steps against peers, in turns.",
-        "layer": "One mixture-of-experts layer against a dense one, by routing.",
-        "generate": "Decoding against transformers on the exported model.",
-        "scaling": "How time and memory grow with experts, width, sequences and their length.",
-        "data": "Preparing text against datasets.map, and reading the stream against training.",
-        "loop": "The time to the first step, and of what a run does besides its steps.",
+        "train": "Time whole optimizer steps against peers, in turns.",
+        "layer": "Time one mixture-of-experts layer against a dense layer, by routing.",
+        "generate": "Time decoding against transformers on the exported model.",
+        "scaling": "Measure how time and memory grow with experts, width, sequences and their length.",
+        "data": "Time the preparation of text against datasets.map, and reading the stream against training.",
+        "loop": "Measure the time to the first step, and the time that a run spends outside its steps.",
     },
 }
 """The functions of one file."""
@@ -50,11 +52,11 @@ FAMILY_HELP = {
     "bench": "Measure speed and memory against what users would otherwise take.",
 }
 EPILOGUES = {
-    "train": "exit status: 0 done or stopped by a limit, 2 bad input, 3 training could not go on (the message says why "
-    "and what is saved), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM",
-    "checkpoint": "exit status: 0, 1 where verify finds a damaged checkpoint, 2 bad input",
-    "bench": "Machines are noisy: ratios within one call are what counts.",
-    "plan": "The reported system: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1",
+    "train": "exit status: 0 finished or stopped by a limit, 2 bad input, 3 training could not continue (the message "
+    "has the reason and the newest checkpoint), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM",
+    "checkpoint": "exit status: 0 done, 1 verify found a damaged checkpoint, 2 bad input",
+    "bench": "Machines are noisy, so compare only times of one call.",
+    "plan": "The reported GPT-4: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1",
 }
 
 
@@ -63,10 +65,11 @@ def make_app() -> cyclopts.App:
     app = cyclopts.App(
         name="moe-gpt",
         help="The GPT-4 recipe as it was publicly reported, at a size for a laptop or one GPU.",
-        help_epilogue="moe-gpt COMMAND --help says what a command takes; moe-gpt --install-completion adds completion.",
+        help_epilogue="moe-gpt COMMAND --help lists its arguments. moe-gpt --install-completion adds shell completion.",
         help_format="markdown",  # breaks lines anew
         version=moe_gpt.__version__,
         result_action="return_value",
+        console=Console(width=terminal_width()),
         default_parameter=cyclopts.Parameter(allow_repeating=True),  # the last one counts, as it always did
     )
     for name, text in COMMANDS.items():
@@ -112,18 +115,18 @@ def _as_line(error: cyclopts.CycloptsError) -> str:
         case cyclopts.CoercionError(msg=str(problem)):
             text = f"{argument} {problem}"
         case cyclopts.MissingArgumentError(keyword=str(flag)):
-            text = f"{flag} needs a value; one that starts with a dash is given as {flag}=VALUE"
+            text = f"{flag} needs a value; write a value that starts with a dash as {flag}=VALUE"
         case cyclopts.MissingArgumentError():
             text = _missing(argument)
         case cyclopts.UnusedCliTokensError(unused_tokens=[word, *_]):
             text = f"unexpected argument {word!r}{_WANTED.get(chain, '')}"
         case cyclopts.UnknownOptionError(token=token) if setting := _setting_like(token.value):
             text = f"{token.value} is no option; a setting is given without dashes, as {setting}=..."
-    return f"{text}; moe-gpt {chain} --help says what there is".replace("  ", " ")
+    return f"{text}; moe-gpt {chain} --help lists the arguments".replace("  ", " ")
 
 
 _WANTED = {"generate": "; a prompt is given with --prompt", "evaluate": "; files are given with --files"}
-"""What an argument too many was probably meant as."""
+"""The probable meaning of a superfluous argument."""
 
 
 def _missing(argument: str) -> str:
@@ -144,7 +147,7 @@ def _setting_like(flag: str) -> str | None:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Call a function and exit with what it returns: status 2 and one line for each problem where the input is bad.
 
-    A reader of stdout that is gone ends it with status 141, as SIGPIPE would, and a full disk with status 2.
+    The status is 141, as after SIGPIPE, if the reader of stdout is gone, and 2 if the disk is full.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started this
         stream.reconfigure(errors="replace")  # type: ignore[attr-defined]  # a console may lack characters

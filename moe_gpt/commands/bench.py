@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Where, how often, and where to."""
+    """Device, repetitions and output file."""
 
     device: Device = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     precision: Precision = "auto"
     """Compute type."""
     rounds: Whole = 5
-    """Turns of each contender."""
+    """Turns that each contender gets."""
     steps: Whole = 3
     """Measurements in a turn."""
     json: Path | None = None
-    """Write machine and results into this file, too."""
+    """Also write the machine and the results into this file."""
 
     def place(self) -> tuple[torch.device, ops_device.Precision]:
         """Return device and compute type."""
@@ -47,12 +47,12 @@ class Measurement:
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shaped(Measurement):
-    """What is measured, too."""
+    """The measured shape, with the options of ``Measurement``."""
 
     shape: Literal["S", "M", "L"] | None = None
     """A shape of docs/benchmarks.md; S by default."""
     config: str | None = None
-    """Or the model and the last stage of a config."""
+    """Measure the model and the last stage of this config instead of a shape."""
 
     def workload(self) -> Workload:
         """Return shape, device and precision."""
@@ -80,10 +80,10 @@ def train(
 
     Args:
         against: Names of peers, comma-separated.
-        compile: Use torch.compile: ours by block, the peers' as a whole.
+        compile: Use torch.compile, on each block of moe_gpt and on the peers as a whole.
         micro_batch_tokens: Tokens of one forward pass; the whole batch by default.
-        activation_checkpointing: Recompute activations, ours and the peers'.
-        tune_peers: Give the peers our allocator settings, too.
+        activation_checkpointing: Recompute activations, in moe_gpt and in the peers.
+        tune_peers: Give the peers the allocator settings of moe_gpt, too.
     """
     from moe_gpt.bench.train import bench_train
 
@@ -107,7 +107,7 @@ def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Sh
     """Measure decoding against transformers on the exported model.
 
     Args:
-        batch_sizes: Comma-separated.
+        batch_sizes: Batch sizes, comma-separated.
         new_tokens: Tokens to decode.
     """
     from moe_gpt.bench.generate import bench_generate
@@ -120,8 +120,8 @@ def scaling(*, axes: str | None = None, plot: Path | None = None, options: Measu
     """Measure how time and memory grow with experts, width, sequences and their length.
 
     Args:
-        axes: Comma-separated, of experts, d_ff, sequences, seq_len, checkpointed; all by default.
-        plot: Draw them into this file, .svg or .png.
+        axes: Axes to measure, comma-separated: experts, d_ff, sequences, seq_len, checkpointed; all by default.
+        plot: Draw the results into this file, .svg or .png.
     """
     from moe_gpt.bench import scaling as bench
 
@@ -139,9 +139,9 @@ def data(
     """Measure preparing text against datasets.map, and reading the stream against training.
 
     Args:
-        config: Whose tokenizer and training step to use.
-        gigabytes: Of text to prepare.
-        folder: Where some five times as much fits; a temporary folder by default.
+        config: The config whose tokenizer and training step are used.
+        gigabytes: Gigabytes of text to prepare.
+        folder: A folder with room for about five times that text; a temporary folder by default.
         json: Write machine and results into this file, too.
     """
     from moe_gpt.bench.data import bench_data
@@ -155,7 +155,7 @@ def loop(*, config: str = "tiny.yaml", steps: Whole = 400, json: Path | None = N
     """Measure the time to the first step, and of what a run does besides its steps.
 
     Args:
-        config: What to train.
+        config: The config to train.
         steps: Optimizer steps.
         json: Write machine and results into this file, too.
     """

@@ -50,7 +50,7 @@ def show(run: Path) -> None:
     for text in unreadable:
         print(text)
     for path in list_set_aside(run):
-        print(f"{path.name} is set aside; delete it when nobody wants to look at it")
+        print(f"{path.name} is set aside; delete that folder when you no longer need it")
 
 
 def verify(run: Path) -> int:
@@ -66,7 +66,7 @@ def verify(run: Path) -> int:
     for path in find_checkpoints(run):
         try:
             verify_checkpoint(path)
-            print(f"{path.name}: every file is what was saved")
+            print(f"{path.name}: every file is as it was saved")
         except (InputError, OSError) as error:
             print(f"{path.name}: DAMAGED: {error}")
             status = 1
@@ -76,18 +76,18 @@ def verify(run: Path) -> int:
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """What is kept."""
+    """Which checkpoints are kept."""
 
     keep_last: Whole | None = None
-    """Newest checkpoints to keep; by default as the run's config says."""
+    """Number of newest checkpoints to keep; the run's config has the default."""
     keep_every_steps: WholeOrZero | None = None
-    """Keep multiples of this step, 0 none; by default as the run's config says."""
+    """Also keep checkpoints whose step is a multiple of this; 0 adds none. The run's config has the default."""
     dry_run: Switch = False
-    """Only say what would be deleted."""
+    """Print what would be deleted, and delete nothing."""
 
 
 def prune(run: Path, *, options: PruneOptions = PruneOptions()) -> None:
-    """Delete what the run's own settings, or those given here, do not keep.
+    """Delete the checkpoints that the run's settings, or the options given here, do not keep.
 
     Args:
         run: A run folder.

@@ -16,7 +16,7 @@ from moe_gpt.terminal.wrapping import wrap
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
 
-FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Where"))
+FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Model"))
 _OF_FILES = ("stride", "text_field")
 _OF_HELD_OUT = ("by_position", "context", "rope_theta", "max_tokens")
 
@@ -24,24 +24,24 @@ _OF_HELD_OUT = ("by_position", "context", "rope_theta", "max_tokens")
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What to score, and where."""
+    """The text to score, and the device."""
 
     files: Annotated[Words, Parameter(group=FILES)] = ()
     """Score these files (a path or a glob) instead of the run's held-out text."""
     text_field: Annotated[str | None, Parameter(group=FILES)] = None
     """The column of .jsonl, .parquet and .csv files that holds the text; text by default."""
     stride: Annotated[Whole | None, Parameter(group=FILES)] = None
-    """Tokens that the window moves; half the context by default."""
+    """Tokens by which the window advances; half the context by default."""
     by_position: Annotated[Switch, Parameter(group=HELD_OUT)] = False
-    """Loss by place in the sequence, instead of its mean."""
+    """Show the loss by position in the sequence instead of the mean loss."""
     context: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
     """Length of the sequences; the run's by default."""
     rope_theta: Annotated[AboveZero | None, Parameter(group=HELD_OUT)] = None
     """Base of the rotary frequencies; the run's by default."""
     max_tokens: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
-    """Tokens of each source; data.validation_tokens of the run by default."""
+    """Tokens to score of each source; data.validation_tokens of the run by default."""
     router: Annotated[str | None, Parameter(group=PLACE)] = None
-    """The router that the model was trained with, as FILE.py:NAME, if it was one of your own."""
+    """Your own router, as FILE.py:NAME, if the model was trained with one."""
     precision: Annotated[Precision, Parameter(group=PLACE)] = "auto"
     """Compute type."""
     device: Annotated[Device, Parameter(group=PLACE)] = "auto"
@@ -56,7 +56,7 @@ class EvaluateOptions:
         name = next((name for name in (_OF_HELD_OUT if self.files else _OF_FILES) if getattr(self, name)), None)
         if name:
             flag, wanted = name.replace("_", "-"), "held-out text" if self.files else "--files"
-            raise InputError(f"--{flag} is for {wanted}, got it {'with' if self.files else 'without'} --files")
+            raise InputError(f"--{flag} is for {wanted}, but was given {'with' if self.files else 'without'} --files")
 
 
 def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> None:
@@ -73,7 +73,7 @@ def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> Non
     from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
     if not options.files and is_model_folder(model):
-        resolve_checkpoint(model)  # says that it takes --files
+        resolve_checkpoint(model)  # its error names --files
     make_router = find_router(options.router) if options.router else None
     loaded = load(model, options.device, make_router=make_router, precision=options.precision)
     note(f"{loaded.path}, {loaded.model.embedding.weight.device}, {loaded.precision}")
@@ -98,7 +98,7 @@ def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
         rope_theta=options.rope_theta or model.config.rope_theta,
     )
     if options.context and options.context > config.model.max_seq_len:
-        note(f"note: the model was built for {config.model.max_seq_len} tokens; beyond them its loss is extrapolation")
+        note(f"note: the model was built for {config.model.max_seq_len} tokens; beyond them, its loss is extrapolation")
     evaluator = build_evaluator(config, data, options.max_tokens, options.context)
     if options.by_position:
         return format_positions(evaluator.by_position(model, loaded.precision))
@@ -123,5 +123,5 @@ def score_files(loaded: LanguageModel, options: EvaluateOptions) -> str:
 
 
 def note(text: str) -> None:
-    """Tell a person what is not part of the result."""
+    """Print a note on stderr, apart from the result."""
     print(wrap(text), file=sys.stderr)

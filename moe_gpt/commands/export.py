@@ -25,18 +25,18 @@ class ExportOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in the files."""
     license: str = "unknown"
-    """Identifier for the model card, such as apache-2.0."""
+    """License identifier for the model card, such as apache-2.0."""
 
 
 def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()) -> None:
-    """Write a model as a Hugging Face folder, and say how to use it.
+    """Write a model as a Hugging Face folder, and print how to use it.
 
     A model with experts becomes a MixtralForCausalLM, a dense one a LlamaForCausalLM. Transformers, vLLM and llama.cpp
     open them without moe_gpt (docs/running-elsewhere.md).
 
     Args:
         model: A run folder (its newest checkpoint) or a checkpoint.
-        folder: Where to write; new or empty.
+        folder: The folder to write, new or empty.
     """
     if not re.fullmatch(r"[A-Za-z0-9.+-]+", options.license):
         raise InputError(f"--license must be an identifier such as apache-2.0, got {options.license!r}")
@@ -78,13 +78,13 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
 
 
 def notes(saved: SavedModel) -> Iterator[str]:
-    """Yield what an exported model does not do as its training did."""
+    """Yield the differences between an exported model and its training."""
     from moe_gpt.measure.parameters import count_parameters
 
     config = saved.config
     if config.model.attention_sharing > 1:
         total = count_parameters(config.model).total
-        yield f"attention shared by layers is written once for each, so there are more than {total:,} parameters"
+        yield f"shared attention weights are written for each layer, so the files hold more than {total:,} parameters"
     if config.model.capacity_factor:
         yield "model.capacity_factor dropped tokens in training only; the exported model drops none"
     start, end = saved.tokenizer.template()

@@ -17,36 +17,36 @@ from moe_gpt.errors import InputError
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
 
-PROMPT, SAMPLING, PLACE = (Group.create_ordered(name) for name in ("What to continue", "How to draw", "Where"))
+PROMPT, SAMPLING, PLACE = (Group.create_ordered(name) for name in ("Prompt", "Sampling", "Model"))
 
 
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """What to continue, how, and where."""
+    """Prompt, sampling, router and device."""
 
     prompt: Annotated[str | None, Parameter(group=PROMPT)] = None
-    """The text to continue; the model sees exactly its tokens. Without one, on a terminal, each line that you type is
-    continued."""
+    """The text to continue; the model sees exactly its tokens. Without a prompt, on a terminal, each line that you
+    type is continued."""
     prompt_file: Annotated[Path | None, Parameter(group=PROMPT)] = None
     """A file whose text is the prompt."""
     bos: Annotated[Switch, Parameter(group=PROMPT)] = False
-    """Put end-of-text before the prompt, as before a document. A Hugging Face tokenizer that starts every text with a
-    token of its own, such as `<s>`, does so anyway."""
+    """Put end-of-text before the prompt, as before a document. A Hugging Face tokenizer with a start token of its own,
+    such as `<s>`, always puts that token there."""
     samples: Annotated[Whole, Parameter(group=PROMPT)] = 1
-    """How many continuations to write, each with a seed of its own."""
+    """Number of continuations to write, each with a seed of its own."""
     max_new_tokens: Annotated[Whole, Parameter(group=SAMPLING)] = 200
     """Tokens to write at most."""
     temperature: Annotated[NonNegative, read_as(NonNegative), Parameter(group=SAMPLING)] = 0.8
-    """0 takes the most likely token each time."""
+    """Divisor of the logits; 0 chooses the most likely token each time."""
     top_k: Annotated[WholeOrZero, Parameter(group=SAMPLING)] = 0
-    """Draw from this many most likely tokens; 0 from all."""
+    """Sample from this many most likely tokens; 0 samples from all."""
     top_p: Annotated[AtMostOne, read_as(AtMostOne), Parameter(group=SAMPLING)] = 1.0
-    """Draw from the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     seed: Annotated[Seed, read_as(Seed), Parameter(group=SAMPLING)] = 0
-    """Of the draws."""
+    """Seed of the sampling."""
     router: Annotated[str | None, Parameter(group=PLACE)] = None
-    """The router that the model was trained with, as FILE.py:NAME, if it was one of your own."""
+    """Your own router, as FILE.py:NAME, if the model was trained with one."""
     precision: Annotated[Precision | None, Parameter(group=PLACE)] = None
     """Compute type; fp32 on a CPU, else auto, by default."""
     device: Annotated[Device, Parameter(group=PLACE)] = "auto"
@@ -54,7 +54,7 @@ class GenerateOptions:
 
 
 def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> None:
-    """Write a prompt and what a model makes of it to stdout.
+    """Write a prompt and its continuation by a model to stdout.
 
     Args:
         model: A run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder (Mixtral, Mistral, Llama).
@@ -77,7 +77,7 @@ def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> Non
 
 
 def find_prompt(options: GenerateOptions) -> str | None:
-    """Return the prompt that was given, by itself or in a file; None where none was.
+    """Return the prompt of --prompt or of --prompt-file; None without either.
 
     Raises:
         InputError: where both were given, or the file is not UTF-8 text.

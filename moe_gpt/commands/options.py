@@ -47,7 +47,7 @@ Switch = Annotated[bool, Parameter(negative="", show_default=False)]
 Words = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
 """A flag that may be repeated."""
 Device = str
-"""auto, cpu, cuda, cuda:1 and so on, mps; ``pick_device`` says what there is."""
+"""auto, cpu, cuda, cuda:1 and so on, mps; ``pick_device`` checks it."""
 Precision = Literal["auto", "bf16", "fp32"]
 flat = Parameter(name="*")
 """For a dataclass of options: its fields are flags of their own."""

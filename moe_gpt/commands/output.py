@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A stream that goes on without its file: text that cannot be written is dropped, and one warning says so.
+    """A stream that outlives its file: text that cannot be written is dropped, after one warning.
 
     Args:
         stream: stdout or stderr.
@@ -30,7 +30,7 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, or drop what is left."""
+        """Flush, or drop the rest."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -40,7 +40,9 @@ class LastingStream:
         discard(self._stream)
         if self._warn_on is not None:
             print(
-                f"warning: {self._name} is lost ({error}); training goes on without it", file=self._warn_on, flush=True
+                f"warning: {self._name} is lost ({error}); training continues without it",
+                file=self._warn_on,
+                flush=True,
             )
             self._warn_on = None
 
@@ -49,14 +51,14 @@ class LastingStream:
 
 
 def discard(stream: TextIO) -> None:
-    """Send what a stream still holds, and all that follows, nowhere: Python flushes it once more at its end."""
+    """Send the rest of a stream to the null device, because Python flushes the stream once more when it exits."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let nothing that goes wrong with stdout or stderr end what runs inside."""
+    """Keep errors of stdout and stderr from ending the code inside."""
     out, errors = sys.stdout, sys.stderr
     if errors is not None:
         sys.stderr = LastingStream(errors, "stderr")  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""``moe-gpt plan``: say what a run takes before paying for it."""
+"""``moe-gpt plan``: estimate time, memory and cost of a run before paying for it."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ if TYPE_CHECKING:
     from moe_gpt.plan.quantities import PlanSection
 
 OUTPUT, CLUSTER, TRAINING, FAILURES, SERVING = (
-    Group.create_ordered(name) for name in ("What is shown", "The cluster", "Training", "Failures", "Serving")
+    Group.create_ordered(name) for name in ("Output", "The cluster", "Training", "Failures", "Serving")
 )
 
 
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What is shown."""
+    """Which numbers are printed, and how."""
 
     all: Annotated[Switch, Parameter(group=OUTPUT)] = False
-    """Every number of the plan, instead of the answer alone."""
+    """Print every number of the plan instead of the short answer."""
     json: Annotated[Switch, Parameter(group=OUTPUT)] = False
-    """Every number as JSON alone, in base units: FLOPs, bytes, seconds, dollars."""
+    """Print every number as JSON and nothing else, in base units: FLOPs, bytes, seconds, dollars."""
     explain: Annotated[str | None, Parameter(group=OUTPUT)] = None
-    """Formula and source of a number of the plan, by its name."""
+    """Print formula and source of the number with this name."""
     extrapolate: Annotated[Switch, Parameter(group=OUTPUT)] = False
-    """Instead of a plan, show the forecast of 2020: what the model after GPT-3 takes, if it grows as much as GPT-3 did
-    from GPT-2. It takes no config."""
+    """Instead of a plan, print the forecast of 2020 for the model after GPT-3, if it grows as much as GPT-3 did from
+    GPT-2. This option needs no config."""
     set: Annotated[Words, Parameter(group=OUTPUT)] = ()
-    """With --extrapolate: another input of the forecast, as NAME=VALUE."""
+    """With --extrapolate: change an input of the forecast, as NAME=VALUE."""
 
     def check(self, config: str | None) -> None:
-        """Check that what is asked for goes together.
+        """Check that the options fit together.
 
         Raises:
-            InputError: naming what does not.
+            InputError: naming the option that does not fit.
         """
         if self.explain is not None and self.json:
-            raise InputError("--explain is for people: give it without --json")
+            raise InputError("--explain prints text for people; leave --json out")
         if self.extrapolate and config:
             raise InputError(f"--extrapolate takes no config, got {config}")
         if self.set and not self.extrapolate:
-            raise InputError(f"--set is for --extrapolate, got {self.set[0]}; settings of the config go without it")
+            raise InputError(f"--set is for --extrapolate, got {self.set[0]}; settings of a config need no --set")
         if not (config or self.extrapolate or self.explain):
-            raise InputError("CONFIG is missing: a plan needs one, such as small.yaml; --extrapolate works without")
+            raise InputError("CONFIG is missing: a plan needs a config, such as small.yaml; --extrapolate needs none")
 
     def text(self, sections: list[PlanSection], options: PlanOptions | None = None) -> str:
         """Return every number of a plan, or all about one."""
@@ -73,8 +73,8 @@ class Cluster:
     """The cluster that trains."""
 
     gpu: Annotated[str, Parameter(group=CLUSTER)] = "a100-80gb"
-    """A name of the table; or cpu, which is measured; or a GPU of your own, by name, memory, flops, bandwidth, link
-    and network, as name=mine,memory=96e9 and so on."""
+    """A GPU of the planner's table; cpu, which is measured; or a GPU of your own, with name, memory, flops, bandwidth,
+    link and network, as name=mine,memory=96e9 and so on."""
     n_gpus: Annotated[Whole | None, Parameter(group=CLUSTER)] = None
     """GPUs of the cluster; tensor x pipeline x expert by default."""
     tensor: Annotated[Whole, Parameter(group=CLUSTER)] = 1
@@ -84,7 +84,7 @@ class Cluster:
     expert: Annotated[Whole, Parameter(group=CLUSTER)] = 1
     """Expert-parallel GPUs."""
     zero: Annotated[Literal["0", "1", "2", "3", "fsdp"], Parameter(group=CLUSTER)] = "1"
-    """Stage of ZeRO."""
+    """Stage of ZeRO, or fsdp."""
 
     def layout(self) -> Parallelism:
         """Return how training is spread over the GPUs."""
@@ -96,23 +96,23 @@ class Cluster:
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training is supposed to be; the defaults are those of ``PlanOptions``."""
+    """Assumptions about training; the defaults are those of ``PlanOptions``."""
 
     mfu: Annotated[Utilisation | None, read_as(Utilisation), Parameter(group=TRAINING)] = None
     """Model FLOPs utilisation: the share of all GPUs' peak that training uses, at 6 FLOPs for each active parameter and
-    token. 0.4 by default; on cpu, what was measured of models of this width."""
+    token. 0.4 by default; on cpu, the MFU that was measured for this width."""
     price: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
     """Dollars per GPU-hour; 1 by default."""
     context: Annotated[Whole | None, Parameter(group=TRAINING)] = None
-    """Positions that a token sees; the last stage's sequence length by default."""
+    """Positions that a token attends to; the last stage's sequence length by default."""
     tokens: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
     """Training tokens; by default those of the schedule, or at most those of the sources."""
     budget: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
-    """Also say the tokens that so many dollars pay for."""
+    """Also print the number of tokens that this many dollars pay for."""
     days: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
-    """Also say the MFU that a run needs to take so many days."""
+    """Also print the MFU that a run of this many days needs."""
     recompute: Annotated[bool | None, Parameter(group=TRAINING)] = None
-    """Compute activations again in the backward pass; by default as the config says."""
+    """Recompute activations in the backward pass; the config has the default."""
     micro_batch_sequences: Annotated[Whole | None, Parameter(group=TRAINING)] = None
     """Sequences of one forward pass; 1 by default."""
 
@@ -125,9 +125,9 @@ class OfFailures:
     gpu_hours_between_failures: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
     """Mean GPU hours between two failures; 50,000 by default."""
     restart_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
-    """From a failure to the next useful step; 900 by default."""
+    """Seconds from a failure to the next useful step; 900 by default."""
     checkpoint_seconds: Annotated[AboveZero | None, Parameter(group=FAILURES)] = None
-    """How long a checkpoint stops training; 60 by default."""
+    """Seconds for which a checkpoint stops training; 60 by default."""
     checkpoint_interval_seconds: Annotated[
         AboveZero | None, Parameter(name=("--interval", "--checkpoint-interval-seconds"), group=FAILURES)
     ] = None
@@ -145,17 +145,17 @@ class Serving:
     """How the model is served; the defaults are those of ``PlanOptions``."""
 
     serve_gpus: Annotated[Whole | None, Parameter(group=SERVING)] = None
-    """GPUs of the cluster; those of one copy by default."""
+    """GPUs that serve; those of one copy of the model by default."""
     serve_tensor: Annotated[Whole | None, Parameter(group=SERVING)] = None
     """GPUs that share a layer; as in training by default."""
     serve_pipeline: Annotated[Whole | None, Parameter(group=SERVING)] = None
-    """Stages of a copy; as in training by default."""
+    """Pipeline stages of a copy; as in training by default."""
     batch: Annotated[Whole | None, Parameter(group=SERVING)] = None
-    """Sequences that pass through a stage together; 64 by default."""
+    """Sequences that pass through a pipeline stage together; 64 by default."""
     acceptance: Annotated[Rate | None, read_as(Rate), Parameter(group=SERVING)] = None
     """Probability that a drafted token is accepted; 0.8 by default."""
     draft_cost: Annotated[NonNegative | None, read_as(NonNegative), Parameter(group=SERVING)] = None
-    """A step of the draft model over a step of the model; 0.05 by default."""
+    """Time of a draft model's step, as a share of a step of the model; 0.05 by default."""
     gamma: Annotated[DraftedTokens | None, read_as(DraftedTokens), Parameter(group=SERVING)] = None
     """Tokens drafted at a time; 4 by default."""
 
@@ -184,10 +184,10 @@ def plan(
     failures: OfFailures = OfFailures(),
     serving: Serving = Serving(),
 ) -> None:
-    """Say what a run takes before paying for it.
+    """Estimate time, memory and cost of a run before paying for it.
 
-    The reported system: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1. Every
-    number has a name; --explain NAME says how it is computed and where the formula is from.
+    The reported GPT-4 system: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1. Each
+    number has a name; --explain NAME prints its formula and the formula's source.
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as gpt4.yaml.
@@ -205,12 +205,12 @@ def plan(
 
 
 def plan_text(config: RunConfig, options: PlanOptions, shown: Shown) -> str:
-    """Return the plan in the form that is asked for."""
+    """Return the plan in the form that the options choose."""
     from moe_gpt.plan.answer import answer
     from moe_gpt.plan.plan import plan_run
     from moe_gpt.plan.quantities import explain
 
-    known = explain((), shown.explain) if shown.explain else ""  # a wrong name is told before a plan's other problems
+    known = explain((), shown.explain) if shown.explain else ""  # a wrong name is reported before the plan's errors
     try:
         sections = plan_run(config, options)
     except InputError:
@@ -223,7 +223,7 @@ def plan_text(config: RunConfig, options: PlanOptions, shown: Shown) -> str:
 
 
 def planned(cluster: Cluster, training: Training, failures: OfFailures, serving: Serving) -> PlanOptions:
-    """Return what is planned, with the planner's defaults for what was not given."""
+    """Return the planner's options, with its defaults for those that were not given."""
     return PlanOptions(
         gpu=find_gpu(cluster.gpu),
         layout=cluster.layout(),

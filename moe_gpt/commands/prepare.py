@@ -1,4 +1,4 @@
-"""``moe-gpt prepare``: tokenise the text of a config ahead of training, and show what the model will see."""
+"""``moe-gpt prepare``: tokenise the text of a config ahead of training, and show the sources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prepare(config: str, *overrides: str, show: Switch = False) -> None:
 
 
 def describe_sources(data: PreparedData, shares: list[float], total_tokens: int) -> str:
-    """Return a row per source: what it has, and what the run takes of it."""
+    """Return a table of the sources: the size of each, and the share and passes of the run."""
     rows = []
     for source, share in zip(data.sources, shares, strict=True):
         part, train = share / sum(shares), source.train

@@ -1,4 +1,4 @@
-"""``moe-gpt report``: write a page about a run, or about several side by side."""
+"""``moe-gpt report``: write a page about a run, or about several runs side by side."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SECONDS_BETWEEN_PAGES = 20
 
 
 def report(*runs: Path, out: Path | None = None, watch: Switch = False) -> None:
-    """Write a page about a run, or about several side by side.
+    """Write a page about a run, or about several runs side by side.
 
-    The page is one file that opens offline. Its pictures are also written beside it, as SVG and PNG, into a folder with
-    the same name and -pictures. Several runs are compared, each with its summary; for all about one of them give it
-    alone.
+    The page is one file that opens offline. Its pictures are also written as SVG and PNG, into a folder beside the page
+    whose name ends in -pictures. A page about several runs compares their summaries; a page about one run shows
+    everything about it.
 
     Args:
         runs: Run folders, finished or not.
-        out: The page; RUN/report.html by default, and report.html here for several runs.
+        out: The file to write; RUN/report.html by default, or report.html in this folder for several runs.
         watch: Write the page again every 20 seconds while a run trains; the page renews itself in the browser.
     """
     if not runs:
@@ -56,4 +56,4 @@ def check_paths(runs: Sequence[Path], path: Path) -> None:
     folders = [run.resolve() for run in runs]
     for run, folder in zip(runs, folders, strict=True):
         if folders.count(folder) > 1:
-            raise InputError(f"{run} is given more than once; give it once, or it would count as several seeds")
+            raise InputError(f"{run} is given more than once; give each run once, or it would count as several seeds")

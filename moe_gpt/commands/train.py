@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 START, LIMITS, OWN = (
-    Group.create_ordered(name) for name in ("Starting and going on", "When to stop", "Where and with what")
+    Group.create_ordered(name) for name in ("Starting and resuming", "When to stop", "Router and device")
 )
 
 
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How a run starts, when it stops, and where."""
+    """Start, limits, router and device of a run."""
 
     run_dir: Annotated[Path | None, Parameter(group=START)] = None
-    """Where the run is kept; runs/ and the name of the config by default."""
+    """Folder of the run; runs/ and the name of the config by default."""
     resume: Annotated[Switch, Parameter(group=START)] = False
-    """Go on from the newest checkpoint, or start where there is none."""
+    """Continue from the newest checkpoint; if there is none, start a new run."""
     init_from: Annotated[str | None, Parameter(group=START)] = None
     """Start a new run with the weights of a run, a checkpoint or a Hugging Face folder. A mixture of experts can also
-    start with those of a dense model. With --resume, this is ignored where the run has a checkpoint already."""
+    start with the weights of a dense model. With --resume, a run that has a checkpoint ignores this option."""
     allow_changes: Annotated[Words, Parameter(group=START)] = ()
-    """With --resume: permit changes since the checkpoint, as KEY,KEY. A KEY is a setting (optimizer.lr), a section
+    """With --resume: allow these changes since the checkpoint, as KEY,KEY. A KEY is a setting (optimizer.lr), a section
     (optimizer), or one of data.SOURCE, router, schedule, code, torch, moe_gpt. Later checkpoints record the changes."""
     max_steps: Annotated[Whole | None, Parameter(group=LIMITS)] = None
     """Stop after this optimizer step of the run."""
     max_minutes: Annotated[AboveZero | None, Parameter(group=LIMITS)] = None
-    """Stop after this time."""
+    """Stop after this many minutes."""
     fit_schedule: Annotated[Switch, Parameter(group=LIMITS)] = False
-    """Shrink the schedule to --max-steps, so that all stages and the decay of the learning rate happen within them.
-    Without it, --max-steps cuts the schedule off."""
+    """Shrink the schedule to --max-steps, so that all stages and the decay of the learning rate happen within these
+    steps. Without --fit-schedule, --max-steps cuts the schedule off."""
     router: Annotated[str | None, Parameter(group=OWN)] = None
     """A router of your own, as FILE.py:NAME. The checkpoint records its name and source."""
     device: Annotated[Device, Parameter(group=OWN)] = "auto"
@@ -54,7 +54,7 @@ class TrainOptions:
 
 
 def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) -> int:
-    """Train a mixture-of-experts decoder, save it, and say what came out.
+    """Train a mixture-of-experts decoder, save it, and print scores and samples.
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
@@ -110,13 +110,13 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
 
 
 def note_on_schedule(run: Run, limits: Limits) -> str:
-    """Return what a limit on the steps means for the learning rate; nothing where it ends no run early."""
+    """Return how a limit affects the learning rate; empty where the limit ends no run early."""
     from moe_gpt.training.schedule import tokens_after
 
     if limits.max_minutes is not None:
         return (
             f"note       --max-minutes {limits.max_minutes:g} may end this run early; the learning rate follows the "
-            "whole schedule, and --fit-schedule with --max-steps would shrink it"
+            "whole schedule; to shrink the schedule, use --fit-schedule with --max-steps"
         )
     if limits.max_steps is None or run.state.step >= limits.max_steps:
         return ""
@@ -126,21 +126,21 @@ def note_on_schedule(run: Run, limits: Limits) -> str:
     share = end / run.schedule.total_tokens
     return (
         f"note       --max-steps {limits.max_steps} ends this run after {end:,} tokens, {share:.1%} of the schedule; "
-        "the learning rate follows the whole schedule, and --fit-schedule would shrink it to these steps"
+        "the learning rate follows the whole schedule; --fit-schedule shrinks the schedule to these steps"
     )
 
 
 def say_what_came_out(run: Run, outcome: str) -> None:
-    """Print samples and where the run stands, write the report, and say what to do next."""
+    """Print samples and the reason of a stop, write the report, and print the next commands."""
     from moe_gpt.training.records.samples import generate_samples
     from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
     for name, text in generate_samples(run, n_tokens=120):
         print(f"--- {name} ---\n{text}\n")
     if run.resumed_from == resolve_checkpoint(run.run_dir):
-        print(f"already at step {run.state.step}; nothing was trained")
+        print(f"the run is already at step {run.state.step}; nothing was trained")
     elif outcome != "finished":
-        print(wrap(f"stopped by {outcome} at step {run.state.step}; to go on, repeat with --resume and a later limit"))
+        print(wrap(f"stopped by {outcome} at step {run.state.step}; to continue, add --resume and a later limit"))
     if run.config.train.report:
         write_page(run.run_dir)
     print(f"next:\n  {generate_command(run)}\n  {command_line('evaluate', run.run_dir)}")
@@ -154,7 +154,7 @@ def generate_command(run: Run) -> str:
 
 
 def write_page(run_dir: Path) -> None:
-    """Write the run's report; the run is saved, whatever goes wrong here."""
+    """Write the run's report; an error here is a warning, because the run is saved."""
     from moe_gpt.report.report import write_report
     from moe_gpt.report.run_records import read_run
 

@@ -21,13 +21,13 @@ class TokenizerConfig(Section):
     """The byte-level BPE tokenizer: trained on the sources, or given as a file."""
 
     vocab_size: VocabularySize = 4096
-    """Tokens to train, end-of-text and the 256 bytes included; ignored where file or hub is given."""
+    """Size of the trained vocabulary, with end-of-text and the 256 bytes; ignored where file or hub is given."""
     file: str | None = None
     """Path of a tokenizer.json to use instead of training one."""
     hub: str | None = None
     """Repository on the Hugging Face hub whose tokenizer.json to use instead, such as openai-community/gpt2."""
     revision: str | None = None
-    """That repository's git revision."""
+    """Git revision of the repository in hub."""
     end_of_text: str = "<|endoftext|>"
     """The token that ends every document; its id is 0 in a tokenizer that is trained here."""
     special_tokens: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class SourceConfig(Section):
     builtin: Literal["prose", "code"] | None = None
     """Text that ships with Python: its documentation (prose) or the source code of its standard library (code)."""
     files: str | tuple[str, ...] | None = None
-    """Paths or globs: .jsonl, .parquet, .csv, else UTF-8 text, one document a file; also compressed: .gz, .zst."""
+    """Paths or globs of .jsonl, .parquet, .csv or UTF-8 text (a document a file), also as .gz, .zst, .xz or .bz2."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, or a local folder, for datasets.load_dataset."""
     subset: str | None = None
@@ -71,11 +71,11 @@ class SourceConfig(Section):
     text_field: str = "text"
     """The column that holds the text (jsonl, parquet, csv, dataset)."""
     template: str | None = None
-    """Text made of several columns instead, such as "{question}\\n{answer}"; {{ and }} are braces."""
+    """Text made of several columns instead of text_field, such as "{question}\\n{answer}"; {{ and }} give braces."""
     min_chars: Count = 1
     """Documents with fewer characters are skipped."""
     errors: Literal["strict", "replace"] = "strict"
-    """What happens to bytes that are not UTF-8: strict is an error, replace puts U+FFFD in their place."""
+    """Treatment of bytes that are not UTF-8: strict raises an error, replace puts U+FFFD in their place."""
     deduplicate: Flag = False
     """Skip documents whose exact text has already occurred in this source."""
     max_documents: Count | None = None
@@ -83,15 +83,15 @@ class SourceConfig(Section):
     max_tokens: Count | None = None
     """Stop reading after this many tokens, held-out tokens included."""
     epochs: Positive | None = None
-    """Passes over the source in one big epoch, which set its share; 1 if no source has a weight."""
+    """Passes over the source in one big epoch; they set the source's share. 1 if no source has a weight."""
     weight: Positive | None = None
     """Share of the mixture, relative to the other sources' weights. Use it instead of epochs."""
     fim_rate: Rate = 0.0
-    """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); the tokenizer needs its sentinels."""
+    """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); this needs special tokens."""
     fim_spm_rate: Rate = 0.5
     """Share of those documents in the order suffix, prefix, middle instead of prefix, suffix, middle."""
     prompt: NonEmpty = "The "
-    """What the samples at evaluations start with."""
+    """Prompt of the samples that evaluations generate."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the keys of one source."""
@@ -149,13 +149,13 @@ class DataConfig(Section):
     )
     """The sources that are mixed."""
     processes: Count | None = None
-    """Processes that tokenise a large source; null is one for each core, at most 16."""
+    """Processes that tokenise a large source; null means one per core, at most 16."""
     cache_dir: str | None = None
-    """Folder that keeps tokenised data for later runs; null is moe_gpt in the user's cache folder."""
+    """Folder that keeps tokenised data for later runs; null means moe_gpt in the user's cache folder."""
     document_masking: Flag = False
     """Keep attention and targets within a document, in training and evaluation."""
     verify_tokens: Flag = True
-    """Compare tokenised data with its digests when it is first read; false compares only file sizes."""
+    """Compare tokenised data with its digests when the data is first read; false compares only file sizes."""
     validation_fraction: Share = 0.03
     """Share of each source's documents held out, chosen by a hash of the document."""
     validation_tokens: Count = 65_536
@@ -173,5 +173,5 @@ class DataConfig(Section):
             key = f"sources.{index}.name"
             yield from unless(source.name not in names[:index], f"{key} must be unique, got {source.name!r} again", key)
             key = f"sources.{index}.weight"
-            text = f"{key} is required because other sources have a weight; give all of them weights, or all epochs"
+            text = f"{key} is required because other sources have a weight; give all sources weights, or all epochs"
             yield from unless(bool(source.weight) or not self.has_weights, text, key)

@@ -15,7 +15,7 @@ class ModelConfig(Section):
     """The shape of a MoEGPT and how its routers choose."""
 
     vocab_size: Count | None = None
-    """Rows of the embedding; null means as many as the tokenizer has tokens. More are allowed, fewer are not."""
+    """Rows of the embedding; null means the tokenizer's number of tokens. More rows are allowed, fewer are not."""
     n_layers: Count = 4
     """Transformer blocks."""
     d_model: Count = 128
@@ -33,11 +33,11 @@ class ModelConfig(Section):
     top_k: Count = 2
     """Experts that each token is sent to."""
     normalize_topk: Flag = True
-    """Rescale the chosen experts' weights to sum to 1, as Mixtral does; false is required if top_k is 1."""
+    """Rescale the chosen experts' weights to sum to 1, as Mixtral does; must be false for top_k=1 in a mixture."""
     balance: Literal["loss", "bias", "none"] = "loss"
-    """What keeps expert loads even: the Switch loss, the loss-free bias of arXiv 2408.15664, or nothing."""
+    """Method that evens out expert loads: the Switch loss, the loss-free bias of arXiv 2408.15664, or none."""
     bias_update_rate: Positive = 1e-3
-    """Step of the balancing bias, once per optimizer step (balance: bias; the paper's u, 1e-3)."""
+    """Change of the balancing bias in each optimizer step, with balance: bias (u in the paper, 1e-3)."""
     router_noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise on the router logits, in training only."""
     capacity_factor: Positive | None = None
@@ -61,7 +61,7 @@ class ModelConfig(Section):
         yield from divides(self, "attention_sharing", "n_layers")
         text = f"head_dim must be even for rotary positions, got {self.head_dim}; use {self.head_dim + 1}"
         yield from unless(self.head_dim % 2 == 0, text, "head_dim")
-        text = f"top_k must be at most n_experts={self.n_experts}, got top_k={self.top_k}; use fewer, or more experts"
+        text = f"top_k cannot exceed n_experts={self.n_experts}, got top_k={self.top_k}; lower top_k or raise n_experts"
         yield from unless(self.top_k <= self.n_experts, text, "top_k", "n_experts")
         text = (
             f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "

@@ -23,19 +23,19 @@ class RunConfig(Section):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The training data."""
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    """The curricula and the learning rate's shape."""
+    """Sequence length, batch size and learning rate in the course of the run."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """Settings of AdamW."""
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    """Weights of the auxiliary terms."""
+    """Weights of the auxiliary losses."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    """How the run is executed and watched."""
+    """Seed, precision, memory, evaluations and logs of the run."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When checkpoints are saved and which are kept."""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
-    """What happens after numerical faults."""
+    """Limits for non-finite steps, loss spikes and unhealthy routers."""
     tracking: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where metrics are sent besides the run's own files; tensorboard needs moe_gpt[track], wandb the package wandb."""
+    """Service that also gets the metrics; tensorboard needs the extra moe_gpt[track], wandb the package wandb."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between sections."""
@@ -49,5 +49,5 @@ class RunConfig(Section):
             text = f"{key} must be at most {limit_key}={limit}, got {stage.seq_len}"
             yield from unless(stage.seq_len <= limit, text, key, limit_key)
         key = f"schedule.stages.{len(stages) - 1}.until_tokens"
-        text = f"{key} is required when sources have weights, because only epochs say how long a run is"
+        text = f"{key} is required when sources have weights, because weights do not set the length of a run"
         yield from unless(stages[-1].until_tokens is not None or not self.data.has_weights, text, key)

@@ -23,10 +23,10 @@ from moe_gpt.config.section import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig(Section):
-    """One row of the curriculum; it holds until ``until_tokens`` tokens have been seen."""
+    """One row of the curriculum, in force until ``until_tokens`` tokens have been seen."""
 
     until_tokens: Count | None = None
-    """tokens_seen at which the stage ends; null in the last row means one big epoch of the data."""
+    """Tokens seen when the stage ends; null in the last row means one big epoch of the data."""
     seq_len: Count
     """Tokens per sequence."""
     batch_tokens: Count | tuple[Count, Count]
@@ -55,7 +55,7 @@ class ScheduleConfig(Section):
     """Tokens over which the learning rate rises linearly from 0."""
     decay: Literal["cosine", "wsd", "none"] = "cosine"
     """How the learning rate falls to optimizer.min_lr after the warm-up. cosine: along a cosine. wsd (warm-up, stable,
-    decay): linearly, over the last tokens only. none: it does not fall."""
+    decay): linearly, over the last tokens only. none: the rate stays constant."""
     decay_fraction: AtMostOne = 0.2
     """Share of all tokens over which wsd decays."""
 

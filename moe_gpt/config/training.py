@@ -29,21 +29,21 @@ class TrainConfig(Section):
     micro_batch_tokens: Count = 16_384
     """Tokens that one forward pass may hold; larger batches accumulate gradients."""
     compile: Flag = False
-    """Compile each block with torch.compile. For GPUs: on a CPU in fp32 the loop over experts recompiles."""
+    """Compile each block with torch.compile. Use this on GPUs: on a CPU in fp32, the loop over experts recompiles."""
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass to save memory."""
     deterministic: Flag = False
-    """Make a GPU give the same bits every time, more slowly, and refuse operations that cannot. A CPU always does."""
+    """Make a GPU repeat results bit for bit, more slowly, and refuse operations that cannot. A CPU always repeats."""
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     log_every_steps: Count = 10
     """Optimizer steps between writes of the metrics, which are fetched from the device together."""
     record_every_steps: CountOrZero = 50
-    """Optimizer steps between recordings of the routing and of the norms of weights and updates; 0 is never."""
+    """Optimizer steps between recordings of the routing and of the norms of weights and updates; 0 records none."""
     record_tokens: CountOrZero = 2048
-    """Held-out tokens per source whose experts and gradients each evaluation records for reports; 0 is none."""
+    """Held-out tokens per source whose experts and gradients each evaluation records for reports; 0 records none."""
     sample_tokens: CountOrZero = 48
-    """Tokens generated after each source's prompt at every evaluation; 0 is none."""
+    """Tokens generated after each source's prompt at every evaluation; 0 generates none."""
     report: Flag = True
     """Write report.html at the end."""
 
@@ -55,13 +55,13 @@ class CheckpointConfig(Section):
     every_steps: CountOrZero = 500
     """Optimizer steps between checkpoints; 0 saves at the end only."""
     keep_last: Count = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_best: Flag = True
-    """Also keep the one with the lowest mean validation loss, among those saved right after an evaluation."""
+    """Also keep the checkpoint with the lowest mean validation loss of those saved right after an evaluation."""
     keep_every_steps: CountOrZero = 0
-    """Also keep checkpoints whose step is a multiple of this; 0 keeps no more than the others."""
+    """Also keep checkpoints whose step is a multiple of this; 0 adds none."""
     in_background: Flag = True
-    """Write checkpoints while training goes on. Training waits for one only at the end and at a signal."""
+    """Write checkpoints while training continues. Training waits for a write only at the end and at a signal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class FaultConfig(Section):
     max_skips_in_a_row: Count = 10
     """Non-finite steps in a row after which the run returns to its last good checkpoint and skips these tokens."""
     max_rollbacks: CountOrZero = 3
-    """How often a run may go back before it stops."""
+    """Number of returns to a checkpoint that are allowed; the next fault stops the run."""
     spike_window: Count = 200
     """Previous steps whose mean and standard deviation the loss is compared with."""
     spike_deviations: Positive = 8.0

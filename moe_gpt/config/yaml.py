@@ -44,7 +44,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        hint = "" if origin.endswith((".yaml", ".yml")) else "; is it data? a config is a file such as tiny.yaml"
+        hint = "" if origin.endswith((".yaml", ".yml")) else "; a config is a YAML file such as tiny.yaml"
         raise ConfigError([f"{origin} is not valid YAML: {' '.join(str(error).split())}{hint}"]) from None
 
 
@@ -56,7 +56,7 @@ def find_config(name: str) -> Path:
     if (Path(name) / "config.yaml").is_file():
         raise FileNotFoundError(f"{name} is a folder; its config is {Path(name) / 'config.yaml'}")
     known = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-    raise FileNotFoundError(f"no config at {name} and none of that name in {CONFIGS}; there are {known}")
+    raise FileNotFoundError(f"no config at {name} and none of that name in {CONFIGS}, which has {known}")
 
 
 def load_run_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -118,7 +118,7 @@ def _override(values: dict, override: str) -> None:
 
 def _new_section(here: str, following: str, key: str) -> dict:
     if following.isdecimal():
-        raise InputError(f"{key}: the file has no list {here}; give all of it, {here}=[...]")
+        raise InputError(f"{key}: the file has no list {here}; give the whole list, {here}=[...]")
     return {}
 
 
@@ -127,7 +127,7 @@ def _key_in(place: Any, part: str, key: str, here: str) -> Any:
     if isinstance(place, dict):
         return part
     if not isinstance(place, list):
-        raise InputError(f"{key}: {here} is not a section, it is {shown(place)}")
+        raise InputError(f"{key}: {here} must be a section, got {shown(place)}")
     if not part.isdecimal() or int(part) >= len(place):
         raise InputError(f"{key}: {here} is a list of {len(place)} entries numbered from 0, got {part!r}")
     return int(part)

@@ -111,7 +111,7 @@ def _matches(name: str, pattern: str) -> set[Path]:
     found = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
     files = {Path(match).resolve() for match in found if os.path.isfile(match)}
     if not files:
-        remedy = f"it is a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"
+        remedy = f"for a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"
         raise InputError(f"source {name}: files={pattern!r} matches no file; {remedy}")
     return files
 
@@ -179,7 +179,7 @@ def _builder_for(source: SourceConfig, path: Path) -> str:
     """Return the reader of ``datasets`` for a file, looking through one layer of compression."""
     suffix = path.suffix.lower()
     if path.name.lower().endswith(_ARCHIVES):
-        raise InputError(f"source {source.name}: {path} is an archive; unpack it (single files may be .gz or .zst)")
+        raise InputError(f"source {source.name}: {path} is an archive; unpack it (.gz, .zst, .xz, .bz2 are read)")
     if suffix == ".zst" and not importlib.util.find_spec("zstandard"):
         raise InputError(f"source {source.name}: {path} needs the package zstandard; run pip install zstandard")
     return _BUILDERS.get(path.with_suffix("").suffix.lower() if suffix in _COMPRESSED else suffix, "text")
@@ -260,8 +260,7 @@ def _open_hub(source: SourceConfig) -> Any:
     except Exception as error:  # datasets raises many types
         raise InputError(
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
-            f"be opened: {_one_line(error)}"
-            + ("" if path.exists() else "; local files: and builtin: work without a network")
+            f"be opened: {_one_line(error)}" + ("" if path.exists() else "; without a network, use files: or builtin:")
         ) from error
 
 
@@ -289,7 +288,7 @@ def _check_cell(source: SourceConfig, row: dict[str, Any], column: str, where: s
     key = "text_field" if source.template is None else "template"
     if column not in row:
         at, there = f" in row {row_number}" if row_number else "", ", ".join(row) or "none"
-        raise InputError(f"source {source.name}: {key}={column!r} is not a column of {where}{at}; there are {there}")
+        raise InputError(f"source {source.name}: {key}={column!r} is not a column of {where}{at}; columns: {there}")
     accepted = str if source.template is None else str | int | float
     if not isinstance(row[column], accepted):
         raise InputError(

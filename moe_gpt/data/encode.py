@@ -87,8 +87,8 @@ def encode_documents(
     pool = _start_pool(encoder, processes)
     if pool is None:
         say(
-            "Worker processes could not start, so one process will tokenise alone (slower). If you call this from a "
-            "script, put it under `if __name__ == '__main__':`."
+            "Worker processes could not start, so one process tokenises everything, more slowly. In a script, put the "
+            "call under `if __name__ == '__main__':`."
         )
         yield from map(encoder, groups)
         return

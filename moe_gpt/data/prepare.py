@@ -97,7 +97,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     build = functools.partial(_train_tokenizer, config, path, say)
     _build_once([path, digest], "training the same tokenizer", say, build)
     if read_digest(path).sha256 != digest.read_text(encoding="utf-8"):
-        raise InputError(f"{path} has changed since it was trained: its SHA-256 differs; delete it to train it again")
+        raise InputError(f"{path} has changed since it was trained (another SHA-256); delete it to train it again")
     tokenizer = Tokenizer.load(path, wanted.end_of_text)
     if tokenizer.vocab_size < wanted.vocab_size:
         say(
@@ -142,7 +142,7 @@ def _sample(source: SourceConfig, validation_fraction: float) -> Iterator[str]:
             return
     if not n_chars:
         if not held_out:
-            raise InputError(f"source {source.name} has no documents with text; give it some, or remove the source")
+            raise InputError(f"source {source.name} has no documents with text; add text, or remove the source")
         yield held_out
 
 

@@ -66,8 +66,8 @@ class CheckedTokens:
             ids = self._ids[start : start + self._block_tokens]
             if hashlib.sha256(ids.data).digest() != self._digests[32 * block : 32 * block + 32]:
                 raise InputError(
-                    f"{self._path}: the tokens from {start:,} to {start + len(ids):,} have changed since they were "
-                    f"written: their SHA-256 differs; {_ADVICE}"
+                    f"{self._path}: tokens from {start:,} to {start + len(ids):,} have changed since they were "
+                    f"written, because their SHA-256 differs; {_ADVICE}"
                 )
             self._unchecked[block] = False
 
@@ -102,7 +102,7 @@ class TokenStore:
         if not self._ends_checked:
             path = self._folder / f"{self._split}_ends.npy"
             if read_digest(path).sha256 != self.meta["digest_of_ends"][self._split]:
-                raise InputError(f"{path} has changed since it was written: its SHA-256 differs; {_ADVICE}")
+                raise InputError(f"{path} has changed since it was written, because its SHA-256 differs; {_ADVICE}")
             self._ends_checked = True
         document = int(np.searchsorted(self.document_ends, position, side="right"))
         return document, position - (int(self.document_ends[document - 1]) if document else 0)
@@ -203,14 +203,14 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
     """Split by position if the split by document left one side empty."""
     total = _total(writers, "n_tokens")
     if not total:
-        raise InputError(f"source {name} has no documents with text; give it some, or remove the source")
+        raise InputError(f"source {name} has no documents with text; add text, or remove the source")
     if all(writer.ends for writer in writers.values()):
         return
     cut = total - max(1, int(total * validation_fraction))
     if min(cut, total - cut) < 2:
         raise InputError(
             f"source {name} has {total} tokens, too few to hold out validation_fraction={validation_fraction}; "
-            "give it more text, or raise data.validation_fraction"
+            "add text, or raise data.validation_fraction"
         )
     _split_at(cut, writers["train" if writers["train"].ends else "validation"], writers)
 

@@ -59,7 +59,7 @@ class Tokenizer:
             InputError: if the file is not a tokenizer or has no ``end_of_text`` token.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer.file takes the path of a tokenizer.json")
+            raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer.file must be the path of a tokenizer.json")
         try:
             return cls(tokenizers.Tokenizer.from_buffer(Path(path).read_bytes()), end_of_text)
         except (InputError, OSError):
@@ -246,6 +246,6 @@ def train_tokenizer(
     for key, token in [("end_of_text", end_of_text), *(("special_tokens", token) for token in special_tokens)]:
         if backend.token_to_id(token) in tokenizer.encode(token):
             raise InputError(
-                f"data.tokenizer.{key} must not occur as a word, got {token!r}; use another, such as <|{token}|>"
+                f"data.tokenizer.{key} must not occur as a word in the text, got {token!r}; use one such as <|{token}|>"
             )
     return tokenizer

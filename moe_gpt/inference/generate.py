@@ -17,18 +17,18 @@ from moe_gpt.ops.device import Precision, autocast
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Section):
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
     temperature: NonNegative = 0.8
-    """Divides the logits; 0 takes the most likely token."""
+    """Divides the logits; 0 chooses the most likely token."""
     top_k: CountOrZero = 0
-    """Draw from this many most likely tokens; 0 from all."""
+    """Sample from this many most likely tokens; 0 samples from all."""
     top_p: AtMostOne = 1.0
-    """Draw from the most likely tokens that together have this probability (nucleus, arXiv 1904.09751)."""
+    """Sample from the most likely tokens that together have this probability (nucleus, arXiv 1904.09751)."""
 
 
 def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Return the distribution (V,) that the next token is drawn from: temperature, then top-k, then top-p."""
+    """Return the distribution (V,) of the next token, after temperature, then top-k, then top-p."""
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
     logits = (logits.float() - logits.max()) / sampling.temperature  # the largest is 0: nothing overflows
@@ -57,18 +57,18 @@ def generate(
     Args:
         model: put into evaluation mode; the mode is restored at the end.
         prompt: ids, not text; the model sees exactly these.
-        max_new_tokens: how many to make at most.
-        sampling: how to draw; the default samples at temperature 0.8.
-        seed: of a generator of its own, so training's random state is not touched.
-        end_of_text_id: where to stop; None never stops early.
+        max_new_tokens: largest number of new tokens.
+        sampling: settings of the sampling; temperature 0.8 by default.
+        seed: seed of a separate generator, so that torch's random state does not change.
+        end_of_text_id: the token that ends the text; None never stops early.
         precision: compute type.
 
     Raises:
-        InputError: at once, where the prompt is empty, fills the context or is text.
+        InputError: at the call, where the prompt is empty, fills the context or is text.
     """
     limit = model.config.max_seq_len
     if isinstance(prompt, str):
-        raise InputError(f"the prompt must be token ids, got {prompt!r}; moe_gpt.load(...).generate takes text")
+        raise InputError(f"the prompt must be token ids, got {prompt!r}; use moe_gpt.load(...).generate for text")
     if not len(prompt):
         raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
     if len(prompt) >= limit:

@@ -8,6 +8,11 @@ import textwrap
 _LEAST = 40
 
 
+def terminal_width() -> int:
+    """Return the characters of a line: ``COLUMNS``, else the terminal's width, else 80; at least 40."""
+    return max(_LEAST, shutil.get_terminal_size((80, 24)).columns)
+
+
 def wrap(text: str, indent: str = "    ") -> str:
     """Break each line between words where it is wider than the terminal; what follows a break is indented.
 
@@ -17,7 +22,7 @@ def wrap(text: str, indent: str = "    ") -> str:
         text: of any number of lines; spaces at the start of a line stay, and are kept by what follows it.
         indent: more of it in front of what was broken.
     """
-    width = max(_LEAST, shutil.get_terminal_size((80, 24)).columns)
+    width = terminal_width()
     return "\n".join(_wrapped(line, width, indent) for line in text.split("\n"))
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of a run: called after steps, evaluations and saves and at the end. They may stop the run."""
+"""Callbacks, which a run calls after steps, evaluations and saves and at its end. They may stop the run."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Override the methods that you need. If one returns True, the run saves and stops after this step.
+    """Override the methods that you need. If a method other than on_end returns True, the run saves and stops.
 
     A callback must not change the run, because a resume would not repeat the change.
     """
 
     def on_step(self, run: Run, result: StepResult) -> bool | None:
-        """After a step. Its metrics are still on the device; reading one waits for the device."""
+        """Called after a step. The metrics are still on the device; reading a metric waits for the device."""
 
     def on_evaluation(self, run: Run, scores: dict[str, Score]) -> bool | None:
-        """After an evaluation, with the score of each source's held-out text."""
+        """Called after an evaluation, with the score of each source's held-out text."""
 
     def on_save(self, run: Run, checkpoint: Path) -> bool | None:
-        """After a checkpoint is on disk. Saves run in the background, so it may be of an earlier step."""
+        """Called after a checkpoint is on disk. Saves run in the background, so its step may be earlier."""
 
     def on_end(self, run: Run, outcome: str) -> None:
-        """At the end of training, after the last checkpoint."""
+        """Called at the end of training, after the last checkpoint."""
 
 
 @dataclasses.dataclass
 class EarlyStopping(Callback):
     """Stop when the mean validation loss has not improved for ``patience`` evaluations.
 
-    Only evaluations of this process count; a resume starts the count again.
+    Only evaluations of this process count. A resumed run starts the count at zero.
     """
 
     patience: int = 3
@@ -64,7 +64,7 @@ class EarlyStopping(Callback):
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raise ``InputError`` unless all callbacks are objects with a method that is called."""
+    """Raise ``InputError`` unless every callback is an object with a method of ``Callback``."""
     if not isinstance(callbacks, list | tuple):
         raise InputError(f"callbacks must be a list, got {callbacks!r}; write callbacks=[...]")
     for callback in callbacks:
@@ -77,7 +77,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 class Callbacks:
-    """Calls several callbacks, and remembers whether one of them asked to stop."""
+    """Calls several callbacks, and remembers whether any of them returned True."""
 
     def __init__(self, run: Run, callbacks: Sequence[Callback]) -> None:
         self.run, self.callbacks, self.wants_stop = run, callbacks, False

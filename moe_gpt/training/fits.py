@@ -24,8 +24,8 @@ def refuse_full_size(config: RunConfig, device: torch.device) -> None:
     if free is not None and needed > _HOPELESS * free:
         raise InputError(
             f"this config has {format_value(counts.total, 'parameters')} parameters; training needs at least "
-            f"{format_value(needed, 'bytes')} of memory, and {format_value(free, 'bytes')} are free here; use it with "
-            "moe-gpt plan to see what such a run needs, or train a smaller config such as tiny.yaml"
+            f"{format_value(needed, 'bytes')} of memory, and {format_value(free, 'bytes')} are free here; train a "
+            "smaller config such as tiny.yaml, or see the needs of this one with moe-gpt plan"
         )
 
 
@@ -37,6 +37,6 @@ def warn_of_memory(config: RunConfig, device: torch.device, precision: Precision
         if not config.train.activation_checkpointing:
             advice += ", set train.activation_checkpointing=true"
         say(
-            f"WARNING: training takes {needed.shown()} of memory, and {format_value(free, 'bytes')} are free; {advice}"
+            f"WARNING: training needs {needed.shown()} of memory, and {format_value(free, 'bytes')} are free; {advice}"
             ", or make the model smaller"
         )

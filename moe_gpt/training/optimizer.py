@@ -36,7 +36,7 @@ def check_optimizer(model: MoEGPT, optimizer: torch.optim.Optimizer) -> None:
     if left_out:
         raise InputError(
             f"the optimizer does not have {', '.join(left_out[:5])}; change the model before the optimizer is built: "
-            "give set_up_run or moe_gpt.train a make_router, or freeze them with requires_grad_(False)"
+            "give set_up_run or moe_gpt.train a make_router, or freeze these parameters with requires_grad_(False)"
         )
 
 

@@ -24,7 +24,7 @@ from moe_gpt.training.setup import Run
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on. The message has the reason, the newest checkpoint and a remedy. Exit status 3."""
+    """Training cannot continue. The message has the reason, the newest checkpoint and a remedy. Exit status 3."""
 
 
 class TooManySkips(Exception):  # noqa: N818 (the loop catches it; nobody else sees it)
@@ -61,7 +61,7 @@ class Recovery:
         self._n_told = 0
 
     def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
-        """Save a checkpoint. If that fails, warn and go on training, unless it is the last checkpoint.
+        """Save a checkpoint. If that fails, warn and continue to train, unless this is the last checkpoint.
 
         Args:
             score: mean validation loss, if this step was evaluated.
@@ -112,7 +112,7 @@ class Recovery:
         state = self.state
         self.wait_for_save()
         place = find_checkpoint_to_go_back_to(self.run.run_dir)
-        account = f"{_count(skips.n_steps, 'step')} in a row not finite, up to step {skips.step}"
+        account = f"{_count(skips.n_steps, 'step')} in a row had a non-finite loss or gradient, up to step {skips.step}"
         advice = "events.jsonl lists the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
         if place is None or state.rollbacks >= self.config.faults.max_rollbacks:
             raise self._given_up(place, account, advice)
@@ -125,7 +125,7 @@ class Recovery:
         state.tokens_seen = past_skipped(state.skipped_windows, state.tokens_seen)
         state.rollbacks, state.skips_in_a_row = rollbacks + 1, 0
         self.log.rewind(state.step)
-        text = f"{account}; back to {place.name}, and on after token {window[1]:,}; {advice}"
+        text = f"{account}; the run returned to {place.name} and continues after token {window[1]:,}; {advice}"
         self._warn("went_back", text)
 
     def _given_up(self, place: Path | None, account: str, advice: str) -> TrainingStopped:
@@ -133,7 +133,7 @@ class Recovery:
         for path in self._later_than(place):  # a resumed run must not start from them
             set_aside(path)
         limit = self.config.faults.max_rollbacks
-        why = f"the run went back {_count(limit, 'time')}" if place else "there is no good checkpoint to go back to"
+        why = f"the run returned {_count(limit, 'time')}" if place else "there is no good checkpoint to return to"
         self.log.record("stopped", reason=account)
         return TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
 
@@ -167,17 +167,17 @@ class Recovery:
         return f"{account}; {advice}, with --resume and --allow-changes train; {self.saved()}"
 
     def _account_of_no_folder(self) -> str:
-        account = f"{self.run.run_dir} was removed while the run was training; its metrics and checkpoints are gone"
+        account = f"{self.run.run_dir} was removed during training, with its metrics and earlier checkpoints"
         with contextlib.suppress(OSError):
             self.saver.wait()
         try:
             self.saver.save(self.state, wait=True, is_scheduled=False)
         except OSError as error:
             return f"{account}, and step {self.state.step} could not be saved: {error}"
-        return f"{account}; {self.saved()}"
+        return f"{account}; step {self.state.step} was saved afterwards, and {self.saved()}"
 
     def saved(self) -> str:
-        """Wait for the save in the background, and say which checkpoint the run can resume from."""
+        """Wait for the save in the background, and describe the checkpoint from which the run can resume."""
         self.wait_for_save()
         checkpoints = list_checkpoints(self.run.run_dir)
         return f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"

@@ -115,12 +115,12 @@ class OwnSchedule(Schedule):
         """Return the given schedule's plan; the last step may go beyond ``total_tokens``."""
         plan: Any = self.given.at(tokens_seen)
         if not isinstance(plan, tuple) or len(plan) != len(StepPlan._fields):
-            problem = "it must be a StepPlan(seq_len, batch_tokens, lr)"
+            problem = "a plan must be a StepPlan(seq_len, batch_tokens, lr)"
         else:
             problem = self._problem_of_lengths(*plan[:2]) or _problem_of_lr(plan[2])
         if problem:
             name = type(self.given).__qualname__
-            raise InputError(f"the schedule {name} gives {plan!r} after {tokens_seen:,} tokens: {problem}")
+            raise InputError(f"the schedule {name} gives {plan!r} after {tokens_seen:,} tokens, but {problem}")
         return StepPlan(*plan)
 
     def _problem_of_lengths(self, seq_len: Any, batch_tokens: Any) -> str:
@@ -128,9 +128,9 @@ class OwnSchedule(Schedule):
         if not isinstance(seq_len, int) or not 1 <= seq_len <= self._max_seq_len:
             return f"seq_len must be a whole number from 1 to model.max_seq_len={self._max_seq_len}"
         if self._chunk_tokens % seq_len:
-            return f"seq_len must divide {self._chunk_tokens}; add it to the seq_len of schedule.stages"
+            return f"seq_len must divide {self._chunk_tokens}; add a stage with this seq_len to schedule.stages"
         if not isinstance(batch_tokens, int) or batch_tokens < 1 or batch_tokens % seq_len:
-            return f"batch_tokens must be a multiple of seq_len={seq_len}, at least once"
+            return f"batch_tokens must be a positive multiple of seq_len={seq_len}"
         return ""
 
 
@@ -182,7 +182,9 @@ def fit_schedule(
         low, high = (middle, high) if fits else (low, middle)
     fitted = _shrunk(config, schedule, 1.0 if high == share == 1.0 else low, n_steps)
     if count_steps(Schedule(fitted, optimizer, 0)) > n_steps:
-        raise InputError(f"schedule.stages cannot end in {n_steps} steps: every stage needs one; allow more of them")
+        raise InputError(
+            f"schedule.stages cannot end in {n_steps} steps, because each stage needs one; raise --max-steps"
+        )
     return fitted
 
 
@@ -192,7 +194,7 @@ def _shrunk(config: ScheduleConfig, schedule: Schedule, share: float, n_steps: i
         unit = math.lcm(*(s.config.seq_len for s in schedule.stages[index : index + 2]))
         end = round(stage.end * share / unit) * unit
         if end <= start:
-            raise InputError(f"schedule.stages.{index} would have no step in {n_steps} steps; allow more steps")
+            raise InputError(f"schedule.stages.{index} would have no step in {n_steps} steps; raise --max-steps")
         stages.append(dataclasses.replace(stage.config, until_tokens=end))
         start = end
     warmup_tokens = min(int(config.warmup_tokens * share), start - 1)
@@ -208,7 +210,7 @@ def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]
             if end <= start:
                 raise InputError(
                     f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
-                    f"big epoch of the data has {big_epoch_tokens}; give until_tokens, or end the stage before earlier"
+                    f"big epoch has {big_epoch_tokens}; give until_tokens, or end the previous stage earlier"
                 )
         yield Stage(start, end, stage)
         start = end

@@ -249,7 +249,7 @@ def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[
     if initial.is_upcycled_into(config.model):
         say(
             f"note: these are weights of a dense model; each of the {config.model.n_experts} experts starts as a copy "
-            "of its feed-forward network; model.n_experts=1 model.top_k=1 keeps the model dense"
+            "of its feed-forward network; to keep the model dense, set model.n_experts=1 model.top_k=1"
         )
     start, end = initial.tokenizer.template()
     if start or end:
@@ -266,7 +266,7 @@ def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[
     if damaged and not saved:
         raise InputError(
             "\n".join(problem for _, problem in damaged)
-            + f"\n{run_dir} has no other checkpoint; start a new run with another --run-dir"
+            + f"\n{run_dir} has no undamaged checkpoint; start a new run with another --run-dir"
         )
     for _, problem in damaged:
         say(f"WARNING: {problem}")
@@ -304,14 +304,14 @@ def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter
     torch.manual_seed(config.train.seed)
     model = MoEGPT(config.model, make_router).to(device)
     if config.model.balance == "bias" and not all(hasattr(m.router, "expert_bias") for m in model.moe_layers()):
-        raise InputError("model.balance=bias needs a router with a buffer expert_bias; use balance=loss or none")
+        raise InputError("model.balance=bias needs a router with a buffer expert_bias; or use balance=loss or none")
     if make_router is not Router:
         _try_routers(model, device)
     return TrainState(model, build_optimizer(model, config.optimizer))
 
 
 def _try_routers(model: MoEGPT, device: torch.device) -> None:
-    """Let each layer's router route two tokens, so that a malformed routing is told before a folder is made."""
+    """Let each layer's router route two tokens, so that a malformed routing is an error before a folder is made."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         for layer in model.moe_layers():

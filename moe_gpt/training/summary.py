@@ -44,7 +44,7 @@ def _sources(run: Run) -> Iterator[str]:
         name = source.config.name
         yield (
             f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
-            f"this run passes over it {run.passes[name]:.2f} times"
+            f"this run reads the training tokens {run.passes[name]:.2f} times"
         )
 
 

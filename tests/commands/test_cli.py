@@ -164,6 +164,10 @@ def test_describe_settings_lists_every_key(monkeypatch):
     for key in keys:
         (line,) = [line for line in lines if line.startswith(f"  {key} (")]
         assert re.fullmatch(r"  \S+ \(.*\): \S.* \[\S.*\]", line), line
+    sections = [line for line in lines if line.startswith("\n")]
+    assert len(sections) >= 8
+    for line in sections:
+        assert re.fullmatch(r"\n\S+: \S.*", line), line
 
 
 @pytest.mark.parametrize(

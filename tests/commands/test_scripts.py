@@ -136,7 +136,7 @@ def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
     ]
     refused = script("train.py", *arguments)
     assert refused.returncode == 2
-    advice = next(line for line in refused.stderr.splitlines() if "to agree, add: " in line)
+    advice = next(line for line in refused.stderr.splitlines() if ", add: " in line)
     overrides = shlex.split(advice.partition("add: ")[2])
     assert f'data.tokenizer.file="{tmp_path}/hf/tokenizer.json"' in overrides
     assert script("train.py", *arguments, *overrides, "--max-steps", 2).returncode == 0
@@ -169,10 +169,14 @@ def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
         ),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "/proc/no/such"], "/proc/no"),
         ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--device", "cuda:99"], "is not there"),
-        ("train.py", ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"], "holds some"),
+        (
+            "train.py",
+            ["--config", "{tmp}/small.yaml", "--run-dir", "{tmp}/x", "--init-from", "{tmp}"],
+            "a folder of runs",
+        ),
         ("export.py", ["{run}", "{run}"], "output folder must be new or empty"),
         ("export.py", ["{tmp}/nothing", "{tmp}/x"], "no complete checkpoint at"),
-        ("export.py", ["{hf}", "{tmp}/x"], "is a Hugging Face folder; this takes a run folder"),
+        ("export.py", ["{hf}", "{tmp}/x"], "is a Hugging Face folder"),
         ("export.py", ["{run}", "{tmp}/x", "--dtype", "int8"], '"int8" for --dtype'),
         ("export.py", ["{run}", "{tmp}/x", "--license", "a\nb"], "must be an identifier such as apache-2.0"),
         ("generate.py", ["{hf}", "--prompt", "a"], "architectures must name one of MixtralForCausalLM"),

@@ -335,7 +335,7 @@ def test_override_replaces_one_setting(load, override, read):
         ("model.n_layers", ["section.key=value", "'model.n_layers'"]),
         ("=3", ["section.key=value", "'=3'"]),
         ("model..n_layers=3", ["section.key=value", "'model..n_layers=3'"]),
-        ("model.n_layers.deep=3", ["model.n_layers.deep", "model.n_layers is not a section", "2"]),
+        ("model.n_layers.deep=3", ["model.n_layers.deep", "model.n_layers must be a section", "2"]),
         ("data.sources.1.epochs=3", ["data.sources.1.epochs", "list of 1", "'1'"]),
         ("data.sources.first.epochs=3", ["data.sources.first.epochs", "list of 1", "'first'"]),
         ("model.n_layers=[", ["override model.n_layers", "not valid YAML"]),

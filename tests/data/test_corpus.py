@@ -177,7 +177,7 @@ def test_max_documents_limits_the_builtin_corpus():
 def test_missing_field_names_the_columns():
     """A text_field that is no column is an error with the field, the file and the columns that there are."""
     path = write("a.jsonl", jsonl({"body": "x", "title": "y"}))
-    assert failure(files=path) == (f"source mine: text_field='text' is not a column of {path}; there are body, title")
+    assert failure(files=path) == (f"source mine: text_field='text' is not a column of {path}; columns: body, title")
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "None"), (5, "5"), (["x"], "['x']"), ({"a": 1}, "{'a': 1}")])
@@ -311,7 +311,7 @@ def test_local_dataset_folder_is_read(streaming):
     [
         ({"split": "nope"}, ["split nope", "Available splits: ['train']"]),
         ({"subset": "nope"}, ["subset nope", "Available: ['default']"]),
-        ({"text_field": "nope"}, ["text_field='nope'", "there are text"]),
+        ({"text_field": "nope"}, ["text_field='nope'", "columns: text"]),
     ],
 )
 def test_part_that_a_dataset_lacks_is_refused(keys, parts):
@@ -368,7 +368,7 @@ def test_compressed_files_are_read_as_what_they_hold(suffix, name, content, expe
 def test_archives_are_refused():
     """They hold many files, and which order is right nobody knows."""
     path = write("a.zip", b"PK")
-    assert failure(files=path) == f"source mine: {path} is an archive; unpack it (single files may be .gz or .zst)"
+    assert failure(files=path) == f"source mine: {path} is an archive; unpack it (.gz, .zst, .xz, .bz2 are read)"
 
 
 def test_zst_without_its_package_says_what_to_install(monkeypatch):
@@ -401,7 +401,7 @@ def test_template_makes_a_text_of_several_columns():
 def test_template_of_a_missing_column_names_those_there_are():
     """With the key that is wrong."""
     path = write("a.jsonl", jsonl({"q": "x", "a": "y"}))
-    assert failure(files=path, template="{q} {b}").endswith(f"template='b' is not a column of {path}; there are q, a")
+    assert failure(files=path, template="{q} {b}").endswith(f"template='b' is not a column of {path}; columns: q, a")
     path = write("b.jsonl", jsonl({"q": "x", "a": None}))
     assert "column 'a' of" in failure(files=path, template="{q} {a}")
 

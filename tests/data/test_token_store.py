@@ -314,7 +314,7 @@ def test_damage_is_found_exactly_where_it_is_read(blocks, tmp_path, places, dama
     tokens = CheckedTokens(copy, "uint16", digests)
     for _ in range(2):
         if touches_damage:
-            with pytest.raises(InputError, match=rf"train\.bin: the tokens from {damaged * BLOCK:,} to .* differs"):
+            with pytest.raises(InputError, match=rf"train\.bin: tokens from {damaged * BLOCK:,} to .* differs"):
                 tokens[places]
         else:
             assert (tokens[places] == ids[places]).all()

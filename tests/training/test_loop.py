@@ -129,7 +129,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused(small_config, tmp_path
     """Nothing is started over silently."""
     run_training(small_config, tmp_path, max_steps=2)
     (list_checkpoints(tmp_path)[-1] / "state.json").unlink()
-    with pytest.raises(InputError, match="state.json is missing\n.*has no other checkpoint"):
+    with pytest.raises(InputError, match="state.json is missing\n.*has no undamaged checkpoint"):
         run_training(small_config, tmp_path, resume=True)
 
 
@@ -259,7 +259,7 @@ def test_init_from_continues_at_a_longer_context(small_config, tmp_path):
 def test_init_from_another_shape_names_the_keys(small_config, tmp_path):
     """Weights of another model are refused with both values."""
     run_training(small_config, tmp_path / "first", max_steps=1)
-    with pytest.raises(InputError, match=r"model\.d_ff is 32 there, got 48"):
+    with pytest.raises(InputError, match=r"model\.d_ff is 32 in that model, got 48"):
         run_training(change(small_config, "model", d_ff=48), tmp_path / "second", init_from=tmp_path / "first")
     assert not (tmp_path / "second").exists()
 

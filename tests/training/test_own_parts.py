@@ -104,7 +104,7 @@ def test_loading_without_the_router_says_which_it_was(own_run):
 def test_run_of_our_router_takes_no_other(own_run, small_config, tmp_path):
     """A model that was trained with the standard router is not loaded with another without a word."""
     run_training(small_config, tmp_path, max_steps=1)
-    with pytest.raises(InputError, match="own Router, got Scaled"):
+    with pytest.raises(InputError, match="Router, got Scaled"):
         load_model(tmp_path, make_router=Scaled)
 
 

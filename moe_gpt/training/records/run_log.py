@@ -91,7 +91,7 @@ class RunLog:
         found = {line["step"] for line in lines if "loss" in line}
         missing = self.state.step - len(found & set(range(1, self.state.step + 1)))
         if missing:
-            text = f"metrics.jsonl lacks {missing:,} of the {self.state.step:,} completed steps; the run goes on"
+            text = f"metrics.jsonl lacks {missing:,} of the {self.state.step:,} completed steps; the run continues"
             self.warn(Finding("metrics_incomplete", self.state.step, text))
 
     def fetch(self) -> Fetched:
@@ -123,7 +123,7 @@ class RunLog:
             if not self.run.run_dir.is_dir():
                 raise RunFolderGone from error
             if not self.cannot_log:
-                text = f"metrics cannot be written ({error}); they are kept, and checkpoints wait for them"
+                text = f"metrics cannot be written ({error}); memory keeps them, and checkpoints wait for them"
                 self.warn(Finding("cannot_log", self.state.step, text))
             self.cannot_log = True
         else:
@@ -182,7 +182,7 @@ class RunLog:
                 run.run_dir, step, run.state.model, evaluations, slices, run.precision, run.document_end_id
             )
         except OSError as error:
-            self.warn(Finding("cannot_record", step, f"evaluation {step} is not kept for reports: {error}"))
+            self.warn(Finding("cannot_record", step, f"evaluation at step {step} is not recorded: {error}"))
             return
         for finding in self.health.read_evaluation(gradients, step):
             self.warn(finding)

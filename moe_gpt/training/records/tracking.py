@@ -69,7 +69,7 @@ class Tracker:
         except Exception as error:  # a service may raise anything, and no curve is worth a run
             self._service = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            self._say(f"tracking by {self._name} stopped: {reason}; metrics.jsonl has everything")
+            self._say(f"tracking by {self._name} stopped: {reason}; metrics.jsonl has all metrics")
 
 
 def open_tracker(

@@ -1,4 +1,4 @@
-"""Warnings of loss spikes and unhealthy routers, each given once, when the problem begins."""
+"""Warnings of loss spikes and unhealthy routers; each is shown once, when the problem begins."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SpikeDetector:
             deviations = (loss - mean) / max(deviation, 1e-12)
             text = (
                 f"ce_loss {loss:.3f} at step {step} is {deviations:.0f} standard deviations above the mean {mean:.3f} "
-                f"of the {size} steps before; if it does not come down again, lower optimizer.lr or "
+                f"of the {size} steps before; if the loss stays high, lower optimizer.lr or "
                 "optimizer.max_grad_norm"
             )
             yield Finding("loss_spike", step, text)

@@ -64,15 +64,15 @@ class Change(NamedTuple):
         return self.key == key or self.key.startswith(f"{key}.")
 
     def is_permitted(self, allowed: Collection[str]) -> bool:
-        """Whether the run may go on with this change."""
+        """Whether the run may continue with this change."""
         return not self.needs_permission or any(self.is_of(key) for key in allowed)
 
     @property
     def effect(self) -> str:
-        """The consequence for a run that goes on with this change."""
+        """The consequence for a run that continues with this change."""
         if self.needs_permission:
-            return ", as allowed; from here on the results differ from those of the unchanged run"
-        return "; the run goes on in the same data order, but not bit-identically"
+            return ", as allowed; later results differ from those of the unchanged run"
+        return "; the run continues in the same data order, but not bit-identically"
 
     def shown(self) -> str:
         """Return the key with its old and new value."""
@@ -175,13 +175,13 @@ def _refuse(stopping: Sequence[Change], allowed: Collection[str]) -> NoReturn:
     impossible = [change.key for change in stopping if change.is_impossible]
     # a list is allowed as a whole, because entries such as stages may come and go
     keys = dict.fromkeys([*allowed, *(re.sub(r"\.\d+(\..*)?$", "", change.key) for change in stopping)])
-    remedy = f"undo the changes; or go on with them by --allow-changes {','.join(keys)}"
+    remedy = f"undo the changes; or accept them with --allow-changes {','.join(keys)}"
     if impossible:
         remedy = f"undo the changes, because {impossible[0]} cannot change within a run"
     if any(change.key.startswith("schedule.stages") for change in stopping):
-        remedy += "; or, if the run began with --fit-schedule, repeat that and its --max-steps"
+        remedy += "; or, if the run began with --fit-schedule, repeat --fit-schedule and its --max-steps"
     raise InputError(
-        "--resume continues the same run, but something has changed since the checkpoint:\n"
+        "--resume continues the same run, but there are changes since the checkpoint:\n"
         + "\n".join(change.shown() for change in sorted(stopping, key=lambda change: not change.is_impossible))
         + f"\n{remedy}; or start a new run with --init-from"
     )

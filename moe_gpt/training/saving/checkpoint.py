@@ -177,11 +177,11 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
         _check_size(path, name, manifest[name].bytes)
     for name in names:
         if read_digest(path / name) != manifest[name]:
-            raise InputError(f"checkpoint {path}: {name} is not the file that was saved: its SHA-256 differs")
+            raise InputError(f"checkpoint {path}: {name} has changed since it was saved, because its SHA-256 differs")
     step = read_state(path)["step"]
     if re.fullmatch(r"step_\d+", path.name) and int(path.name[5:]) != step:
         raise InputError(
-            f"checkpoint {path}: {_STATE} is of step {step}; if the folder was renamed, call it step_{step:08d}"
+            f"checkpoint {path}: {_STATE} is of step {step}; if the folder was renamed, name it step_{step:08d}"
         )
 
 
@@ -200,7 +200,7 @@ def _read_manifest(path: Path) -> dict[str, FileDigest]:
             raise ValueError(f"{file.stat().st_size} bytes are too many")
         values = json.loads(file.read_text(encoding="utf-8"))
         if set(values) != set(FILES):
-            raise ValueError(f"it must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
+            raise ValueError(f"the manifest must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
         return {name: _digest(**values[name]) for name in values}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None
@@ -240,7 +240,7 @@ def read_config(path: Path) -> RunConfig:
         lines = str(error).splitlines()
         raise InputError("\n".join(f"checkpoint {path}: {_CONFIG}: {line.strip()}" for line in lines)) from None
     if config.model.vocab_size is None:
-        raise InputError(f"checkpoint {path}: {_CONFIG} must have model.vocab_size, got null; every checkpoint has one")
+        raise InputError(f"checkpoint {path}: {_CONFIG} must have a model.vocab_size, got null")
     return config
 
 
@@ -260,7 +260,7 @@ def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Rout
     """
     reader = TensorReader([path / WEIGHTS])
     if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
-        raise InputError(f"checkpoint {path} is of another model: it has {len(reader.names)} tensors in all")
+        raise InputError(f"checkpoint {path} is of another model, with {len(reader.names)} tensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
     _compare(shapes, {name: reader.shape(name) for name in reader.names}, f"checkpoint {path}")
     return {name: reader.read(name) for name in reader.names}

@@ -118,18 +118,18 @@ def check_fits(initial: InitialWeights, config: RunConfig) -> None:
         InputError: naming every setting that differs, and the overrides that would make them agree.
     """
     differences = list(_differences(initial, config))
-    problems = [f"{key} is {there!r} there, got {here!r}" for key, there, here in differences]
+    problems = [f"{key} is {there!r} in that model, got {here!r}" for key, there, here in differences]
     if problems:
         overrides = [f"{key}={json.dumps(there, ensure_ascii=False)}" for key, there, _ in differences]
         raise InputError(
             f"--init-from {initial.path} needs a config with the same model and tokenizer; these settings differ\n"
             + "\n".join(problems)
-            + f"\nto agree, add: {shlex.join(overrides)}"
+            + f"\nto match that model, add: {shlex.join(overrides)}"
         )
     if initial.is_upcycled_into(config.model) and not starts_as_same_function(config.model):
         raise InputError(
-            "model.normalize_topk must be true to start from a dense model, got false: the weights of a token's equal "
-            "experts must sum to 1"
+            "model.normalize_topk must be true to start from a dense model, got false, because the weights of a "
+            "token's equal experts must sum to 1"
         )
 
 

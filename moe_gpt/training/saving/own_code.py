@@ -44,7 +44,7 @@ def find_router(place: str) -> MakeRouter:
         raise InputError(f"--router must be a Python file and a name in it, such as my_router.py:MyRouter, got {place}")
     module = _import_file(path)
     if not callable(getattr(module, name, None)):
-        raise InputError(f"--router {path} has no class or function {name}; it has {_names_in(module) or 'none'}")
+        raise InputError(f"--router {path} has no class or function {name}; the file has {_names_in(module) or 'none'}")
     return getattr(module, name)
 
 
@@ -81,12 +81,12 @@ def router_for(saved: dict[str, str] | None, given: MakeRouter | None, origin: s
     found, got = describe_source(router, Router), getattr(given, "__qualname__", repr(given)) if given else "none"
     if saved is None:
         if found is not None:
-            raise InputError(f"{origin} was trained with moe_gpt's own Router, got {got}; leave the router out")
+            raise InputError(f"{origin} was trained with moe_gpt's Router, got {got}; leave your router out")
         return Router
     if found is None or found["name"] != saved["name"]:
         raise InputError(
-            f"{origin} was trained with the router {saved['name']}, got {got}; give it with --router "
-            f"FILE.py:{saved['name']}, or in Python with make_router={saved['name']}"
+            f"{origin} was trained with the router {saved['name']}, got {got}; add --router "
+            f"FILE.py:{saved['name']}, or in Python make_router={saved['name']}"
         )
     if found["digest"] != saved["digest"]:
         text = f"the source of the router {saved['name']} has changed since {origin} was trained"

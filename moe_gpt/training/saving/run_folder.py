@@ -29,9 +29,9 @@ def check_writable(run_dir: Path) -> None:
     """Raise ``InputError`` if the run folder cannot be written. Nothing is created."""
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise InputError(f"--run-dir {run_dir} cannot be made: {existing} is a file")
+        raise InputError(f"--run-dir {run_dir} cannot be created, because {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--run-dir {run_dir} cannot be written: no permission in {existing}")
+        raise InputError(f"--run-dir {run_dir} cannot be written, because {existing} gives no write permission")
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def check_checkpoints_are_there(run_dir: Path) -> None:
         text = events.read_text(encoding="utf-8", errors="replace")
         if '"kind": "first_checkpoint"' in text or '"kind": "resume"' in text:
             raise InputError(
-                f"{run_dir} had checkpoints, but {run_dir / 'checkpoints'} now has none; put them back, or start a new "
+                f"{run_dir} had checkpoints, but {run_dir / 'checkpoints'} now has none; restore them, or start a new "
                 "run with another --run-dir"
             )
 

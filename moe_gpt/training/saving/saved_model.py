@@ -68,14 +68,14 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints and (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is a Hugging Face folder; this takes a run folder or one of its checkpoints")
+        raise FileNotFoundError(f"{path} is a Hugging Face folder; give a run folder or one of its checkpoints")
     if not checkpoints:
         inside = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
         if inside:
-            raise FileNotFoundError(f"{path} is no run, but holds some; give one of {', '.join(inside)}")
+            raise FileNotFoundError(f"{path} is a folder of runs; give one of these runs: {', '.join(inside)}")
         raise FileNotFoundError(
             f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*, "
-            "or, to generate or to start a run, a Hugging Face folder on this disk (with a config.json)"
+            "or, for generate and --init-from, a local Hugging Face folder with a config.json"
         )
     return checkpoints[-1]
 
@@ -92,7 +92,7 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
         verify_checkpoint(path, FILES_TO_USE_A_MODEL)
     except InputError as error:
         older = [other for other in list_checkpoints(path.parent.parent) if other.name < path.name]
-        advice = f"; an older one is {older[-1]}" if older else ""
+        advice = f"; an older checkpoint is {older[-1]}" if older else ""
         raise InputError(f"{error}{advice}") from None
     state, config = read_state(path), read_config(path)
     tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)

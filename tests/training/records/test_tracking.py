@@ -247,7 +247,7 @@ def test_failing_wandb_is_told_once_and_then_left_alone(tmp_path, use_wandb, fai
     fake = use_wandb(failing, OSError("no route to host.\nmore about it"))
     said: list[str] = []
     use_everything(open_tracker("wandb", tmp_path, {}, said.append))
-    assert said == ["tracking by wandb stopped: no route to host; metrics.jsonl has everything"]
+    assert said == ["tracking by wandb stopped: no route to host; metrics.jsonl has all metrics"]
     assert len(fake.named(failing)) == 1
     assert fake.calls[-1][0] == failing
 
@@ -257,7 +257,7 @@ def test_failure_without_a_message_is_told_by_its_kind(tmp_path, use_wandb):
     use_wandb("log", TimeoutError())
     said: list[str] = []
     use_everything(open_tracker("wandb", tmp_path, {}, said.append))
-    assert said == ["tracking by wandb stopped: TimeoutError; metrics.jsonl has everything"]
+    assert said == ["tracking by wandb stopped: TimeoutError; metrics.jsonl has all metrics"]
 
 
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])

@@ -56,7 +56,7 @@ def test_series_of_faults_goes_back_and_past_them(small_config, tmp_path, poison
     trained = [range(line["tokens_seen"] - line["batch_tokens"], line["tokens_seen"]) for line in lines]
     assert not any(start <= tokens.start < end for tokens in trained)
     assert lines[-1]["tokens_seen"] == 6144
-    assert any("back to step_" in text for text in display.warnings)
+    assert any("returned to step_" in text for text in display.warnings)
     assert "went_back" in [event["kind"] for event in events(tmp_path)]
     assert read_state(list_checkpoints(tmp_path)[-1])["skipped_windows"] == [[start, end]]
 
@@ -85,7 +85,7 @@ def test_run_that_never_recovers_stops_with_an_account(small_config, tmp_path, p
     config = change(small_config, "checkpoint", every_steps=3)
     config = change(config, "faults", max_skips_in_a_row=2, max_rollbacks=2)
     poison.append(range(700, 10**9))
-    with pytest.raises(TrainingStopped, match="the run went back 2 times .faults.max_rollbacks=2.*lower optimizer.lr"):
+    with pytest.raises(TrainingStopped, match="the run returned 2 times .faults.max_rollbacks=2.*lower optimizer.lr"):
         run_training(config, tmp_path, take_step=poison.take_step)
     good = list_checkpoints(tmp_path)[0]
     assert read_state(good)["skips_in_a_row"] == 0
@@ -97,7 +97,7 @@ def test_faults_before_the_first_checkpoint_stop_the_run(small_config, tmp_path,
     """There is nothing to go back to."""
     poison.append(range(10**9))
     config = change(small_config, "faults", max_skips_in_a_row=4)
-    with pytest.raises(TrainingStopped, match="no good checkpoint to go back to"):
+    with pytest.raises(TrainingStopped, match="no good checkpoint to return to"):
         run_training(config, tmp_path, take_step=poison.take_step)
 
 

@@ -243,5 +243,5 @@ def test_manifest_is_read_as_it_was_written(identity):
         if set(values) == set(FILES):
             assert {n: f._asdict() for n, f in checkpoint._read_manifest(Path(folder)).items()} == values
         else:
-            with pytest.raises(InputError, match="it must list"):
+            with pytest.raises(InputError, match="must list"):
                 checkpoint._read_manifest(Path(folder))

@@ -73,9 +73,9 @@ def test_every_difference_is_named_with_what_to_add(small_config, dense_run, tmp
     other = with_model(small_config, d_ff=48, norm_eps=1e-3)
     with pytest.raises(InputError) as caught:
         start(change(other, "data", tokenizer=TokenizerConfig(vocab_size=300)), tmp_path / "mixture", dense_run)
-    assert "model.d_ff is 32 there, got 48" in str(caught.value)
+    assert "model.d_ff is 32 in that model, got 48" in str(caught.value)
     last = str(caught.value).splitlines()[-1]
-    assert last == "to agree, add: model.d_ff=32 model.norm_eps=1e-05 data.tokenizer.vocab_size=400"
+    assert last == "to match that model, add: model.d_ff=32 model.norm_eps=1e-05 data.tokenizer.vocab_size=400"
 
 
 def test_balancing_by_bias_can_begin_later(small_config, tmp_path):
@@ -84,7 +84,7 @@ def test_balancing_by_bias_can_begin_later(small_config, tmp_path):
     start(with_model(small_config, balance="bias"), tmp_path / "bias", tmp_path / "loss", max_steps=2)
     first, _ = first_and_last_loss(tmp_path / "bias")
     assert first == pytest.approx(first_and_last_loss(tmp_path / "loss")[1], abs=1e-4)
-    with pytest.raises(InputError, match="model.balance is 'bias' there, got 'loss'"):
+    with pytest.raises(InputError, match="model.balance is 'bias' in that model, got 'loss'"):
         start(small_config, tmp_path / "back", tmp_path / "bias")
 
 
@@ -106,7 +106,7 @@ def test_tokenizer_of_another_text_is_refused(small_config, dense_run, tmp_path)
     text = (copy / "tokenizer.json").read_text().replace("<|endoftext|>", "<|end|>")
     (copy / "tokenizer.json").write_text(text)
     other = TokenizerConfig(file=str(copy / "tokenizer.json"), end_of_text="<|end|>")
-    with pytest.raises(InputError, match="data.tokenizer.file is None there, got"):
+    with pytest.raises(InputError, match="data.tokenizer.file is None in that model, got"):
         start(change(small_config, "data", tokenizer=other), tmp_path / "other", dense_run)
 
 
