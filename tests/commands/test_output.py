@@ -30,7 +30,7 @@ def readerless() -> int:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("broken", ["reader gone", "disk full"])
+@pytest.mark.parametrize("broken", ["reader gone", pytest.param("disk full", marks=pytest.mark.slow)])
 def test_training_goes_on_without_its_output(small_yaml, tmp_path, broken):
     """The run finishes, every step is recorded, the last one is saved; a warning on stderr says what was lost."""
     out = readerless() if broken == "reader gone" else os.open("/dev/full", os.O_WRONLY)
@@ -45,6 +45,7 @@ def test_training_goes_on_without_its_output(small_yaml, tmp_path, broken):
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step_{recorded[-1]:08d}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_other_commands_say_by_their_status_what_happened():
     """141 where the reader is gone, as SIGPIPE would; 2 and a line where the disk is full; 0 where stdout is closed."""
