@@ -22,6 +22,7 @@ from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.saving.store import prune
 from moe_gpt.training.schedule import StepSchedule, tokens_after
 from moe_gpt.training.setup import OwnParts, Run, set_up_run
+from moe_gpt.training.summary import note_on_schedule
 
 
 def train(
@@ -69,10 +70,17 @@ def train(
     check_callbacks(callbacks)
     if fit_schedule and schedule is not None:
         raise InputError("fit_schedule shrinks the schedule of the config, and cannot shrink a schedule of your own")
-    fit_steps, own = fit_budget(fit_schedule, max_steps), OwnParts(make_router, schedule)
+    own, fit_steps = OwnParts(make_router, schedule), fit_budget(fit_schedule, max_steps)
     run = prepare(config, overrides, run_dir, resume, init_from, allow_changes, fit_steps, device, own, say)
-    train_to_the_end(run, Limits(max_steps, max_minutes), callbacks)
+    say_about_limits(run, limits := Limits(max_steps, max_minutes), say)
+    train_to_the_end(run, limits, callbacks)
     return run
+
+
+def say_about_limits(run: Run, limits: Limits, say: Callable[[str], None]) -> None:
+    """Say what a limit means for the learning rate, if it ends the run early."""
+    if note := note_on_schedule(run, limits):
+        say(note)
 
 
 def prepare(

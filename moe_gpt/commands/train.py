@@ -16,7 +16,6 @@ from moe_gpt.commands.output import lasting_output
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
-    from moe_gpt.training.loop import Limits
     from moe_gpt.training.setup import Run
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
@@ -71,7 +70,7 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     from moe_gpt.training.recovery import TrainingStopped
     from moe_gpt.training.saving.own_code import find_router
     from moe_gpt.training.setup import OwnParts
-    from moe_gpt.training.summary import describe_run
+    from moe_gpt.training.summary import describe_run, note_on_schedule
 
     limits = Limits(options.max_steps, options.max_minutes)
     run = prepare(
@@ -107,27 +106,6 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     print(display.summary())
     say_what_came_out(run, outcome)
     return 0
-
-
-def note_on_schedule(run: Run, limits: Limits) -> str:
-    """Return how a limit affects the learning rate; empty where the limit ends no run early."""
-    from moe_gpt.training.schedule import tokens_after
-
-    if limits.max_minutes is not None:
-        return (
-            f"note       --max-minutes {limits.max_minutes:g} may end this run early; the learning rate follows the "
-            "whole schedule; to shrink the schedule, use --fit-schedule with --max-steps"
-        )
-    if limits.max_steps is None or run.state.step >= limits.max_steps:
-        return ""
-    end = tokens_after(run.schedule, limits.max_steps - run.state.step, run.state.tokens_seen)
-    if end >= run.schedule.total_tokens:
-        return ""
-    share = end / run.schedule.total_tokens
-    return (
-        f"note       --max-steps {limits.max_steps} ends this run after {end:,} tokens, {share:.1%} of the schedule; "
-        "the learning rate follows the whole schedule; --fit-schedule shrinks the schedule to these steps"
-    )
 
 
 def say_what_came_out(run: Run, outcome: str) -> None:

@@ -10,7 +10,8 @@ from moe_gpt.measure.parameters import ParameterCounts, count_parameters
 from moe_gpt.model.router import Router
 from moe_gpt.ops.device import describe_device
 from moe_gpt.terminal.numbers import format_value
-from moe_gpt.training.schedule import OwnSchedule
+from moe_gpt.training.loop import Limits
+from moe_gpt.training.schedule import OwnSchedule, tokens_after
 from moe_gpt.training.setup import Run
 
 
@@ -72,4 +73,23 @@ def _cost(run: Run, counts: ParameterCounts) -> str:
     return (
         f"plan       {format_value(flops, 'FLOPs')} in matrix products; training needs {memory.shown()} of memory, "
         f"a checkpoint {format_value(checkpoint_bytes(run.config.model).total, 'bytes')}"
+    )
+
+
+def note_on_schedule(run: Run, limits: Limits) -> str:
+    """Return how a limit affects the learning rate; empty where the limit ends no run early."""
+    if limits.max_minutes is not None:
+        return (
+            f"note       --max-minutes {limits.max_minutes:g} may end this run early; the learning rate follows the "
+            "whole schedule; to shrink the schedule, use --fit-schedule with --max-steps"
+        )
+    if limits.max_steps is None or run.state.step >= limits.max_steps:
+        return ""
+    end = tokens_after(run.schedule, limits.max_steps - run.state.step, run.state.tokens_seen)
+    if end >= run.schedule.total_tokens:
+        return ""
+    share = end / run.schedule.total_tokens
+    return (
+        f"note       --max-steps {limits.max_steps} ends this run after {end:,} tokens, {share:.1%} of the schedule; "
+        "the learning rate follows the whole schedule; --fit-schedule shrinks the schedule to these steps"
     )

@@ -235,3 +235,10 @@ def test_signature_and_docstring_agree():
     for function in (moe_gpt.train, moe_gpt.load, moe_gpt.save, moe_gpt.LanguageModel.generate):
         for name in inspect.signature(function).parameters:
             assert name == "self" or f"{name}:" in function.__doc__
+
+
+def test_train_says_what_a_limit_means_for_the_learning_rate(yaml_file, tmp_path):
+    """As the command does."""
+    said: list[str] = []
+    moe_gpt.train(yaml_file, run_dir=tmp_path, max_steps=1, say=said.append)
+    assert any("learning rate follows the whole schedule" in " ".join(text.split()) for text in said)
