@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -34,6 +35,18 @@ def run_training(
     with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
         outcome = train(run, Limits(**limits), display or Silent(), take_step, callbacks)
     return run, outcome
+
+
+_whole_runs: dict[str, tempfile.TemporaryDirectory] = {}
+
+
+def whole_run(config: RunConfig) -> Path:
+    """Return the folder of this run, trained once without a pause, for tests that only read it."""
+    key = repr(config)
+    if key not in _whole_runs:
+        _whole_runs[key] = tempfile.TemporaryDirectory()
+        assert run_training(config, Path(_whole_runs[key].name) / "run")[1] == "finished"
+    return Path(_whole_runs[key].name) / "run"
 
 
 def change(config: RunConfig, section: str, **settings) -> RunConfig:

@@ -68,7 +68,8 @@ def test_tables_of_a_cpu_have_no_dollars_nodes_and_gpus():
     rows = [line for line in text.splitlines() if "note: " not in line]
     assert not re.search(r"\$|\bnode|GPU|failures|communication", "\n".join(rows))
     assert "This machine is busy" in text
-    assert all(f"{section.name}.{q.name}" in describe(sections) for section in sections for q in section.quantities)
+    everything = describe(sections)
+    assert all(f"{section.name}.{q.name}" in everything for section in sections for q in section.quantities)
 
 
 def test_warnings_of_the_plan_are_in_the_answer():

@@ -24,6 +24,7 @@ def kills(text: str) -> int:
     return sum(int(count) for count in re.findall(r"'kills': (\d+)", text))
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_if_it_had_not_been(tmp_path):
     """Two deaths, in a few seconds; weights, optimizer, generators and metrics are the same bytes."""
     text = torment(tmp_path, "--kills", 2, "--variants", 1, "--seed", 1, "--unit", 320)

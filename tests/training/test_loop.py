@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from small_runs import CPU, Silent, change, run_training
+from small_runs import CPU, Silent, change, run_training, whole_run
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
@@ -72,13 +72,13 @@ def test_run_learns(small_config, tmp_path):
 def test_resume_in_every_stage_is_bit_identical(small_config, tmp_path, settings):
     """Stop in each stage, at a stage's end and with accumulation, resume: same metrics, same final files."""
     config = change(small_config, "model", **settings)
-    run_training(config, tmp_path / "whole")
+    whole = whole_run(config)
     for stop_at in (3, 8, 12, 18, 22):
         run_training(config, tmp_path / "pieces", resume=True, max_steps=stop_at)
     _, outcome = run_training(config, tmp_path / "pieces", resume=True)
     assert outcome == "finished"
-    assert step_lines(tmp_path / "pieces") == step_lines(tmp_path / "whole")
-    assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
+    assert step_lines(tmp_path / "pieces") == step_lines(whole)
+    assert weights(tmp_path / "pieces") == weights(whole)
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_deterministic_runs_are_what_a_cpu_gives_anyway(small_config, tmp_path):
 def test_resume_falls_back_from_a_damaged_checkpoint(small_config, tmp_path):
     """It says which file of which checkpoint, goes on from the one before, and ends with the same bytes."""
     config = change(small_config, "checkpoint", every_steps=5)
-    run_training(config, tmp_path / "whole")
+    whole = whole_run(config)
     run_training(config, tmp_path / "run", max_steps=12)
     newest = list_checkpoints(tmp_path / "run")[-1]
     (newest / "optimizer.safetensors").write_bytes(b"x")
@@ -121,8 +121,8 @@ def test_resume_falls_back_from_a_damaged_checkpoint(small_config, tmp_path):
     assert said[1].endswith(str(list_checkpoints(tmp_path / "run")[-2]))
     run_training(config, tmp_path / "run", resume=True)
     assert (newest.parent / f"{newest.name}.damaged-1").is_dir()
-    assert step_lines(tmp_path / "run") == step_lines(tmp_path / "whole")
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert step_lines(tmp_path / "run") == step_lines(whole)
+    assert weights(tmp_path / "run") == weights(whole)
 
 
 def test_run_whose_checkpoints_are_all_damaged_is_refused(small_config, tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from small_runs import Listening, Silent, change, events, run_training, steps
+from small_runs import Listening, Silent, change, events, run_training, steps, whole_run
 
 from moe_gpt.data import prepare
 from moe_gpt.errors import InputError
@@ -47,7 +47,7 @@ def full_disk(monkeypatch):
 def test_disk_that_is_full_for_a_while_costs_checkpoints_only(small_config, tmp_path, full_disk, in_background):
     """Training goes on, warns, and saves again when there is room; the result is the same."""
     config = change(small_config, "checkpoint", every_steps=4, in_background=in_background)
-    run_training(config, tmp_path / "plain")
+    plain = whole_run(config)
 
     class Filling(Listening):
         def progress(self, tokens_seen, line):
@@ -57,7 +57,7 @@ def test_disk_that_is_full_for_a_while_costs_checkpoints_only(small_config, tmp_
     _, outcome = run_training(config, tmp_path / "full", display)
     assert outcome == "finished"
     assert any("No space left on device" in text for text in display.warnings)
-    assert weights(tmp_path / "full") == weights(tmp_path / "plain")
+    assert weights(tmp_path / "full") == weights(plain)
     assert "cannot_save" in [event["kind"] for event in events(tmp_path / "full")]
 
 
@@ -127,7 +127,7 @@ def test_run_folder_that_is_removed_stops_the_run_with_a_checkpoint(small_config
 )
 def test_memory_that_runs_out_names_the_setting_and_saves(small_config, tmp_path, error):
     """The weights after the last step are saved; resumed, the run ends as if nothing had happened."""
-    run_training(small_config, tmp_path / "plain")
+    plain = whole_run(small_config)
 
     def take_step(run, plan, should_record):
         if run.state.step == 8:
@@ -138,7 +138,7 @@ def test_memory_that_runs_out_names_the_setting_and_saves(small_config, tmp_path
         run_training(small_config, tmp_path / "run", take_step=take_step)
     assert load_model(tmp_path / "run").step == 8
     run_training(small_config, tmp_path / "run", resume=True)
-    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
+    assert weights(tmp_path / "run") == weights(plain)
 
 
 def test_weights_that_are_neither_old_nor_new_are_not_saved(small_config, tmp_path, monkeypatch):
@@ -171,12 +171,12 @@ def test_other_errors_are_not_taken_for_memory(small_config, tmp_path):
 
 def test_clock_that_jumps_changes_nothing(small_config, tmp_path, monkeypatch):
     """An hour back, a day ahead: neither the limit on minutes nor the results notice."""
-    run_training(small_config, tmp_path / "plain")
+    plain = whole_run(small_config)
     real, jumps = time.time, iter(range(10**6))
     monkeypatch.setattr(time, "time", lambda: real() + (-3600, 86_400)[next(jumps) % 2])
     _, outcome = run_training(small_config, tmp_path / "jumps", max_minutes=60)
     assert outcome == "finished"
-    assert weights(tmp_path / "jumps") == weights(tmp_path / "plain")
+    assert weights(tmp_path / "jumps") == weights(plain)
 
 
 def test_disk_full_while_tokenising_is_one_line_and_leaves_nothing(small_config, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_events_have_a_time_a_kind_and_a_step(small_config, tmp_path):
 
 def test_metrics_that_somebody_removed_come_back(small_config, tmp_path):
     """Deleted in mid-run, the file is written anew, whole; saving goes on."""
-    run_training(small_config, tmp_path / "plain")
+    plain = whole_run(small_config)
 
     class Removing(Listening):
         def progress(self, tokens_seen, line):
@@ -218,7 +218,7 @@ def test_metrics_that_somebody_removed_come_back(small_config, tmp_path):
     run, outcome = run_training(small_config, tmp_path / "run", Removing())
     assert outcome == "finished"
     assert [line["step"] for line in steps(tmp_path / "run")] == list(range(1, run.state.step + 1))
-    assert weights(tmp_path / "run") == weights(tmp_path / "plain")
+    assert weights(tmp_path / "run") == weights(plain)
 
 
 def test_metrics_with_holes_are_said_at_resume(small_config, tmp_path):

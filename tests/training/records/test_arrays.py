@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from small_runs import change, run_training
+from small_runs import change, run_training, whole_run
 from tiny_models import VARIANTS, random_tokens, run_and_record_choices, tiny_model
 
 from moe_gpt.data.batches import MicroBatch, keep_documents_apart
@@ -157,19 +157,19 @@ def without_times(line: dict) -> dict:
 def test_interrupted_run_records_the_same(small_config, tmp_path):
     """Killed after a later evaluation than its checkpoint, it is brought to the same lines and bytes."""
     config = change(change(small_config, "train", eval_every_steps=8), "checkpoint", every_steps=6)
-    run_training(config, tmp_path / "whole")
+    whole = whole_run(config)
     run_training(config, tmp_path / "pieces", max_steps=6)
     run_training(config, tmp_path / "pieces", resume=True, max_steps=11)
     evaluation_file(tmp_path / "pieces", 20).write_bytes(b"from a part that was lost")
     (tmp_path / "pieces" / "evaluations" / "step_00000008.safetensors.tmp-abc").write_bytes(b"killed while writing")
     run_training(config, tmp_path / "pieces", resume=True)
-    whole, pieces = (sorted((tmp_path / name / "evaluations").iterdir()) for name in ("whole", "pieces"))
-    names = {path.name for path in whole}
+    kept, pieces = (sorted((path / "evaluations").iterdir()) for path in (whole, tmp_path / "pieces"))
+    names = {path.name for path in kept}
     assert {path.name for path in pieces} - names == {"step_00000006.safetensors", "step_00000011.safetensors"}
-    assert all((tmp_path / "pieces" / "evaluations" / path.name).read_bytes() == path.read_bytes() for path in whole)
+    assert all((tmp_path / "pieces" / "evaluations" / path.name).read_bytes() == path.read_bytes() for path in kept)
     records = [
-        [without_times(line) for line in read_metrics(tmp_path / name / "metrics.jsonl") if "groups" in line]
-        for name in ("whole", "pieces")
+        [without_times(line) for line in read_metrics(path / "metrics.jsonl") if "groups" in line]
+        for path in (whole, tmp_path / "pieces")
     ]
     assert records[0] == records[1]
     assert [line["step"] for line in records[0]] == [5, 10, 15, 20, 25]
