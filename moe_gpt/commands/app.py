@@ -38,18 +38,18 @@ FAMILIES = {
         "prune": "Delete the checkpoints that the run's settings, or the options given here, do not keep.",
     },
     "bench": {
-        "train": "Time whole optimizer steps against peers, in turns.",
-        "layer": "Time one mixture-of-experts layer against a dense layer, by routing.",
+        "train": "Compare the time of whole optimizer steps with other libraries, in turns.",
+        "layer": "Compare the time of one mixture-of-experts layer with a dense layer, for three kinds of routing.",
         "generate": "Time decoding against transformers on the exported model.",
         "scaling": "Measure how time and memory grow with experts, width, sequences and their length.",
-        "data": "Time the preparation of text against datasets.map, and reading the stream against training.",
+        "data": "Compare preparing text with datasets.map, and reading the stream with training, by their speed.",
         "loop": "Measure the time to the first step, and the time that a run spends outside its steps.",
     },
 }
 """The functions of one file."""
 FAMILY_HELP = {
     "checkpoint": "List, verify or prune the checkpoints of a run.",
-    "bench": "Measure speed and memory against what users would otherwise take.",
+    "bench": "Compare speed and memory with the libraries that users would otherwise choose.",
 }
 EPILOGUES = {
     "train": "exit status: 0 finished or stopped by a limit, 2 bad input, 3 training could not continue (the message "

@@ -106,7 +106,7 @@ class Training:
     context: Annotated[Whole | None, Parameter(group=TRAINING)] = None
     """Positions that a token attends to; the last stage's sequence length by default."""
     tokens: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
-    """Training tokens; by default those of the schedule, or at most those of the sources."""
+    """Training tokens; by default those of the schedule, or, if it ends with the data, what the sources can give."""
     budget: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
     """Also print the number of tokens that this many dollars pay for."""
     days: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
@@ -131,7 +131,7 @@ class OfFailures:
     checkpoint_interval_seconds: Annotated[
         AboveZero | None, Parameter(name=("--interval", "--checkpoint-interval-seconds"), group=FAILURES)
     ] = None
-    """Seconds between the ends of two checkpoints; the interval that loses least by default."""
+    """Seconds between the ends of two checkpoints; by default, the interval that loses the least time."""
 
     def failures(self) -> Failures:
         """Return how often the run breaks."""
@@ -191,7 +191,7 @@ def plan(
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as gpt4.yaml.
-        overrides: Settings over the file's, as key.path=value.
+        overrides: Settings that replace those of the file, as key.path=value.
     """
     from moe_gpt.plan.quantities import explain
 

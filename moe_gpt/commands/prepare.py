@@ -19,7 +19,7 @@ def prepare(config: str, *overrides: str, show: Switch = False) -> None:
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
-        overrides: Settings over the file's, as key.path=value.
+        overrides: Settings that replace those of the file, as key.path=value.
         show: Also print sequences as training will read them.
     """
     settings = load_run_config(config, overrides)
@@ -52,7 +52,7 @@ def describe_sources(data: PreparedData, shares: list[float], total_tokens: int)
         )
     table = format_table(("source", "documents", "train tokens", "held out", "bytes/token", "share", "passes"), rows)
     size = data.tokenizer.vocab_size
-    return f"{table}\na run of {total_tokens:,} tokens; vocabulary {size:,}; passes are over the train tokens"
+    return f"{table}\na run of {total_tokens:,} tokens; vocabulary {size:,}; passes count the training tokens only"
 
 
 def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -> None:

@@ -57,7 +57,7 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
-        overrides: Settings over the file's, as key.path=value.
+        overrides: Settings that replace those of the file, as key.path=value.
     """
     with lasting_output():
         return _train(config, overrides, options)

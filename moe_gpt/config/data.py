@@ -57,7 +57,7 @@ class SourceConfig(Section):
     builtin: Literal["prose", "code"] | None = None
     """Text that ships with Python: its documentation (prose) or the source code of its standard library (code)."""
     files: str | tuple[str, ...] | None = None
-    """Paths or globs of .jsonl, .parquet, .csv or UTF-8 text (a document a file), also as .gz, .zst, .xz or .bz2."""
+    """Paths or globs of .jsonl, .parquet, .csv or UTF-8 text (one document per file); .gz, .zst, .xz and .bz2, too."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, or a local folder, for datasets.load_dataset."""
     subset: str | None = None

@@ -290,7 +290,7 @@ def _list(members: tuple) -> str:
     if section_in(members[0]):
         return "a list with at least one entry"
     length = "of any length" if members[-1] is Ellipsis else f"of {len(members)}"
-    return f"a list {length}, each {expectation(members[0])}"
+    return f"a list {length} (each entry: {expectation(members[0])})"
 
 
 _WORDS = {bool: "true or false", str: "text", float: "a number", int: "a whole number", type(None): "null"}

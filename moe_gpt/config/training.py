@@ -33,7 +33,8 @@ class TrainConfig(Section):
     activation_checkpointing: Flag = False
     """Recompute each block in the backward pass to save memory."""
     deterministic: Flag = False
-    """Make a GPU repeat results bit for bit, more slowly, and refuse operations that cannot. A CPU always repeats."""
+    """Make a GPU repeat results bit for bit. Training is slower, and operations that cannot repeat are errors. A CPU
+    always repeats."""
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     log_every_steps: Count = 10
@@ -73,12 +74,12 @@ class FaultConfig(Section):
     max_rollbacks: CountOrZero = 3
     """Number of returns to a checkpoint that are allowed; the next fault stops the run."""
     spike_window: Count = 200
-    """Previous steps whose mean and standard deviation the loss is compared with."""
+    """The loss is compared with the mean and the standard deviation of this many previous steps."""
     spike_deviations: Positive = 8.0
-    """Standard deviations above that mean at which a warning calls the loss a spike."""
+    """A warning calls the loss a spike if it is this many standard deviations above that mean."""
     routing_window: Count = 200
     """Recent steps over which expert loads are judged; growth is judged over three times as many."""
     dead_expert_load: Share = 0.01
-    """Share of an even load below which a warning calls an expert dead."""
+    """A warning calls an expert dead if its load is below this share of an even load."""
     collapsed_share: Share = 0.9
-    """Share of all assignments to the top_k busiest experts of a layer above which a warning says collapse."""
+    """A warning says collapse if the top_k busiest experts of a layer get more than this share of all assignments."""

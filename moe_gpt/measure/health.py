@@ -115,8 +115,8 @@ def _problems_of_information(records: Records, model: ModelConfig) -> Iterator[R
     information = _mean(records, "mean_probability_entropy") - _mean(records, "token_entropy")
     for layer, value in enumerate(information):
         if value < _LEAST_INFORMATION:
-            told = f"a token's probabilities tell {value:.2%} of what they could about which token it is"
-            text = f"routing hardly depends on the input: {told}"
+            share = f"{value:.2%} of the information that they could give about the token"
+            text = f"routing hardly depends on the input: the router's probabilities give {share}"
             advice = "lower loss.load_balancing_loss_weight or loss.router_z_loss_weight, or raise optimizer.lr"
             yield RouterProblem("routing_ignores_input", layer, text, advice)
 
@@ -127,6 +127,4 @@ def _problems_of_learning(gradients: Gradients, model: ModelConfig) -> Iterator[
             norms = f"its gradient is {router:.1e}, the experts' {expert:.1e}"
             text = f"the router does not learn from cross entropy: {norms}"
             advice = "see that nothing detaches the weights of the chosen experts"
-            if model.top_k == 1:
-                advice += ", and that one expert's weight is not rescaled to 1 (model.normalize_topk=false)"
             yield RouterProblem("router_not_learning", layer, text, advice)

@@ -109,7 +109,7 @@ class CheckedClaim:
             how += f". Assumed: {claim.assumption}"
         if self.difference is not None:
             difference = f"{100 * self.difference:+.1f} %"
-            how += "" if claim.tolerance == _CLOSE else f". Taken for equal within {claim.tolerance:.0%}"
+            how += "" if claim.tolerance == _CLOSE else f". A difference of {claim.tolerance:.0%} is allowed"
         return [claim.topic, claim.claim, reported, computed, difference, self.verdict, how]
 
 

@@ -147,7 +147,7 @@ def measure_cpu() -> Gpu:
     return Gpu(
         "cpu", psutil.virtual_memory().total, flops, bandwidth, bandwidth, bandwidth,
         f"measured here and now: {size} x {size} float32 product and a copy of {source.nbytes >> 20} MiB, best of 5 "
-        f"with {plural(cores, 'thread')}; links are the memory's", cores=cores, load=load,
+        f"with {plural(cores, 'thread')}; links have the bandwidth of the memory", cores=cores, load=load,
     )  # fmt: skip
 
 

@@ -261,7 +261,7 @@ def advise(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> list[str]:
         # the key is the same for all that fit, and min takes the first of equals
         needed, text, layout = min(helpful, key=lambda change: max(change[0], gpu.memory_bytes))
         fits = needed <= gpu.memory_bytes
-        lines.append(f"{'then' if lines else 'Change first'}: {text}, to {format_value(needed, 'bytes')}"
+        lines.append(f"{'then' if lines else 'Change first'}: {text}; it then needs {format_value(needed, 'bytes')}"
                      f"{', which fits' if fits else ''}.")  # fmt: skip
         if fits:
             return lines

@@ -211,7 +211,7 @@ def extrapolate(inputs: ForecastInputs | None = None) -> PlanSection:
         cost = given.gpt3_cost_dollars * flops / given.gpt3_flops
     except (OverflowError, ZeroDivisionError):
         raise InputError(
-            "these inputs give a forecast beyond every number; take exponents nearer to 0.05 to 0.1"
+            "these inputs give a forecast that is too large to compute; use exponents near 0.05 to 0.1"
         ) from None
     results = {"parameters": parameters, "loss": loss, "flops": flops, "tokens": tokens, "cost": cost}
     return plan_section("forecast", {**dataclasses.asdict(given), **results})

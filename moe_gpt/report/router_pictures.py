@@ -71,7 +71,8 @@ def draw_dropped(run: RunRecords) -> list[Picture]:
 def draw_saturation(run: RunRecords) -> Picture:
     """Draw how much of the final routing each evaluation already has."""
     times, arrays = run.over_training(EvaluationArrays.n_choices)
-    need(len(arrays) >= 2, f"it takes two evaluations with kept routing, there is {'one' if arrays else 'none'}")
+    found = "one" if arrays else "none"
+    need(len(arrays) >= 2, f"the picture needs two evaluations that recorded routings, but there is {found}")
     final, is_same = arrays[-1].choices(), np.array([found.has_same_text(arrays[-1]) for found in arrays])
     shares = [routing.saturation(arrays[place].choices(), final) for place in np.flatnonzero(is_same)]
     drawn, chance = Series(times[is_same], np.array(shares)), final.shape[-1] / run.n_experts

@@ -62,7 +62,7 @@ def test_claim_is_computed_from_the_plan():
     checked = check_claim(claim(assumption="d", tolerance=0.2), {"a": {"b": 1100}})
     assert (checked.computed, checked.how) == (1101, "1,100 + 1")
     assert checked.difference == pytest.approx(10.01)
-    how = "1,100 + 1. Assumed: d. Taken for equal within 20%"
+    how = "1,100 + 1. Assumed: d. A difference of 20% is allowed"
     assert checked.cells() == ["t", "c", "100", "1,101", "+1001.0 %", "contradicts", how]
 
 

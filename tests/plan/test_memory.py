@@ -180,7 +180,7 @@ def test_memory_section_of_the_reported_system(gpt4):
     assert large["weights_average"] == pytest.approx(30.5e9, rel=0.002)
     assert large["weights"] == pytest.approx(30.5e9, rel=0.015)  # the first stage has the embedding as well
     assert (small["fits"], large["fits"]) == (False, True)
-    assert small.notes[-1] == "Change first: zero=2, to 38.98 GB, which fits."
+    assert small.notes[-1] == "Change first: zero=2; it then needs 38.98 GB, which fits."
 
 
 def test_memory_section_advises_in_order_until_it_fits():
@@ -188,7 +188,7 @@ def test_memory_section_advises_in_order_until_it_fits():
     gpu = parse_gpu("name=mini,memory=20e3,flops=1,bandwidth=1,link=1,network=1")
     section = memory_section(RUN, Parallelism(8), gpu, recompute=False, micro_batch_sequences=2)
     advice = section.notes[2:]
-    assert [line.split(",")[0] for line in advice] == [
+    assert [line.split(";")[0] for line in advice] == [
         "Change first: recompute activations",
         "then: micro-batches of one sequence",
         "then: zero=fsdp",
