@@ -176,7 +176,7 @@ class LanguageModel:
             raise InputError(f"the text must have from 1 to {self.config.max_seq_len} tokens, got {len(ids)}")
         device = self.model.embedding.weight.device
         with evaluating(self.model), autocast(device, self.precision):
-            _, routings = self.model.hidden(torch.tensor([ids], device=device))
+            _, routings = self.model.hidden_states(torch.tensor([ids], device=device))
         names = [self.require_tokenizer().decode([token]) for token in ids]
         rows = [
             (position, names[position], layer, choice, expert, weight)

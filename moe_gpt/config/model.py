@@ -41,7 +41,7 @@ class ModelConfig(Section):
     router_noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise on the router logits, in training only."""
     capacity_factor: Positive | None = None
-    """Drop tokens beyond this multiple of an expert's even share, in training only; null drops none."""
+    """In training, assignments beyond this multiple of an expert's even share get weight 0; null drops none."""
     attention_sharing: Count = 1
     """Consecutive layers that use one set of attention weights; must divide n_layers."""
     tie_embeddings: Flag = False

@@ -46,7 +46,7 @@ def observe_routing(model: MoEGPT, batch: MicroBatch, precision: Precision) -> R
     n_sequences = max(1, _OBSERVED_TOKENS // batch.inputs.shape[1])
     document_ids = None if batch.document_ids is None else batch.document_ids[:n_sequences]
     with evaluating(model), autocast(batch.inputs.device, precision):
-        _, routings = model.hidden(batch.inputs[:n_sequences], document_ids=document_ids)
+        _, routings = model.hidden_states(batch.inputs[:n_sequences], document_ids=document_ids)
     probs = torch.stack([routing.router_probs for routing in routings])  # (L, N, E)
     first = torch.stack([routing.expert_indices[:, :1] for routing in routings])
     first_probs = probs.gather(2, first)
@@ -86,7 +86,7 @@ def choices_on(
     device = model.embedding.weight.device
     (batch,) = split_batch(Batch(tokens, tokens), tokens.size, device, end_of_text_id)
     with evaluating(model), autocast(device, precision):
-        _, routings = model.hidden(batch.inputs, document_ids=batch.document_ids)
+        _, routings = model.hidden_states(batch.inputs, document_ids=batch.document_ids)
     dtype = np.uint8 if model.config.n_experts <= 256 else np.uint16
     choices = [r.expert_indices.cpu().numpy().astype(dtype).reshape(*tokens.shape, -1) for r in routings]
     return np.stack(choices) if choices else np.zeros((0, *tokens.shape, model.config.top_k), dtype)

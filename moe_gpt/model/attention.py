@@ -20,14 +20,14 @@ from moe_gpt.model.cache import KVCache
 def rotary_angles(
     positions: Int[Tensor, "#B T"], head_dim: int, rope_theta: float
 ) -> tuple[Float[Tensor, "#B T 1 {head_dim}//2"], Float[Tensor, "#B T 1 {head_dim}//2"]]:
-    """Return cosine and sine of each position's rotation angles in float32 (RoFormer, eq. 15)."""
+    """Return cosine and sine of each position's angles, one set for all heads, in float32 (RoFormer, eq. 15)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].float() * rope_theta**-exponents
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
 class Attention(nn.Module):
-    """Every position reads from itself and from the positions before it."""
+    """Causal self-attention: a position attends to itself and to positions before it, as ``visible`` allows."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,23 +45,23 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         rotary: tuple[Tensor, Tensor],
         visible: ops.Visible,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: KVCache | None,
+        cache_layer: int,
     ) -> Float[Tensor, "B T D"]:
-        """Return what each position reads.
+        """Return what attention adds to the residual stream at each position.
 
         Args:
             x: normalised residual stream.
             rotary: cosine and sine from ``rotary_angles`` for the positions of x.
             visible: which keys each query may see.
-            cache: where keys and values of earlier positions are, and where those of x are written.
-            layer: the layer's place in the cache.
+            cache: has keys and values of earlier positions; those of x are written into it. None keeps nothing.
+            cache_layer: index, in the cache, of the layer that calls; several layers may share this attention.
         """
-        heads = rearrange(self.qkv(x), "B T (heads Dh) -> B T heads Dh", Dh=self.head_dim)
-        rotating, values = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
-        queries, keys = ops.rotate(rotating, *rotary).split([self.n_heads, self.n_kv_heads], dim=2)
+        qkv = rearrange(self.qkv(x), "B T (heads Dh) -> B T heads Dh", Dh=self.head_dim)
+        queries_and_keys, values = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
+        queries, keys = ops.rotate(queries_and_keys, *rotary).split([self.n_heads, self.n_kv_heads], dim=2)
         queries, keys, values = (rearrange(h, "B T heads Dh -> B heads T Dh") for h in (queries, keys, values))
         if cache is not None:
-            keys, values = cache.write(layer, keys, values)
+            keys, values = cache.write(cache_layer, keys, values)
         mixed = ops.attend(queries, keys, values, visible)
         return self.out(rearrange(mixed, "B heads T Dh -> B T (heads Dh)"))

@@ -28,7 +28,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, Dh) of new positions; return all positions of the layer, (B, G, S, Dh).
+        """Store keys and values of new positions (B, G, T, Dh); return those of the whole layer (B, G, S, Dh).
 
         ``length`` does not move: the model advances it once, after its last layer.
 

@@ -13,7 +13,7 @@ from moe_gpt.model.router import Routing
 
 
 class FeedForward(nn.Module):
-    """Dense SwiGLU: what an expert is, without the experts. Pays for no router, sort or combine."""
+    """The feed-forward network of a dense model: one SwiGLU, without router, sorting and weighted sum."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -28,14 +28,15 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch D"], valid_mask: Bool[Tensor, "*batch"] | None = None
     ) -> tuple[Float[Tensor, "*batch D"], None]:
-        """Return down(silu(gate(x)) · up(x)), and None for the routing; only a mixture of experts uses the mask."""
+        """Return down(silu(gate(x)) · up(x)), and None for the routing. Only ``MoE`` uses the mask."""
         return self.down(ops.swiglu(self.gate_up(x))), None
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks in stacked weights, so that an expert which no token chose gets a zero gradient, not None.
+    """E SwiGLU networks whose weights are stacked in two tensors.
 
-    ``gate_up`` (E, 2F, D) holds the gate's rows above the up projection's; ``down`` is (E, D, F).
+    An expert that no token chose then has a gradient of zero; with tensors of its own it would have none.
+    ``gate_up`` (E, 2F, D) has the gate's rows above those of the up projection; ``down`` is (E, D, F).
     """
 
     extra_repr = parameter_shapes
@@ -51,5 +52,5 @@ class Experts(nn.Module):
         nn.init.normal_(self.down, std=residual_std)
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
-        """Return each token's weighted sum over its experts' answers, in the weights' type, float32."""
+        """Return the sum of each token's K expert outputs, weighted by ``routing.expert_weights``, in float32."""
         return ops.mix_experts(x, routing.expert_indices, routing.expert_weights, self.gate_up, self.down)

@@ -1,4 +1,4 @@
-"""Cross entropy, load balancing and router z loss: pure functions, unweighted, float32."""
+"""Cross entropy, load-balancing loss and router z loss: pure functions without weights, in float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cross_entropy(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -
     return CrossEntropy(total, (targets != IGNORED_TARGET).sum())
 
 
-def linear_cross_entropy(
+def cross_entropy_from_hidden(
     hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
 ) -> CrossEntropy:
     """Return ``cross_entropy(hidden @ weight.T, targets)`` without ever holding the logits of all tokens."""
@@ -47,7 +47,7 @@ def load_balancing_loss(
     tokens_per_expert: Int[Tensor, "*L E"],
     valid_mask: Bool[Tensor, "N"] | None = None,
 ) -> Float[Tensor, "*L"]:
-    """Return E · Σ_e f_e · P_e of each layer (Switch Transformers, arXiv 2101.03961, eq. 4-6).
+    """Return E · Σ_e f_e · P_e of each layer (Switch Transformers, arXiv 2101.03961, eq. 4).
 
     f_e is the share of all N·K assignments that expert e got, before any dropping. P_e is its mean probability.
     Uniform routing gives 1 for every K, because the shares are divided by N·K; Hugging Face divides by N and gives K.
@@ -69,7 +69,7 @@ def _mean(values: Tensor, valid_mask: Tensor | None, dim: int) -> Tensor:
     if valid_mask is None:
         return values.mean(dim=dim)
     weights = valid_mask.to(values.dtype)
-    total = (values.movedim(dim, -1) * weights).sum(-1)  # no matrix product: autocast would round it
+    total = (values.movedim(dim, -1) * weights).sum(-1)  # not a matrix product, which autocast would round to bf16
     return total / weights.sum().clamp(min=1)
 
 
@@ -81,9 +81,9 @@ class RouterStats(NamedTuple):
     router_z_loss: Float[Tensor, "L"]
     """Unweighted, differentiable."""
     tokens_per_expert: Int[Tensor, "L E"]
-    """How many assignments each expert got, before dropping. A valid token makes K, padding none."""
-    dropped_tokens: Int[Tensor, "L"]
-    """How many assignments, not tokens, found their expert full; those of padding do not count."""
+    """How many tokens chose each expert, before dropping. A valid token chooses K experts, padding none."""
+    dropped_assignments: Int[Tensor, "L"]
+    """How many assignments found their expert full. Those of padding do not count."""
 
 
 def router_stats(
@@ -91,31 +91,31 @@ def router_stats(
     valid_mask: Bool[Tensor, "B T"] | None = None,
     capacity_ratio: tuple[int, int] | None = None,
 ) -> RouterStats | None:
-    """Return losses and counts of the layers' routings; None where there are none, as in a dense model.
+    """Return losses and counts of the layers' routings; None if there is no routing, as in a dense model.
 
     Args:
-        routings: of each layer, from a forward pass.
+        routings: one of each layer, from a forward pass.
         valid_mask: False for padding, which does not count.
         capacity_ratio: ``ModelConfig.capacity_ratio`` in training; None where nothing is dropped.
     """
     if not routings:
         return None
-    if len({routing.expert_indices.shape for routing in routings}) > 1:  # routers of one's own may differ in K
+    if len({routing.expert_indices.shape for routing in routings}) > 1:  # layers of a user's routers may differ in K
         stats = [router_stats([routing], valid_mask, capacity_ratio) for routing in routings]
         return RouterStats(*map(torch.cat, zip(*stats, strict=True)))
     indices, _, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
     is_valid = None if valid_mask is None else valid_mask.flatten()
     n_experts = probs.shape[-1]
     tokens_per_expert = count_assignments(indices, n_experts, is_valid)
-    n_kept = tokens_per_expert.sum(-1)
-    if capacity_ratio is not None:
+    n_assignments = n_kept = tokens_per_expert.sum(-1)
+    if capacity_ratio is not None:  # MoE computed this too, but its Routing does not say which weights 0 are dropped
         kept = torch.stack([kept_assignments(chosen, n_experts, capacity_ratio, is_valid) for chosen in indices])
         n_kept = (kept if is_valid is None else kept & is_valid[:, None]).sum(dim=(1, 2))
     return RouterStats(
         load_balancing_loss(probs, tokens_per_expert, is_valid),
         router_z_loss(logits, is_valid),
         tokens_per_expert,
-        tokens_per_expert.sum(-1) - n_kept,
+        n_assignments - n_kept,
     )
 
 
@@ -123,14 +123,15 @@ def count_assignments(
     expert_indices: Int[Tensor, "L N K"], n_experts: int, valid_mask: Bool[Tensor, "N"] | None = None
 ) -> Int[Tensor, "L E"]:
     """Count the assignments to each expert, those of valid tokens only where a mask is given."""
-    ones = torch.ones_like(expert_indices)
+    counted = torch.ones_like(expert_indices)  # 1 for an assignment that counts, else 0
     if valid_mask is not None:
-        ones = ones * valid_mask[:, None]
-    return expert_indices.new_zeros(len(ones), n_experts).scatter_add(1, expert_indices.flatten(1), ones.flatten(1))
+        counted = counted * valid_mask[:, None]
+    zeros = expert_indices.new_zeros(len(expert_indices), n_experts)
+    return zeros.scatter_add(1, expert_indices.flatten(1), counted.flatten(1))
 
 
 class LossTerms(NamedTuple):
-    """The value that is differentiated and the unweighted terms it is made of."""
+    """The loss that is differentiated, and its terms before they are weighted."""
 
     loss: Float[Tensor, ""]
     ce_loss: Float[Tensor, ""]
@@ -139,20 +140,20 @@ class LossTerms(NamedTuple):
 
 
 def combine_losses(
-    ce_loss: Tensor, balancing: Tensor | None, z: Tensor | None, model: ModelConfig, weights: LossConfig
+    ce_loss: Tensor, balancing: Tensor | None, z_loss: Tensor | None, model: ModelConfig, weights: LossConfig
 ) -> LossTerms:
     """Add the terms with their weights.
 
     Args:
         ce_loss: mean cross entropy.
         balancing: load-balancing loss of each layer (L,), or None for a dense model, whose terms are 0.
-        z: router z loss of each layer (L,), or None.
-        model: says whether the balancing loss is used at all (``balance: loss``).
-        weights: the terms' weights; the terms are averaged over layers first.
+        z_loss: router z loss of each layer (L,), or None for a dense model.
+        model: its ``balance`` decides whether the balancing loss has a weight (``loss``) or not.
+        weights: the weights of the terms, which are means over layers.
     """
     zero = torch.zeros_like(ce_loss)
     balancing = zero if balancing is None else balancing.mean()
-    z = zero if z is None else z.mean()
+    z_loss = zero if z_loss is None else z_loss.mean()
     balance_weight = weights.load_balancing_loss_weight if model.balance == "loss" else 0.0
-    loss = ce_loss + balance_weight * balancing + weights.router_z_loss_weight * z
-    return LossTerms(loss, ce_loss, balancing, z)
+    loss = ce_loss + balance_weight * balancing + weights.router_z_loss_weight * z_loss
+    return LossTerms(loss, ce_loss, balancing, z_loss)

@@ -10,7 +10,7 @@ from moe_gpt import ops
 
 
 def parameter_shapes(module: nn.Module) -> str:
-    """Return the shapes of a module's own parameters, which ``repr`` shows."""
+    """Return the shapes of a module's own parameters. A class shows them in ``repr`` as its ``extra_repr``."""
     return ", ".join(f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False))
 
 

@@ -25,7 +25,7 @@ class Routing(NamedTuple):
     """A router's decision for N tokens."""
 
     expert_indices: Int[Tensor, "N K"]
-    """The chosen experts, best first."""
+    """The chosen experts, the one with the highest score first."""
     expert_weights: Float[Tensor, "N K"]
     """Weight of each chosen expert's output, float32."""
     router_logits: Float[Tensor, "N E"]
@@ -77,7 +77,7 @@ class Router(nn.Module):
         return logits
 
     def scores(self, x: Float[Tensor, "N D"], router_probs: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-        """Return what experts are chosen by: the probabilities, plus the balancing bias where there is one."""
+        """Return the scores that choose: the probabilities, plus the balancing bias if any. ``x`` is for subclasses."""
         return router_probs if self.expert_bias is None else router_probs + self.expert_bias.float()
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
@@ -85,7 +85,7 @@ class Router(nn.Module):
         router_logits = self.logits(x)
         router_probs = router_logits.softmax(dim=-1)
         expert_indices = choose_experts(self.scores(x, router_probs), self.top_k)
-        if self.normalize_topk:
+        if self.normalize_topk:  # this softmax equals the chosen probabilities rescaled to sum to 1
             expert_weights = router_logits.gather(-1, expert_indices).softmax(dim=-1)
         else:
             expert_weights = router_probs.gather(-1, expert_indices)
@@ -93,19 +93,20 @@ class Router(nn.Module):
 
 
 def check_routing(routing: object, n_tokens: int, n_experts: int) -> None:
-    """Check what a router of one's own returned for N tokens: any K from 1 to E is right.
+    """Check what a user's router returned for ``n_tokens``. Its K may be any number from 1 to E.
 
     Raises:
-        InputError: which says what the router must return.
+        InputError: where type, shapes or indices are wrong; the message says what the router must return.
     """
     if not isinstance(routing, Routing) or not all(isinstance(part, Tensor) for part in routing):
         raise InputError(f"a router must return a moe_gpt.Routing of four tensors, got {type(routing).__name__}")
-    indices, N, E = routing.expert_indices, n_tokens, n_experts
-    shapes, K = [tuple(part.shape) for part in routing], indices.shape[-1] if indices.dim() else 0
+    N, E = n_tokens, n_experts
+    shapes = [tuple(part.shape) for part in routing]
+    K = shapes[0][-1] if shapes[0] else 0
     if shapes != [(N, K), (N, K), (N, E), (N, E)] or not 1 <= K <= E:
         raise InputError(f"a router must return shapes (N, K), (N, K), (N, E), (N, E) with N={N}, E={E}, got {shapes}")
-    ops.require_indices(indices, E, "a router must return expert_indices")
+    ops.require_indices(routing.expert_indices, E, "a router must return expert_indices")
 
 
 MakeRouter = Callable[[ModelConfig], nn.Module]
-"""Makes a layer's router from the config; the class ``Router`` is one."""
+"""Is called with the config and returns the router of one layer. The class ``Router`` is a ``MakeRouter``."""

@@ -1,4 +1,4 @@
-"""A model of shapes without values, for whoever asks what a config would make."""
+"""A model whose tensors have shapes but no values, to count a config's parameters and bytes without memory for them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ class _NothingDrawn(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) == "torch.nn.init":  # return the tensor to fill, as these functions do
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)

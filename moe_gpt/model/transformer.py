@@ -1,8 +1,8 @@
 """The decoder: pre-norm blocks of attention and mixture-of-experts layers between an embedding and a projection.
 
-With ``n_experts > 1`` this is the Mixtral architecture (arXiv 2401.04088), with one expert Llama's; with
-``n_kv_heads: 1`` attention is multi-query, as the GPT-4 reports say. Plain single-device PyTorch: precision,
-compilation, checkpointing and parallelism are applied from outside.
+With several experts, the architecture is Mixtral's (arXiv 2401.04088); with one, it is Llama's. With
+``n_kv_heads: 1``, attention is multi-query, as the GPT-4 reports say. The code is plain PyTorch for one device:
+precision, compilation, checkpointing and parallelism are applied from outside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.model.attention import Attention, rotary_angles
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.experts import FeedForward
-from moe_gpt.model.losses import CrossEntropy, RouterStats, linear_cross_entropy, router_stats
+from moe_gpt.model.losses import CrossEntropy, RouterStats, cross_entropy_from_hidden, router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.norm import RMSNorm
 from moe_gpt.model.router import MakeRouter, Router, Routing
@@ -51,11 +51,11 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         rotary: tuple[Tensor, Tensor],
         visible: ops.Visible,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: KVCache | None,
+        cache_layer: int,
     ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
-        """Return the new residual stream and the router's decision, None from a dense block."""
-        x = x + self.attention(self.attention_norm(x), rotary, visible, cache, layer)
+        """Return the new residual stream and the routing (None if dense). ``Attention`` explains the arguments."""
+        x = x + self.attention(self.attention_norm(x), rotary, visible, cache, cache_layer)
         y, routing = self.feed_forward(self.feed_forward_norm(x), visible.valid_queries)
         return x + y, routing
 
@@ -76,7 +76,7 @@ class MoEGPT(nn.Module):
 
     Args:
         config: the shape; ``vocab_size`` must be a number here.
-        make_router: makes each layer's router from the config; its ``init_weights``, if any, draws its weights.
+        make_router: is called with the config once for each layer, and returns the layer's router.
 
     Raises:
         ValueError: where ``config.vocab_size`` is None.
@@ -90,7 +90,7 @@ class MoEGPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layers):
-            if layer % config.attention_sharing == 0:  # else this layer shares the attention of an earlier one
+            if layer % config.attention_sharing == 0:  # the other layers use the attention of the layer before them
                 attention = Attention(config)
             feed_forward = FeedForward(config) if config.is_dense else MoE(config, make_router)
             self.blocks.append(Block(config, attention, feed_forward))
@@ -104,6 +104,7 @@ class MoEGPT(nn.Module):
     def init_weights(self) -> None:
         """Draw the initial weights from torch's global generator.
 
+        Each module below, a user's router too, draws its own if it has a method ``init_weights(std, residual_std)``.
         Matrices are normal with ``init_std``, and norms are 1. The two projections into the residual stream of each
         block are divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2).
         At the start, the logits have the variance d_model · init_std², because the last hidden states are normalised.
@@ -131,24 +132,24 @@ class MoEGPT(nn.Module):
         """Score the next token at every position.
 
         Args:
-            tokens: ids; after the positions in ``cache`` where one is given.
-            valid_mask: False for padding, on either side; it covers the cached positions too. Padding is not
-                attended to, takes no position and is not counted by the routers.
-            cache: keys and values of earlier positions; this call's are added to it.
-            document_ids: of sequences that hold several documents, one after another: a number for each position, the
-                same within a document. Positions then see their own document only and count from its start.
+            tokens: ids. Where a cache is given, they follow the positions in it.
+            valid_mask: False for padding, which may be on either side. The mask covers the cached positions too.
+                Padding is not attended to, takes no position and is not counted in the routers' statistics.
+            cache: keys and values of earlier positions. This call adds those of its tokens.
+            document_ids: the number of each position's document, where a sequence holds several documents one after
+                another. A position then sees only its own document, and is counted from the document's start.
 
         Raises:
             ValueError: where the sequence is longer than ``max_seq_len`` or than the cache, or ``document_ids`` come
                 with padding or a cache.
         """
-        hidden, routings = self.hidden(tokens, valid_mask, cache, document_ids)
-        valid_now = None if valid_mask is None else valid_mask[:, -tokens.shape[1] :]
-        return ModelOutput(self.output(hidden), self._stats(routings, valid_now))
+        valid_queries = ops.Visible(cache.length if cache else 0, valid_mask).valid_queries  # before the cache grows
+        hidden, routings = self.hidden_states(tokens, valid_mask, cache, document_ids)
+        return ModelOutput(self.output(hidden), self._stats(routings, valid_queries))
 
     def next_token_logits(self, tokens: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Return what calling the model gives at the last position; nothing of the others, and no statistics."""
-        hidden, _ = self.hidden(tokens, cache=cache)
+        """Return the logits of the last position. No other logits and no statistics are computed."""
+        hidden, _ = self.hidden_states(tokens, cache=cache)
         return self.output(hidden[:, -1])
 
     def cross_entropy(
@@ -156,14 +157,13 @@ class MoEGPT(nn.Module):
     ) -> tuple[CrossEntropy, RouterStats | None]:
         """Return the summed loss at the targets and the routers' statistics, without the logits of all tokens.
 
-        It is ``losses.cross_entropy`` of the logits that calling the model gives; training uses this, because its
-        memory does not grow with tokens times vocabulary.
+        It equals ``losses.cross_entropy`` of ``forward``'s logits, but needs no memory of tokens times vocabulary.
         """
-        hidden, routings = self.hidden(tokens, document_ids=document_ids)
-        ce = linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        hidden, routings = self.hidden_states(tokens, document_ids=document_ids)
+        ce = cross_entropy_from_hidden(hidden.flatten(0, 1), self.output.weight, targets.flatten())
         return ce, self._stats(routings)
 
-    def hidden(
+    def hidden_states(
         self,
         tokens: Int[Tensor, "B T"],
         valid_mask: Bool[Tensor, "B S"] | None = None,
@@ -173,14 +173,14 @@ class MoEGPT(nn.Module):
         """Return the last hidden states, which the output matrix turns into logits, and the routings.
 
         The states are normalised. There is one routing of ``tokens.flatten()`` for each layer, none if dense.
-        Arguments and errors are those of calling the model.
+        Arguments and errors are those of ``forward``.
         """
         if document_ids is not None and (valid_mask is not None or cache is not None):
             raise ValueError("document_ids are for whole sequences without padding and without a cache")
         T, past, limit = tokens.shape[1], cache.length if cache else 0, self.config.max_seq_len
         if past + T > limit:
             raise ValueError(f"a sequence may have at most max_seq_len={limit} tokens, got {past + T}")
-        visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)
+        visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)  # once, for all layers
         positions = visible.positions(T, tokens.device)
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x, routings = self.embedding(tokens), []
@@ -189,7 +189,7 @@ class MoEGPT(nn.Module):
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
-            cache.length += T
+            cache.length += T  # only now, because every layer writes at the same positions
         return self.final_norm(x), routings
 
     def moe_layers(self) -> list[MoE]:

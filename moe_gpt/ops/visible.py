@@ -22,14 +22,18 @@ class Visible(NamedTuple):
     document_ids: Int[Tensor, "B T"] | None = None
     """A number for each position, the same within a document; for whole sequences without padding or cache."""
     form: Any = None
-    """What ``ops.prepare`` made of it for the way that attention is computed; None where causal is all there is."""
+    """The mask as ``ops.prepare`` made it for the implementation in use. None where ``is_causal`` holds, and under
+    ``using("plain")``, which makes the mask in every layer."""
 
     def is_causal(self, n_queries: int) -> bool:
-        """Whether nothing but the order of positions counts, in the form that kernels know by name."""
+        """Whether kernels need no mask: no padding, one document, and no cache or one query.
+
+        Their causal mode takes as many keys as queries. A single query is the last position and sees all keys.
+        """
         return self.valid_mask is None and self.document_ids is None and (self.past == 0 or n_queries == 1)
 
     def matrix(self, n_queries: int, device: torch.device) -> Bool[Tensor, "#B 1 T S"]:
-        """Return it in full: True where the query of a row may see the key of a column."""
+        """Return the mask in full: True where the query of a row may see the key of a column."""
         n_keys = self.past + n_queries
         visible = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(self.past)[None, None]
         if self.document_ids is not None:
@@ -49,7 +53,7 @@ class Visible(NamedTuple):
 
     @property
     def valid_queries(self) -> Bool[Tensor, "B T"] | None:
-        """The part of ``valid_mask`` that is about the queries."""
+        """The part of ``valid_mask`` for the queries."""
         return None if self.valid_mask is None else self.valid_mask[:, self.past :]
 
 

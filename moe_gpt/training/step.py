@@ -147,7 +147,7 @@ def _balance_of(stats: RouterStats | None, zero: Tensor) -> tuple[Tensor, Tensor
     if stats is None:
         return zero, zero
     counts = stats.tokens_per_expert
-    return max_violation(counts).mean(), stats.dropped_tokens.sum() / counts.sum().clamp(min=1)
+    return max_violation(counts).mean(), stats.dropped_assignments.sum() / counts.sum().clamp(min=1)
 
 
 def update_weights(

@@ -153,7 +153,7 @@ def test_route_is_a_table_of_every_choice(loaded):
     assert sums.to_numpy() == pytest.approx(1.0)
     text = table[(table["layer"] == 0) & (table["choice"] == 0)]["token"]
     assert "".join(text) == "def f(x):\n"
-    _, routings = loaded.model.hidden(torch.tensor([loaded.encode("def f(x):\n")]))
+    _, routings = loaded.model.hidden_states(torch.tensor([loaded.encode("def f(x):\n")]))
     second = table[(table["layer"] == 1) & (table["choice"] == 1)]["expert"]
     assert second.tolist() == routings[1].expert_indices[:, 1].tolist()
 

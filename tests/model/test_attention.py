@@ -67,7 +67,7 @@ def test_attention_equals_a_loop_over_heads(n_kv_heads):
     layer = random_attention(n_kv_heads=n_kv_heads)
     x = torch.randn(2, 7, 32)
     with torch.no_grad():
-        y, expected = layer(x, rotary_of(7), CAUSAL), attention_by_loops(layer, x)
+        y, expected = layer(x, rotary_of(7), CAUSAL, None, 0), attention_by_loops(layer, x)
     assert_close(y, expected, atol=2e-5, rtol=1e-4)  # float32 sums of 32 terms of size 3 in another order
 
 
@@ -76,7 +76,7 @@ def test_attention_width_of_heads_need_not_divide_the_model():
     layer = random_attention(d_model=10, n_heads=3, head_dim=4)
     x = torch.randn(1, 5, 10)
     with torch.no_grad():
-        y, expected = layer(x, rotary_of(5, 4), CAUSAL), attention_by_loops(layer, x)
+        y, expected = layer(x, rotary_of(5, 4), CAUSAL, None, 0), attention_by_loops(layer, x)
     assert_close(y, expected, atol=2e-5, rtol=1e-4)  # float32 sums in another order
 
 
@@ -90,7 +90,7 @@ def test_shared_heads_equal_full_heads_with_copied_weights(n_kv_heads):
     full.qkv.weight.data = torch.cat([queries, *(heads.flatten(0, 1) for heads in copies)])
     full.out.weight.data = shared.out.weight.detach()
     x = torch.randn(2, 9, 32, requires_grad=True)
-    results = [layer(x, rotary_of(9), CAUSAL) for layer in (shared, full)]
+    results = [layer(x, rotary_of(9), CAUSAL, None, 0) for layer in (shared, full)]
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in results]
     assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)  # float32 sums in another order
     assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-4)  # gradients of size 100

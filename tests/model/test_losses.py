@@ -14,7 +14,7 @@ from moe_gpt.model.losses import (
     combine_losses,
     count_assignments,
     cross_entropy,
-    linear_cross_entropy,
+    cross_entropy_from_hidden,
     load_balancing_loss,
     router_z_loss,
 )
@@ -169,35 +169,35 @@ def test_cross_entropy_is_float32_for_bf16_logits():
     assert torch.equal(total, cross_entropy(logits.float(), targets).total)
 
 
-def test_linear_cross_entropy_counts_the_targets_that_count():
+def test_cross_entropy_from_hidden_counts_the_targets_that_count():
     """The sum is that of the logits, tests/ops has its ways; ignored targets are not counted."""
     hidden, weight = torch.randn(10, 6), torch.randn(7, 6)
     targets = torch.arange(10) % 7
     targets[[2, 7]] = IGNORED_TARGET
     ours, expected = (
-        linear_cross_entropy(hidden, weight, targets),
+        cross_entropy_from_hidden(hidden, weight, targets),
         cross_entropy((hidden @ weight.T)[None], targets[None]),
     )
     assert ours.n_valid == expected.n_valid == 8
     assert_close(ours.total, expected.total, atol=1e-5, rtol=1e-5)
 
 
-def test_linear_cross_entropy_under_autocast_sums_in_float32():
+def test_cross_entropy_from_hidden_under_autocast_sums_in_float32():
     """Products in bf16, the loss in float32, gradients in the weights' own type."""
     hidden = torch.randn(10, 6, requires_grad=True)
     weight = torch.randn(7, 6, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = linear_cross_entropy(hidden, weight, torch.arange(10) % 7).total
+        total = cross_entropy_from_hidden(hidden, weight, torch.arange(10) % 7).total
     total.backward()
     assert total.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     assert_close(total, F.cross_entropy(hidden @ weight.T, torch.arange(10) % 7, reduction="sum"), atol=0.2, rtol=0.02)
 
 
-def test_linear_cross_entropy_is_not_finite_where_the_logits_are_not():
+def test_cross_entropy_from_hidden_is_not_finite_where_the_logits_are_not():
     """A NaN in the weights reaches the loss, so that the step is skipped."""
     weight = torch.ones(7, 6)
     weight[3, 2] = torch.nan
-    assert not linear_cross_entropy(torch.ones(4, 6), weight, torch.zeros(4, dtype=torch.int64)).total.isfinite()
+    assert not cross_entropy_from_hidden(torch.ones(4, 6), weight, torch.zeros(4, dtype=torch.int64)).total.isfinite()
 
 
 @pytest.mark.parametrize(("balance", "loss"), [("loss", 4.5), ("bias", 3.5), ("none", 3.5)])

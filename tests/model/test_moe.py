@@ -40,7 +40,7 @@ def test_moe_drops_beyond_capacity_by_hand():
     y, stats = run(layer, x)
     kept, _ = layer.eval()(x)
     dropped = [2, 4]
-    assert stats.dropped_tokens == len(dropped)
+    assert stats.dropped_assignments == len(dropped)
     assert y[0, dropped].abs().max() == 0
     others = [0, 1, 3, 5, 6, 7]
     assert_close(y[0, others], kept[0, others], atol=0, rtol=0)  # the same operations on the same rows
@@ -57,7 +57,7 @@ def test_moe_capacity_is_the_factor_times_the_even_share_rounded_up(
     """An expert has ceil(capacity_factor · N · K / E) slots; 1.1 of an even share of 10 is 11."""
     layer = steered_layer(n_experts, capacity_factor=capacity_factor)
     _, stats = run(layer, tokens_for([0] * n_tokens, n_experts))
-    assert stats.dropped_tokens == n_tokens - expert_capacity
+    assert stats.dropped_assignments == n_tokens - expert_capacity
 
 
 def test_moe_capacity_grows_with_top_k():
@@ -66,7 +66,7 @@ def test_moe_capacity_grows_with_top_k():
     with torch.no_grad():
         layer.router.weight.zero_()  # ties: every token goes to experts 0 and 1
     _, stats = run(layer, tokens_for([0] * 8))
-    assert stats.dropped_tokens == 2 * (8 - 4)
+    assert stats.dropped_assignments == 2 * (8 - 4)
 
 
 def test_moe_drops_in_training_only():
@@ -74,16 +74,16 @@ def test_moe_drops_in_training_only():
     layer, dropless = random_layer(capacity_factor=0.3), random_layer()
     x = torch.randn(2, 20, 32)
     _, training_stats = run(layer, x)
-    assert training_stats.dropped_tokens > 0
+    assert training_stats.dropped_assignments > 0
     y, stats = run(layer.eval(), x)
-    assert stats.dropped_tokens == 0
+    assert stats.dropped_assignments == 0
     assert_close(y, dropless(x)[0], atol=0, rtol=0)  # the same operations
 
 
 def test_moe_without_capacity_factor_drops_nothing_in_training():
     """Dropless by default, even when every token wants the same expert."""
     y, stats = run(steered_layer(), tokens_for([0] * 50))
-    assert stats.dropped_tokens == 0
+    assert stats.dropped_assignments == 0
     assert y.norm(dim=-1).min() > 0
 
 
@@ -97,7 +97,7 @@ def test_moe_does_not_rescale_the_weights_that_are_kept():
     routing = layer.router(x[0])
     gate, up = (layer.experts.gate_up[3] @ x[0, 2]).chunk(2)
     own_answer = layer.experts.down[3] @ (torch.nn.functional.silu(gate) * up)
-    assert stats.dropped_tokens == 1
+    assert stats.dropped_assignments == 1
     assert routing.expert_indices[2].tolist() == [0, 3]
     assert_close(y[0, 2], routing.expert_weights[2, 1] * own_answer, atol=1e-6, rtol=1e-5)  # float32 rounding
 
@@ -107,7 +107,7 @@ def test_moe_counts_assignments_before_dropping():
     layer = steered_layer(capacity_factor=0.5)
     _, stats = run(layer, tokens_for([0, 0, 0, 1, 0, 2, 3, 3]))
     assert stats.tokens_per_expert.tolist() == [4, 1, 1, 2]
-    assert stats.dropped_tokens == 4
+    assert stats.dropped_assignments == 4
 
 
 def test_moe_dropping_never_lets_a_later_token_evict_an_earlier_one():
@@ -118,7 +118,7 @@ def test_moe_dropping_never_lets_a_later_token_evict_an_earlier_one():
     changed[:, 10:] = torch.randn(1, 14, 32)
     y, stats = run(layer, x)
     y_changed, _ = layer(changed)
-    assert stats.dropped_tokens > 0
+    assert stats.dropped_assignments > 0
     assert_close(y_changed[:, :10], y[:, :10], atol=1e-5, rtol=0)  # float32 products of other shapes
     assert not torch.allclose(y_changed[:, 10:], y[:, 10:], atol=1e-3)
 
@@ -137,7 +137,7 @@ def test_moe_padding_changes_no_statistic_no_output_and_no_slot(side, capacity_f
     assert_close(y_padded[valid_mask], y[0], atol=1e-5, rtol=0)  # float32 products of other shapes
     for actual, expected in zip(stats_padded, stats, strict=True):
         assert_close(actual, expected, atol=1e-6, rtol=1e-5)  # float32 means; counts are whole numbers
-    assert (stats.dropped_tokens > 0) == (capacity_factor is not None)
+    assert (stats.dropped_assignments > 0) == (capacity_factor is not None)
 
 
 def test_moe_statistics_carry_gradients_only_where_they_are_losses():
@@ -145,7 +145,7 @@ def test_moe_statistics_carry_gradients_only_where_they_are_losses():
     _, stats = run(random_layer(capacity_factor=0.5), torch.randn(2, 8, 32))
     assert stats.load_balancing_loss.requires_grad
     assert stats.router_z_loss.requires_grad
-    assert stats.tokens_per_expert.dtype == stats.dropped_tokens.dtype == torch.int64
+    assert stats.tokens_per_expert.dtype == stats.dropped_assignments.dtype == torch.int64
 
 
 def test_moe_changes_no_state_in_forward():

@@ -52,7 +52,7 @@ def test_statistics_count_every_choice(k):
     model = own_model(router_of(k)).train()
     output = model(random_tokens(2, 9))
     assert output.router_stats.tokens_per_expert.sum(dim=1).tolist() == [18 * k] * 2
-    assert output.router_stats.dropped_tokens.tolist() == [0, 0]
+    assert output.router_stats.dropped_assignments.tolist() == [0, 0]
     output.logits.square().mean().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
@@ -64,7 +64,7 @@ def test_capacity_is_a_share_of_the_choices_that_are_made(k):
     stats = model(random_tokens(2, 9)).router_stats
     most = -(-18 * k // 12)
     kept = stats.tokens_per_expert.clamp(max=most).sum(dim=1)
-    assert (stats.tokens_per_expert.sum(dim=1) - stats.dropped_tokens).tolist() == kept.tolist()
+    assert (stats.tokens_per_expert.sum(dim=1) - stats.dropped_assignments).tolist() == kept.tolist()
 
 
 def test_layers_may_differ_in_k():

@@ -75,7 +75,7 @@ def test_model_that_drops_is_causal_within_its_first_sequence():
     tokens, changed = random_tokens(1, 24), random_tokens(1, 24)
     changed[:, 10:] = random_tokens(1, 14, seed=3)
     output, output_changed = model(tokens), model(changed)
-    assert output.router_stats.dropped_tokens.min() > 0
+    assert output.router_stats.dropped_assignments.min() > 0
     assert_close(output_changed.logits[:, :10], output.logits[:, :10], **ROUNDING)
 
 
@@ -277,7 +277,7 @@ def test_dense_model_has_no_router_and_no_statistics():
 def test_router_stats_are_stacked_over_layers():
     """Losses (L,), counts (L, E) and dropped (L,); every layer counts N · K assignments."""
     stats = tiny_model(n_layers=3)(random_tokens(2, 8)).router_stats
-    assert stats.load_balancing_loss.shape == stats.router_z_loss.shape == stats.dropped_tokens.shape == (3,)
+    assert stats.load_balancing_loss.shape == stats.router_z_loss.shape == stats.dropped_assignments.shape == (3,)
     assert stats.tokens_per_expert.shape == (3, 4)
     assert stats.tokens_per_expert.sum(dim=1).tolist() == [32, 32, 32]
 
@@ -348,7 +348,7 @@ def test_block_without_projections_into_the_residual_is_the_identity():
     nn.init.zeros_(block.attention.out.weight)
     nn.init.zeros_(block.feed_forward.down.weight)
     x = torch.randn(2, 5, 32)
-    y, routing = block(x, rotary_angles(torch.arange(5)[None], 8, 10_000.0), Visible())
+    y, routing = block(x, rotary_angles(torch.arange(5)[None], 8, 10_000.0), Visible(), None, 0)
     assert torch.equal(y, x)
     assert routing is None
 
@@ -360,7 +360,7 @@ def test_block_normalises_before_each_half():
     block, rotary = MoEGPT(config).blocks[0], rotary_angles(torch.arange(5)[None], 8, 10_000.0)
     nn.init.zeros_(block.attention.out.weight)
     x = torch.randn(2, 5, 32)
-    large, small = (block(scale * x, rotary, Visible())[0] - scale * x for scale in (10, 1))
+    large, small = (block(scale * x, rotary, Visible(), None, 0)[0] - scale * x for scale in (10, 1))
     assert_close(large, small, atol=1e-5, rtol=1e-4)  # float32 rounding
 
 

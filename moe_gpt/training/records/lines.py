@@ -33,7 +33,7 @@ def describe_routing(stats: RouterStats, sample: RoutingSample) -> dict[str, lis
         "largest_logit": sample.largest_logit,
         "router_z_loss": stats.router_z_loss,
         "load_balancing_loss": stats.load_balancing_loss,
-        "dropped_fraction": stats.dropped_tokens / stats.tokens_per_expert.sum(dim=1).clamp(min=1),
+        "dropped_fraction": stats.dropped_assignments / stats.tokens_per_expert.sum(dim=1).clamp(min=1),
     }
     return {
         name: np.round(np.asarray(torch.as_tensor(value).detach().cpu(), dtype=np.float64), 5).tolist()

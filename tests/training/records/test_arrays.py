@@ -29,7 +29,7 @@ def test_sample_of_routing_follows_its_formulas(changes):
     model, tokens = tiny_model(**changes), random_tokens(3, 5)
     sample = observe_routing(model, MicroBatch(tokens, tokens), "fp32")
     assert model.training
-    for layer, chosen in enumerate(model.eval().hidden(tokens)[1]):
+    for layer, chosen in enumerate(model.eval().hidden_states(tokens)[1]):
         entropy = first = margin = 0.0
         for row in range(15):
             probs, best = chosen.router_probs[row].tolist(), int(chosen.expert_indices[row, 0])
@@ -47,7 +47,7 @@ def test_sample_is_of_whole_sequences_and_of_few_tokens():
     model, tokens = tiny_model(), random_tokens(80, 32)
     documents = (tokens == 3).long().cumsum(1)
     sample = observe_routing(model, MicroBatch(tokens, tokens, documents), "fp32")
-    routings = model.eval().hidden(tokens[:32], document_ids=documents[:32])[1]
+    routings = model.eval().hidden_states(tokens[:32], document_ids=documents[:32])[1]
     torch.testing.assert_close(sample.mean_probabilities[1], routings[1].router_probs.mean(0))
 
 
@@ -55,7 +55,7 @@ def test_description_of_a_step_by_hand():
     """Two experts for each of 100 tokens, in two layers: one even and undecided, one uneven."""
     _, stats = tiny_model()(random_tokens(4, 25))
     stats = stats._replace(
-        tokens_per_expert=torch.tensor([[50, 50, 50, 50], [100, 60, 40, 0]]), dropped_tokens=torch.tensor([0, 10])
+        tokens_per_expert=torch.tensor([[50, 50, 50, 50], [100, 60, 40, 0]]), dropped_assignments=torch.tensor([0, 10])
     )
     sample = RoutingSample(
         mean_probabilities=torch.tensor([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0]]),
@@ -110,7 +110,7 @@ def test_documents_are_kept_apart_where_training_does_so():
     """Choices and gradients are those with each document by itself, and not those across its end."""
     model, tokens = tiny_model().eval(), random_tokens(3, 32)
     apart = keep_documents_apart(tokens, tokens, 7)
-    _, routings = model.hidden(tokens, document_ids=apart.document_ids)
+    _, routings = model.hidden_states(tokens, document_ids=apart.document_ids)
     expected = torch.stack([routing.expert_indices for routing in routings])
     found = choices_on(model, tokens.numpy(), "fp32", end_of_text_id=7)
     assert np.array_equal(found.reshape(2, -1, 2), expected.numpy())
