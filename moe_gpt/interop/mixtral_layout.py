@@ -303,8 +303,9 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
     if known.sliding_window is not None and known.sliding_window < context:
         window = known.sliding_window
         raise InputError(
-            f"sliding_window must be at least the context of {context} tokens, got {window}, because attention in "
-            f"moe_gpt covers the whole context; with max_seq_len={window} (model.max_seq_len in a run), both compute the same"
+            f"sliding_window must be at least the context of {context} tokens, got {window}, because attention "
+            f"here covers the whole context; with max_seq_len={window} (model.max_seq_len in a run), both compute the "
+            "same"
         )
     n_experts, top_k = known.experts
     return ModelConfig(
