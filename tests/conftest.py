@@ -15,14 +15,6 @@ from moe_gpt.config import RunConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, so that its fixtures are made once (``--dist loadgroup``)."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory) -> Path:
     """Twelve pages of the language reference and six short files of the standard library."""

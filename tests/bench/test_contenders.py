@@ -16,7 +16,6 @@ from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.measure.parameters import count_parameters
 
-pytestmark = pytest.mark.xdist_group("transformers")  # importing it takes seconds: one process does
 MODEL = tiny_config(vocab_size=64, n_experts=4, top_k=2, n_layers=2)
 WORK = Workload(MODEL, 2, 16, "cpu", "fp32", 32)
 HAS_EAGER_EXPERTS_ONLY = int(metadata.version("transformers").partition(".")[0]) < 5

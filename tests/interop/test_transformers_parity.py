@@ -37,8 +37,6 @@ from moe_gpt.interop.mixtral_layout import tensor_table
 from moe_gpt.model.losses import cross_entropy
 from moe_gpt.model.transformer import MoEGPT
 
-pytestmark = pytest.mark.xdist_group("transformers")  # importing it takes seconds: one process does
-
 
 class _Transformers:
     """The package, imported at first use."""

@@ -269,10 +269,9 @@ def test_what_is_long_says_that_it_scrolls(whole):
     assert re.search(r'<span class="hover">[^<]*pointer', page)
 
 
-def test_text_of_pictures_is_readable_on_a_phone(rendered, tmp_path):
+def test_text_of_pictures_is_readable_on_a_phone(whole):
     """However narrow the page, a picture keeps so much of its own width that its text has 11 pixels."""
-    write_report([make_run()], tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = whole.read_text(encoding="utf-8")
     kept = float(re.search(r"min-width: calc\(([.\d]+) \* var\(--width\)\)", page)[1])
     sizes = [float(size) for size in re.findall(r"<text style=\"font[^;]*?([\d.]+)px", page)]  # of a viewBox in points
     widths = re.findall(r'<svg [^>]*style="--width: [\d.]+pt"', page)

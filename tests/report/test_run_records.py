@@ -160,7 +160,7 @@ def test_arrays_that_do_not_belong_are_left_out(run_dir):
         ({"record_every_steps": 0}, "no recorded steps"),
         (
             {"record_tokens": 0},
-            "the gradients of cross entropy are not recorded (train.record_tokens is 0)",
+            "the experts of single tokens and the gradients of cross entropy are not recorded",
         ),
     ],
 )
