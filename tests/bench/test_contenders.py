@@ -95,7 +95,8 @@ def count_up(name: str):
     return lambda: (next(calls), os.getpid())
 
 
-@pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [True, False])
 def test_turns_leave_warm_up_out_and_failures_behind(at_once):
     """Each in a process of its own; who fails is named, and the others go on."""
     said: list[str] = []

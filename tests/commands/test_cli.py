@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_scripts import command
+from run_scripts import command, script
 
 from moe_gpt.commands.app import COMMANDS, FAMILIES, run_main
 from moe_gpt.commands.next_command import command_line, repeated
@@ -219,11 +219,11 @@ def test_train_help_lists_every_key_without_importing_torch():
     assert "torch" not in imported
 
 
-def test_train_reports_all_problems_of_a_bad_config(tmp_path):
+def test_train_reports_all_problems_of_a_bad_config(tmp_path, monkeypatch):
     """A bad config ends train.py with status 2, a line for each problem of file and overrides, and no traceback."""
     (tmp_path / "bad.yaml").write_text("model: {n_layer: 2, head_dim: 33}", encoding="utf-8")
-    script = REPOSITORY / "scripts" / "train.py"
-    result = python(script, "--config", "bad.yaml", "optimizer.lr=-1", "nonsense", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = script("train.py", "--config", "bad.yaml", "optimizer.lr=-1", "nonsense")
     assert (result.returncode, result.stdout) == (2, "")
     keys = ["an override", "model.n_layer ", "model.head_dim ", "optimizer.lr "]
     lines = result.stderr.splitlines()

@@ -30,7 +30,8 @@ def readerless() -> int:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("broken", ["reader gone", pytest.param("disk full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", ["reader gone", "disk full"])
 def test_training_goes_on_without_its_output(small_yaml, tmp_path, broken):
     """The run finishes, every step is recorded, the last one is saved; a warning on stderr says what was lost."""
     out = readerless() if broken == "reader gone" else os.open("/dev/full", os.O_WRONLY)

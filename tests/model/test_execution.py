@@ -128,8 +128,9 @@ def test_compiled_blocks_share_one_graph(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("activation_checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_curriculum_compiles_a_few_times_in_all(monkeypatch, activation_checkpointing):
     """Batches that grow at every step, through two sequence lengths: never a graph for a step or a batch size."""
     use_backend(monkeypatch, "eager")
@@ -137,7 +138,7 @@ def test_curriculum_compiles_a_few_times_in_all(monkeypatch, activation_checkpoi
     apply_execution(model, TrainConfig(compile=True, activation_checkpointing=activation_checkpointing))
     n_graphs = []
     for seq_len in (8, 32):
-        for n_sequences in (2, 5):
+        for n_sequences in (2, 5, 8):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 output = model(random_tokens(n_sequences, seq_len))
             output.logits.float().square().mean().backward()

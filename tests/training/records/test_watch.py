@@ -61,7 +61,9 @@ def test_series_of_faults_goes_back_and_past_them(small_config, tmp_path, poison
     assert read_state(list_checkpoints(tmp_path)[-1])["skipped_windows"] == [[start, end]]
 
 
-@pytest.mark.parametrize("stop_at", [7, 11, 13])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(7, marks=pytest.mark.slow), 11, pytest.param(13, marks=pytest.mark.slow)]
+)
 def test_series_of_faults_ends_the_same_when_interrupted(small_config, tmp_path, poison, stop_at):
     """Stopped before, within or after the series and resumed: bit for bit the run that was not."""
     config = change(change(small_config, "checkpoint", every_steps=3), "faults", max_skips_in_a_row=3)
