@@ -98,7 +98,7 @@ def test_execution_changes_no_parameter_name():
     [
         pytest.param("balance_by_bias", False, marks=pytest.mark.slow),  # the next case has all of it, and more
         ("balance_by_bias", True),
-        ("dense", False),
+        pytest.param("dense", False, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_blocks_change_no_loss_no_count_and_no_gradient(

@@ -68,7 +68,10 @@ def test_run_learns(small_config, tmp_path):
         assert last[f"val/{source}/ce_loss"] < first[f"val/{source}/ce_loss"] - 0.5
 
 
-@pytest.mark.parametrize("settings", [{}, {"balance": "bias", "router_noise": 0.1, "capacity_factor": 1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"balance": "bias", "router_noise": 0.1, "capacity_factor": 1.0}],
+)
 def test_resume_in_every_stage_is_bit_identical(small_config, tmp_path, settings):
     """Stop in each stage, at a stage's end and with accumulation, resume: same metrics, same final files."""
     config = change(small_config, "model", **settings)
