@@ -57,7 +57,10 @@ class SourceConfig(Section):
     builtin: Literal["prose", "code"] | None = None
     """Text that ships with Python: its documentation (prose) or the source code of its standard library (code)."""
     files: str | tuple[str, ...] | None = None
-    """Paths or globs of .jsonl, .parquet, .csv or UTF-8 text (one document per file); .gz, .zst, .xz and .bz2, too."""
+    """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or UTF-8 text (one document per file); also as .gz, .zst,
+    .xz or .bz2."""
+    format: Literal["auto", "text", "lines", "json", "csv", "tsv", "parquet", "arrow"] = "auto"
+    """What the files are; auto follows their names. lines is a JSON object in each line."""
     dataset: str | None = None
     """Name of a dataset on the Hugging Face hub, or a local folder, for datasets.load_dataset."""
     subset: str | None = None
@@ -69,7 +72,7 @@ class SourceConfig(Section):
     streaming: Flag = True
     """Read the dataset while tokenising instead of downloading all of it first."""
     text_field: str = "text"
-    """The column that holds the text (jsonl, parquet, csv, dataset)."""
+    """The column that holds the text, in files with rows and in datasets."""
     template: str | None = None
     """Text made of several columns instead of text_field, such as "{question}\\n{answer}"; {{ and }} give braces."""
     min_chars: Count = 1
@@ -106,7 +109,7 @@ class SourceConfig(Section):
         for keys, has_effect, what in (
             (("subset", "split", "revision", "streaming"), self.dataset, "for a dataset: source only"),
             (("text_field", "template"), not self.builtin, "not for a builtin source"),
-            (("errors",), self.files, "for a files: source only"),
+            (("errors", "format"), self.files, "for a files: source only"),
         ):
             for key in keys:
                 value = getattr(self, key)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -249,6 +250,7 @@ def section_in(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+@functools.cache
 def annotations_of(cls: type) -> dict[str, Any]:
     """Return the resolved type of each field, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from moe_gpt.config import SourceConfig
-from moe_gpt.data import corpus
+from moe_gpt.data import compressed
 from moe_gpt.data.corpus import ReadingProgress, describe_origin, expand_files, iterate_documents
 from moe_gpt.errors import InputError
 
@@ -177,20 +177,22 @@ def test_max_documents_limits_the_builtin_corpus():
 def test_missing_field_names_the_columns():
     """A text_field that is no column is an error with the field, the file and the columns that there are."""
     path = write("a.jsonl", jsonl({"body": "x", "title": "y"}))
-    assert failure(files=path) == (f"source mine: text_field='text' is not a column of {path}; columns: body, title")
+    assert failure(files=path) == (
+        f"source mine: text_field='text' is not a column of {path} in line 1; columns: body, title"
+    )
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "None"), (5, "5"), (["x"], "['x']"), ({"a": 1}, "{'a': 1}")])
 def test_row_that_is_not_text_names_column_value_and_row(value, shown):
     """A value that is not text is an error with the column, the file, the value and the row."""
     path = write("a.jsonl", jsonl({"text": value, "n": 1}))
-    assert failure(files=path) == f"source mine: column 'text' of {path} must be text, got {shown} in row 0"
+    assert failure(files=path) == f"source mine: column 'text' of {path} must be text, got {shown} in line 1"
 
 
 def test_missing_value_names_its_row():
     """A null among texts is an error with its row, after the rows before it were read."""
     path = write("a.jsonl", jsonl({"text": "one"}, {"text": None}))
-    assert failure(files=path).endswith("must be text, got None in row 1")
+    assert failure(files=path).endswith("must be text, got None in line 2")
 
 
 @pytest.mark.parametrize(
@@ -368,13 +370,13 @@ def test_compressed_files_are_read_as_what_they_hold(suffix, name, content, expe
 def test_archives_are_refused():
     """They hold many files, and which order is right nobody knows."""
     path = write("a.zip", b"PK")
-    assert failure(files=path) == f"source mine: {path} is an archive; unpack it (.gz, .zst, .xz, .bz2 are read)"
+    assert failure(files=path) == f"source mine: {path}: this is an archive; unpack it (.gz, .zst, .xz, .bz2 are read)"
 
 
 def test_zst_without_its_package_says_what_to_install(monkeypatch):
     """The one compression that Python lacks."""
     path = write("a.jsonl.zst", zstandard.compress(b"{}"))
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: None)
     assert failure(files=path).endswith("run pip install zstandard")
 
 
@@ -401,7 +403,9 @@ def test_template_makes_a_text_of_several_columns():
 def test_template_of_a_missing_column_names_those_there_are():
     """With the key that is wrong."""
     path = write("a.jsonl", jsonl({"q": "x", "a": "y"}))
-    assert failure(files=path, template="{q} {b}").endswith(f"template='b' is not a column of {path}; columns: q, a")
+    assert failure(files=path, template="{q} {b}").endswith(
+        f"template='b' is not a column of {path} in line 1; columns: q, a"
+    )
     path = write("b.jsonl", jsonl({"q": "x", "a": None}))
     assert "column 'a' of" in failure(files=path, template="{q} {a}")
 
@@ -445,11 +449,11 @@ def test_json_text_stays_text():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[1]", "a line must be a JSON object, got [1]"),
-        ("7", "a line must be a JSON object, got 7"),
-        ('{"text": ', "JSONDecodeError"),
+        ("[1]", "line 2 must be a JSON object, got [1]"),
+        ("7", "line 2 must be a JSON object, got 7"),
+        ('{"text": ', "line 2 is not valid JSON"),
         ("{}", "text_field='text' is not a column of"),
-        ('{"text": null}', "must be text, got None in row 1"),
+        ('{"text": null}', "must be text, got None in line 2"),
     ],
 )
 def test_wrong_line_is_named(line, message):
@@ -457,19 +461,19 @@ def test_wrong_line_is_named(line, message):
     path = write("a.jsonl", jsonl({"text": "one"}) + line + "\n")
     found = failure(files=path)
     assert message in found
-    assert "row 1" in found or "after row 0" in found
+    assert "line 2" in found
 
 
 @pytest.mark.parametrize("name", ["a.txt.zst", "a.jsonl.zst"])
 def test_cut_off_zstandard_file_is_an_error(name):
     """Its own reader would take what is there for all there is."""
     content = jsonl(*[{"text": str(i) * 50} for i in range(9999)]).encode()
-    whole = zstandard.compress(content)
+    whole, kind = zstandard.compress(content), "text" if "txt" in name else "auto"
     path = write(name, whole[: len(whole) // 2])
-    assert "ended before the end of its last frame" in failure(files=path)
-    assert path in failure(files=path)
+    assert "ended before the end of its last frame" in failure(files=path, format=kind)
+    assert path in failure(files=path, format=kind)
     write(name, zstandard.compress(content[:1000]) + zstandard.compress(content[1000:]))
-    assert len("".join(texts(files=path, text_field="text"))) > 400_000
+    assert len("".join(texts(files=path, format=kind))) > 400_000
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.xz", "a.csv.bz2"])
@@ -481,7 +485,7 @@ def test_damaged_compressed_file_is_named_when_bytes_are_replaced(name):
 
 def test_archive_with_two_suffixes_is_an_archive():
     """As one with one is."""
-    assert "is an archive; unpack it" in failure(files=write("a.tar.gz", gzip.compress(b"x")))
+    assert "this is an archive; unpack it" in failure(files=write("a.tar.gz", gzip.compress(b"x")))
 
 
 def test_parquet_without_rows_is_passed_over():

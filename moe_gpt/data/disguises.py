@@ -1,0 +1,95 @@
+"""What a file is: by its suffix, and by its first bytes, which must be what the suffix promises."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_gpt.data.compressed import UnreadableFileError, format_suffix, is_compressed, open_bytes
+
+FORMATS = {
+    ".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
+    ".tab": "tsv", ".parquet": "parquet", ".pq": "parquet", ".parq": "parquet", ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+"""The format of each suffix. Any other file is text: one document."""
+_ZSTANDARD = (b"(\xb5/\xfd", *(bytes([first]) + b"*M\x18" for first in range(0x50, 0x60)))  # frames, and skipped ones
+_BEGINNINGS: dict[str, tuple[bytes, ...]] = {
+    "parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff"),
+    ".gz": (b"\x1f\x8b",), ".bz2": (b"BZh",), ".xz": (b"\xfd7zXZ",), ".zst": _ZSTANDARD,
+}  # fmt: skip
+_PLAIN_NAMES = ("", ".txt", ".text")
+
+
+def format_of(path: Path) -> str:
+    """Return the format that a file's name gives, looking through one layer of compression.
+
+    Raises:
+        UnreadableFileError: for archives, documents and other files that hold no text as they are.
+    """
+    suffix = format_suffix(path)
+    for kind in _not_text()["suffixes"]:
+        if {suffix, path.suffix.lower()} & set(kind["suffixes"].split()):
+            raise UnreadableFileError(f"this is {kind['what']}; {kind['advice']}")
+    return FORMATS.get(suffix, "text")
+
+
+def refuse_disguise(path: Path, kind: str, is_given: bool) -> None:
+    """Raise an error for a file that begins otherwise than its name, or its given format, promises."""
+    with open(path, "rb") as file:
+        begin = file.read(1024)
+    if is_compressed(path):
+        _refuse_beginning(begin, path.suffix.lower(), f"a {path.suffix} file")
+        with open_bytes(path) as opened:
+            begin = opened.read(1024)
+    _refuse_beginning(begin, kind, f"a {kind} file" if kind != "text" else "text")
+    is_plain = kind == "text" and not is_given and format_suffix(path) in _PLAIN_NAMES
+    if kind != "text" or is_plain:
+        _refuse_page(begin)
+    if is_plain and begins_with_json_lines(begin.decode("utf-8", "replace")):
+        raise UnreadableFileError(
+            "this seems to hold a JSON object in each line; set format: lines to read each as a document, or "
+            "format: text to read the whole file as one"
+        )
+
+
+def _refuse_beginning(begin: bytes, kind: str, what: str) -> None:
+    expected = _BEGINNINGS.get(kind, ())
+    if not begin or begin.startswith(expected or (b" ",)):
+        return
+    for other in _not_text()["beginnings"]:
+        if begin.startswith(tuple(start.encode("latin-1") for start in other["starts"])):
+            raise UnreadableFileError(f"this is {other['what']}, not {what}; {other['advice']}")
+    if expected:
+        raise UnreadableFileError(f"this is not {what}, although its name says so; its first bytes are {begin[:8]!r}")
+    if begin[257:262] == b"ustar":
+        raise UnreadableFileError("this is a tar archive; unpack it")
+    if b"\0" in begin:
+        raise UnreadableFileError("this has NUL bytes, so it is not UTF-8 text; convert it")
+
+
+def _refuse_page(begin: bytes) -> None:
+    words = begin.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if words.startswith((b"<!doctype html", b"<html")) or (words.startswith(b"<?xml") and b"<error>" in words):
+        raise UnreadableFileError(
+            "this is an HTML or XML page, perhaps a server's answer instead of the file; download the file again, or "
+            "set format: text to read the page as text"
+        )
+
+
+def begins_with_json_lines(text: str) -> bool:
+    """Whether the first two lines that are not blank are JSON objects, each by itself."""
+    lines = list(filter(str.strip, text.splitlines()))[:2]
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
+
+
+@functools.cache
+def _not_text() -> dict[str, list[dict[str, Any]]]:
+    """Return the table of files that are something else than text: by suffix, and by their first bytes."""
+    return yaml.safe_load(Path(__file__).with_name("not_text.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,191 @@
+"""Rows of local files: text, JSON, JSON lines, CSV, TSV, Parquet and Arrow, compressed or not.
+
+The suffix says what a file is. Before a file is read, its first bytes are compared with what they should be, because a
+file that is not what its name says would give wrong text without an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from moe_gpt.data.compressed import UnreadableFileError, open_bytes
+from moe_gpt.data.disguises import begins_with_json_lines, format_of, refuse_disguise
+
+
+class Row(NamedTuple):
+    """The values of a row by column, and where it stands: line 3, or row 3, counted from 1."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def read_rows(path: Path, format: str, columns: tuple[str, ...], errors: str) -> Iterator[Row]:
+    """Yield the rows of a file; of a text, the one row with the column ``text``.
+
+    Args:
+        format: auto, or one of the values of ``FORMATS``, or text.
+        columns: those that are wanted. Others may be left out, and are not decoded.
+        errors: strict or replace, for bytes that are not UTF-8.
+
+    Raises:
+        UnreadableFileError: saying what is wrong with the file.
+        UnicodeDecodeError: at bytes that are not UTF-8.
+    """
+    kind = format_of(path) if format == "auto" else format
+    refuse_disguise(path, kind, is_given=format != "auto")
+    if kind in ("parquet", "arrow"):
+        with open_bytes(path) as file:
+            yield from (_parquet_rows if kind == "parquet" else _arrow_rows)(file, columns)
+        return
+    newline = "" if kind in ("csv", "tsv") else None
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors=errors, newline=newline) as file:
+        yield from _READERS[kind](file, columns)
+
+
+def _text_row(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Row]:
+    yield Row("row 1", {"text": file.read()})
+
+
+def _json_lines(lines: Iterable[str], columns: tuple[str, ...]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.isspace():
+            yield Row(f"line {number}", _json_object(line, f"line {number}"))
+
+
+def _json_object(text: str, place: str) -> dict[str, Any]:
+    row = _parse_json(text, place)
+    if not isinstance(row, dict):
+        raise UnreadableFileError(f"{place} must be a JSON object, got {text.strip()[:60]}")
+    return row
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"{place} is not valid JSON: {error}") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return row
+
+
+def _json_rows(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Row]:
+    """Rows of a list of objects, of objects in lines, or of an object whose columns are lists."""
+    lines: list[str] = []
+    for line in file:
+        lines.append(line)
+        if len(list(filter(str.strip, lines))) == 2:
+            break
+    if begins_with_json_lines("".join(lines)):
+        yield from _json_lines(itertools.chain(lines, file), columns)
+        return
+    found = _parse_json("".join([*lines, file.read()]), "the file")
+    rows = found if isinstance(found, list) else [found]
+    for number, row in enumerate(_rows_of_columns(found, columns) if isinstance(found, dict) else rows, 1):
+        if not isinstance(row, dict):
+            raise UnreadableFileError(f"row {number} must be a JSON object, got {json.dumps(row)[:60]}")
+        yield Row(f"row {number}", row)
+
+
+def _rows_of_columns(found: dict[str, Any], columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the rows of columns that are lists; an object with other values is one row."""
+    lists = [found.get(column) for column in columns]
+    if not all(isinstance(values, list) for values in lists):
+        return [found]
+    if len({len(values) for values in lists}) > 1:  # type: ignore[arg-type]
+        raise UnreadableFileError(f"the lists of {', '.join(columns)} must have the same length")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]  # type: ignore[arg-type]
+
+
+def _table_rows(file: io.TextIOWrapper, columns: tuple[str, ...], separator: str) -> Iterator[Row]:
+    """Rows of CSV or TSV; every row must have as many cells as the header."""
+    csv.field_size_limit(sys.maxsize)
+    table, line = csv.reader(file, delimiter=separator, strict=True), 1
+    try:
+        header = next(table, [])
+        _check_header(header, columns, separator)
+        line = table.line_num + 1
+        for cells in table:
+            if cells:
+                yield Row(f"line {line}", dict(zip(header, _fitting(cells, header, line, separator), strict=True)))
+            line = table.line_num + 1
+    except csv.Error as error:
+        raise UnreadableFileError(
+            f"the row that begins in line {line} is not valid: {error}; a cell that has quotes, line ends or "
+            f"{separator!r} must stand in double quotes, with its own quotes doubled"
+        ) from None
+
+
+def _check_header(header: list[str], columns: tuple[str, ...], separator: str) -> None:
+    for column in columns:
+        if header.count(column) > 1:
+            raise UnreadableFileError(f"the column {column!r} occurs {header.count(column)} times in the header")
+    others = [other for other in ",;\t|" if other != separator and len(header) == 1 and other in header[0]]
+    if others and header[0] not in columns:
+        remedy = "set format: tsv" if others[0] == "\t" else f"separate its cells by {separator!r}"
+        raise UnreadableFileError(f"the header's cells seem to be separated by {others[0]!r}; {remedy}")
+
+
+def _fitting(cells: list[str], header: list[str], line: int, separator: str) -> list[str]:
+    """Return the cells without empty ones beyond the header."""
+    if len(cells) < len(header) or any(cells[len(header) :]):
+        raise UnreadableFileError(
+            f"line {line} has {len(cells)} cells, and the header has {len(header)}; put a cell that has "
+            f"{separator!r} into double quotes"
+        )
+    return cells[: len(header)]
+
+
+def _parquet_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file) as table:
+        _check_columns(table.schema_arrow.names, columns)
+        yield from _rows_of(table.iter_batches(batch_size=1024, columns=list(columns)))
+
+
+def _arrow_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
+    import pyarrow
+
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    if is_file:
+        table = pyarrow.ipc.open_file(file)
+        batches: Any = (table.get_batch(number) for number in range(table.num_record_batches))
+    else:
+        batches = table = pyarrow.ipc.open_stream(file)
+    _check_columns(table.schema.names, columns)
+    yield from _rows_of(batch.select(list(columns)) for batch in batches)
+
+
+def _rows_of(batches: Iterable[Any]) -> Iterator[Row]:
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    return (Row(f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _check_columns(names: list[str], columns: tuple[str, ...]) -> None:
+    for column in columns:
+        if names.count(column) != 1:
+            problem = "is not a column" if column not in names else f"is the name of {names.count(column)} columns"
+            raise UnreadableFileError(f"{column!r} {problem}; columns: {', '.join(names) or 'none'}")
+
+
+_READERS: dict[str, Callable[[Any, tuple[str, ...]], Iterator[Row]]] = {
+    "text": _text_row,
+    "lines": _json_lines,
+    "json": _json_rows,
+    "csv": lambda file, columns: _table_rows(file, columns, ","),
+    "tsv": lambda file, columns: _table_rows(file, columns, "\t"),
+}
