@@ -69,7 +69,7 @@ class LanguageModel:
         arguments give equal text.
 
         Args:
-            prompt: the model sees exactly its tokens.
+            prompt: the text to continue; see ``bos`` for a token before it.
             max_new_tokens: largest number of new tokens.
             temperature: divides the logits; 0 chooses the most likely token each time.
             top_k: sample from this many most likely tokens; 0 samples from all.
@@ -129,7 +129,7 @@ class LanguageModel:
             InputError: where there is none.
         """
         if self.tokenizer is None:
-            raise InputError(f"{self.path} has no tokenizer.json, so it reads no text; save it with a tokenizer")
+            raise InputError(f"{self.path} has no tokenizer.json, so the model reads no text; save it with a tokenizer")
         return self.tokenizer
 
     def evaluate(

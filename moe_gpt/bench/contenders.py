@@ -230,4 +230,4 @@ def build(name: str, workload: Workload) -> Contender:
                 return Transformers(workload, None if variant == "mistral" else variant)
             except ImportError as error:
                 raise InputError(f"{name} needs a package: {error}; run: pip install transformers") from None
-    raise InputError(f"there is no contender {name!r}; choose of {', '.join(CONTENDERS)}")
+    raise InputError(f"there is no contender {name!r}; choose one of {', '.join(CONTENDERS)}")

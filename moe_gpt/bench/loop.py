@@ -68,7 +68,7 @@ def bench_loop(config: RunConfig, n_steps: int, folder: Path, say: Callable[[str
     profile: Profile = measure(_profile, config, n_steps, folder).value
     start, whole = profile.first_step_at - started_at, profile.seconds.pop("train")
     say(f"{start:.1f} s from starting Python to the end of the first step, data prepared")
-    say(f"{n_steps} steps and what is around them took {whole:.1f} s, of that:")
+    say(f"{n_steps} steps and the work around them took {whole:.1f} s, of which:")
     for part, seconds in profile.seconds.items():
         say(f"  {part:<26}{seconds:>8.2f} s{seconds / whole:>9.2%}")
     return [

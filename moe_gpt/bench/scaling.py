@@ -72,7 +72,7 @@ def bench_scaling(
     for point in points(device, precision):
         of_axis.setdefault(point.axis, {})[str(point.value)] = point.workload
     if unknown := set(axes or []) - of_axis.keys():
-        raise InputError(f"axes must be of {', '.join(of_axis)}, got {', '.join(sorted(unknown))}")
+        raise InputError(f"axes must be among {', '.join(of_axis)}, got {', '.join(sorted(unknown))}")
     for axis in axes or of_axis:
         mine = of_axis[axis]
         make = functools.partial(_make_step, mine)

@@ -60,7 +60,7 @@ def bench_train(
 def _contenders(against: Sequence[str]) -> list[str]:
     names = ["moe_gpt", *(name for group in against for name in PEERS.get(group, [group]))]
     if unknown := [name for name in names if name not in CONTENDERS]:
-        raise InputError(f"--against must be of {', '.join([*PEERS, *CONTENDERS])}, got {', '.join(unknown)}")
+        raise InputError(f"--against must be among {', '.join([*PEERS, *CONTENDERS])}, got {', '.join(unknown)}")
     return names
 
 

@@ -40,9 +40,9 @@ FAMILIES = {
     "bench": {
         "train": "Compare the time of whole optimizer steps with other libraries, in turns.",
         "layer": "Compare the time of one mixture-of-experts layer with a dense layer, for three kinds of routing.",
-        "generate": "Time decoding against transformers on the exported model.",
+        "generate": "Compare the speed of decoding with that of transformers on the exported model.",
         "scaling": "Measure how time and memory grow with experts, width, sequences and their length.",
-        "data": "Compare preparing text with datasets.map, and reading the stream with training, by their speed.",
+        "data": "Compare two speeds: preparing text against datasets.map, and reading the stream against training.",
         "loop": "Measure the time to the first step, and the time that a run spends outside its steps.",
     },
 }

@@ -44,7 +44,7 @@ def show(run: Path) -> None:
             unreadable.append(f"{path.name}: {error}")
             continue
         score = "-" if state["score"] is None else f"{state['score']:.4f}"
-        note = f"within {state['skips_in_a_row']} non-finite steps" if state["skips_in_a_row"] else ""
+        note = f"saved after {state['skips_in_a_row']} non-finite steps in a row" if state["skips_in_a_row"] else ""
         rows.append((path.name, f"{state['tokens_seen']:,}", f"{size / 1e6:.1f} MB", score, note))
     print(format_table(("checkpoint", "tokens seen", "size", "validation", ""), rows))
     for text in unreadable:

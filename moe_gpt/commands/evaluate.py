@@ -55,8 +55,8 @@ class EvaluateOptions:
         """
         name = next((name for name in (_OF_HELD_OUT if self.files else _OF_FILES) if getattr(self, name)), None)
         if name:
-            flag, wanted = name.replace("_", "-"), "held-out text" if self.files else "--files"
-            raise InputError(f"--{flag} is for {wanted}, but was given {'with' if self.files else 'without'} --files")
+            rule = "is for held-out text, and cannot be used with" if self.files else "needs"
+            raise InputError(f"--{name.replace('_', '-')} {rule} --files")
 
 
 def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> None:
@@ -110,7 +110,7 @@ def score_files(loaded: LanguageModel, options: EvaluateOptions) -> str:
     from moe_gpt.training.evaluation import format_scores
 
     stride = options.stride or max(1, loaded.config.max_seq_len // 2)
-    note(f"windows of {loaded.config.max_seq_len} tokens every {stride}")
+    note(f"the window has {loaded.config.max_seq_len} tokens and advances by {stride}")
     field = options.text_field or "text"
     try:
         return format_scores(

@@ -26,8 +26,8 @@ class GenerateOptions:
     """Prompt, sampling, router and device."""
 
     prompt: Annotated[str | None, Parameter(group=PROMPT)] = None
-    """The text to continue; the model sees exactly its tokens. Without a prompt, on a terminal, each line that you
-    type is continued."""
+    """The text to continue. Only the token that --bos describes may stand before it. Without a prompt, on a terminal,
+    each line that you type is continued."""
     prompt_file: Annotated[Path | None, Parameter(group=PROMPT)] = None
     """A file whose text is the prompt."""
     bos: Annotated[Switch, Parameter(group=PROMPT)] = False
@@ -85,7 +85,7 @@ def find_prompt(options: GenerateOptions) -> str | None:
     if options.prompt_file is None:
         return "" if options.prompt is None and options.bos else options.prompt
     if options.prompt is not None:
-        raise InputError(f"--prompt and --prompt-file: give one of them, got --prompt-file {options.prompt_file} too")
+        raise InputError(f"--prompt or --prompt-file: give one, got both (--prompt-file {options.prompt_file})")
     try:
         return options.prompt_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

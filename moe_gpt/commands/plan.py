@@ -106,7 +106,7 @@ class Training:
     context: Annotated[Whole | None, Parameter(group=TRAINING)] = None
     """Positions that a token attends to; the last stage's sequence length by default."""
     tokens: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
-    """Training tokens; by default those of the schedule, or, if it ends with the data, what the sources can give."""
+    """Training tokens; those of the schedule by default. A schedule without an end takes all that the sources give."""
     budget: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None
     """Also print the number of tokens that this many dollars pay for."""
     days: Annotated[AboveZero | None, Parameter(group=TRAINING)] = None

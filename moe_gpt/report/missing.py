@@ -32,7 +32,7 @@ def attempt(what: str, find: Callable[..., T], *arguments: Any) -> tuple[T | Non
         return None, _sentence(str(error))
     except _UNREADABLE as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        return None, _sentence(f"{what}; what was recorded cannot be read: {type(error).__name__}, {reason}")
+        return None, _sentence(f"{what}; the recorded data cannot be read: {type(error).__name__}, {reason}")
 
 
 def _sentence(text: str) -> str:

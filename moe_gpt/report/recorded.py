@@ -184,20 +184,20 @@ class RunRecords:
     def last_with_counts(self) -> EvaluationArrays:
         """Return the newest evaluation that has counted assignments."""
         found = [arrays for arrays in self.arrays if arrays.tokens_per_expert]
-        need(found, "no evaluation has kept how many tokens each expert gets")
+        need(found, "no evaluation has recorded how many tokens each expert gets")
         return found[-1]
 
     def last_with_choices(self) -> EvaluationArrays:
         """Return the newest evaluation that has kept which experts a slice of text went to."""
         found = list(filter(EvaluationArrays.n_choices, self.arrays))
-        need(found, "no evaluation has kept which experts a slice of text went to (train.record_tokens)")
+        need(found, "no evaluation has recorded the experts of single tokens (train.record_tokens)")
         return found[-1]
 
     def counts_by_source(self) -> tuple[list[str], np.ndarray]:
         """Return the sources with assignments in every layer at the last evaluation, and their counts (n, L, E)."""
         found = self.last_with_counts().tokens_per_expert
         sources = [source for source in self.in_order(found) if (found[source].sum(axis=-1) > 0).all()]
-        need(sources, "no source has an assignment")
+        need(sources, "no source has a token that was assigned to an expert in every layer")
         return sources, np.stack([found[source] for source in sources])
 
 

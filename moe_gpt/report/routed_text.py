@@ -68,14 +68,14 @@ def concentration_table(run: RunRecords) -> Table:
         values = (concentration, choices.shape[-1] / n_experts, *_locality(arrays, index))
         rows.append((index, *(float(f"{100 * value:.3g}") for value in values)))
     places = ("token concentration (%)", "by chance (%)", "neighbours with the same first expert (%)", "by chance (%)")
-    title = "How far the token alone, and the token before it, decide the expert (tokens that occur 10 times or more)"
+    title = "How strongly a token and the token before it determine the expert (tokens that occur 10 times or more)"
     return Table(("layer", *places), rows, title)
 
 
 def _locality(arrays: EvaluationArrays, layer: int) -> np.ndarray:
     """Return how often neighbours have the same first expert, and chance (2,): the means over the sources' slices."""
     parts = [part.choices[layer] for part in arrays.slices.values() if part.choices.shape[2] > 1]
-    need(parts, "the kept slices are single tokens")
+    need(parts, "the recorded sequences have only one token each")
     return np.mean([routing.routing_locality(part) for part in parts], axis=0)
 
 

@@ -101,7 +101,7 @@ def mean_by_position(arrays: EvaluationArrays, source: str, buckets: Sequence[tu
 def draw_positions(run: RunRecords) -> Picture:
     """Draw the loss by place in the sequence, at the first evaluation after a step and at the last."""
     chosen = _first_and_last([arrays for arrays in run.arrays if arrays.nats and arrays.counts])
-    need(chosen, "no evaluation has kept its losses by position")
+    need(chosen, "no evaluation has recorded its losses by position")
     buckets = position_buckets(max(map(len, chosen[-1].nats.values())))
     columns: dict[str, list] = {"positions": [f"{start} to {end - 1}" for start, end in buckets]}
     with pictures.drawing(height=3.0) as (figure, axes):

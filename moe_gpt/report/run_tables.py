@@ -36,7 +36,7 @@ def generated(run: RunRecords) -> list[tuple[str, list[tuple[int, str]]]]:
     for line in run.evaluations:
         for source, text in section_of(line, "samples").items():
             found[source].append((line["step"], str(text)))
-    need(found, "no evaluation has kept a generated text (train.sample_tokens)")
+    need(found, "no evaluation has recorded a generated text (train.sample_tokens)")
     return [(source, found[source]) for source in run.in_order(found)]
 
 

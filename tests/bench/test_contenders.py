@@ -170,13 +170,13 @@ def test_points_of_the_scaling_table_vary_one_size():
 
 def test_scaling_refuses_an_unknown_axis():
     """With those there are."""
-    with pytest.raises(InputError, match="axes must be of experts, .*got width"):
+    with pytest.raises(InputError, match="axes must be among experts, .*got width"):
         scaling.bench_scaling("cpu", "fp32", 1, 1, print, ["width"])
 
 
 def test_unknown_peer_is_refused_before_anything_is_measured():
     """With those there are."""
-    with pytest.raises(InputError, match="--against must be of dense, transformers, .*got nanoGPT"):
+    with pytest.raises(InputError, match="--against must be among dense, transformers, .*got nanoGPT"):
         train.bench_train(WORK, ["nanoGPT"], 1, 1, print)
 
 

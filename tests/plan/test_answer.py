@@ -39,7 +39,7 @@ def test_answer_has_time_cost_memory_and_what_was_assumed():
     assert re.fullmatch(r"at most 12.2 minutes on 8 h100, \$4.05 at \$2.50 per GPU hour", rows["Time"])
     assert re.fullmatch(r"[\d.]+ GB, and each GPU has 80 GB: fits", rows["Memory"])
     assert "40 % of the peak (MFU" in rows["Assumed"]
-    assert "a guess (--mfu) that is high for d_model 768" in rows["Assumed"]
+    assert re.search(r"a guess .*--mfu.* high for d_model 768", rows["Assumed"])
     assert "high" not in answered("gpt4")["Assumed"]
     assert "guess" not in answered(mfu=0.3)["Assumed"]
 
@@ -76,7 +76,7 @@ def test_warnings_of_the_plan_are_in_the_answer():
     """Idle ranks, failures, what does not fit and what to change, what else was asked."""
     reported = {"gpu": GPUS["a100-80gb"], "layout": Parallelism(25_000, 8, 15), "mfu": 0.34}
     rows = answered("gpt4", **reported, duration_seconds=1e7, budget=1e6)
-    assert "with them 123 days" in rows["Failures"]
+    assert re.match(r"1,470 expected; .*123 days and \$73", rows["Failures"])
     assert re.search(r"116 days needs MFU .* %. \$1 million buys .* tokens", rows["Asked"])
     assert "Use fewer" in answered("tiny", layout=Parallelism(1000))["Idle"]
     rows = answered(gpu=dataclasses.replace(H100, memory_bytes=12e9))

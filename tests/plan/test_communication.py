@@ -86,7 +86,7 @@ def test_times_take_the_slowest_link():
 def test_notes_say_who_idles():
     """A batch of fewer micro-batches than ranks leaves ranks idle; one that does not divide makes some wait."""
     assert "16 micro-batches for 20 ranks" in section(20).notes[-1]
-    assert "16 micro-batches do not divide by 5 ranks: some do 4" in section(5).notes[-1]
+    assert "16 micro-batches do not divide by 5 ranks. Some ranks compute 4" in section(5).notes[-1]
     assert len(section(8).notes) == 1
 
 

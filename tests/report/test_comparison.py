@@ -308,7 +308,7 @@ def test_sources_that_are_not_shared_are_noted():
 def test_other_held_out_text_is_noted(setting, key):
     """Scores of other text, or with another context, are not called comparable."""
     notes = compare_runs([make_run("a"), make_run("b", **setting)]).notes
-    assert any(note.startswith("scores may be of other text") and note.endswith(key) for note in notes)
+    assert any(note.startswith("the scored text or its context may differ") and note.endswith(key) for note in notes)
 
 
 def test_missing_steps_are_noted():
