@@ -46,6 +46,13 @@ class LanguageModel:
     """Ids that a Hugging Face folder's tokenizer puts before every text, such as Llama's <s>."""
     precision: Precision = "fp32"
     """Compute type."""
+    trained_length: int | None = None
+    """The longest sequence that the model was trained on; None where nobody recorded it."""
+
+    @property
+    def context(self) -> int:
+        """Positions that generation and evaluation use by default."""
+        return min(self.trained_length or self.config.max_seq_len, self.config.max_seq_len)
 
     @property
     def config(self) -> ModelConfig:
@@ -62,6 +69,8 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         bos: bool = False,
+        special_tokens: bool = False,
+        context: int | None = None,
     ) -> str:
         """Return the model's continuation of a prompt, without the prompt.
 
@@ -76,12 +85,25 @@ class LanguageModel:
             top_p: sample from the most likely tokens that together have this probability.
             seed: seed of the sampling.
             bos: put end-of-text before the prompt, as before a document in training.
+            special_tokens: read special tokens that the prompt spells, such as <|fim_prefix|>, as those tokens.
+            context: positions of prompt and continuation together; by default ``trained_length`` or, where that is
+                unknown, the model's ``max_seq_len``.
 
         Raises:
             InputError: where the prompt has no token or fills the context, or a setting is out of its range.
         """
         return "".join(
-            self.stream(prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, bos=bos)
+            self.stream(
+                prompt,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                bos=bos,
+                special_tokens=special_tokens,
+                context=context,
+            )
         )
 
     def stream(
@@ -94,6 +116,8 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         bos: bool = False,
+        special_tokens: bool = False,
+        context: int | None = None,
     ) -> Iterator[str]:
         """Yield what ``generate`` returns piece by piece, in whole characters.
 
@@ -102,25 +126,25 @@ class LanguageModel:
         """
         require(Count, max_new_tokens=max_new_tokens)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-        ids = self.encode(prompt, bos)
-        return self.require_tokenizer().decode_stream(
-            self.continue_ids(ids, max_new_tokens, sampling, seed), context=ids
-        )
+        ids = self.encode(prompt, bos, special_tokens)
+        new = self.continue_ids(ids, max_new_tokens, sampling, seed, context)
+        return self.require_tokenizer().decode_stream(new, context=ids)
 
     def continue_ids(
-        self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int
+        self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int, context: int | None = None
     ) -> Iterator[int]:
         """Yield the ids of new tokens that continue the given ids; see ``moe_gpt.generate``."""
         end = self.require_tokenizer().end_of_text_id
-        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision)
+        limit = self.context if context is None else context
+        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision, limit)
 
-    def encode(self, text: str, bos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = False, special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, as the model reads them."""
         if not isinstance(text, str):
             raise InputError(f"the text must be a str, got {type(text).__name__}")
         tokenizer = self.require_tokenizer()
         start = list(self.text_start) or [tokenizer.end_of_text_id] * bos
-        return start + tokenizer.encode(text)
+        return start + (tokenizer.encode_with_special_tokens if special_tokens else tokenizer.encode)(text)
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
@@ -138,6 +162,9 @@ class LanguageModel:
         *,
         text_field: str = "text",
         stride: int | None = None,
+        context: int | None = None,
+        errors: str = "strict",
+        format: str = "auto",
     ) -> Score:
         """Return the loss in nats per token, bits per byte and perplexity of texts or files.
 
@@ -146,16 +173,22 @@ class LanguageModel:
         Args:
             texts: one or several. A ``Path``, or a string that is a glob of existing files, stands for files, as in
                 ``moe-gpt evaluate --files``. Any other string is a text.
-            text_field: the text column of .jsonl, .parquet and .csv files.
+            text_field: the text column of files with rows.
             stride: tokens by which the window advances; half the context by default.
+            context: length of the windows; by default ``trained_length`` or, where that is unknown, the model's
+                ``max_seq_len``.
+            errors: strict or replace, for bytes that are not UTF-8, as in a config.
+            format: what the files are, as in a config.
 
         Raises:
             InputError: where there is no text, or a file cannot be read.
         """
         given = [texts] if isinstance(texts, str | Path) else texts
-        stride = stride or max(1, self.config.max_seq_len // 2)
-        documents = (text for each in given for text in _documents(each, text_field))
-        return score_documents(self.model, self.require_tokenizer(), documents, self.precision, stride)
+        context = self.context if context is None else context
+        reading = {"text_field": text_field, "errors": errors, "format": format}
+        documents = (text for each in given for text in _documents(each, reading))
+        stride = stride or max(1, context // 2)
+        return score_documents(self.model, self.require_tokenizer(), documents, self.precision, stride, context=context)
 
     @torch.inference_mode()
     def route(self, text: str) -> pandas.DataFrame:
@@ -222,14 +255,14 @@ class LanguageModel:
         return f"LanguageModel({str(self.path)!r}, {n_parameters:,} parameters, {experts})"
 
 
-def _documents(given: str | Path, text_field: str) -> Iterator[str]:
+def _documents(given: str | Path, reading: dict[str, str]) -> Iterator[str]:
     """Yield a text, or the documents of files."""
     if isinstance(given, str) and not _is_files(given):
         if re.fullmatch(r"\S*(/\S*|\.\w{1,8})", given):
             raise InputError(f"{given!r} looks like a path and matches no file; to score this text, add a line end")
         yield given
         return
-    source = SourceConfig(name="files", files=str(given), text_field=text_field)
+    source = SourceConfig.from_mapping({"name": "files", "files": str(given), **reading})
     for document in iterate_documents(source):
         yield document.text
 
@@ -265,7 +298,9 @@ def load(
         start = tuple(found.text_start)
         return LanguageModel(found.model, found.tokenizer, found.path, text_start=start, precision=chosen)
     run = load_model(path, place, make_router)
-    return LanguageModel(run.model, run.tokenizer, run.path, run.config, precision=chosen)
+    return LanguageModel(
+        run.model, run.tokenizer, run.path, run.config, precision=chosen, trained_length=run.trained_length
+    )
 
 
 def save(model: MoEGPT | LanguageModel | Run, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

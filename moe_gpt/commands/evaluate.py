@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from moe_gpt.commands.generate import warn_of_context
 from moe_gpt.commands.options import AboveZero, Device, Precision, Switch, Whole, Words, flat
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
 
 FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Model"))
-_OF_FILES = ("stride", "text_field")
-_OF_HELD_OUT = ("by_position", "context", "rope_theta", "max_tokens")
+_OF_FILES = ("stride", "text_field", "errors", "format")
+_OF_HELD_OUT = ("by_position", "rope_theta", "max_tokens")
 
 
 @flat
@@ -29,17 +30,21 @@ class EvaluateOptions:
     files: Annotated[Words, Parameter(group=FILES)] = ()
     """Score these files (a path or a glob) instead of the run's held-out text."""
     text_field: Annotated[str | None, Parameter(group=FILES)] = None
-    """The column of .jsonl, .parquet and .csv files that holds the text; text by default."""
+    """The column that holds the text, in files with rows; text by default."""
+    errors: Annotated[str | None, Parameter(group=FILES)] = None
+    """Treatment of bytes that are not UTF-8: strict (default) or replace."""
+    format: Annotated[str | None, Parameter(group=FILES)] = None
+    """What the files are, where their names do not say it: text, lines, json, csv, tsv, parquet or arrow."""
     stride: Annotated[Whole | None, Parameter(group=FILES)] = None
     """Tokens by which the window advances; half the context by default."""
     by_position: Annotated[Switch, Parameter(group=HELD_OUT)] = False
     """Show the loss by position in the sequence instead of the mean loss."""
-    context: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
-    """Length of the sequences; the run's by default."""
     rope_theta: Annotated[AboveZero | None, Parameter(group=HELD_OUT)] = None
     """Base of the rotary frequencies; the run's by default."""
     max_tokens: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
     """Tokens to score of each source; data.validation_tokens of the run by default."""
+    context: Annotated[Whole | None, Parameter(group=PLACE)] = None
+    """Length of the sequences; by default the longest that the run was trained on."""
     router: Annotated[str | None, Parameter(group=PLACE)] = None
     """Your own router, as FILE.py:NAME, if the model was trained with one."""
     precision: Annotated[Precision, Parameter(group=PLACE)] = "auto"
@@ -97,9 +102,8 @@ def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
         max_seq_len=max(options.context or 0, model.config.max_seq_len),
         rope_theta=options.rope_theta or model.config.rope_theta,
     )
-    if options.context and options.context > config.model.max_seq_len:
-        note(f"note: the model was built for {config.model.max_seq_len} tokens; beyond them, its loss is extrapolation")
-    evaluator = build_evaluator(config, data, options.max_tokens, options.context)
+    warn_of_context(loaded, options.context)
+    evaluator = build_evaluator(config, data, options.max_tokens, options.context or loaded.trained_length)
     if options.by_position:
         return format_positions(evaluator.by_position(model, loaded.precision))
     return format_scores(evaluator(model, loaded.precision))
@@ -109,16 +113,24 @@ def score_files(loaded: LanguageModel, options: EvaluateOptions) -> str:
     """Return a table with a row for each glob."""
     from moe_gpt.training.evaluation import format_scores
 
-    stride = options.stride or max(1, loaded.config.max_seq_len // 2)
-    note(f"the window has {loaded.config.max_seq_len} tokens and advances by {stride}")
-    field = options.text_field or "text"
+    context = options.context or loaded.context
+    stride = options.stride or max(1, context // 2)
+    note(f"the window has {context} tokens and advances by {stride}")
+    warn_of_context(loaded, options.context)
+    reading = {
+        "text_field": options.text_field or "text",
+        "errors": options.errors or "strict",
+        "format": options.format or "auto",
+    }
     try:
         return format_scores(
-            {files: loaded.evaluate(Path(files), text_field=field, stride=stride) for files in options.files}
+            {files: loaded.evaluate(Path(files), stride=stride, context=context, **reading) for files in options.files}
         )
     except InputError as error:
         hint = "; name the column with --text-field" if "text_field=" in str(error) else ""
         text = str(error).removeprefix("source files: ").replace("text_field=", "--text-field ")
+        for key in ("errors", "format"):
+            text = text.replace(f"set {key}: ", f"set --{key} ").replace(f"{key}: text", f"--{key} text")
         raise InputError(f"--files: {text.replace('files=', '')}{hint}") from None
 
 

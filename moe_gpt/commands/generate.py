@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 from moe_gpt.commands.options import Device, Precision, Switch, Whole, WholeOrZero, flat, read_as
 from moe_gpt.config.section import AtMostOne, NonNegative, Seed
 from moe_gpt.errors import InputError
+from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
@@ -33,10 +34,14 @@ class GenerateOptions:
     bos: Annotated[Switch, Parameter(group=PROMPT)] = False
     """Put end-of-text before the prompt, as before a document. A Hugging Face tokenizer with a start token of its own,
     such as `<s>`, always puts that token there."""
+    special_tokens: Annotated[Switch, Parameter(group=PROMPT)] = False
+    """Read special tokens that the prompt spells, such as `<|fim_prefix|>`, as those tokens instead of as text."""
     samples: Annotated[Whole, Parameter(group=PROMPT)] = 1
     """Number of continuations to write, each with a seed of its own."""
     max_new_tokens: Annotated[Whole, Parameter(group=SAMPLING)] = 200
     """Tokens to write at most."""
+    context: Annotated[Whole | None, Parameter(group=SAMPLING)] = None
+    """Positions of prompt and continuation together; by default the longest sequence that the run was trained on."""
     temperature: Annotated[NonNegative, read_as(NonNegative), Parameter(group=SAMPLING)] = 0.8
     """Divisor of the logits; 0 chooses the most likely token each time."""
     top_k: Annotated[WholeOrZero, Parameter(group=SAMPLING)] = 0
@@ -97,10 +102,11 @@ def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions) 
     from moe_gpt.inference.generate import SamplingConfig
 
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    ids, limit = loaded.encode(prompt, options.bos), loaded.config.max_seq_len
+    ids, limit = loaded.encode(prompt, options.bos, options.special_tokens), options.context or loaded.context
+    _warn_of_the_prompt(loaded, prompt, options)
     for index in range(options.samples):
         written = list(ids)
-        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index)
+        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index, limit)
         pieces = loaded.require_tokenizer().decode_stream(_remember(new, written), context=ids)
         first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
         if options.samples > 1:
@@ -111,6 +117,23 @@ def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions) 
         print()
         if len(written) == limit:
             print(f"stopped: the context of {limit} tokens is full", file=sys.stderr)
+
+
+def _warn_of_the_prompt(loaded: LanguageModel, prompt: str, options: GenerateOptions) -> None:
+    """Say where special tokens are read as text, and where the context is longer than in training."""
+    spelled = loaded.require_tokenizer().spelled_special_tokens(prompt)
+    if spelled and not options.special_tokens:
+        text = f"note: {', '.join(spelled)} in the prompt is read as text; --special-tokens reads it as a token"
+        print(wrap(text), file=sys.stderr)
+    warn_of_context(loaded, options.context)
+
+
+def warn_of_context(loaded: LanguageModel, context: int | None) -> None:
+    """Say on stderr that a context is longer than the sequences of training."""
+    trained = loaded.trained_length
+    if trained and (context or 0) > trained:
+        text = f"WARNING: the run was trained on at most {trained} positions; at {context}, its loss is extrapolation"
+        print(wrap(text), file=sys.stderr)
 
 
 def _remember(ids: Iterator[int], written: list[int]) -> Iterator[int]:

@@ -32,6 +32,8 @@ def prepare(config: str, *overrides: str, show: Switch = False) -> None:
     print(describe_sources(data, shares, schedule.total_tokens))
     if show:
         show_sequences(settings, data, shares)
+        for source in filter(lambda source: source.train.lost, data.sources):
+            print(wrap(f"\nWARNING: {source.train.lost}"))
 
 
 def describe_sources(data: PreparedData, shares: list[float], total_tokens: int) -> str:

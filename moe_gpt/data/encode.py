@@ -27,10 +27,11 @@ _MOST_PROCESSES = 16
 
 
 class EncodedDocument(NamedTuple):
-    """A document's ids, uint32, and whether it belongs to the validation split."""
+    """A document's ids, uint32, whether it belongs to the validation split, and the bytes of its text in UTF-8."""
 
     ids: np.ndarray
     is_held_out: bool
+    n_bytes: int
 
 
 class Encoder:
@@ -56,10 +57,11 @@ class Encoder:
 
     def _finished(self, document: Document, ids: np.ndarray, is_held_out: bool) -> EncodedDocument:
         """Rearrange a training document, if it is one of the chosen share."""
+        n_bytes = len(document.text.encode())
         if self._rearrange is None or is_held_out:
-            return EncodedDocument(ids, is_held_out)
+            return EncodedDocument(ids, is_held_out, n_bytes)
         rearranged = self._rearrange(document.text)
-        return EncodedDocument(ids if rearranged is None else rearranged, is_held_out)
+        return EncodedDocument(ids if rearranged is None else rearranged, is_held_out, n_bytes)
 
 
 def encode_documents(

@@ -28,6 +28,7 @@ from moe_gpt.terminal.progress import ProgressBar
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
 """Text at the start of each source that the tokenizer is trained on."""
+_DOCUMENTS_TO_READ_BACK, _CHARS_TO_READ_BACK = 50, 10_000
 
 
 class PreparedSource(NamedTuple):
@@ -158,6 +159,8 @@ def _obtain_source(
     _build_once([folder], f"tokenising {source.name}", say, build)
     verify_store(folder)
     train, validation = (TokenStore(folder, split, check=config.verify_tokens) for split in SPLITS)
+    if train.lost:
+        say(f"WARNING: {train.lost}")
     return PreparedSource(source, train, validation)
 
 
@@ -173,7 +176,24 @@ def _tokenise(
         contextlib.closing(ProgressBar(source.name, say=say)) as bar,
     ):
         report = functools.partial(_report, bar, source, reading)
-        build_store(source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report)
+        lost = _what_is_lost(source, tokenizer)
+        build_store(
+            source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report, lost
+        )
+
+
+def _what_is_lost(source: SourceConfig, tokenizer: Tokenizer) -> str | None:
+    """Return what a tokenizer that loses text does to the first documents of a source; None where nothing is lost."""
+    documents = itertools.islice(iterate_documents(source), _DOCUMENTS_TO_READ_BACK)
+    losses = [tokenizer.first_loss(document.text[:_CHARS_TO_READ_BACK]) for document in documents]
+    found = [loss for loss in losses if loss]
+    if not found:
+        return None
+    before, after = found[0]
+    return (
+        f"the tokenizer loses text of {source.name}: {len(found)} of the first {len(losses)} documents do not read "
+        f"back as they are; {before!r} becomes {after!r}. Bits per byte count the bytes of the text"
+    )
 
 
 def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_documents: int, n_tokens: int) -> None:

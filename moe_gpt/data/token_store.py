@@ -25,7 +25,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import complete_folder, read_digest, write_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "validation")
 
 
@@ -87,10 +87,18 @@ class TokenStore:
         self.tokens = CheckedTokens(folder / f"{split}.bin", self.meta["dtype"], digests)
         self.document_ends = np.load(folder / f"{split}_ends.npy", mmap_mode="r")
         self.n_bytes: int = self.meta["n_bytes"][split]
+        """Bytes of the text, in UTF-8."""
+        self.bytes_per_token_byte = self.n_bytes / max(1, self.meta["n_token_bytes"][split])
+        """Above 1 where the tokenizer loses text; measures per byte are per byte of the text."""
 
     def __len__(self) -> int:
         """Return the number of tokens, end-of-text included."""
         return len(self.tokens)
+
+    @property
+    def lost(self) -> str | None:
+        """What the tokenizer loses of the text; None where nothing was found."""
+        return self.meta["lost"]
 
     @property
     def digest(self) -> str:
@@ -115,7 +123,8 @@ class _SplitWriter:
         self.file: IO[bytes] = open(folder / f"{split}.bin", "wb+")  # noqa: SIM115 (closed by the caller's folder)
         self.dtype, self.end_of_text_id = dtype, end_of_text_id
         self.ends = array("q")  # 8 bytes for every document
-        self.n_bytes = 0
+        self.n_bytes = 0  # of the documents' texts
+        self.n_token_bytes = 0  # of what the tokens spell
 
     @property
     def n_tokens(self) -> int:
@@ -125,16 +134,18 @@ class _SplitWriter:
     def n_documents(self) -> int:
         return len(self.ends)
 
-    def write(self, ids: np.ndarray, n_bytes: int) -> None:
+    def write(self, ids: np.ndarray, n_bytes: int, n_token_bytes: int) -> None:
         np.append(ids, self.end_of_text_id).astype(self.dtype).tofile(self.file)
         self.ends.append(self.n_tokens + len(ids) + 1)
         self.n_bytes += n_bytes
+        self.n_token_bytes += n_token_bytes
 
-    def replace(self, tokens: np.ndarray, ends: list[int], n_bytes: int) -> None:
+    def replace(self, tokens: np.ndarray, ends: list[int], share: float, whole: tuple[int, int]) -> None:
         self.file.seek(0)
         self.file.truncate()
         tokens.tofile(self.file)
-        self.ends, self.n_bytes = array("q", ends), n_bytes
+        self.ends = array("q", ends)
+        self.n_bytes, self.n_token_bytes = (round(n_bytes * share) for n_bytes in whole)
 
     def finish(self, ends_file: Path) -> str:
         """Force the tokens to the disk, write the documents' ends, and return the SHA-256 of the ends."""
@@ -153,6 +164,7 @@ def build_store(
     validation_fraction: float,
     max_tokens: int | None = None,
     report: Callable[[int, int], None] = lambda n_documents, n_tokens: None,
+    lost: str | None = None,
 ) -> None:
     """Write a source's tokens into ``folder``, which must not exist yet.
 
@@ -164,6 +176,7 @@ def build_store(
             are held out instead: this share of them.
         max_tokens: stop after this many tokens in both splits together.
         report: called with the number of documents and tokens so far.
+        lost: what the tokenizer loses of the text, for those who use the store.
     """
     with complete_folder(folder) as temporary:
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -171,7 +184,7 @@ def build_store(
         try:
             _write_documents(encoded, tokenizer.token_bytes(), writers, max_tokens, report)
             _ensure_both_splits(name, writers, validation_fraction)
-            _write_meta(temporary, writers, dtype)
+            _write_meta(temporary, writers, dtype, lost)
         finally:
             for writer in writers.values():
                 writer.file.close()
@@ -186,12 +199,14 @@ def _write_documents(
 ) -> None:
     limit = math.inf if max_tokens is None else max_tokens
     for group in encoded:
-        for ids, is_held_out in group:
+        for ids, is_held_out, n_bytes in group:
             room = limit - _total(writers, "n_tokens")
             if room < 2:  # a document needs a token and end-of-text
                 return
-            ids = ids[: int(min(len(ids), room - 1))]
-            writers["validation" if is_held_out else "train"].write(ids, int(token_bytes[ids].sum()))
+            kept = ids[: int(min(len(ids), room - 1))]
+            n_token_bytes = int(token_bytes[kept].sum())
+            n_bytes = n_bytes if len(kept) == len(ids) else min(n_bytes, n_token_bytes)
+            writers["validation" if is_held_out else "train"].write(kept, n_bytes, n_token_bytes)
         report(_total(writers, "n_documents"), _total(writers, "n_tokens"))
 
 
@@ -219,23 +234,24 @@ def _split_at(cut: int, full: _SplitWriter, writers: dict[str, _SplitWriter]) ->
     """Move the tokens from ``cut`` on to the validation split, and those before it to the training split."""
     total = full.n_tokens
     full.file.seek(0)
-    tokens, ends, n_bytes = np.fromfile(full.file, dtype=full.dtype), np.array(full.ends), full.n_bytes
-    writers["train"].replace(tokens[:cut], [*ends[ends < cut].tolist(), cut], round(n_bytes * cut / total))
-    rest = (ends[ends > cut] - cut).tolist()
-    writers["validation"].replace(tokens[cut:], rest, round(n_bytes * (total - cut) / total))
+    tokens, ends = np.fromfile(full.file, dtype=full.dtype), np.array(full.ends)
+    share, whole, rest = cut / total, (full.n_bytes, full.n_token_bytes), (ends[ends > cut] - cut).tolist()
+    writers["train"].replace(tokens[:cut], [*ends[ends < cut].tolist(), cut], share, whole)
+    writers["validation"].replace(tokens[cut:], rest, 1 - share, whole)
 
 
-def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype) -> None:
+def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype, lost: str | None) -> None:
     digest_of_ends = {split: writer.finish(folder / f"{split}_ends.npy") for split, writer in writers.items()}
     meta = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype.name,
         **{
             key: {split: getattr(writer, key) for split, writer in writers.items()}
-            for key in ("n_tokens", "n_documents", "n_bytes")
+            for key in ("n_tokens", "n_documents", "n_bytes", "n_token_bytes")
         },
         **_digests(folder),
         "digest_of_ends": digest_of_ends,
+        "lost": lost,
     }
     write_file(folder / "meta.json", [json.dumps(meta, indent=2).encode()])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,17 @@ class Tokenizer:
             )
         self.end_of_text, self.end_of_text_id = end_of_text, end_of_text_id
         self._piece_chars = _PIECE_CHARS if self._may_be_cut_before_spaces() else None
+        self._refuse_special_tokens_that_text_gives()
+
+    def _refuse_special_tokens_that_text_gives(self) -> None:
+        """Raise an error where a text that spells a special token would become that token, not text."""
+        unknown = {*self.encode("\U0010fffe"), *self.encode(" \U0010fffe")}  # what unknown characters become
+        for token, index in self.special_tokens().items():
+            if index not in unknown and index in {*self.encode(token), *self.encode(f"a {token} a")}:
+                raise InputError(
+                    f"the tokenizer makes the special token {token!r} of text that only spells it, so a document could "
+                    "end in its middle; remove the token from the tokenizer's own vocabulary, or use another tokenizer"
+                )
 
     def __reduce__(self) -> tuple:  # the library's pickle loses encode_special_tokens
         return Tokenizer._from_json, (self.to_json(), self.end_of_text)
@@ -91,6 +103,16 @@ class Tokenizer:
         """Return the ids of the text, without added tokens."""
         return self.encode_batch([text])[0]
 
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are spelled out, as in a chat template."""
+        reader = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        reader.encode_special_tokens = False
+        return reader.encode(_checked(text), add_special_tokens=False).ids
+
+    def spelled_special_tokens(self, text: str) -> list[str]:
+        """Return the special tokens that the text spells, which ``encode`` reads as text."""
+        return [token for token in self.special_tokens() if token in text]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts in parallel, as ``encode_arrays`` does."""
         return [ids.tolist() for ids in self.encode_arrays(texts)]
@@ -123,6 +145,18 @@ class Tokenizer:
         is_byte_level = splits.get("type") == "ByteLevel" and bool(splits.get("use_regex", True))
         found_unsplit = [token for token in spec["added_tokens"] if not token["special"]]
         return is_byte_level and not (splits["add_prefix_space"] or spec["normalizer"] or found_unsplit)
+
+    def first_loss(self, text: str) -> tuple[str, str] | None:
+        """Return the first part of a text that decoding does not give back, and what it gives instead; None if none.
+
+        Text is lost by a tokenizer that lacks tokens for some bytes, or that normalises, to lower case for example.
+        """
+        back = self.decode(self.encode(text)).strip()
+        text = text.strip()
+        if back == text:
+            return None
+        at = len(os.path.commonprefix([text, back]))
+        return text[at : at + 10], back[at : at + 10]
 
     def template(self) -> tuple[list[int], list[int]]:
         """Return the ids that the tokenizer's template puts before and after a text, such as Llama's <s>.
@@ -242,10 +276,10 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = Tokenizer(backend, end_of_text)
-    for key, token in [("end_of_text", end_of_text), *(("special_tokens", token) for token in special_tokens)]:
-        if backend.token_to_id(token) in tokenizer.encode(token):
-            raise InputError(
-                f"data.tokenizer.{key} must not occur as a word in the text, got {token!r}; use one such as <|{token}|>"
-            )
-    return tokenizer
+    try:
+        return Tokenizer(backend, end_of_text)
+    except InputError as error:
+        raise InputError(
+            f"data.tokenizer.end_of_text and special_tokens must not occur as words in the text, such as <|name|> does "
+            f"not: {error}"
+        ) from None

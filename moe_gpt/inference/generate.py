@@ -28,7 +28,16 @@ class SamplingConfig(Section):
 
 
 def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Return the distribution (V,) of the next token, after temperature, then top-k, then top-p."""
+    """Return the distribution (V,) of the next token, after temperature, then top-k, then top-p.
+
+    Raises:
+        InputError: where logits are not finite, as those of damaged weights are.
+    """
+    if not logits.isfinite().all():
+        raise InputError(
+            "no token can be sampled, because the model's logits are not finite (NaN or infinite); the weights are "
+            "damaged, or training diverged, so use an earlier checkpoint"
+        )
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
     logits = (logits.float() - logits.max()) / sampling.temperature  # the largest is 0: nothing overflows
@@ -51,6 +60,7 @@ def generate(
     seed: int = 0,
     end_of_text_id: int | None = None,
     precision: Precision = "fp32",
+    context: int | None = None,
 ) -> Iterator[int]:
     """Yield new token ids, at most ``max_new_tokens``, until end-of-text (not yielded) or the context is full.
 
@@ -62,40 +72,46 @@ def generate(
         seed: seed of a separate generator, so that torch's random state does not change.
         end_of_text_id: the token that ends the text; None never stops early.
         precision: compute type.
+        context: positions of prompt and new tokens together; ``max_seq_len`` of the model by default.
 
     Raises:
-        InputError: at the call, where the prompt is empty, fills the context or is text.
+        InputError: at the call, where the prompt is empty, fills the context or is text; at a token, where the logits
+            are not finite.
     """
-    limit = model.config.max_seq_len
+    limit = context or model.config.max_seq_len
+    if not 0 < limit <= model.config.max_seq_len:
+        raise InputError(f"the context must be from 1 to the model's {model.config.max_seq_len} tokens, got {limit}")
     if isinstance(prompt, str):
         raise InputError(f"the prompt must be token ids, got {prompt!r}; use moe_gpt.load(...).generate for text")
     if not len(prompt):
         raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
     if len(prompt) >= limit:
+        longer = f", or raise the context up to the model's {model.config.max_seq_len} (--context, context=)"
         raise InputError(
             f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it"
+            + longer * (limit < model.config.max_seq_len)
         )
-    return _generate(model, prompt, max_new_tokens, sampling or SamplingConfig(), seed, end_of_text_id, precision)
+    n_new = min(max_new_tokens, limit - len(prompt))
+    return _generate(model, prompt, n_new, sampling or SamplingConfig(), seed, end_of_text_id, precision)
 
 
 @torch.inference_mode()
 def _generate(
     model: MoEGPT,
     prompt: Sequence[int],
-    max_new_tokens: int,
+    n_new: int,
     sampling: SamplingConfig,
     seed: int,
     end_of_text_id: int | None,
     precision: Precision,
 ) -> Iterator[int]:
-    device, limit = model.embedding.weight.device, model.config.max_seq_len
+    device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same on every device
-    capacity = min(limit, len(prompt) + max_new_tokens)
     dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype
-    cache = KVCache(model.config, 1, capacity, device, dtype)
+    cache = KVCache(model.config, 1, len(prompt) + n_new, device, dtype)
     tokens = torch.tensor([list(prompt)], device=device)
     with evaluating(model):
-        for _ in range(capacity - len(prompt)):
+        for _ in range(n_new):
             with autocast(device, precision):
                 logits = model.next_token_logits(tokens, cache)[0]
             probs = next_token_probs(logits.cpu(), sampling)

@@ -95,6 +95,7 @@ class Evaluator:
         self._end = tokenizer.end_of_text_id if keeps_documents_apart else None
         self._rows = {s.config.name: validation_rows(s.validation.tokens, seq_len, max_tokens) for s in sources}
         self._token_bytes = tokenizer.token_bytes()
+        self._bytes_per_token_byte = {s.config.name: s.validation.bytes_per_token_byte for s in sources}
         self._batch_tokens = batch_tokens
 
     def __call__(self, model: MoEGPT, precision: Precision) -> dict[str, Score]:
@@ -112,9 +113,10 @@ class Evaluator:
     def evaluate(self, model: MoEGPT, precision: Precision) -> dict[str, SourceEvaluation]:
         """Evaluate each source in one pass over its held-out tokens. The model's mode stays as it is."""
         with evaluating(model):
-            return {name: self._evaluate(model, rows, precision) for name, rows in self._rows.items()}
+            return {name: self._evaluate(model, name, precision) for name in self._rows}
 
-    def _evaluate(self, model: MoEGPT, rows: Batch, precision: Precision) -> SourceEvaluation:
+    def _evaluate(self, model: MoEGPT, name: str, precision: Precision) -> SourceEvaluation:
+        rows = self._rows[name]
         device, length = model.embedding.weight.device, rows.inputs.shape[1]
         nats, counts, tokens_per_expert, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), None, 0
         for batch in self._micro_batches(rows, device):
@@ -130,7 +132,7 @@ class Evaluator:
             if stats:
                 new = stats.tokens_per_expert.cpu().numpy()
                 tokens_per_expert = new if tokens_per_expert is None else tokens_per_expert + new
-        return SourceEvaluation(nats, counts, n_bytes, tokens_per_expert)
+        return SourceEvaluation(nats, counts, round(n_bytes * self._bytes_per_token_byte[name]), tokens_per_expert)
 
     def slices(self, max_tokens: int) -> dict[str, np.ndarray]:
         """Return the first whole sequences (B, T) of each source's held-out tokens, about ``max_tokens`` of them."""

@@ -25,22 +25,26 @@ def score_documents(
     precision: Precision,
     stride: int,
     batch_tokens: int = 16_384,
+    context: int | None = None,
 ) -> Score:
     """Score any text with a window that moves by ``stride`` tokens.
 
-    Every token is predicted once. Its context is at least the model's context minus ``stride`` tokens, if the document
+    Every token is predicted once. Its context is at least the windows' length minus ``stride`` tokens, if the document
     has that many before it. End-of-text precedes the first token and is not scored. The bits per byte are therefore
     comparable with those of other tokenizers and other code.
 
     Args:
         model: its mode is restored afterwards.
         documents: each is scored on its own.
-        stride: from 1 (slowest, most context) to the model's context.
+        stride: from 1 (slowest, most context) to the context.
+        context: length of the windows; ``max_seq_len`` of the model by default.
         batch_tokens: tokens in one forward pass.
     """
-    length, device = model.config.max_seq_len, model.embedding.weight.device
+    length, device = context or model.config.max_seq_len, model.embedding.weight.device
+    if not 1 <= length <= model.config.max_seq_len:
+        raise InputError(f"the context must be from 1 to the model's {model.config.max_seq_len} tokens, got {length}")
     if not 1 <= stride <= length:
-        raise InputError(f"the stride must be from 1 to the model's context of {length} tokens, got {stride}")
+        raise InputError(f"the stride must be from 1 to the context of {length} tokens, got {stride}")
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with evaluating(model):
         windows = _windows(tokenizer, documents, length, stride)

@@ -116,7 +116,7 @@ def test_generate_is_the_command_s(loaded, run):
     ("options", "wanted"),
     [
         ({"prompt": ""}, "prompt"),
-        ({"prompt": "a " * 400}, "context of 64"),
+        ({"prompt": "a " * 400}, "context of 16 tokens, got 4.*up to the model's 64"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "top_p": 2}, "top_p"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens"),

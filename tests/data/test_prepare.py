@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from moe_gpt.config import DataConfig, SourceConfig, TokenizerConfig
 from moe_gpt.data import prepare
@@ -242,7 +243,7 @@ def test_source_that_fails_leaves_no_store():
     Path("prose/z.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="source prose: .*z.txt.* byte 0xe9 at position 3"):
         prepare_data(config_of("prose"), train_tokenizer([], 257), lambda _: None)
-    assert list(Path("cache/tokens").iterdir()) == []
+    assert list(Path("cache").glob("tokens/*")) == []
 
 
 def test_two_processes_do_not_tokenise_the_same_source_twice(monkeypatch):
@@ -308,3 +309,41 @@ def test_changed_tokenizer_in_the_cache_is_not_used():
         prepare_data(config_of("prose"), say=lambda text: None)
     path.unlink()
     prepare_data(config_of("prose"), say=lambda text: None)
+
+
+def lossy_tokenizer(normalise: bool) -> str:
+    """Write a tokenizer that lacks tokens for most bytes, or one that makes text lower case; return its path."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if normalise else list("abcdeĠ")
+    backend.normalizer = tokenizers.normalizers.Lowercase() if normalise else None
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(alphabet), show_progress=False,
+        limit_alphabet=len(alphabet),
+    )  # fmt: skip
+    backend.train_from_iterator(["a bad bed"], trainer)
+    backend.save("lossy.json")
+    return "lossy.json"
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_tokenizer_that_loses_text_is_warned_of_every_time(normalise):
+    """What is lost is shown; bytes are those of the text, also where the data is found in the cache."""
+    Path("t").mkdir()
+    for number in range(40):
+        Path(f"t/{number}.txt").write_text(f"Bad É bed {number}", encoding="utf-8")
+    n_bytes = sum(len(path.read_bytes()) for path in Path("t").iterdir())
+    config = DataConfig(
+        tokenizer=TokenizerConfig(file=lossy_tokenizer(normalise)),
+        sources=(SourceConfig(name="t", files="t/*.txt"),),
+        cache_dir="cache",
+        validation_fraction=0.3,
+    )
+    for _ in range(2):
+        said: list[str] = []
+        (source,) = prepare_data(config, say=said.append).sources
+        (warning,) = [text for text in said if text.startswith("WARNING")]
+        assert "loses text of t: 40 of the first 40 documents" in warning
+        assert source.train.n_bytes + source.validation.n_bytes == n_bytes
+        assert (source.train.bytes_per_token_byte == 1) is normalise

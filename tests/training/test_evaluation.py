@@ -54,7 +54,7 @@ def test_impossible_strides_and_empty_texts_are_refused(model_and_tokenizer):
     """With the range; and where there is nothing to score."""
     model, tokenizer = model_and_tokenizer
     for stride in (0, 17):
-        with pytest.raises(InputError, match=f"from 1 to the model's context of 16 tokens, got {stride}"):
+        with pytest.raises(InputError, match=f"from 1 to the context of 16 tokens, got {stride}"):
             score_documents(model, tokenizer, TEXTS, "fp32", stride)
     with pytest.raises(InputError, match="no text to score"):
         score_documents(model, tokenizer, [""], "fp32", 8)
@@ -80,7 +80,8 @@ def test_loss_by_position_adds_up(model_and_tokenizer):
     _, tokenizer = model_and_tokenizer
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_seq_len=200)
     tokens = np.array(tokenizer.encode(TEXTS[0] * 40))
-    source = SimpleNamespace(config=SimpleNamespace(name="a"), validation=SimpleNamespace(tokens=tokens))
+    validation = SimpleNamespace(tokens=tokens, bytes_per_token_byte=1.0)
+    source = SimpleNamespace(config=SimpleNamespace(name="a"), validation=validation)
     evaluator = Evaluator([source], tokenizer, seq_len=200, max_tokens=1000, batch_tokens=400)
     positions, score = evaluator.by_position(model, "fp32")["a"], evaluator(model, "fp32")["a"]
     assert [(p.start, p.end) for p in positions] == [(0, 64), (64, 128), (128, 200)]

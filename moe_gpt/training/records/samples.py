@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_gpt.errors import InputError
 from moe_gpt.inference.generate import SamplingConfig, generate
 from moe_gpt.ops.device import without_compiler
 from moe_gpt.training.setup import Run
@@ -17,5 +18,8 @@ def generate_samples(run: Run, n_tokens: int) -> Iterator[tuple[str, str]]:
         prompt = tokenizer.encode(source.config.prompt)[: limit - 1]
         # the blocks were compiled for batches; single tokens would compile them again
         with without_compiler():
-            new = list(generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id))
-        yield source.config.name, tokenizer.decode([*prompt, *new])
+            new = generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id)
+            try:
+                yield source.config.name, tokenizer.decode([*prompt, *new])
+            except InputError as error:  # of weights that are not finite; training's own checks judge them
+                yield source.config.name, f"({error})"

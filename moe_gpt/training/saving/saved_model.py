@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class SavedModel(NamedTuple):
     initialised_from: str | None
     router: dict[str, str] | None
     """Name and source digest of a user's router; None for ours."""
+    trained_length: int | None
+    """The longest sequence that the model was trained on; None where a user's own schedule chose it."""
 
     @property
     def weights_file(self) -> Path:
@@ -59,6 +62,8 @@ class LoadedRun(NamedTuple):
     config: RunConfig
     step: int
     path: Path
+    trained_length: int | None
+    """The longest sequence that the model was trained on; None where a user's own schedule chose it."""
 
 
 def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
@@ -97,8 +102,22 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
     state, config = read_state(path), read_config(path)
     tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
     return SavedModel(
-        path, config, tokenizer, state["step"], state["tokens_seen"], state["initialised_from"], state["router"]
+        path,
+        config,
+        tokenizer,
+        state["step"],
+        state["tokens_seen"],
+        state["initialised_from"],
+        state["router"],
+        None if state["schedule"] else _trained_length(config, state["tokens_seen"]),
     )
+
+
+def _trained_length(config: RunConfig, tokens_seen: int) -> int:
+    """Return the longest sequence of the stages that have begun."""
+    stages = config.schedule.stages
+    begun = [after.seq_len for before, after in itertools.pairwise(stages) if (before.until_tokens or 0) < tokens_seen]
+    return max([stages[0].seq_len, *begun])
 
 
 def describe_model(path: str) -> str:
@@ -125,4 +144,5 @@ def load_model(
     weights = read_weights(saved.path, saved.config.model, make_router)
     model = MoEGPT(saved.config.model, make_router)
     copy_weights(model, weights, f"checkpoint {saved.path}")
-    return LoadedRun(model.to(device).eval(), saved.tokenizer, saved.config, saved.step, saved.path)
+    model = model.to(device).eval()
+    return LoadedRun(model, saved.tokenizer, saved.config, saved.step, saved.path, saved.trained_length)

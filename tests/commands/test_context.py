@@ -1,0 +1,90 @@
+"""Evaluation and generation know how long the sequences of training were, and special tokens in prompts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from run_scripts import command
+from small_runs import change, run_training
+
+import moe_gpt
+from moe_gpt.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def run_dir(small_values, tmp_path_factory):
+    """A run that was stopped after stages of 16 and 32 positions; the model has 64."""
+    values = json.loads(json.dumps(small_values))
+    values["data"]["tokenizer"]["special_tokens"] = ["<|im_start|>"]
+    folder = tmp_path_factory.mktemp("context") / "run"
+    run_training(moe_gpt.config.RunConfig.from_mapping(values), folder, max_steps=12)
+    return folder
+
+
+def test_files_are_evaluated_at_the_length_of_training(run_dir, corpus_dir):
+    """A longer context is given on purpose, with a warning."""
+    files = str(corpus_dir / "prose_00.txt")
+    done = command("evaluate", run_dir, "--files", files)
+    assert "the window has 32 tokens" in done.stderr
+    assert "WARNING" not in done.stderr
+    longer = command("evaluate", run_dir, "--files", files, "--context", 64)
+    assert "trained on at most 32 positions" in longer.stderr
+    assert longer.stdout != done.stdout
+    assert command("evaluate", run_dir, "--files", files, "--context", 65).returncode == 2
+
+
+def test_held_out_text_is_evaluated_at_the_length_of_training(run_dir):
+    """Without a word; a longer context warns."""
+    assert "WARNING" not in command("evaluate", run_dir, "--by-position").stderr
+    assert "trained on at most 32 positions" in command("evaluate", run_dir, "--context", 64).stderr
+
+
+def test_generation_ends_at_the_length_of_training(run_dir):
+    """Again a longer context is possible, and warned of."""
+    done = command("generate", run_dir, "--prompt", "The ", "--max-new-tokens", 60)
+    assert "stopped: the context of 32 tokens is full" in done.stderr
+    longer = command("generate", run_dir, "--prompt", "The ", "--max-new-tokens", 60, "--context", 64)
+    assert "trained on at most 32 positions" in longer.stderr
+    assert longer.stdout.startswith(done.stdout.rstrip("\n\ufffd"))
+
+
+def test_length_of_a_run_whose_later_stages_never_began(small_config, tmp_path):
+    """It is that of the stages that were trained."""
+    run_training(small_config, tmp_path / "run", max_steps=2)
+    assert moe_gpt.load(tmp_path / "run").context == 16
+
+
+def test_special_tokens_in_a_prompt(run_dir):
+    """They are text unless asked for, and the note says how to ask."""
+    loaded = moe_gpt.load(run_dir)
+    spelled = "<|im_start|>a"
+    assert len(loaded.encode(spelled)) > 2
+    assert loaded.encode(spelled, special_tokens=True)[0] == loaded.tokenizer.special_id("<|im_start|>")
+    assert loaded.encode(spelled, special_tokens=True)[1:] == loaded.encode("a")
+    arguments = ["generate", run_dir, "--prompt", spelled, "--max-new-tokens", 4]
+    assert "--special-tokens" in command(*arguments).stderr
+    assert "--special-tokens" not in command(*arguments, "--special-tokens").stderr
+
+
+def test_seeds_repeat_and_differ(run_dir):
+    """The same seed gives the same text, another another; a seed out of range is refused by its flag."""
+    words = ["generate", run_dir, "--prompt", "The ", "--temperature", 1.5, "--seed"]
+    first, again, other = (command(*words, seed).stdout for seed in (3, 3, 4))
+    assert first == again != other
+    for seed in (-1, 2**64):
+        refused = command(*words, seed)
+        assert refused.returncode == 2
+        assert "--seed" in refused.stderr
+
+
+def test_weights_that_are_not_finite_are_one_line(small_config, tmp_path):
+    """Sampling says so at the command, and training goes on past its samples."""
+    config = change(small_config, "optimizer", lr=1e30)
+    config = change(config, "train", eval_every_steps=2)
+    config = change(config, "faults", max_skips_in_a_row=100)
+    run_training(config, tmp_path / "run", max_steps=6)
+    model = moe_gpt.load(tmp_path / "run")
+    model.model.output.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        model.generate("a")
