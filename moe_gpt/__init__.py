@@ -27,7 +27,13 @@ Each public name is imported on first use, so that ``import moe_gpt`` and ``--he
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# A thread that waits spins, against whoever else wants its core. This bound must stand before torch loads; it costs
+# nothing on a quiet machine, and beside busy processes training does not collapse (docs/benchmarks.md).
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ |= {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel, load, save

@@ -44,6 +44,7 @@ FAMILIES = {
         "scaling": "Measure how time and memory grow with experts, width, sequences and their length.",
         "data": "Compare two speeds: preparing text against datasets.map, and reading the stream against training.",
         "loop": "Measure the time to the first step, and the time that a run spends outside its steps.",
+        "busy": "Measure how training keeps up beside other processes that want the same cores.",
     },
 }
 """The functions of one file."""

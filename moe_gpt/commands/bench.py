@@ -103,6 +103,18 @@ def layer(*, options: Shaped = Shaped()) -> None:
     _report(options.json, functools.partial(bench_layer, options.workload(), options.rounds, options.steps))
 
 
+def busy(*, processes: Whole = 2, seconds: Whole = 18, options: Shaped = Shaped()) -> None:
+    """Measure how training keeps up beside other processes that want the same cores.
+
+    Args:
+        processes: Number of processes that spin.
+        seconds: Duration of each turn.
+    """
+    from moe_gpt.bench.busy import bench_busy
+
+    _report(options.json, functools.partial(bench_busy, options.workload(), processes, seconds, options.rounds))
+
+
 def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Shaped = Shaped()) -> None:
     """Measure decoding against transformers on the exported model.
 

@@ -1,0 +1,92 @@
+"""Training beside processes that want the same cores: ``moe-gpt bench busy``."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moe_gpt.bench.contenders import Ours, Workload
+from moe_gpt.bench.processes import measure
+from moe_gpt.bench.results import Result, tabulate
+from moe_gpt.data.encode import available_cores
+
+_RUNTIMES = ("libgomp", "libiomp5", "libomp")
+
+
+def bench_busy(workload: Workload, n_spinning: int, seconds: int, rounds: int, say: Callable) -> list[Result]:
+    """Count training steps alone and beside spinning processes, in turns; each turn is a process of its own.
+
+    The fair share is what a fair system leaves to as many threads as there are cores, beside ``n_spinning`` others.
+    """
+    steps: dict[str, list[float]] = {"alone": [], "beside": []}
+    for _ in range(rounds):
+        for name, found in steps.items():
+            with _spinning(n_spinning if name == "beside" else 0):
+                n_steps, runtime = measure(_count_steps, workload, seconds).value
+            found.append(n_steps / seconds)
+            say(f"{name}: {n_steps} steps in {seconds} s")
+    alone, beside = (statistics.median(found) for found in steps.values())
+    cores = available_cores()
+    fair = cores / (cores + n_spinning)
+    settings = ", ".join(f"{key}={os.environ[key]}" for key in sorted(os.environ) if key.startswith(("GOMP_", "KMP_")))
+    say(f"{n_spinning} spinning processes on {cores} cores; {runtime}; {settings or 'no bound on spinning'}")
+    results: list[Result] = [
+        {"name": "busy/alone", "steps_per_second": alone, "fraction": 1.0, "of_fair": 1.0},
+        {
+            "name": "busy/beside",
+            "steps_per_second": beside,
+            "fraction": beside / alone,
+            "of_fair": beside / alone / fair,
+        },
+    ]
+    columns = {
+        "": "{name}",
+        "steps/s": "{steps_per_second:.2f}",
+        "of alone": "{fraction:.0%}",
+        "of the fair share": "{of_fair:.0%}",
+    }
+    say(tabulate(results, columns))
+    return results
+
+
+def _count_steps(workload: Workload, seconds: int) -> tuple[int, str]:
+    """Return how many steps fit into the seconds, and the runtime of threads that torch brought."""
+    trained = Ours(workload)
+    trained.step()
+    n_steps, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        trained.step()
+        n_steps += 1
+    return n_steps, loaded_runtime()
+
+
+def loaded_runtime() -> str:
+    """Return the name of the OpenMP runtime that this process has loaded, as far as Linux tells it."""
+    with contextlib.suppress(OSError):
+        loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        return ", ".join(name for name in _RUNTIMES if name in loaded) or "no OpenMP runtime"
+    return "an OpenMP runtime that the system does not name"
+
+
+@contextlib.contextmanager
+def _spinning(n_processes: int) -> Iterator[None]:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_spin, daemon=True) for _ in range(n_processes)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _spin() -> None:
+    while True:
+        pass
