@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.config.section import Positive, Section, require
@@ -219,7 +219,7 @@ def extrapolate(inputs: ForecastInputs | None = None) -> PlanSection:
         raise InputError(
             "these inputs give a forecast that is too large to compute; use exponents near 0.05 to 0.1"
         ) from None
-    words = {
+    words: dict[str, Any] = {
         "ratio": results["gpt3_flops_by_law"] / given.gpt3_flops,
         "by_law": format_value(results["gpt3_pf_days_by_law"], "PF-days"),
         "taken": format_value(results["gpt3_pf_days"], "PF-days"),
