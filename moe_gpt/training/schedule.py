@@ -167,13 +167,12 @@ def count_steps(schedule: Schedule) -> int:
 def rounded_ends(schedule: Schedule) -> Iterator[str]:
     """Say which stages end before their ``until_tokens``, and which begin with a shorter sequence because of that."""
     for index, (start, end, config) in enumerate(schedule.stages):
-        if short := -start % config.seq_len:
-            yield f"stage {index} begins with one sequence of {short:,} tokens; the others have {config.seq_len:,}"
-        if config.until_tokens not in (None, end):
-            yield (
-                f"stage {index} ends at {end:,} tokens, the last whole sequence of {config.seq_len:,} before "
-                f"until_tokens={config.until_tokens:,}"
-            )
+        seq_len, until = config.seq_len, config.until_tokens
+        if short := -start % seq_len:
+            yield f"stage {index} begins with one sequence of {short:,} tokens, up to the next multiple of {seq_len:,}"
+        if until not in (None, end):
+            last = f"the last whole sequence of {seq_len:,} before until_tokens={until:,}"
+            yield f"stage {index} ends at {end:,} tokens, {last}"
 
 
 _HALVINGS = 12
