@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -26,11 +24,21 @@ class StageConfig(Section):
     """One row of the curriculum, in force until ``until_tokens`` tokens have been seen."""
 
     until_tokens: Count | None = None
-    """Tokens seen when the stage ends; null in the last row means one big epoch of the data."""
+    """Tokens seen when the stage ends, rounded down to whole sequences; null in the last row means one big epoch of the
+    data."""
     seq_len: Count
     """Tokens per sequence."""
     batch_tokens: Count | tuple[Count, Count]
     """Tokens per optimizer step: a constant, or [first, last] of a linear ramp across the stage."""
+
+    @property
+    def end(self) -> int | None:
+        """Tokens seen after the last whole sequence up to ``until_tokens``; None for one big epoch of the data."""
+        return self.until_tokens and self.whole(self.until_tokens)
+
+    def whole(self, tokens: int) -> int:
+        """Return the tokens rounded down to whole sequences."""
+        return tokens // self.seq_len * self.seq_len
 
     @property
     def batch_range(self) -> tuple[int, int]:
@@ -60,31 +68,25 @@ class ScheduleConfig(Section):
     """Share of all tokens over which wsd decays."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield stages out of order and ends that would cut a sequence."""
-        ends = [stage.until_tokens for stage in self.stages]
-        for index, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-            yield from self._end_problems(index, start or 0, end)
-        if ends[-1] is not None:
+        """Yield stages out of order, and a warm-up that is longer than the run."""
+        ends = [stage.end for stage in self.stages]
+        for index, start in enumerate([0, *ends[:-1]]):
+            yield from self._end_problems(index, start or 0)
+        if ends[-1]:
             text = f"warmup_tokens must be below the run's {ends[-1]} tokens, got {self.warmup_tokens}"
             yield from unless(self.warmup_tokens < ends[-1], text, "warmup_tokens", "stages")
 
-    def _end_problems(self, index: int, start: int, end: int | None) -> Iterator[Problem]:
-        """Yield an end that is missing, too early, or not a multiple of its own and the next stage's seq_len."""
-        key = f"stages.{index}.until_tokens"
-        if end is None:
+    def _end_problems(self, index: int, start: int) -> Iterator[Problem]:
+        """Yield an end that is missing, or that leaves no room for a sequence after the previous stage's end."""
+        stage, key = self.stages[index], f"stages.{index}.until_tokens"
+        if stage.until_tokens is None:
             text = f"{key} may be null only in the last stage, got null in stage {index}"
             yield from unless(index == len(self.stages) - 1, text, key)
-        elif end <= start:
-            yield Problem((key,), f"{key} must be greater than the previous stage's end {start}, got {end}")
-        else:
-            yield from self._unaligned_end(index, key, end)
-
-    def _unaligned_end(self, index: int, key: str, end: int) -> Iterator[Problem]:
-        seq_lens = [stage.seq_len for stage in self.stages[index : index + 2]]
-        unit = math.lcm(*seq_lens)
-        whose = " and of the next stage's ".join(f"seq_len={seq_len}" for seq_len in seq_lens)
-        text = f"{key} must be a multiple of {whose}, got {end}; use {max(1, round(end / unit)) * unit}"
-        yield from unless(end % unit == 0, text, key, f"stages.{index}.seq_len")
+            return
+        least = start + stage.seq_len
+        after = f", one sequence of seq_len={stage.seq_len}" + f" after the previous stage's end {start}" * (index > 0)
+        text = f"{key} must be at least {least}{after}, got {stage.until_tokens}"
+        yield from unless(stage.until_tokens >= least, text, key, f"stages.{index}.seq_len")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

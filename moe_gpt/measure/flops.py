@@ -72,7 +72,7 @@ def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[
     Raises:
         InputError: where the last stage ends with the data, whose size is not known here, and no tokens are given.
     """
-    end = schedule.stages[-1].until_tokens
+    end = schedule.stages[-1].end
     if tokens is not None:
         if not 1 <= tokens <= _MOST_TOKENS:
             raise InputError(f"tokens must be from 1 to {_MOST_TOKENS:.0e}, got {tokens:g}")
@@ -80,7 +80,7 @@ def stage_tokens(schedule: ScheduleConfig, tokens: float | None = None) -> list[
     if end is None:
         key = f"schedule.stages.{len(schedule.stages) - 1}.until_tokens"
         raise InputError(f"{key} is null, one big epoch of the data; give the tokens to plan for (--tokens)")
-    ends = [*(min(end, stage.until_tokens or end) for stage in schedule.stages[:-1]), end]
+    ends = [*(min(end, stage.end or end) for stage in schedule.stages[:-1]), end]
     parts = zip(schedule.stages, itertools.pairwise([0, *ends]), strict=True)
     return [StageTokens(stage.seq_len, stop - start) for stage, (start, stop) in parts if stop > start]
 

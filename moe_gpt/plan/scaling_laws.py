@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.config.section import Positive, Section, require
 from moe_gpt.errors import InputError
 from moe_gpt.plan.parameters import counts_of
 from moe_gpt.plan.quantities import PlanSection, plan_section
+from moe_gpt.terminal.numbers import format_value
 
 FLOPS_PER_PF_DAY = 8.64e19
 """1e15 FLOP/s for a day (arXiv 2001.08361, section 1.3)."""
@@ -190,28 +191,60 @@ class ForecastInputs(Section):
     token_exponent: Positive = KAPLAN_TOKENS.exponent
     compute_coefficient: Positive = GPT3_COEFFICIENT
     compute_exponent: Positive = GPT3_EXPONENT
+    crawl_bytes: Positive = 570e9
+    crawl_tokens: Positive = 400e9
+    a100_speedup: Positive = 6.0
+
+    def loss_and_pf_days(self, parameters: float) -> tuple[float, float]:
+        """Return the loss of a model of this size by L(N), and the PF-days at which L(C) reaches that loss."""
+        loss = PowerLaw(self.parameter_scale, self.parameter_exponent).loss(parameters)
+        return loss, (self.compute_coefficient / loss) ** (1 / self.compute_exponent)
 
 
 def extrapolate(inputs: ForecastInputs | None = None) -> PlanSection:
     """Repeat the forecast of 2020: the next model is to GPT-3 what GPT-3 was to GPT-2.
 
     N = GPT-3's parameters times their ratio to GPT-2's; L(N) by Kaplan; the compute at which GPT-3's curve reaches
-    that loss; the tokens at which Kaplan's L(D) does; and GPT-3's cost times the ratio of compute. Dollars are those
-    of whoever estimated GPT-3's cost: no hardware gets cheaper here.
+    that loss; and the tokens at which Kaplan's L(D) does, with as many bytes per token as GPT-3's crawl. The cost is
+    GPT-3's cost times the ratio of compute. The forecast divides by the compute that the law gives for GPT-3; a second
+    cost divides by the compute that GPT-3 took.
 
     Raises:
         InputError: where the forecast is beyond every number.
     """
     given = inputs or ForecastInputs()
     try:
-        parameters = given.gpt3_parameters * (given.gpt3_parameters / given.gpt2_parameters)
-        loss = PowerLaw(given.parameter_scale, given.parameter_exponent).loss(parameters)
-        flops = (given.compute_coefficient / loss) ** (1 / given.compute_exponent) * FLOPS_PER_PF_DAY
-        tokens = PowerLaw(given.token_scale, given.token_exponent).needed_for(loss)
-        cost = given.gpt3_cost_dollars * flops / given.gpt3_flops
+        results = _results(given)
     except (OverflowError, ZeroDivisionError):
         raise InputError(
             "these inputs give a forecast that is too large to compute; use exponents near 0.05 to 0.1"
         ) from None
-    results = {"parameters": parameters, "loss": loss, "flops": flops, "tokens": tokens, "cost": cost}
-    return plan_section("forecast", {**dataclasses.asdict(given), **results})
+    words: dict[str, Any] = {
+        "ratio": results["gpt3_flops_by_law"] / given.gpt3_flops,
+        "by_law": format_value(results["gpt3_pf_days_by_law"], "PF-days"),
+        "taken": format_value(results["gpt3_pf_days"], "PF-days"),
+    }
+    return plan_section("forecast", {**dataclasses.asdict(given), **results}, **words)
+
+
+def _results(given: ForecastInputs) -> dict[str, float]:
+    parameters = given.gpt3_parameters * (given.gpt3_parameters / given.gpt2_parameters)
+    loss, pf_days = given.loss_and_pf_days(parameters)
+    _, gpt3_pf_days = given.loss_and_pf_days(given.gpt3_parameters)
+    flops = pf_days * FLOPS_PER_PF_DAY
+    tokens = PowerLaw(given.token_scale, given.token_exponent).needed_for(loss)
+    cost_by_law = given.gpt3_cost_dollars * pf_days / gpt3_pf_days
+    return {
+        "gpt3_pf_days": given.gpt3_flops / FLOPS_PER_PF_DAY,
+        "gpt3_flops_by_law": gpt3_pf_days * FLOPS_PER_PF_DAY,
+        "gpt3_pf_days_by_law": gpt3_pf_days,
+        "parameters": parameters,
+        "loss": loss,
+        "flops": flops,
+        "pf_days": pf_days,
+        "tokens": tokens,
+        "text_bytes": tokens * given.crawl_bytes / given.crawl_tokens,
+        "cost_by_law": cost_by_law,
+        "cost_by_law_on_a100": cost_by_law / given.a100_speedup,
+        "cost": given.gpt3_cost_dollars * flops / given.gpt3_flops,
+    }

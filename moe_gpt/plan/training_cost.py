@@ -151,11 +151,11 @@ def _tokens_for(flops: float, model: ModelConfig, schedule: ScheduleConfig) -> f
     start = 0
     for stage in schedule.stages[:-1]:
         each = count_flops(model, stage.seq_len, counts_of(model)).training
-        assert stage.until_tokens is not None, "only the last stage may be open"
-        if flops <= (stage.until_tokens - start) * each:
+        assert stage.end is not None, "only the last stage may be open"
+        if flops <= (stage.end - start) * each:
             return start + flops / each
-        flops -= (stage.until_tokens - start) * each
-        start = stage.until_tokens
+        flops -= (stage.end - start) * each
+        start = stage.end
     return start + flops / count_flops(model, schedule.stages[-1].seq_len, counts_of(model)).training
 
 

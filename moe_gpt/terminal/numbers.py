@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 Unit = Literal[
-    "parameters", "FLOPs", "FLOPs/token", "FLOP/s", "bytes", "bytes/token", "bytes/s", "seconds", "dollars", "tokens",
-    "tokens/s", "nats/token", "fraction", "ratio", "GPUs", "count", "text",
+    "parameters", "FLOPs", "FLOPs/token", "FLOP/s", "PF-days", "bytes", "bytes/token", "bytes/s", "seconds", "dollars",
+    "tokens", "tokens/s", "nats/token", "fraction", "ratio", "GPUs", "count", "text",
 ]  # fmt: skip
 _IN_WORDS = {"FLOPs": "FLOP", "FLOPs/token": "FLOP/token"}
 
@@ -98,6 +98,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "tokens": _count,
     "parameters": _count,
     "nats/token": lambda value: f"{value:.3f} nats/token",
+    "PF-days": lambda value: f"{_count(float(f'{value:.4g}'))} PF-days",
     "bytes": lambda value: _scaled(value, "B"),
     "bytes/token": lambda value: _scaled(value, "B/token"),
     "bytes/s": lambda value: _scaled(value, "B/s"),

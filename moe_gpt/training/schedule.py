@@ -69,8 +69,10 @@ class Schedule:
         """Return the plan of the step that starts after ``tokens_seen`` tokens.
 
         A ramped batch grows linearly with tokens_seen from the stage's start to its end, rounded down to whole
-        sequences. A step that would cross the stage's end is shortened to end on it. The learning rate is that of
-        the step's last token, so the first is above 0 and the last is exactly ``min_lr``.
+        sequences. A step that would cross the stage's end is shortened to end on it. Sequences end on multiples of
+        their length, so that none crosses a chunk of the stream; where a step starts between two multiples, it is one
+        shorter sequence. The learning rate is that of the step's last token, so the first is above 0 and the last is
+        exactly ``min_lr``.
         """
         if not 0 <= tokens_seen < self.total_tokens:
             raise ValueError(f"tokens_seen must be at least 0 and below {self.total_tokens}, got {tokens_seen}")
@@ -78,7 +80,9 @@ class Schedule:
         seq_len = stage.config.seq_len
         first, last = stage.config.batch_range
         ramped = first + (last - first) * (tokens_seen - stage.start) // (stage.end - stage.start)
-        batch_tokens = min(ramped // seq_len * seq_len, stage.end - tokens_seen)
+        batch_tokens = min(stage.config.whole(ramped), stage.end - tokens_seen)
+        if short := -tokens_seen % seq_len:
+            seq_len = batch_tokens = short
         return StepPlan(seq_len, batch_tokens, self.lr_after(tokens_seen + batch_tokens))
 
     def lr_after(self, tokens: int) -> float:
@@ -160,6 +164,17 @@ def count_steps(schedule: Schedule) -> int:
     return sum(1 for _ in step_ends(schedule))
 
 
+def rounded_ends(schedule: Schedule) -> Iterator[str]:
+    """Say which stages end before their ``until_tokens``, and which begin with a shorter sequence because of that."""
+    for index, (start, end, config) in enumerate(schedule.stages):
+        seq_len, until = config.seq_len, config.until_tokens
+        if short := -start % seq_len:
+            yield f"stage {index} begins with one sequence of {short:,} tokens, up to the next multiple of {seq_len:,}"
+        if until not in (None, end):
+            last = f"the last whole sequence of {seq_len:,} before until_tokens={until:,}"
+            yield f"stage {index} ends at {end:,} tokens, {last}"
+
+
 _HALVINGS = 12
 """To find the share of a schedule that has a given number of steps."""
 
@@ -191,9 +206,10 @@ def fit_schedule(
 def _shrunk(config: ScheduleConfig, schedule: Schedule, share: float, n_steps: int) -> ScheduleConfig:
     stages, start = [], 0
     for index, stage in enumerate(schedule.stages):
-        unit = math.lcm(*(s.config.seq_len for s in schedule.stages[index : index + 2]))
+        seq_len, common = stage.config.seq_len, chunk_tokens([s.config for s in schedule.stages[index : index + 2]])
+        unit = seq_len if stage.end % common else common  # so that the next stage, too, begins with a whole sequence
         end = round(stage.end * share / unit) * unit
-        if end <= start:
+        if end < start + seq_len:
             raise InputError(f"schedule.stages.{index} would have no step in {n_steps} steps; raise --max-steps")
         stages.append(dataclasses.replace(stage.config, until_tokens=end))
         start = end
@@ -204,13 +220,11 @@ def _shrunk(config: ScheduleConfig, schedule: Schedule, share: float, n_steps: i
 def _with_ends(config: ScheduleConfig, big_epoch_tokens: int) -> Iterator[Stage]:
     start = 0
     for index, stage in enumerate(config.stages):
-        end = stage.until_tokens
-        if end is None:
-            end = start + (big_epoch_tokens - start) // stage.seq_len * stage.seq_len
-            if end <= start:
-                raise InputError(
-                    f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
-                    f"big epoch has {big_epoch_tokens}; give until_tokens, or end the previous stage earlier"
-                )
+        if stage.until_tokens is None and big_epoch_tokens < start + stage.seq_len:
+            raise InputError(
+                f"schedule.stages.{index} starts at {start} tokens and needs seq_len={stage.seq_len} more, but one "
+                f"big epoch has {big_epoch_tokens}; give until_tokens, or end the previous stage earlier"
+            )
+        end = stage.end or stage.whole(big_epoch_tokens)
         yield Stage(start, end, stage)
         start = end

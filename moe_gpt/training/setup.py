@@ -42,7 +42,7 @@ from moe_gpt.training.saving.run_folder import (
     refuse_existing_run,
 )
 from moe_gpt.training.saving.store import Damaged, find_good_checkpoint
-from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule
+from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule, rounded_ends
 from moe_gpt.training.step import TrainState
 
 
@@ -188,9 +188,8 @@ def assemble(
     """
     refuse_full_size(config, device)
     data = prepare_data(config.data, start.tokenizer, say)
-    config, schedule, shares = fill_in(config, data, start.vocab_size, fit_steps)
-    if own.schedule is not None:
-        schedule = OwnSchedule(own.schedule, schedule, config.model.max_seq_len)
+    config, table, shares = fill_in(config, data, start.vocab_size, fit_steps)
+    schedule = _followed(own, table, config.model.max_seq_len, say)
     precision = pick_precision(config.train.precision, device)
     tune_process(device, config.train.deterministic)
     environment = describe_environment(device, precision)
@@ -220,6 +219,15 @@ def assemble(
         changes=changes,
         passes=_passes(data, shares, schedule.total_tokens),
     )
+
+
+def _followed(own: OwnParts, table: Schedule, max_seq_len: int, say: Callable[[str], None]) -> Schedule:
+    """Return the user's schedule, or else that of the stage table; say where a stage ends early."""
+    if own.schedule is not None:
+        return OwnSchedule(own.schedule, table, max_seq_len)
+    for note in rounded_ends(table):
+        say(f"note: {note}")
+    return table
 
 
 def _passes(data: PreparedData, shares: Sequence[float], total_tokens: int) -> dict[str, float]:
@@ -338,12 +346,11 @@ def fill_in(
     if fit_steps:
         fitted = fit_schedule(config.schedule, config.optimizer, schedule, fit_steps)
         config, schedule = dataclasses.replace(config, schedule=fitted), Schedule(fitted, config.optimizer, 0)
-    *stages, last = config.schedule.stages
-    last = dataclasses.replace(last, until_tokens=schedule.total_tokens)
+    stages = [dataclasses.replace(stage.config, until_tokens=stage.end) for stage in schedule.stages]
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        schedule=dataclasses.replace(config.schedule, stages=(*stages, last)),
+        schedule=dataclasses.replace(config.schedule, stages=tuple(stages)),
     )
     return config, schedule, shares
 

@@ -176,24 +176,20 @@ def test_single_expert_per_token_is_allowed_where_the_router_still_learns(load, 
         ("{seq_len: 64, batch_tokens: [64, 100]}", ["stages.0.batch_tokens", "seq_len=64", "got 100", "use 128"]),
         ("{seq_len: 64, batch_tokens: [64]}", ["stages.0.batch_tokens", "list of 2", "[64]"]),
         (
-            "{seq_len: 64, batch_tokens: 64, until_tokens: 100}",
-            ["stages.0.until_tokens", "seq_len=64", "100", "use 128"],
+            "{seq_len: 64, batch_tokens: 64, until_tokens: 63}",
+            ["stages.0.until_tokens", "at least 64", "seq_len=64", "got 63"],
         ),
         (
             "{seq_len: 64, batch_tokens: 64, until_tokens: 640}, {seq_len: 64, batch_tokens: 64, until_tokens: 320}",
-            ["stages.1.until_tokens", "640", "got 320"],
+            ["stages.1.until_tokens", "at least 704", "640", "got 320"],
         ),
         (
             "{seq_len: 64, batch_tokens: 64, until_tokens: 640}, {seq_len: 64, batch_tokens: 64, until_tokens: 640}",
-            ["stages.1.until_tokens", "greater", "got 640"],
+            ["stages.1.until_tokens", "at least 704", "seq_len=64", "got 640"],
         ),
         (
-            "{seq_len: 64, batch_tokens: 64, until_tokens: 640}, {seq_len: 128, batch_tokens: 128, until_tokens: 800}",
-            ["stages.1.until_tokens", "seq_len=128", "got 800", "use 768"],
-        ),
-        (
-            "{seq_len: 64, batch_tokens: 64, until_tokens: 320}, {seq_len: 128, batch_tokens: 128}",
-            ["stages.0.until_tokens", "seq_len=64 and of the next stage's seq_len=128", "got 320", "use 256"],
+            "{seq_len: 64, batch_tokens: 64, until_tokens: 700}, {seq_len: 128, batch_tokens: 128, until_tokens: 767}",
+            ["stages.1.until_tokens", "at least 768", "seq_len=128", "640", "got 767"],
         ),
         (
             "{seq_len: 64, batch_tokens: 64}, {seq_len: 64, batch_tokens: 64, until_tokens: 640}",
@@ -202,7 +198,7 @@ def test_single_expert_per_token_is_allowed_where_the_router_still_learns(load, 
     ],
 )
 def test_impossible_curriculum_is_refused(problems, stages, parts):
-    """Each impossible row of the stage table is exactly one problem with its number, values and the nearest value."""
+    """Each impossible row of the stage table is exactly one problem with its number, values and what would be right."""
     (line,) = problems(f"schedule: {{stages: [{stages}]}}")
     assert line.startswith("schedule.stages")
     assert [part for part in parts if part not in line] == []

@@ -38,6 +38,8 @@ SECTIONS = [
         (512, "parameters", "512"),
         (8192, "tokens", "8,192"),
         (2.175e25, "FLOPs", "21.75 YFLOP"),
+        (18_322.6, "PF-days", "18,320 PF-days"),
+        (0.25, "PF-days", "0.25 PF-days"),
         (30.53e9, "bytes", "30.53 GB"),
         (61_440, "bytes/token", "61.44 kB/token"),
         (95 * 86_400.0, "seconds", "95 days"),

@@ -177,9 +177,46 @@ def test_forecast_by_hand():
     assert forecast["cost"] == pytest.approx(43.5e9, rel=0.002)
 
 
+def test_forecast_has_the_costs_and_the_text_of_2020():
+    """The figures that were printed then: 18,300 and 3.43e7 PF-days, $8.6 billion, $1.4 billion on A100s, 23 TB."""
+    forecast = extrapolate()
+    # by hand: 4.6e6 · 3.43e7 / 18,300 = 8.62e9; / 6 = 1.44e9; / 3 = 2.87e9; 16.8e12 tokens · 570 / 400 bytes = 23.9e12
+    assert forecast["gpt3_pf_days_by_law"] == pytest.approx(18_300, rel=0.002)
+    assert forecast["pf_days"] == pytest.approx(3.43e7, rel=0.002)
+    assert forecast["cost_by_law"] == pytest.approx(8.62e9, rel=0.001)
+    assert forecast["cost_by_law_on_a100"] == pytest.approx(1.437e9, rel=0.001)
+    assert extrapolate(ForecastInputs(a100_speedup=3))["cost_by_law_on_a100"] == pytest.approx(2.873e9, rel=0.001)
+    assert forecast["text_bytes"] == pytest.approx(23.9e12, rel=0.001)
+    at_a_rounded_loss = KAPLAN_TOKENS.needed_for(1.12) * 570 / 400
+    assert at_a_rounded_loss == pytest.approx(23.3e12, rel=0.002)  # as the note says
+
+
+def test_forecast_shows_compute_in_flops_and_in_pf_days():
+    """One PF-day is 8.64e19 FLOPs, and GPT-3's 3.14e23 FLOPs are 3,634 PF-days (table D.1: 3,640)."""
+    forecast = extrapolate()
+    for flops, pf_days in (
+        ("gpt3_flops", "gpt3_pf_days"),
+        ("gpt3_flops_by_law", "gpt3_pf_days_by_law"),
+        ("flops", "pf_days"),
+    ):
+        assert forecast[flops] == pytest.approx(forecast[pf_days] * 8.64e19)
+    assert forecast["gpt3_pf_days"] == pytest.approx(3634.26, abs=0.01)
+    shown = {quantity.name: quantity.shown() for quantity in forecast.quantities}
+    assert (shown["gpt3_pf_days_by_law"], shown["pf_days"]) == ("18,320 PF-days", "34.33 million PF-days")
+
+
+def test_forecast_says_why_there_are_two_costs():
+    """The costs differ by what the law overstates of GPT-3's own compute, and a note has both numbers."""
+    forecast = extrapolate(ForecastInputs(gpt3_flops=8.64e22))  # 1,000 PF-days
+    overstated = forecast["gpt3_flops_by_law"] / forecast["gpt3_flops"]
+    assert overstated == pytest.approx(18.3, abs=0.05)
+    assert forecast["cost"] / forecast["cost_by_law"] == pytest.approx(overstated)
+    assert any("18,320 PF-days" in note and "1,000 PF-days" in note and "18 times" in note for note in forecast.notes)
+
+
 def test_forecast_prints_every_input_and_follows_it():
     """Each input is a quantity with the value given, and changing it changes the forecast."""
-    results = ("parameters", "loss", "flops", "tokens", "cost")
+    results = ("parameters", "loss", "flops", "tokens", "cost", "text_bytes", "cost_by_law_on_a100")
     for name, default in dataclasses.asdict(ForecastInputs()).items():
         assert extrapolate()[name] == default
         changed = extrapolate(ForecastInputs(**{name: 1.01 * default}))

@@ -50,6 +50,15 @@ def test_stage_tokens_cut_and_prolong():
     assert stage_tokens(SMALL.schedule, 1000) == [(16, 160), (32, 840)]
 
 
+def test_round_ends_cost_what_their_whole_sequences_do():
+    """A stage is planned up to the last whole sequence before its until_tokens, as it is trained."""
+    stages = tuple(dataclasses.replace(stage, until_tokens=stage.until_tokens + 15) for stage in STAGES)
+    config = dataclasses.replace(SMALL, schedule=ScheduleConfig(stages=stages))
+    assert stage_tokens(config.schedule) == stage_tokens(SMALL.schedule)
+    for compute in (compute_section, lambda *given: tokens_from_budget(*given, 1e-9)):
+        assert compute(config, options()).values == compute(SMALL, options()).values
+
+
 def test_stage_tokens_of_a_run_that_ends_with_its_data():
     """A last stage without an end needs the tokens to be given."""
     schedule = ScheduleConfig(stages=(STAGES[0], StageConfig(seq_len=32, batch_tokens=32)))

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from small_runs import CPU, Silent, change, run_training, whole_run
+from small_runs import CPU, Silent, change, run_training, steps, whole_run
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
@@ -285,6 +285,24 @@ def test_open_schedule_is_one_big_epoch(small_config, tmp_path):
     sizes = {source.config.name: len(source.train) for source in run.data.sources}
     assert sizes["prose"] + 2 * sizes["code"] - run.schedule.total_tokens in range(64)
     assert run.passes == {"prose": pytest.approx(1, rel=0.01), "code": pytest.approx(2, rel=0.01)}
+
+
+def test_round_ends_are_said_and_resumed(small_config, tmp_path):
+    """The start says where stages really end; the config that is saved has these ends, and the same run goes on."""
+    ends = zip(small_config.schedule.stages, (1010, 3000, 6000), strict=True)
+    stages = tuple(dataclasses.replace(stage, until_tokens=end) for stage, end in ends)
+    config, said = change(small_config, "schedule", stages=stages), []
+    run = set_up_run(config, tmp_path / "run", CPU, say=said.append)
+    parts = ("ends at 1,008", "one sequence of 16 ", "ends at 2,976", "one sequence of 32 ", "ends at 5,952")
+    notes = [text for text in said if text.startswith("note: stage ")]
+    assert [part in note for part, note in zip(parts, notes, strict=True)] == [True] * 5
+    assert [stage.until_tokens for stage in run.config.schedule.stages] == [1008, 2976, 5952]
+    run_training(config, tmp_path / "run", max_steps=9)
+    run, outcome = run_training(config, tmp_path / "run", resume=True)
+    assert (outcome, run.state.tokens_seen, run.changes) == ("finished", 5952, [])
+    assert steps(tmp_path / "run")[-1]["loss"] == steps(whole_run(config))[-1]["loss"]
+    shapes = [(line["seq_len"], line["batch_tokens"]) for line in steps(tmp_path / "run")]
+    assert [shape for shape in shapes if shape[0] == shape[1]] == [(16, 16), (32, 32)]
 
 
 def test_evaluation_by_hand(small_config, tmp_path):

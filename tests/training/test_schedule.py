@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
 from moe_gpt.errors import InputError
-from moe_gpt.training.schedule import Schedule, StepPlan
+from moe_gpt.training.schedule import Schedule, StepPlan, chunk_tokens, count_steps, fit_schedule, rounded_ends
 
 law = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -55,9 +55,15 @@ def test_schedule_follows_the_stage_table(tokens_seen, seq_len, batch_tokens):
 
 @pytest.mark.parametrize(("end", "before", "after"), [(1024, 64, 128), (3072, 128, 256)])
 def test_stage_begins_exactly_where_the_previous_one_ends(end, before, after):
-    """One token before a stage's end the old row holds; at the end and one token later the new one."""
+    """One sequence before a stage's end the old row holds; at the end and one sequence later the new one."""
     schedule = make_schedule()
-    assert [schedule.at(end + offset).seq_len for offset in (-1, 0, 1)] == [before, after, after]
+    assert [schedule.at(end + offset).seq_len for offset in (-before, 0, after)] == [before, after, after]
+
+
+@pytest.mark.parametrize(("tokens_seen", "seq_len"), [(1, 63), (1023, 1), (1025, 127), (3073, 255)])
+def test_step_between_two_sequences_is_the_rest_of_one(tokens_seen, seq_len):
+    """Where a changed table resumes between two multiples of seq_len, one shorter sequence leads to the next."""
+    assert make_schedule().at(tokens_seen)[:2] == (seq_len, seq_len)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +114,73 @@ def test_steps_cover_the_run_exactly_once(rows):
         assert plan.batch_tokens % plan.seq_len == 0
         assert plan.batch_tokens <= max(stage.batch_range)
         assert plan.batch_tokens >= min(*stage.batch_range, stage.until_tokens - seen)
+
+
+@law
+@given(st.lists(st.tuples(st.integers(1, 16), st.integers(0, 300), st.integers(1, 9), st.integers(1, 9)), min_size=1))
+def test_any_end_after_a_sequence_is_rounded_to_whole_sequences(rows):
+    """A stage loses less than one sequence; only its first may be shorter, and none crosses a chunk of the stream."""
+    stages, start = [], 0
+    for seq_len, more, first, last in rows:
+        batch_tokens = (first * seq_len, last * seq_len)
+        stages.append(StageConfig(until_tokens=start + seq_len + more, seq_len=seq_len, batch_tokens=batch_tokens))
+        start = stages[-1].end
+    schedule, unit = make_schedule(stages), chunk_tokens(stages)
+    walked = steps(schedule)
+    assert {stage.end for stage in stages} <= {seen + plan.batch_tokens for seen, plan in walked}
+    for stage, row in zip(schedule.stages, stages, strict=True):
+        assert (stage.end % row.seq_len, stage.end) == (0, row.end)
+        assert row.until_tokens - row.seq_len < stage.end <= row.until_tokens
+        (first_seen, first_plan), *others = [step for step in walked if stage.start <= step[0] < stage.end]
+        assert (first_seen, first_plan.seq_len) == (stage.start, -stage.start % row.seq_len or row.seq_len)
+        assert {plan.seq_len for _, plan in others} <= {row.seq_len}
+        assert all(plan.batch_tokens <= max(row.batch_range) for _, plan in others)
+    for seen, plan in walked:
+        assert plan.batch_tokens % plan.seq_len == 0
+        begins = range(seen, seen + plan.batch_tokens, plan.seq_len)
+        assert all(begin // unit == (begin + plan.seq_len - 1) // unit for begin in begins)
+
+
+@pytest.mark.parametrize("seq_len", [1, 64, 100, 256, 1000, 2048, 8191])
+def test_a_billion_tokens_are_accepted_at_every_sequence_length(seq_len):
+    """The end is the last whole sequence, which a note says; a table that has this end needs no note."""
+    batch_tokens = 2**16 // seq_len * seq_len
+    schedule = make_schedule([StageConfig(until_tokens=1e9, seq_len=seq_len, batch_tokens=batch_tokens)])
+    assert schedule.total_tokens == 10**9 - 10**9 % seq_len
+    resolved = make_schedule([until(schedule.total_tokens, seq_len)])
+    assert resolved.total_tokens == schedule.total_tokens
+    assert list(rounded_ends(resolved)) == []
+    said = [
+        f"stage 0 ends at {schedule.total_tokens:,} tokens",
+        f"last whole sequence of {seq_len:,} ",
+        "1,000,000,000",
+    ]
+    notes = list(rounded_ends(schedule))
+    assert len(notes) == (10**9 % seq_len > 0)
+    assert all(part in note for note in notes for part in said)
+
+
+def test_stage_that_begins_between_two_of_its_sequences_says_so():
+    """64 tokens lead from 320 to the next multiple of 128; the open stage after it is rounded without a word."""
+    schedule = make_schedule([until(330, 64), until(700, 128), until(None, 100)], big_epoch_tokens=1050)
+    assert [stage.end for stage in schedule.stages] == [320, 640, 1000]
+    notes = list(rounded_ends(schedule))
+    assert ["stage 0 ends at 320" in notes[0], "stage 1 begins with one sequence of 64 " in notes[1]] == [True, True]
+    assert ["stage 1 ends at 640" in notes[2], "stage 2 begins with one sequence of 60 " in notes[3]] == [True, True]
+    assert len(notes) == 4
+    assert schedule.at(320)[:2] == (64, 64)
+    assert schedule.at(384)[:2] == (128, 128)
+
+
+def test_schedule_that_fits_keeps_its_rounded_ends():
+    """Shrinking to as many steps as there are changes no end; to fewer, every stage still ends on whole sequences."""
+    config = ScheduleConfig(stages=(until(330, 64), until(2000, 127)))
+    schedule = Schedule(config, OptimizerConfig(), 0)
+    fitted = fit_schedule(config, OptimizerConfig(), schedule, count_steps(schedule))
+    assert [stage.until_tokens for stage in fitted.stages] == [320, 1905]
+    shorter = Schedule(fit_schedule(config, OptimizerConfig(), schedule, 9), OptimizerConfig(), 0)
+    assert count_steps(shorter) <= 9
+    assert all(plan.batch_tokens % plan.seq_len == 0 for _, plan in steps(shorter))
 
 
 @pytest.mark.parametrize("decay", ["cosine", "wsd", "none"])
