@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import statistics
@@ -15,14 +16,19 @@ from moe_gpt.bench.processes import measure
 from moe_gpt.bench.results import Result, tabulate
 from moe_gpt.data.encode import available_cores
 
+_STEP_TOKENS = 2048
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
 def bench_busy(workload: Workload, n_spinning: int, seconds: int, rounds: int, say: Callable) -> list[Result]:
     """Count training steps alone and beside spinning processes, in turns; each turn is a process of its own.
 
+    A step has at most 2,048 tokens, because threads wait most often where operations are small.
     The fair share is what a fair system leaves to as many threads as there are cores, beside ``n_spinning`` others.
     """
+    n_sequences = min(workload.n_sequences, max(1, _STEP_TOKENS // workload.seq_len))
+    n_tokens = n_sequences * workload.seq_len
+    workload = dataclasses.replace(workload, n_sequences=n_sequences, micro_batch_tokens=n_tokens)
     steps: dict[str, list[float]] = {"alone": [], "beside": []}
     for _ in range(rounds):
         for name, found in steps.items():
