@@ -57,6 +57,7 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
         saved.tokens_seen,
         scores_at(saved.run_dir / "metrics.jsonl", saved.step),
         describe_model(saved.initialised_from) if saved.initialised_from else None,
+        saved.trained_length,
     )
     hugging_face.export(
         config.model,

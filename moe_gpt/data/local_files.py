@@ -167,7 +167,13 @@ def _arrow_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
     else:
         batches = table = pyarrow.ipc.open_stream(file)
     _check_columns(table.schema.names, columns)
-    yield from _rows_of(batch.select(list(columns)) for batch in batches)
+    yield from _rows_of(_validated(batch.select(list(columns))) for batch in batches)
+
+
+def _validated(batch: Any) -> Any:
+    """Return a batch whose offsets lie inside it: reading a damaged one would end the process."""
+    batch.validate(full=True)
+    return batch
 
 
 def _rows_of(batches: Iterable[Any]) -> Iterator[Row]:

@@ -22,6 +22,8 @@ class Training(NamedTuple):
     """Per source, ``ce_loss`` in nats per token and ``bits_per_byte`` on held-out text; empty if not evaluated."""
     started_from: str | None = None
     """The model that the initial weights came from."""
+    trained_length: int | None = None
+    """The longest sequence of training, if it is known."""
 
 
 def model_card(name: str, training: Training, dtype: str, licence: str) -> str:

@@ -88,3 +88,11 @@ def test_weights_that_are_not_finite_are_one_line(small_config, tmp_path):
     model.model.output.weight.data.fill_(float("nan"))
     with pytest.raises(InputError, match="not finite"):
         model.generate("a")
+
+
+def test_model_card_names_the_length_of_training(run_dir, tmp_path):
+    """The exported context stays that of the model."""
+    assert command("export", run_dir, tmp_path / "hf").returncode == 0
+    assert "sequences of at most 32 tokens" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["max_position_embeddings"] == 64
+    assert moe_gpt.load(tmp_path / "hf").context == 64
