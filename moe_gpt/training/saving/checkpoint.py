@@ -22,6 +22,7 @@ from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
+from moe_gpt.files.inside import inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.shapes import shapes_only
@@ -37,7 +38,8 @@ _STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
 FILES = (WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
 FILES_TO_USE_A_MODEL = (WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
-_LARGEST_MANIFEST = 1_000_000
+_LARGEST_MANIFEST, LARGEST_CONFIG = 1_000_000, 100_000
+"""Sizes in bytes. YAML needs some 400 times as much memory as its text."""
 _ADDED_IN_VERSION_2: dict[str, Any] = {
     "skipped_windows": [],
     "skips_in_a_row": 0,
@@ -176,7 +178,7 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
     for name in names:
         _check_size(path, name, manifest[name].bytes)
     for name in names:
-        if read_digest(path / name) != manifest[name]:
+        if read_digest(inside(path, name)) != manifest[name]:
             raise InputError(f"checkpoint {path}: {name} has changed since it was saved, because its SHA-256 differs")
     step = read_state(path)["step"]
     if re.fullmatch(r"step_\d+", path.name) and int(path.name[5:]) != step:
@@ -186,19 +188,17 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
 
 
 def _check_size(path: Path, name: str, wanted: int) -> None:
-    if not (path / name).is_file():
+    file = inside(path, name)
+    if not file.is_file():
         raise InputError(f"checkpoint {path}: {name} is missing")
-    size = (path / name).stat().st_size
+    size = file.stat().st_size
     if size != wanted:
         raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, but {wanted:,} were saved")
 
 
 def _read_manifest(path: Path) -> dict[str, FileDigest]:
-    file = path / MANIFEST
     try:
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise ValueError(f"{file.stat().st_size} bytes are too many")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(inside(path, MANIFEST, at_most=_LARGEST_MANIFEST).read_text(encoding="utf-8"))
         if set(values) != set(FILES):
             raise ValueError(f"the manifest must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
         return {name: _digest(**values[name]) for name in values}
@@ -216,11 +216,13 @@ def _digest(**values: Any) -> FileDigest:
 def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added."""
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        state = read_json(path, _STATE)
         version = state["format_version"]
         known = {key: state[key] for key in ("step", "tokens_seen", "data_fingerprint", "environment")}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error!r}") from None
+    except KeyError as error:
+        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: it must have {error}") from None
+    except (OSError, InputError) as error:
+        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error}") from None
     if version not in (1, FORMAT_VERSION):
         raise InputError(f"checkpoint {path} has format version {version}; this code reads 1 and {FORMAT_VERSION}")
     if not all(isinstance(known[key], int) and known[key] >= 0 for key in ("step", "tokens_seen")):
@@ -231,7 +233,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> RunConfig:
     """Return the resolved config saved with a checkpoint."""
     try:
-        text = (path / _CONFIG).read_text(encoding="utf-8")
+        text = inside(path, _CONFIG, at_most=LARGEST_CONFIG).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"checkpoint {path}: {_CONFIG} is not UTF-8 text: {error}") from None
     try:
@@ -246,7 +248,7 @@ def read_config(path: Path) -> RunConfig:
 
 def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
     """Return the tokenizer saved with a checkpoint."""
-    return Tokenizer.load(path / _TOKENIZER, end_of_text)
+    return Tokenizer.load(inside(path, _TOKENIZER), end_of_text)
 
 
 def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
@@ -258,7 +260,7 @@ def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Rout
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
             safetensors.
     """
-    reader = TensorReader([path / WEIGHTS])
+    reader = TensorReader([inside(path, WEIGHTS)])
     if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
         raise InputError(f"checkpoint {path} is of another model, with {len(reader.names)} tensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
@@ -296,7 +298,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
     """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
     model = state.model
     copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
-    saved = TensorReader([path / _OPTIMIZER])
+    saved = TensorReader([inside(path, _OPTIMIZER)])
     for name, parameter in model.named_parameters():
         state.optimizer.state.pop(parameter, None)
         if f"{name}.step" in saved.names:
@@ -308,7 +310,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
     state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
-    _restore_generators(TensorReader([path / _GENERATORS]), model.embedding.weight.device)
+    _restore_generators(TensorReader([inside(path, _GENERATORS)]), model.embedding.weight.device)
 
 
 def _restore_generators(saved: TensorReader, device: torch.device) -> None:
