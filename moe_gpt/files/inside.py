@@ -15,6 +15,8 @@ from typing import Any
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.mistaken import disguise, unfinished_download
 
+LARGEST_YAML = 100_000
+"""Bytes of a config: YAML needs some hundred times the memory of its text."""
 _MOST_VALUES = 500_000
 """Of a JSON file: each needs up to 100 bytes of memory. The largest indices on the hub have some 100,000."""
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_gpt.files.inside import inside
+
 
 class FoundLines(NamedTuple):
     """What a file of JSON lines has."""
@@ -28,9 +30,12 @@ def read_json_lines(
 
     Raises:
         OSError: where the file cannot be read.
+        InputError: where it is a link out of its folder, or no file.
     """
     lines, n_left_out = [], 0
-    with open(path, encoding="utf-8", errors="replace") as file:  # a line at a time: the file may be large
+    with open(
+        inside(path.parent, path.name), encoding="utf-8", errors="replace"
+    ) as file:  # a line at a time: the file may be large
         for text in file:
             line = None if n_left_out and stops_at_damage else _parse(text, is_sound)
             if line is None:

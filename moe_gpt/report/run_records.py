@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.files.inside import inside
+from moe_gpt.files.inside import LARGEST_YAML, inside
 from moe_gpt.files.json_lines import FoundLines, read_json_lines
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.metric_names import VALIDATION
@@ -106,7 +106,7 @@ class _Reader:
         """Return what can be read from a file of the folder, or else ``otherwise``, with a note that says why."""
         try:
             return read(inside(self.folder, *names))
-        except (OSError, ValueError, yaml.YAMLError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.notes.append(f"{names[-1]} cannot be read{what}: {reason}")
             return otherwise
@@ -160,7 +160,7 @@ class _Reader:
 
 
 def _load_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml.safe_load(inside(path.parent, path.name, at_most=LARGEST_YAML).read_text(encoding="utf-8"))
 
 
 def _notes_on_gaps(run: RunRecords) -> list[str]:

@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
-from moe_gpt.files.inside import inside, read_json
+from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.shapes import shapes_only
@@ -38,19 +39,33 @@ _STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
 FILES = (WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
 FILES_TO_USE_A_MODEL = (WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
-_LARGEST_MANIFEST, LARGEST_CONFIG = 1_000_000, 100_000
-"""Sizes in bytes. YAML needs some 400 times as much memory as its text."""
-_ADDED_IN_VERSION_2: dict[str, Any] = {
-    "skipped_windows": [],
-    "skips_in_a_row": 0,
-    "rollbacks": 0,
-    "changes": [],
-    "score": None,
-    "is_scheduled": True,
-    "initialised_from": None,
-    "router": None,
-    "schedule": None,
-}
+_LARGEST_MANIFEST = 1_000_000
+
+
+class _OwnCode(pydantic.BaseModel, strict=True):
+    """A user's router or schedule (``describe_source``)."""
+
+    name: str
+    digest: str
+
+
+class _State(pydantic.BaseModel, strict=True, extra="allow"):
+    """The contents of ``state.json``. Format 1 lacks the keys with defaults."""
+
+    format_version: Literal[1, 2]
+    step: pydantic.NonNegativeInt
+    tokens_seen: pydantic.NonNegativeInt
+    data_fingerprint: dict[str, str]
+    environment: dict[str, Any]
+    skipped_windows: list[Annotated[list[int], pydantic.Field(min_length=2, max_length=2)]] = []
+    skips_in_a_row: pydantic.NonNegativeInt = 0
+    rollbacks: pydantic.NonNegativeInt = 0
+    changes: list[dict[str, Any]] = []
+    score: float | None = None
+    is_scheduled: bool = True
+    initialised_from: str | None = None
+    router: _OwnCode | None = None
+    schedule: _OwnCode | None = None
 
 
 class RunIdentity(NamedTuple):
@@ -217,23 +232,22 @@ def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added."""
     try:
         state = read_json(path, _STATE)
-        version = state["format_version"]
-        known = {key: state[key] for key in ("step", "tokens_seen", "data_fingerprint", "environment")}
-    except KeyError as error:
-        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: it must have {error}") from None
+        version = state.get("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise InputError(f"it has format version {shown(version)}; this code reads 1 and {FORMAT_VERSION}")
+        return _State.model_validate(state).model_dump()
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {shown(first['input'])}"
+        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {reason}") from None
     except (OSError, InputError) as error:
         raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error}") from None
-    if version not in (1, FORMAT_VERSION):
-        raise InputError(f"checkpoint {path} has format version {version}; this code reads 1 and {FORMAT_VERSION}")
-    if not all(isinstance(known[key], int) and known[key] >= 0 for key in ("step", "tokens_seen")):
-        raise InputError(f"checkpoint {path}: {_STATE} needs step and tokens_seen of at least 0, got {shown(known)}")
-    return _ADDED_IN_VERSION_2 | state
 
 
 def read_config(path: Path) -> RunConfig:
     """Return the resolved config saved with a checkpoint."""
     try:
-        text = inside(path, _CONFIG, at_most=LARGEST_CONFIG).read_text(encoding="utf-8")
+        text = inside(path, _CONFIG, at_most=LARGEST_YAML).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"checkpoint {path}: {_CONFIG} is not UTF-8 text: {error}") from None
     try:

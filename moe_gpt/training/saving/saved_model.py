@@ -75,9 +75,10 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
         runs = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
         if runs:
             raise FileNotFoundError(f"{path} is a folder of runs; give one of these runs: {', '.join(runs)}")
+        found = other_weights(path) or unfinished_download(path)
         raise FileNotFoundError(
-            f"no complete checkpoint at {path}{other_weights(path) or unfinished_download(path)}; give a run folder "
-            "such as runs/tiny or one of its checkpoints/step_*, or, for generate and --init-from, a local Hugging Face folder with a config.json"
+            f"no complete checkpoint at {path}{found}; give a run folder such as runs/tiny or one of its "
+            "checkpoints/step_*, or, for generate and --init-from, a local Hugging Face folder with a config.json"
         )
     return checkpoints[-1]
 
