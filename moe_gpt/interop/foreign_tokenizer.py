@@ -14,7 +14,7 @@ from moe_gpt.files.mistaken import disguise, unfinished_download
 
 _REMEDY = (
     "if tokens were added after training, model.resize_token_embeddings(len(tokenizer)) of transformers and "
-    "save_pretrained make room for them; otherwise they belong to different models"
+    "save_pretrained make room for them; otherwise the tokenizer and the weights are of different models"
 )
 
 
