@@ -46,9 +46,9 @@ from moe_gpt.training.saving.saved_model import load_model, open_checkpoint
 
 MOST_SECONDS, MOST_BYTES = 10, 64 * 2**20
 ODD = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, -(10**18), 0.5, 1e308, float("nan"), float("inf"), "",
-    "x", "\0", "\ud800", "\x1b[2J", "x" * 10_000, "../outside/secret", "/etc/passwd", "..", ".", "a/b", "C:\\secret",
-    "outside\\secret", [], {}, [[]], [None], {"": None}, {"a": {"b": [1]}},
+    None, True, False, 0, -1, 1, 2**31, 2**62, 2**63, 10**30, 10**400, -(10**18), 0.5, 1e308, float("nan"),
+    float("inf"), "", "x", "\0", "\ud800", "\x1b[2J", "x" * 10_000, "../outside/secret", "/etc/passwd", "..", ".",
+    "a/b", "C:\\secret", "outside\\secret", [], {}, [[]], [None], {"": None}, {"a": {"b": [1]}},
 ]  # fmt: skip
 """Values that a reader of JSON may not expect."""
 NOT_READ = (
@@ -142,10 +142,13 @@ def read_records(folder: Path) -> None:
         scores_at(folder / "metrics.jsonl", 15)
 
 
+IN_A_CHECKPOINT = (*checkpoint.FILES, checkpoint.MANIFEST)
+
+
 def mend_manifest(folder: Path) -> None:
     """Make the manifest agree with the files."""
     for path in checkpoint.list_checkpoints(folder):
-        if all((path / name).is_file() and not (path / name).is_symlink() for name in checkpoint.FILES):
+        if all((path / name).is_file() and not (path / name).is_symlink() for name in IN_A_CHECKPOINT):
             manifest = {name: checkpoint.read_digest(path / name)._asdict() for name in checkpoint.FILES}
             (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 

@@ -78,11 +78,7 @@ def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> Non
         resolve_checkpoint(model)  # its error names --files
     make_router = find_router(options.router) if options.router else None
     loaded = load(
-        model,
-        options.device,
-        make_router=make_router,
-        precision=options.precision,
-        max_seq_len=options.max_seq_len,
+        model, options.device, make_router=make_router, precision=options.precision, max_seq_len=options.max_seq_len
     )
     note(f"{loaded.path}, {loaded.model.embedding.weight.device}, {loaded.precision}")
     print(score_files(loaded, options) if options.files else score_held_out(loaded, options))

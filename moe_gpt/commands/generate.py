@@ -68,11 +68,7 @@ def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> Non
 
     make_router = find_router(options.router) if options.router else None
     loaded = load(
-        model,
-        options.device,
-        make_router=make_router,
-        precision=options.precision,
-        max_seq_len=options.max_seq_len,
+        model, options.device, make_router=make_router, precision=options.precision, max_seq_len=options.max_seq_len
     )
     device = loaded.model.embedding.weight.device
     print(f"{loaded.path}, {device}, {loaded.precision}", file=sys.stderr)

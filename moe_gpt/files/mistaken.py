@@ -10,11 +10,8 @@ import re
 from pathlib import Path
 
 _AGAIN = "download the file again"
-_WRITE = "load its model with transformers and write it with save_pretrained(new_folder, safe_serialization=True)"
-_CONVERT = (
-    "load it with AutoModelForCausalLM.from_pretrained(folder{0}) of transformers and write it with "
-    "save_pretrained(new_folder, safe_serialization=True)"
-)
+_WRITE = "write its model with save_pretrained(new_folder, safe_serialization=True) of transformers"
+_CONVERT = f"load it with AutoModelForCausalLM.from_pretrained(folder{{0}}) and {_WRITE}"
 _DISGUISES = {
     rb"version https://git-lfs": "it is a Git LFS pointer, not the file itself; git lfs pull fetches the file",
     rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)": f"it is a web page that a server sent instead; {_AGAIN}",
@@ -35,8 +32,7 @@ _OTHER_WEIGHTS = {
     "*.gguf": f"is a model of llama.cpp; {_CONVERT.format(', gguf_file=...')}",
     "pytorch_model*": f"is in the older format of torch.save; {_CONVERT.format('')}",
     "*.ckpt": f"is a training checkpoint; {_WRITE}",
-    "*.pt": f"is in the format of torch.save; {_WRITE}",
-    "*.pth": f"is in the format of torch.save; {_WRITE}",
+    "*.pt*": f"is in the format of torch.save; {_WRITE}",
 }
 """Files with weights that are not read here."""
 _UNFINISHED = ("incomplete", "part", "partial", "crdownload", "download", "aria2")

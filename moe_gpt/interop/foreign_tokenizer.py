@@ -18,6 +18,25 @@ _REMEDY = (
 )
 
 
+def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
+    """Return the tokenizer in a file of a stranger, as ``Tokenizer.load`` does.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        InputError: for every other failure. The library panics on some files, which is no ``Exception`` in Python.
+    """
+    try:
+        tokenizer = Tokenizer.load(path, end_of_text)
+        tokenizer.template()
+        return tokenizer
+    except (InputError, OSError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{path} is not a tokenizer.json that can be used: {error!r}") from None
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Return a folder's tokenizer; its end-of-text is the ``eos_token`` in tokenizer_config.json.
 
@@ -40,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if found := disguise(path):
         raise InputError(f"{path} is not a tokenizer.json: {found}")
     try:
-        tokenizer = Tokenizer.load(path, end_of_text)
+        tokenizer = read_tokenizer(path, end_of_text)
     except InputError as error:
         raise InputError(f"{error} (eos_token of {settings} is {end_of_text!r})") from None
     vocab_size = read_json(folder, "config.json").get("vocab_size")

@@ -97,9 +97,13 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
         raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
     config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
-    if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
-        raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
+    n_least = config.n_layers * (1 if is_fused else config.n_experts)
+    if n_least > len(reader.names):  # the shapes of an absurd number of layers would take long to list
+        raise InputError(
+            f"{folder}: num_hidden_layers is {config.n_layers}, num_local_experts {config.n_experts}, but there are "
+            f"{len(reader.names)} tensors"
+        )
     table = tensor_table(config, "fused" if is_fused else "per_expert")
     model = shapes_only(config)
     _check_tensors(folder, config, _shapes(model, table), reader)

@@ -24,6 +24,7 @@ from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.inside import LARGEST_YAML, inside
 from moe_gpt.files.json_lines import FoundLines, read_json_lines
+from moe_gpt.interop.foreign_tokenizer import read_tokenizer
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.metric_names import VALIDATION
 from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, section_of
@@ -143,7 +144,7 @@ class _Reader:
     def tokenizer(self, settings: dict[str, Any]) -> tuple[Tokenizer | None, str | None]:
         """Return the tokenizer and its digest."""
         name, end_of_text = "tokenizer.json", str(settings.get("end_of_text") or END_OF_TEXT)
-        read = functools.partial(Tokenizer.load, end_of_text=end_of_text)
+        read = functools.partial(read_tokenizer, end_of_text=end_of_text)
         tokenizer = self.noted(", so tokens have no text", read, name, otherwise=None)
         return tokenizer, hashlib.sha256((self.folder / name).read_bytes()).hexdigest() if tokenizer else None
 

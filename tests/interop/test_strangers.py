@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 import moe_gpt
+from moe_gpt.commands.evaluate import EvaluateOptions, evaluate
+from moe_gpt.commands.generate import GenerateOptions, generate
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_sharded
@@ -187,3 +189,33 @@ def test_a_shorter_context_is_given_by_an_argument(folder):
     assert moe_gpt.load(folder, "cpu", max_seq_len=8).config.max_seq_len == 8
     with pytest.raises(InputError, match="max_seq_len must be"):
         moe_gpt.load(folder, "cpu", max_seq_len=0)
+
+
+def test_a_shorter_context_is_given_on_the_command_line(folder, capsys):
+    """To generate and to evaluate, whose windows then have that length."""
+    edit(folder / CONFIG, sliding_window=8)
+    generate(str(folder), options=GenerateOptions(prompt="the ", max_new_tokens=20, max_seq_len=8, device="cpu"))
+    assert "the context of 8 tokens is full" in capsys.readouterr().err
+    (folder / "text.txt").write_text("the quick brown fox " * 5)
+    files = (str(folder / "text.txt"),)
+    evaluate(str(folder), options=EvaluateOptions(files=files, max_seq_len=8, device="cpu", precision="fp32"))
+    assert "windows of 8 tokens every 4" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--max-seq-len is for --files"):
+        evaluate(str(folder), options=EvaluateOptions(max_seq_len=8))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_local_experts"])
+@pytest.mark.parametrize("number", [2**40, 2**62, 2**64, 10**400], ids=["2^40", "2^62", "2^64", "10^400"])
+def test_absurd_sizes_are_refused_at_once(key, number, folder):
+    """Sizes that torch cannot count, and numbers of experts that take for ever to list."""
+    edit(folder / CONFIG, **{key: number})
+    with pytest.raises(InputError):
+        hugging_face.check(folder)
+
+
+def test_a_tokenizer_that_makes_the_library_panic_is_refused(folder):
+    """A prefix that is longer than the tokens: found by the fuzzer."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["continuing_subword_prefix"] = "x" * 1000
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    refused(folder, "tokenizer.json is not a tokenizer.json")

@@ -25,6 +25,7 @@ from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
+from moe_gpt.interop import foreign_tokenizer
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
@@ -262,7 +263,7 @@ def read_config(path: Path) -> RunConfig:
 
 def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
     """Return the tokenizer saved with a checkpoint."""
-    return Tokenizer.load(inside(path, _TOKENIZER), end_of_text)
+    return foreign_tokenizer.read_tokenizer(inside(path, _TOKENIZER), end_of_text)
 
 
 def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
