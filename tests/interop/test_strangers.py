@@ -219,3 +219,11 @@ def test_a_tokenizer_that_makes_the_library_panic_is_refused(folder):
     values["model"]["continuing_subword_prefix"] = "x" * 1000
     (folder / "tokenizer.json").write_text(json.dumps(values))
     refused(folder, "tokenizer.json is not a tokenizer.json")
+
+
+def test_an_id_that_the_library_would_count_up_to_is_refused(folder):
+    """It takes minutes where ids have a gap of billions: found by the fuzzer."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["fox"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    refused(folder, "tokenizer.json must have ids below 10,000,000, got 2147483648")

@@ -317,6 +317,9 @@ def load_training_state(state: TrainState, path: Path) -> None:
     for name, parameter in model.named_parameters():
         state.optimizer.state.pop(parameter, None)
         if f"{name}.step" in saved.names:
+            shapes = {f"{name}.{part}": tuple(parameter.shape) if part != "step" else () for part in _OPTIMIZER_PARTS}
+            found = {key: saved.shape(key) for key in shapes if key in saved.names}
+            _compare(shapes, found, f"checkpoint {path}: {_OPTIMIZER}")
             # the step count belongs on the parameter's device, too; a copy, because the reader may map the file
             state.optimizer.state[parameter] = {
                 part: saved.read(f"{name}.{part}").to(parameter.device, copy=True) for part in _OPTIMIZER_PARTS
@@ -325,7 +328,10 @@ def load_training_state(state: TrainState, path: Path) -> None:
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
     state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
-    _restore_generators(TensorReader([inside(path, _GENERATORS)]), model.embedding.weight.device)
+    try:
+        _restore_generators(TensorReader([inside(path, _GENERATORS)]), model.embedding.weight.device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"checkpoint {path}: {_GENERATORS} has no state of random generators: {error}") from None
 
 
 def _restore_generators(saved: TensorReader, device: torch.device) -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from small_runs import CPU, run_training
 
 from moe_gpt.config import RunConfig
@@ -169,6 +170,21 @@ def test_states_of_another_form_are_refused(changes, path):
     (path / "state.json").write_text(json.dumps(state | changes))
     with pytest.raises(InputError, match=rf"checkpoint .*state\.json cannot be used: {next(iter(changes))}\b.*, got"):
         read_state(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "generator"])
+def test_optimizer_and_generators_are_checked_before_use(change, path, small_values):
+    """A moment that is missing or of another shape, a generator's state that is none."""
+    file = path / ("rng.safetensors" if change == "generator" else "optimizer.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("exp_avg" if change != "generator" else "cpu"))
+    tensors[name] = torch.zeros(3, dtype=tensors[name].dtype)
+    if change == "missing":
+        del tensors[name]
+    save_file(tensors, file)
+    make_manifest_fit(path)
+    with pytest.raises(InputError, match=f"{name} .*(is missing|has shape)" if change != "generator" else file.name):
+        set_up_run(RunConfig.from_mapping(small_values), path.parents[1], CPU, resume=True)
 
 
 def test_manifest_that_is_too_deep_is_refused(path):
