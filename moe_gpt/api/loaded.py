@@ -16,6 +16,7 @@ from moe_gpt.config.section import Count, require
 from moe_gpt.data.corpus import iterate_documents
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
+from moe_gpt.files.inside import inside
 from moe_gpt.inference.generate import SamplingConfig, generate
 from moe_gpt.interop import hugging_face
 from moe_gpt.model.router import MakeRouter
@@ -272,7 +273,12 @@ def _is_files(text: str) -> bool:
 
 
 def load(
-    path: str | Path, device: str = "auto", *, make_router: MakeRouter | None = None, precision: str | None = None
+    path: str | Path,
+    device: str = "auto",
+    *,
+    make_router: MakeRouter | None = None,
+    precision: str | None = None,
+    max_seq_len: int | None = None,
 ) -> LanguageModel:
     """Load a run (its newest checkpoint), a checkpoint, or a Hugging Face folder of Mixtral, Mistral or Llama.
 
@@ -281,23 +287,29 @@ def load(
         device: auto, cpu, cuda or mps.
         make_router: your own router, if the model was trained with one.
         precision: auto, bf16 or fp32; by default fp32 on a CPU, else auto.
+        max_seq_len: the context in tokens to use instead of the model's own.
 
     Raises:
         FileNotFoundError: where there is no model.
         InputError: where the model is damaged, or ``make_router`` is not the router of its training.
     """
+    if max_seq_len is not None:
+        require(Count, max_seq_len=max_seq_len)
     place = pick_device(device)
     tune_process(place)
     chosen = pick_precision(precision or ("fp32" if place.type == "cpu" else "auto"), place)
     if hugging_face.is_model_folder(path):
         if make_router is not None:
             raise InputError(f"{path} is a Hugging Face folder, whose routers are Mixtral's; leave make_router out")
-        if not (Path(path) / "tokenizer.json").is_file():
-            return LanguageModel(hugging_face.load(path).to(place), None, Path(path), precision=chosen)
-        found = hugging_face.load_with_tokenizer(path, place)
+        if not inside(path, "tokenizer.json").is_file():
+            model = hugging_face.load(path, max_seq_len).to(place)
+            return LanguageModel(model, None, Path(path), precision=chosen)
+        found = hugging_face.load_with_tokenizer(path, place, max_seq_len)
         start = tuple(found.text_start)
         return LanguageModel(found.model, found.tokenizer, found.path, text_start=start, precision=chosen)
     run = load_model(path, place, make_router)
+    if max_seq_len:
+        run.model.config = dataclasses.replace(run.model.config, max_seq_len=max_seq_len)
     return LanguageModel(
         run.model, run.tokenizer, run.path, run.config, precision=chosen, trained_length=run.trained_length
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
 
 FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Model"))
-_OF_FILES = ("stride", "text_field", "errors", "format")
+_OF_FILES = ("stride", "text_field", "errors", "format", "max_seq_len")
 _OF_HELD_OUT = ("by_position", "rope_theta", "max_tokens")
 
 
@@ -37,6 +37,8 @@ class EvaluateOptions:
     """What the files are, where their names do not say it: text, lines, json, csv, tsv, parquet or arrow."""
     stride: Annotated[Whole | None, Parameter(group=FILES)] = None
     """Tokens by which the window advances; half the context by default."""
+    max_seq_len: Annotated[Whole | None, Parameter(group=FILES)] = None
+    """Context in tokens to use instead of the model's own."""
     by_position: Annotated[Switch, Parameter(group=HELD_OUT)] = False
     """Show the loss by position in the sequence instead of the mean loss."""
     rope_theta: Annotated[AboveZero | None, Parameter(group=HELD_OUT)] = None
@@ -80,7 +82,9 @@ def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> Non
     if not options.files and is_model_folder(model):
         resolve_checkpoint(model)  # its error names --files
     make_router = find_router(options.router) if options.router else None
-    loaded = load(model, options.device, make_router=make_router, precision=options.precision)
+    loaded = load(
+        model, options.device, make_router=make_router, precision=options.precision, max_seq_len=options.max_seq_len
+    )
     note(f"{loaded.path}, {loaded.model.embedding.weight.device}, {loaded.precision}")
     print(score_files(loaded, options) if options.files else score_held_out(loaded, options))
 

@@ -50,6 +50,8 @@ class GenerateOptions:
     """Sample from the most likely tokens that together have this probability."""
     seed: Annotated[Seed, read_as(Seed), Parameter(group=SAMPLING)] = 0
     """Seed of the sampling."""
+    max_seq_len: Annotated[Whole | None, Parameter(group=PLACE)] = None
+    """Context in tokens to use instead of the model's own."""
     router: Annotated[str | None, Parameter(group=PLACE)] = None
     """Your own router, as FILE.py:NAME, if the model was trained with one."""
     precision: Annotated[Precision | None, Parameter(group=PLACE)] = None
@@ -70,7 +72,9 @@ def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> Non
     from moe_gpt.training.saving.own_code import find_router
 
     make_router = find_router(options.router) if options.router else None
-    loaded = load(model, options.device, make_router=make_router, precision=options.precision)
+    loaded = load(
+        model, options.device, make_router=make_router, precision=options.precision, max_seq_len=options.max_seq_len
+    )
     device = loaded.model.embedding.weight.device
     print(f"{loaded.path}, {device}, {loaded.precision}", file=sys.stderr)
     if prompt is not None or not sys.stdin.isatty():
@@ -92,7 +96,7 @@ def find_prompt(options: GenerateOptions) -> str | None:
     if options.prompt is not None:
         raise InputError(f"--prompt or --prompt-file: give one, got both (--prompt-file {options.prompt_file})")
     try:
-        return options.prompt_file.read_text(encoding="utf-8")
+        return options.prompt_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt-file {options.prompt_file} is not UTF-8 text: {error}") from None
 

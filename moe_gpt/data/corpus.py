@@ -108,7 +108,8 @@ def expand_files(source: SourceConfig) -> list[Path]:
 
 def _matches(name: str, pattern: str) -> set[Path]:
     path = Path(os.path.expanduser(pattern))
-    found = [path] if path.is_file() else _expand(Path(path.anchor), path.relative_to(path.anchor).parts)
+    found = [] if path.is_dir() else _expand(Path(path.anchor), path.relative_to(path.anchor).parts)
+    found = [path] if path.is_file() else found
     files = {Path(os.path.realpath(match)) for match in found if os.path.isfile(match)}
     if not files:
         remedy = f"for a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from moe_gpt.files.inside import inside
 
 
 class FoundLines(NamedTuple):
@@ -29,18 +30,24 @@ def read_json_lines(
 
     Raises:
         OSError: where the file cannot be read.
+        InputError: where it is a link out of its folder, or no file.
     """
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found: Iterable[dict[str, Any] | None] = (_parse(text, is_sound) for text in texts)
-    if stops_at_damage:
-        found = itertools.takewhile(lambda line: line is not None, found)
-    lines = [line for line in found if line is not None]
-    return FoundLines(lines, len(texts) - len(lines))
+    lines, n_left_out = [], 0
+    with open(
+        inside(path.parent, path.name), encoding="utf-8", errors="replace"
+    ) as file:  # a line at a time: the file may be large
+        for text in file:
+            line = None if n_left_out and stops_at_damage else _parse(text, is_sound)
+            if line is None:
+                n_left_out += 1
+            else:
+                lines.append(line)
+    return FoundLines(lines, n_left_out)
 
 
 def _parse(text: str, is_sound: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError also for a number of thousands of digits
         return None
     return line if isinstance(line, dict) and is_sound(line) else None

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, write_file
+from moe_gpt.files.inside import inside, read_json
+from moe_gpt.files.mistaken import cut_off, disguise, other_weights, unfinished_download
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,8 +41,11 @@ class TensorReader:
             try:
                 with open(path, "rb"):  # says why where it cannot be read
                     self._open[path] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise InputError(f"{path} is missing{unfinished_download(path.parent)}") from None
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} cannot be read as safetensors: {error}") from None
+                reason = (disguise(path) or cut_off(path)) if path.is_file() else None
+                raise InputError(f"{path} cannot be read as safetensors: {reason or error}") from None
             for name in self._open[path].keys():  # noqa: SIM118 (not a dict)
                 if name in self._file_of:
                     raise InputError(f"{name} is both in {self._file_of[name]} and in {path}")
@@ -50,6 +55,10 @@ class TensorReader:
     def names(self) -> list[str]:
         """Every tensor there is."""
         return list(self._file_of)
+
+    def file_of(self, name: str) -> Path | None:
+        """Return the file that has a tensor; None if there is no such tensor."""
+        return self._file_of.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -68,22 +77,40 @@ def open_folder(folder: Path) -> TensorReader:
     """Open the weights of a model folder: ``model.safetensors``, or the files that its index lists.
 
     Raises:
-        InputError: where there are none, where one is missing or cut off, or where the index is wrong.
+        InputError: where there are none, with the way to convert others; where one is missing, cut off, not yet
+            downloaded or outside of the folder; where the index is wrong.
     """
-    if not (folder / INDEX_FILE).is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be safetensors")
-        return TensorReader([folder / SINGLE_FILE])
+    if inside(folder, INDEX_FILE).is_file():
+        return _open_indexed(folder)
+    if not inside(folder, SINGLE_FILE).is_file():
+        hint = other_weights(folder) or unfinished_download(folder)
+        raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be safetensors{hint}")
+    return TensorReader([_whole(folder, SINGLE_FILE)])
+
+
+def _open_indexed(folder: Path) -> TensorReader:
+    index, places = folder / INDEX_FILE, read_json(folder, INDEX_FILE).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(
+            f"{index} is not an index of safetensors files: it must have a weight_map, got {shown(places)}"
+        )
     try:
-        places = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        files = {name: folder / place for name, place in places.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / INDEX_FILE} is not an index of safetensors files: {error!r}") from None
-    reader = TensorReader(dict.fromkeys(files.values()))
-    absent = sorted(files.keys() - set(reader.names))
-    if absent:
-        raise InputError(f"{files[absent[0]]} has no {absent[0]}, which {INDEX_FILE} says it has")
+        path_of = {place: _whole(folder, place) for place in dict.fromkeys(map(str, places.values()))}
+        reader = TensorReader(path_of.values())
+    except InputError as error:
+        raise InputError(f"{index} lists a file that cannot be used: {error}") from None
+    for name, place in places.items():
+        if reader.file_of(name) != path_of[str(place)]:
+            raise InputError(f"{path_of[str(place)]} has no {name}, which {INDEX_FILE} says it has")
     return reader
+
+
+def _whole(folder: Path, name: str) -> Path:
+    """Return the path of a file with weights; aria2 makes its files as long as they will be before it fills them."""
+    path = inside(folder, name)
+    if inside(folder, f"{name}.aria2").is_file():
+        raise InputError(f"{path} is not complete{unfinished_download(folder)}")
+    return path
 
 
 class TensorSpec(NamedTuple):

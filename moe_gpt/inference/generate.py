@@ -27,6 +27,9 @@ class SamplingConfig(Section):
     """Sample from the most likely tokens that together have this probability (nucleus, arXiv 1904.09751)."""
 
 
+_LEAST_TEMPERATURE = 1e-30
+
+
 def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Return the distribution (V,) of the next token, after temperature, then top-k, then top-p.
 
@@ -40,7 +43,8 @@ def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
         )
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
-    logits = (logits.float() - logits.max()) / sampling.temperature  # the largest is 0: nothing overflows
+    temperature = max(sampling.temperature, _LEAST_TEMPERATURE)  # below, float32 would divide 0 by 0
+    logits = (logits.float() - logits.max()) / temperature  # the largest is 0: nothing overflows
     if 0 < sampling.top_k < len(logits):
         logits = logits.index_fill(0, logits.argsort(descending=True, stable=True)[sampling.top_k :], -torch.inf)
     probs = logits.softmax(dim=-1)

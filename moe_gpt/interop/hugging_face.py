@@ -7,6 +7,8 @@ llama.cpp's converter read without moe_gpt. An imported folder becomes a ``MoEGP
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, ModelConfig
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import complete_folder, filled_folder, write_file
+from moe_gpt.files.inside import read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
+from moe_gpt.interop.foreign_tokenizer import check_vocabulary, load_tokenizer
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
 from moe_gpt.model.router import Router
 from moe_gpt.model.shapes import shapes_only
@@ -40,8 +44,8 @@ class LoadedFolder(NamedTuple):
 
 
 def is_model_folder(path: str | Path) -> bool:
-    """Whether a path looks like a Hugging Face folder, which has a config.json."""
-    return (Path(path) / "config.json").is_file()
+    """Whether a path looks like a Hugging Face folder, which has a config.json, though it may be a broken link."""
+    return os.path.lexists(Path(path) / "config.json")
 
 
 def load(folder: str | Path, max_seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> MoEGPT:
@@ -93,86 +97,36 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
         raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
     config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
-    if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
-        raise InputError(f"{folder}: num_hidden_layers is {config.n_layers}, but there are {len(reader.names)} tensors")
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
+    n_least = config.n_layers * (1 if is_fused else config.n_experts)
+    if n_least > len(reader.names):  # the shapes of an absurd number of layers would take long to list
+        raise InputError(
+            f"{folder}: num_hidden_layers is {config.n_layers}, num_local_experts {config.n_experts}, but there are "
+            f"{len(reader.names)} tensors"
+        )
     table = tensor_table(config, "fused" if is_fused else "per_expert")
     model = shapes_only(config)
     _check_tensors(folder, config, _shapes(model, table), reader)
     return model, table, reader
 
 
-def load_with_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> LoadedFolder:
+def load_with_tokenizer(
+    folder: str | Path, device: str | torch.device = "cpu", max_seq_len: int | None = None
+) -> LoadedFolder:
     """Return a folder's model and tokenizer; errors are those of ``load`` and ``load_tokenizer``."""
     folder = Path(folder)
-    check(folder)  # reports a wrong architecture before a missing tokenizer
+    check(folder, max_seq_len)  # reports a wrong architecture before a missing tokenizer
     tokenizer = load_tokenizer(folder)
-    return LoadedFolder(load(folder).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return a folder's tokenizer; its end-of-text is the ``eos_token`` in tokenizer_config.json.
-
-    Raises:
-        FileNotFoundError: if there is no tokenizer.json or no tokenizer_config.json.
-        InputError: if the end-of-text is missing, or the tokenizer has more tokens than the model.
-    """
-    folder = Path(folder)
-    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer.json; for other tokenizers, AutoTokenizer.from_pretrained(...).save_pretrained("
-            "...) of transformers makes one"
-        )
-    if not settings.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer_config.json, which names the token that ends a text")
-    end_of_text = _end_of_text(settings)
-    try:
-        tokenizer = Tokenizer.load(path, end_of_text)
-    except InputError as error:
-        raise InputError(f"{error} (eos_token of {settings} is {end_of_text!r})") from None
-    vocab_size = _read_json(folder / "config.json").get("vocab_size")
-    if isinstance(vocab_size, int):
-        _check_vocabulary(f"{folder}: ", tokenizer, vocab_size)
-    return tokenizer
-
-
-def _end_of_text(settings: Path) -> str:
-    """Return the ``eos_token`` of a tokenizer_config.json, which is text or a mapping with its content."""
-    token = _read_json(settings).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str):
-        raise InputError(f"{settings} must name an eos_token, got {token!r}")
-    return token
-
-
-def _check_vocabulary(where: str, tokenizer: Tokenizer, vocab_size: int) -> None:
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"{where}the tokenizer has {tokenizer.vocab_size} tokens, the model only vocab_size={vocab_size}; they "
-            "belong to different models"
-        )
+    return LoadedFolder(load(folder, max_seq_len).to(device).eval(), tokenizer, tokenizer.template()[0], folder)
 
 
 def _read_model_config(folder: Path, max_seq_len: int | None) -> ModelConfig:
-    path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(folder, "config.json")
     try:
         return from_hugging_face(values, max_seq_len)
     except InputError as error:
-        raise InputError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold a mapping, got {type(values).__name__}")
-    return values
+        place = folder / "config.json"
+        raise InputError("\n".join(f"{place}: {line}" for line in str(error).splitlines())) from None
 
 
 def _shapes(model: MoEGPT, table: dict[str, Slice]) -> dict[str, tuple[int, ...]]:
@@ -192,12 +146,37 @@ def _stored_names(folder: Path, config: ModelConfig, reader: TensorReader) -> se
 
 def _check_tensors(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]], reader: TensorReader) -> None:
     found = _stored_names(folder, config, reader)
+    if renamed := _renamed(found - shapes.keys()):
+        raise InputError(f"{folder}: {renamed}")
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - found)]
     problems += [f"{name} is left over" for name in sorted(found - shapes.keys())]
     problems += [line for name in sorted(shapes.keys() & found) for line in _unfit(reader, name, shapes[name])]
     if problems:
         shown = problems[:5] + [f"and {len(problems) - 5} more"] * (len(problems) > 5)
         raise InputError(f"{folder}: the tensors are not those that config.json describes\n" + "\n".join(shown))
+
+
+_WRAPPERS = {
+    "lora_": "it belongs to a LoRA adapter; save the result of merge_and_unload() of peft",
+    "base_model.": "the model is wrapped by peft; save the result of merge_and_unload()",
+    "_orig_mod.": "the model is wrapped by torch.compile; save model._orig_mod",
+    "_fsdp_wrapped_module.": "the model is wrapped by FSDP; save its full state with the names of the model inside",
+    "_checkpoint_wrapped_module.": "its layers are wrapped for activation checkpointing; save the model without them",
+    "module.": "the model is wrapped by DataParallel, DDP or DeepSpeed; save model.module",
+    "": "save the whole ...ForCausalLM with save_pretrained of transformers, or rename the tensors",
+}
+"""What the names of tensors have in them, and what to do about it."""
+
+
+def _renamed(left_over: set[str]) -> str | None:
+    """Say how left-over tensors must be named instead, if a wrapper has changed all names; None if none has."""
+    norm = r"(?P<before>.*?)(layers\.0\.)(?P<within>.*?)input_layernorm\.weight"
+    name = next((name for name in sorted(left_over) if re.fullmatch(norm, name) or ".lora_" in name), None)
+    if name is None:
+        return None
+    remedy = next(remedy for part, remedy in _WRAPPERS.items() if part in name)
+    wanted = "" if "lora_" in name else ", but must be named model.layers.0.input_layernorm.weight, and so all others"
+    return f"a tensor is named {shown(name)}{wanted}: {remedy}"
 
 
 def _unfit(reader: TensorReader, name: str, shape: tuple[int, ...]) -> Iterator[str]:
@@ -289,7 +268,7 @@ def _token_ids(config: ModelConfig, tokenizer: Tokenizer | None, keep_template: 
     """Return the tokens that start and end a text; end-of-text also starts it if the template has no start."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
-    _check_vocabulary("", tokenizer, config.vocab_size or tokenizer.vocab_size)
+    check_vocabulary("", tokenizer, config.vocab_size or tokenizer.vocab_size)
     start = tokenizer.template()[0] if keep_template else []
     return {"bos_token_id": [*start, tokenizer.end_of_text_id][0], "eos_token_id": tokenizer.end_of_text_id}
 

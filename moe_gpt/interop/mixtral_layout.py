@@ -304,8 +304,8 @@ def from_hugging_face(values: dict[str, Any], max_seq_len: int | None = None) ->
         window = known.sliding_window
         raise InputError(
             f"sliding_window must be at least the context of {context} tokens, got {window}, because attention "
-            f"here covers the whole context; with max_seq_len={window} (model.max_seq_len in a run), both compute the "
-            "same"
+            f"here covers the whole context; with --max-seq-len {window} (in Python max_seq_len={window}, in a run "
+            f"model.max_seq_len={window}), both compute the same"
         )
     n_experts, top_k = known.experts
     return ModelConfig(

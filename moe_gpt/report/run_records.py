@@ -22,7 +22,9 @@ from safetensors.numpy import load_file
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.errors import InputError
+from moe_gpt.files.inside import LARGEST_YAML, inside
 from moe_gpt.files.json_lines import FoundLines, read_json_lines
+from moe_gpt.interop.foreign_tokenizer import read_tokenizer
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.metric_names import VALIDATION
 from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, section_of
@@ -61,13 +63,13 @@ def is_training(run_dir: Path) -> bool:
 
     The lock is taken for an instant. A folder that only others may write to counts as one where nobody trains.
     """
-    lock = run_dir / ".lock"
     try:
+        lock = inside(run_dir, ".lock")  # locking empties a file, also at the end of a link
         with filelock.FileLock(lock, timeout=0) if lock.is_file() else contextlib.nullcontext():
             return False
     except filelock.Timeout:
         return True
-    except OSError:
+    except (OSError, InputError):
         return False
 
 
@@ -101,19 +103,18 @@ class _Reader:
             self.notes += _notes_on_gaps(run)
         return run
 
-    def noted(self, what: str, read: Callable[[Path], T], path: Path, otherwise: T) -> T:
-        """Return what can be read from a file, or else ``otherwise``, with a note that says why."""
+    def noted(self, what: str, read: Callable[[Path], T], *names: str, otherwise: T) -> T:
+        """Return what can be read from a file of the folder, or else ``otherwise``, with a note that says why."""
         try:
-            return read(path)
-        except (OSError, ValueError, yaml.YAMLError, SafetensorError) as error:
+            return read(inside(self.folder, *names))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.notes.append(f"{path.name} cannot be read{what}: {reason}")
+            self.notes.append(f"{names[-1]} cannot be read{what}: {reason}")
             return otherwise
 
     def config(self) -> dict[str, Any]:
         """Return the config without the sections that are none."""
-        path = self.folder / "config.yaml"
-        config: Any = self.noted("", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")), path, {})
+        config: Any = self.noted("", _load_yaml, "config.yaml", otherwise={})
         if not isinstance(config, dict):
             self.notes.append("config.yaml has no settings")
             return {}
@@ -135,28 +136,32 @@ class _Reader:
             return are_numbers and all(isinstance(line.get(key), int) for key in counts)
 
         read = functools.partial(read_json_lines, is_sound=is_sound)
-        lines, n_left_out = self.noted("", read, self.folder / name, FoundLines([], 0))
+        lines, n_left_out = self.noted("", read, name, otherwise=FoundLines([], 0))
         if n_left_out:
             self.notes.append(f"{name}: {n_left_out} of {len(lines) + n_left_out} lines cannot be read")
         return lines
 
     def tokenizer(self, settings: dict[str, Any]) -> tuple[Tokenizer | None, str | None]:
         """Return the tokenizer and its digest."""
-        path, end_of_text = self.folder / "tokenizer.json", str(settings.get("end_of_text") or END_OF_TEXT)
-        read = functools.partial(Tokenizer.load, end_of_text=end_of_text)
-        tokenizer = self.noted(", so tokens have no text", read, path, None)
-        return tokenizer, hashlib.sha256(path.read_bytes()).hexdigest() if tokenizer else None
+        name, end_of_text = "tokenizer.json", str(settings.get("end_of_text") or END_OF_TEXT)
+        read = functools.partial(read_tokenizer, end_of_text=end_of_text)
+        tokenizer = self.noted(", so tokens have no text", read, name, otherwise=None)
+        return tokenizer, hashlib.sha256((self.folder / name).read_bytes()).hexdigest() if tokenizer else None
 
     def arrays(self, model: dict[str, Any]) -> Iterator[EvaluationArrays]:
         """Yield the arrays of each evaluation that is of this model."""
         shape = (model.get("n_layers"), model.get("n_experts"))
         for path in sorted(self.folder.glob("evaluations/step_*.safetensors")):
-            arrays = self.noted("", _load_arrays, path, None)
+            arrays = self.noted("", _load_arrays, "evaluations", path.name, otherwise=None)
             if arrays and model and any(counts.shape != shape for counts in arrays.tokens_per_expert.values()):
                 reason = f"it has not {shape[0]} layers of {shape[1]} experts"
                 self.notes.append(f"{path.name} is of another model, and left out: {reason}")
             elif arrays:
                 yield arrays
+
+
+def _load_yaml(path: Path) -> Any:
+    return yaml.safe_load(inside(path.parent, path.name, at_most=LARGEST_YAML).read_text(encoding="utf-8"))
 
 
 def _notes_on_gaps(run: RunRecords) -> list[str]:

@@ -171,7 +171,7 @@ def test_shorter_context_makes_a_sliding_window_harmless(folder):
         ),
         ({"max_position_embeddings": "x"}, "max_position_embeddings must be a whole number"),
         ({"head_dim": 5}, "head_dim must be even"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but there are"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, .*but there are"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -216,14 +216,15 @@ def test_index_that_does_not_fit_is_named(folder):
     """A file that is not there, and a tensor that is not in its file."""
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(InputError, match="model-00001-of-00002.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"index\.json lists .*model-00001-of-00002\.safetensors is missing"):
         hugging_face.load(folder)
     index.write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
     with pytest.raises(InputError, match=r"model\.safetensors has no x"):
         hugging_face.load(folder)
-    index.write_text("[]")
-    with pytest.raises(InputError, match="is not an index"):
-        hugging_face.load(folder)
+    for text in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": ["model.safetensors"]}}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match=r"model\.safetensors\.index\.json (is not an index|must hold|lists)"):
+            hugging_face.load(folder)
 
 
 def test_tied_matrix_stored_twice_is_fine(tmp_path):

@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
+from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
+from moe_gpt.interop import foreign_tokenizer
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
@@ -38,17 +41,32 @@ FILES = (WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
 FILES_TO_USE_A_MODEL = (WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
 _OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 _LARGEST_MANIFEST = 1_000_000
-_ADDED_IN_VERSION_2: dict[str, Any] = {
-    "skipped_windows": [],
-    "skips_in_a_row": 0,
-    "rollbacks": 0,
-    "changes": [],
-    "score": None,
-    "is_scheduled": True,
-    "initialised_from": None,
-    "router": None,
-    "schedule": None,
-}
+
+
+class _OwnCode(pydantic.BaseModel, strict=True):
+    """A user's router or schedule (``describe_source``)."""
+
+    name: str
+    digest: str
+
+
+class _State(pydantic.BaseModel, strict=True, extra="allow"):
+    """The contents of ``state.json``. Format 1 lacks the keys with defaults."""
+
+    format_version: Literal[1, 2]
+    step: pydantic.NonNegativeInt
+    tokens_seen: pydantic.NonNegativeInt
+    data_fingerprint: dict[str, str]
+    environment: dict[str, Any]
+    skipped_windows: list[Annotated[list[int], pydantic.Field(min_length=2, max_length=2)]] = []
+    skips_in_a_row: pydantic.NonNegativeInt = 0
+    rollbacks: pydantic.NonNegativeInt = 0
+    changes: list[dict[str, Any]] = []
+    score: float | None = None
+    is_scheduled: bool = True
+    initialised_from: str | None = None
+    router: _OwnCode | None = None
+    schedule: _OwnCode | None = None
 
 
 class RunIdentity(NamedTuple):
@@ -176,7 +194,7 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
     for name in names:
         _check_size(path, name, manifest[name].bytes)
     for name in names:
-        if read_digest(path / name) != manifest[name]:
+        if read_digest(inside(path, name)) != manifest[name]:
             raise InputError(f"checkpoint {path}: {name} has changed since it was saved, because its SHA-256 differs")
     step = read_state(path)["step"]
     if re.fullmatch(r"step_\d+", path.name) and int(path.name[5:]) != step:
@@ -186,19 +204,17 @@ def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
 
 
 def _check_size(path: Path, name: str, wanted: int) -> None:
-    if not (path / name).is_file():
+    file = inside(path, name)
+    if not file.is_file():
         raise InputError(f"checkpoint {path}: {name} is missing")
-    size = (path / name).stat().st_size
+    size = file.stat().st_size
     if size != wanted:
         raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, but {wanted:,} were saved")
 
 
 def _read_manifest(path: Path) -> dict[str, FileDigest]:
-    file = path / MANIFEST
     try:
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise ValueError(f"{file.stat().st_size} bytes are too many")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(inside(path, MANIFEST, at_most=_LARGEST_MANIFEST).read_text(encoding="utf-8"))
         if set(values) != set(FILES):
             raise ValueError(f"the manifest must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
         return {name: _digest(**values[name]) for name in values}
@@ -216,22 +232,23 @@ def _digest(**values: Any) -> FileDigest:
 def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added."""
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        version = state["format_version"]
-        known = {key: state[key] for key in ("step", "tokens_seen", "data_fingerprint", "environment")}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error!r}") from None
-    if version not in (1, FORMAT_VERSION):
-        raise InputError(f"checkpoint {path} has format version {version}; this code reads 1 and {FORMAT_VERSION}")
-    if not all(isinstance(known[key], int) and known[key] >= 0 for key in ("step", "tokens_seen")):
-        raise InputError(f"checkpoint {path}: {_STATE} needs step and tokens_seen of at least 0, got {shown(known)}")
-    return _ADDED_IN_VERSION_2 | state
+        state = read_json(path, _STATE)
+        version = state.get("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise InputError(f"it has format version {shown(version)}; this code reads 1 and {FORMAT_VERSION}")
+        return _State.model_validate(state).model_dump()
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {shown(first['input'])}"
+        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {reason}") from None
+    except (OSError, InputError) as error:
+        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error}") from None
 
 
 def read_config(path: Path) -> RunConfig:
     """Return the resolved config saved with a checkpoint."""
     try:
-        text = (path / _CONFIG).read_text(encoding="utf-8")
+        text = inside(path, _CONFIG, at_most=LARGEST_YAML).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"checkpoint {path}: {_CONFIG} is not UTF-8 text: {error}") from None
     try:
@@ -246,7 +263,7 @@ def read_config(path: Path) -> RunConfig:
 
 def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
     """Return the tokenizer saved with a checkpoint."""
-    return Tokenizer.load(path / _TOKENIZER, end_of_text)
+    return foreign_tokenizer.read_tokenizer(inside(path, _TOKENIZER), end_of_text)
 
 
 def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
@@ -258,7 +275,7 @@ def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Rout
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
             safetensors.
     """
-    reader = TensorReader([path / WEIGHTS])
+    reader = TensorReader([inside(path, WEIGHTS)])
     if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
         raise InputError(f"checkpoint {path} is of another model, with {len(reader.names)} tensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
@@ -296,10 +313,13 @@ def load_training_state(state: TrainState, path: Path) -> None:
     """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
     model = state.model
     copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
-    saved = TensorReader([path / _OPTIMIZER])
+    saved = TensorReader([inside(path, _OPTIMIZER)])
     for name, parameter in model.named_parameters():
         state.optimizer.state.pop(parameter, None)
         if f"{name}.step" in saved.names:
+            shapes = {f"{name}.{part}": tuple(parameter.shape) if part != "step" else () for part in _OPTIMIZER_PARTS}
+            found = {key: saved.shape(key) for key in shapes if key in saved.names}
+            _compare(shapes, found, f"checkpoint {path}: {_OPTIMIZER}")
             # the step count belongs on the parameter's device, too; a copy, because the reader may map the file
             state.optimizer.state[parameter] = {
                 part: saved.read(f"{name}.{part}").to(parameter.device, copy=True) for part in _OPTIMIZER_PARTS
@@ -308,7 +328,10 @@ def load_training_state(state: TrainState, path: Path) -> None:
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
     state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
-    _restore_generators(TensorReader([path / _GENERATORS]), model.embedding.weight.device)
+    try:
+        _restore_generators(TensorReader([inside(path, _GENERATORS)]), model.embedding.weight.device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"checkpoint {path}: {_GENERATORS} has no state of random generators: {error}") from None
 
 
 def _restore_generators(saved: TensorReader, device: torch.device) -> None:

@@ -12,6 +12,7 @@ import filelock
 from moe_gpt.config.yaml import to_yaml
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_leftovers, replace_file
+from moe_gpt.files.inside import inside
 from moe_gpt.training.saving.checkpoint import RunIdentity, list_checkpoints
 from moe_gpt.training.saving.store import Damaged, set_aside
 
@@ -74,7 +75,7 @@ def check_checkpoints_are_there(run_dir: Path) -> None:
 
     Such a run would start from the beginning and lose its metrics.
     """
-    events = run_dir / "events.jsonl"
+    events = inside(run_dir, "events.jsonl")
     if not list_checkpoints(run_dir) and events.is_file():
         text = events.read_text(encoding="utf-8", errors="replace")
         if '"kind": "first_checkpoint"' in text or '"kind": "resume"' in text:
@@ -87,6 +88,8 @@ def check_checkpoints_are_there(run_dir: Path) -> None:
 @contextlib.contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
     """Lock a run folder, or raise ``InputError`` if another process holds it. A process that dies frees its lock."""
+    for name in (".lock", "metrics.jsonl", "events.jsonl"):  # written also where they are links
+        inside(run_dir, name)
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)

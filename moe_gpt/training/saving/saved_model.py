@@ -11,6 +11,8 @@ import torch
 from moe_gpt.config import RunConfig
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
+from moe_gpt.files.inside import inside
+from moe_gpt.files.mistaken import other_weights, unfinished_download
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.saving.checkpoint import (
@@ -46,7 +48,7 @@ class SavedModel(NamedTuple):
     @property
     def weights_file(self) -> Path:
         """The safetensors file with the weights, by our names."""
-        return self.path / WEIGHTS
+        return inside(self.path, WEIGHTS)
 
     @property
     def run_dir(self) -> Path:
@@ -75,12 +77,13 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
     if not checkpoints and (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is a Hugging Face folder; give a run folder or one of its checkpoints")
     if not checkpoints:
-        inside = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
-        if inside:
-            raise FileNotFoundError(f"{path} is a folder of runs; give one of these runs: {', '.join(inside)}")
+        runs = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
+        if runs:
+            raise FileNotFoundError(f"{path} is a folder of runs; give one of these runs: {', '.join(runs)}")
+        found = other_weights(path) or unfinished_download(path)
         raise FileNotFoundError(
-            f"no complete checkpoint at {path}; give a run folder such as runs/tiny or one of its checkpoints/step_*, "
-            "or, for generate and --init-from, a local Hugging Face folder with a config.json"
+            f"no complete checkpoint at {path}{found}; give a run folder such as runs/tiny or one of its "
+            "checkpoints/step_*, or, for generate and --init-from, a local Hugging Face folder with a config.json"
         )
     return checkpoints[-1]
 

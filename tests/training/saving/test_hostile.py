@@ -14,13 +14,16 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from small_runs import CPU, run_training
 
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import load_run_config, parse_yaml, to_plain, to_yaml
 from moe_gpt.errors import InputError
+from moe_gpt.report.run_records import read_run
 from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import FILES, MANIFEST, list_checkpoints, verify_checkpoint
+from moe_gpt.training.saving.checkpoint import FILES, MANIFEST, list_checkpoints, read_state, verify_checkpoint
+from moe_gpt.training.saving.run_folder import hold
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import set_up_run
 
@@ -123,6 +126,67 @@ def test_hostile_manifests_are_refused(change, path, tmp_path):
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_links_out_of_a_checkpoint_are_refused(name, path, small_values, tmp_path):
+    """Though what they lead to is what the manifest says."""
+    (path / name).rename(tmp_path / "outside")
+    (path / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match=f"{name} is a link to .*outside of its folder"):
+        verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "events.jsonl"])
+def test_training_writes_to_no_file_outside(name, path, tmp_path):
+    """Where a stranger's run folder links to one; reports neither take the lock nor read it."""
+    run_dir = path.parents[1]
+    (tmp_path / "mine").write_text("mine")
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=f"{name} is a link to"), hold(run_dir):
+        pass
+    assert not read_run(run_dir).is_training
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1},
+        {"step": True},
+        {"tokens_seen": "1"},
+        {"data_fingerprint": []},
+        {"environment": None},
+        {"skipped_windows": [[1]]},
+        {"skipped_windows": 0.5},
+        {"router": {"digest": "x"}},
+        {"schedule": "cosine"},
+        {"score": []},
+    ],
+    ids=str,
+)
+def test_states_of_another_form_are_refused(changes, path):
+    """Every key is checked before it is used; the message names it."""
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | changes))
+    with pytest.raises(InputError, match=rf"checkpoint .*state\.json cannot be used: {next(iter(changes))}\b.*, got"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "generator"])
+def test_optimizer_and_generators_are_checked_before_use(change, path, small_values):
+    """A moment that is missing or of another shape, a generator's state that is none."""
+    file = path / ("rng.safetensors" if change == "generator" else "optimizer.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("exp_avg" if change != "generator" else "cpu"))
+    tensors[name] = torch.zeros(3, dtype=tensors[name].dtype)
+    if change == "missing":
+        del tensors[name]
+    save_file(tensors, file)
+    make_manifest_fit(path)
+    with pytest.raises(InputError, match=f"{name} .*(is missing|has shape)" if change != "generator" else file.name):
+        set_up_run(RunConfig.from_mapping(small_values), path.parents[1], CPU, resume=True)
+
+
 def test_manifest_that_is_too_deep_is_refused(path):
     """JSON can be nested until the parser gives up."""
     (path / MANIFEST).write_text("[" * 100_000)
@@ -137,6 +201,7 @@ def test_manifest_that_is_too_deep_is_refused(path):
         {"n_layers": 10**9},
         {"vocab_size": 10**12},
         {"n_experts": 10**6},
+        {"d_ff": 10**25},
     ],
     ids=str,
 )
@@ -156,7 +221,7 @@ def test_nothing_is_allocated_that_the_file_does_not_hold(changes, path, monkeyp
         return result
 
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(InputError, match="is of another model"):
+    with pytest.raises(InputError, match="is of another model|a tensor of the model must"):
         load_model(path)
     assert sum(sizes) < 10**6
 
