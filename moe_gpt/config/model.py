@@ -9,6 +9,9 @@ from typing import Literal
 
 from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section, divides, unless
 
+_MOST_NUMBERS = 2**60
+"""In a tensor, so that torch can count its bytes."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
@@ -69,6 +72,11 @@ class ModelConfig(Section):
         )
         fits = self.is_dense or self.top_k > 1 or not self.normalize_topk
         yield from unless(fits, text, "normalize_topk", "top_k", "n_experts")
+        rows = max(self.vocab_size or 1, 3 * self.n_heads * self.head_dim, 2 * self.n_experts * self.d_ff)
+        text = (
+            f"d_model must give tensors of at most 2^60 numbers, got {self.d_model} for {rows} rows; lower these sizes"
+        )
+        yield from unless(self.d_model * rows <= _MOST_NUMBERS, text, "d_model", "d_ff", "n_experts", "vocab_size")
 
     @property
     def capacity_ratio(self) -> tuple[int, int] | None:

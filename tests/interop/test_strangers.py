@@ -199,8 +199,8 @@ def test_a_shorter_context_is_given_on_the_command_line(folder, capsys):
     (folder / "text.txt").write_text("the quick brown fox " * 5)
     files = (str(folder / "text.txt"),)
     evaluate(str(folder), options=EvaluateOptions(files=files, max_seq_len=8, device="cpu", precision="fp32"))
-    assert "windows of 8 tokens every 4" in capsys.readouterr().err
-    with pytest.raises(InputError, match="--max-seq-len is for --files"):
+    assert "the window has 8 tokens and advances by 4" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--max-seq-len needs --files"):
         evaluate(str(folder), options=EvaluateOptions(max_seq_len=8))
 
 
