@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 # A thread that waits spins, against whoever else wants its core. This bound must stand before torch loads; it costs
 # nothing on a quiet machine, and beside busy processes training does not collapse (docs/benchmarks.md).
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ |= {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # libgomp's iterations
+    os.environ.setdefault("KMP_BLOCKTIME", "1")  # milliseconds, for LLVM's and Intel's runtime
 
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel, load, save

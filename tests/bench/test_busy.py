@@ -20,8 +20,8 @@ SHOW = "import os, moe_gpt; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.g
     ("given", "expected"),
     [
         ({}, "20000 1"),
-        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
-        ({"KMP_BLOCKTIME": "200"}, "None 200"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 1"),
+        ({"KMP_BLOCKTIME": "200"}, "20000 200"),
         ({"OMP_WAIT_POLICY": "passive"}, "None None"),
     ],
 )
