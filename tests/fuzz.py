@@ -11,9 +11,12 @@ outside of the example that was opened, and one that was written.
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import copy
+import gzip
 import json
+import lzma
 import os
 import random
 import resource
@@ -30,10 +33,15 @@ from typing import Any, NamedTuple
 import made_up_checkpoint
 import made_up_run
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import safetensors.numpy
 import yaml
+import zstandard
 from tiny_models import tiny_model
 
+from moe_gpt.config import SourceConfig
+from moe_gpt.data.corpus import iterate_documents
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.tensors import TensorSpec, open_folder, write_sharded
@@ -154,6 +162,40 @@ def mend_manifest(folder: Path) -> None:
 
 
 _STEP = "checkpoints/step_*/"
+ROWS = [{"text": f"row {number} \u00e9 text", "n": number} for number in range(20)]
+
+
+def make_data_files(folder: Path) -> None:
+    """Files of every format and compression, with the same rows; each is a folder's only file of its kind."""
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    table = "".join(["text,n\n", *(f'"row {row["n"]}, ""q"" \u00e9",{row["n"]}\n' for row in ROWS)]).encode()
+    contents = {
+        "a.jsonl": lines, "a.json": json.dumps(ROWS).encode(), "a.csv": table, "a.tsv": table.replace(b",", b"\t"),
+        "a.txt": b"some text \xc3\xa9\n" * 20, "b.jsonl.gz": gzip.compress(lines), "b.jsonl.bz2": bz2.compress(lines),
+        "b.csv.xz": lzma.compress(table), "b.jsonl.zst": zstandard.compress(lines),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    columns = pyarrow.table({key: [row[key] for row in ROWS] for key in ("text", "n")})
+    pyarrow.parquet.write_table(columns, folder / "a.parquet")
+    for name, make in (("a.arrow", pyarrow.ipc.new_file), ("b.arrow", pyarrow.ipc.new_stream)):
+        with make(str(folder / name), columns.schema) as writer:
+            writer.write_table(columns)
+
+
+def read_data_files(folder: Path) -> None:
+    """Read each file as a source of its own, so that no error hides another; users may link their own texts."""
+    errors = []
+    for path in sorted(path for path in folder.iterdir() if not path.is_symlink()):
+        try:
+            list(iterate_documents(SourceConfig(name="s", files=str(path))))
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 READERS = {
     "weights": Reader(make_model_folder, ("model-*.safetensors",), hugging_face.load),
     "index": Reader(make_model_folder, ("model.safetensors.index.json",), open_folder),
@@ -165,6 +207,9 @@ READERS = {
     "checkpoint": Reader(make_checkpoint, (_STEP + "*",), read_checkpoint, mend_manifest),
     "manifest": Reader(make_checkpoint, (_STEP + checkpoint.MANIFEST,), read_checkpoint),
     "state": Reader(make_checkpoint, (_STEP + "state.json", _STEP + "config.yaml"), read_checkpoint, mend_manifest),
+    "rows of text": Reader(make_data_files, ("a.json*", "a.?sv", "a.txt"), read_data_files),
+    "columns": Reader(make_data_files, ("*.parquet", "*.arrow"), read_data_files),
+    "compressed": Reader(make_data_files, ("b.*.*",), read_data_files),
 }
 
 
