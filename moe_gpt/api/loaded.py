@@ -301,18 +301,21 @@ def load(
     if hugging_face.is_model_folder(path):
         if make_router is not None:
             raise InputError(f"{path} is a Hugging Face folder, whose routers are Mixtral's; leave make_router out")
-        if not inside(path, "tokenizer.json").is_file():
-            model = hugging_face.load(path, max_seq_len).to(place)
-            return LanguageModel(model, None, Path(path), precision=chosen)
-        found = hugging_face.load_with_tokenizer(path, place, max_seq_len)
-        start = tuple(found.text_start)
-        return LanguageModel(found.model, found.tokenizer, found.path, text_start=start, precision=chosen)
+        return _load_hugging_face(Path(path), place, chosen, max_seq_len)
     run = load_model(path, place, make_router)
     if max_seq_len:
         run.model.config = dataclasses.replace(run.model.config, max_seq_len=max_seq_len)
     return LanguageModel(
         run.model, run.tokenizer, run.path, run.config, precision=chosen, trained_length=run.trained_length
     )
+
+
+def _load_hugging_face(path: Path, place: torch.device, chosen: Precision, max_seq_len: int | None) -> LanguageModel:
+    if not inside(path, "tokenizer.json").is_file():
+        return LanguageModel(hugging_face.load(path, max_seq_len).to(place), None, path, precision=chosen)
+    found = hugging_face.load_with_tokenizer(path, place, max_seq_len)
+    start = tuple(found.text_start)
+    return LanguageModel(found.model, found.tokenizer, found.path, text_start=start, precision=chosen)
 
 
 def save(model: MoEGPT | LanguageModel | Run, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:

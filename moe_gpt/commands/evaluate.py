@@ -131,11 +131,16 @@ def score_files(loaded: LanguageModel, options: EvaluateOptions) -> str:
             {files: loaded.evaluate(Path(files), stride=stride, context=context, **reading) for files in options.files}
         )
     except InputError as error:
-        hint = "; name the column with --text-field" if "text_field=" in str(error) else ""
-        text = str(error).removeprefix("source files: ").replace("text_field=", "--text-field ")
-        for key in ("errors", "format"):
-            text = text.replace(f"set {key}: ", f"set --{key} ").replace(f"{key}: text", f"--{key} text")
-        raise InputError(f"--files: {text.replace('files=', '')}{hint}") from None
+        raise InputError(_with_flags(str(error))) from None
+
+
+def _with_flags(text: str) -> str:
+    """Return an error of a source in which keys of a config are flags."""
+    hint = "; name the column with --text-field" if "text_field=" in text else ""
+    text = text.removeprefix("source files: ").replace("text_field=", "--text-field ").replace("files=", "")
+    for key in ("errors", "format"):
+        text = text.replace(f"set {key}: ", f"set --{key} ").replace(f"{key}: text", f"--{key} text")
+    return f"--files: {text}{hint}"
 
 
 def note(text: str) -> None:

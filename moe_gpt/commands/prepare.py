@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 from moe_gpt.commands.options import Switch
 from moe_gpt.config.yaml import load_run_config
+from moe_gpt.errors import InputError
 from moe_gpt.terminal.tables import format_table
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
     from moe_gpt.config import RunConfig
     from moe_gpt.data.prepare import PreparedData
+
+_SHOWN_TOKENS = 256
 
 
 def prepare(config: str, *overrides: str, show: Switch = False) -> None:
@@ -28,12 +31,24 @@ def prepare(config: str, *overrides: str, show: Switch = False) -> None:
     from moe_gpt.training.setup import fill_in
 
     data = prepare_data(settings.data, say=lambda text: print(wrap(text), flush=True))
-    settings, schedule, shares = fill_in(settings, data, None)
+    try:
+        settings, schedule, shares = fill_in(settings, data, None)
+    except InputError:  # the text is there, although the schedule does not fit it
+        show_sizes(data, show)
+        raise
     print(describe_sources(data, shares, schedule.total_tokens))
     if show:
         show_sequences(settings, data, shares)
         for source in filter(lambda source: source.train.lost, data.sources):
             print(wrap(f"\nWARNING: {source.train.lost}"))
+
+
+def show_sizes(data: PreparedData, show: bool) -> None:
+    """Print the size of each source, and how it begins."""
+    for source in data.sources:
+        print(f"{source.config.name}: {len(source.train):,} train tokens, {len(source.validation):,} held out")
+        for split in (source.train, source.validation) if show else ():
+            print(data.tokenizer.decode(split.tokens[:_SHOWN_TOKENS].tolist()))
 
 
 def describe_sources(data: PreparedData, shares: list[float], total_tokens: int) -> str:

@@ -80,9 +80,31 @@ def _unpack_zstandard(path: Path) -> Iterator[bytes]:
         raise UnreadableFileError("the compressed file ended before the end of its last frame; copy it again")
 
 
+def _unpack(path: Path, make: Callable[[], Any], padding: bytes) -> Iterator[bytes]:
+    """Yield what the streams of a .bz2 or .xz file hold; Python's own readers pass over what is no stream."""
+    decompressor, is_inside = make(), False
+    with open(path, "rb") as file:
+        while block := file.read(1 << 16):
+            block = block if is_inside else block.lstrip(padding)
+            while block or not (decompressor.needs_input or decompressor.eof):
+                yield decompressor.decompress(block, 1 << 20)
+                block, is_inside = b"", True
+                if decompressor.eof:
+                    block, decompressor, is_inside = decompressor.unused_data.lstrip(padding), make(), False
+    if is_inside:
+        raise UnreadableFileError("the compressed file ended before the end of its last stream; copy it again")
+
+
+def _open_streams(make: Callable[[], Any], padding: bytes = b"") -> Callable[[Path], Any]:
+    return lambda path: io.BufferedReader(_Chunks(_unpack(path, make, padding)))
+
+
 _OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard,
-}  # fmt: skip
+    ".gz": gzip.open,
+    ".bz2": _open_streams(bz2.BZ2Decompressor),
+    ".xz": _open_streams(lzma.LZMADecompressor, b"\0"),
+    ".zst": _open_zstandard,
+}
 
 
 def open_bytes(path: Path) -> BinaryIO:

@@ -22,6 +22,7 @@ from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
 from moe_gpt.data.compressed import UnreadableFileError, first_undecodable, is_compressed
 from moe_gpt.data.disguises import format_of
 from moe_gpt.data.document import Document
+from moe_gpt.data.folders import check_folder, is_saved_dataset
 from moe_gpt.data.local_files import Row, read_rows
 from moe_gpt.errors import InputError, shown
 
@@ -193,19 +194,13 @@ def _columns(source: SourceConfig) -> tuple[str, ...]:
 
 
 def _open_hub(source: SourceConfig) -> Any:
-    import datasets
-
     path = Path(str(source.dataset))
     if path.is_file():
         raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")
     try:
-        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):  # made by save_to_disk
-            saved = datasets.load_from_disk(str(path))
-            dataset: Any = saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
-        else:
-            dataset = datasets.load_dataset(
-                source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
-            )
+        dataset = _load(source, path)
+    except UnreadableFileError as error:
+        raise InputError(f"source {source.name}: dataset={source.dataset!r} {error}") from None
     except Exception as error:  # datasets raises many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise InputError(
@@ -214,6 +209,19 @@ def _open_hub(source: SourceConfig) -> Any:
         ) from error
     has_columns = set(_columns(source)) <= set(dataset.column_names or ())
     return dataset.select_columns(list(_columns(source))) if has_columns else dataset  # others need not be decoded
+
+
+def _load(source: SourceConfig, path: Path) -> Any:
+    import datasets
+
+    if is_saved_dataset(path):
+        saved = datasets.load_from_disk(str(path))
+        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+    if path.is_dir():
+        check_folder(path, source.subset)
+    return datasets.load_dataset(
+        source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+    )
 
 
 def _read_texts(source: SourceConfig, rows: Iterable[Row], where: str) -> Iterator[str]:
@@ -228,8 +236,8 @@ def _read_texts(source: SourceConfig, rows: Iterable[Row], where: str) -> Iterat
         raise
     except UnreadableFileError as error:
         raise InputError(f"source {source.name}: {where}: {error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"source {source.name}: {where}: {_not_utf8(Path(where))}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"source {source.name}: {where}: {_not_utf8(Path(where), row, error)}") from None
     except Exception as error:  # the readers raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise InputError(f"source {source.name}: {where}: could not be read after {row.place}: {reason}") from error
@@ -271,7 +279,9 @@ def _valid(text: str, source: SourceConfig, row: Row, where: str) -> str:
     return text
 
 
-def _not_utf8(path: Path) -> str:
+def _not_utf8(path: Path, row: Row, error: UnicodeDecodeError) -> str:
+    if not path.is_file() or format_of(path) in ("parquet", "arrow"):
+        return f"not UTF-8 text after {row.place} ({error}); write the file again"
     position, byte, n_bad = first_undecodable(path)
     others = f", and {n_bad - 1:,} more such bytes" if n_bad > 1 else ""
     return f"not UTF-8 text: byte {byte:#04x} at position {position}{others}; convert the file, or set errors: replace"

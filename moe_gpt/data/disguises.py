@@ -21,6 +21,7 @@ _BEGINNINGS: dict[str, tuple[bytes, ...]] = {
     "parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff"),
     ".gz": (b"\x1f\x8b",), ".bz2": (b"BZh",), ".xz": (b"\xfd7zXZ",), ".zst": _ZSTANDARD,
 }  # fmt: skip
+_LONG_ROWS = 1 << 20
 _PLAIN_NAMES = ("", ".txt", ".text")
 
 
@@ -46,10 +47,17 @@ def refuse_disguise(path: Path, kind: str, is_given: bool) -> None:
         with open_bytes(path) as opened:
             begin = opened.read(1024)
     _refuse_beginning(begin, kind, f"a {kind} file" if kind != "text" else "text")
-    is_plain = kind == "text" and not is_given and format_suffix(path) in _PLAIN_NAMES
-    if kind != "text" or is_plain:
+    if kind != "text" or (not is_given and format_suffix(path) in _PLAIN_NAMES):
         _refuse_page(begin)
-    if is_plain and begins_with_json_lines(begin.decode("utf-8", "replace")):
+    if kind != "text" or is_given or not begin.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"{"):
+        return
+    _refuse_json_lines(path)
+
+
+def _refuse_json_lines(path: Path) -> None:
+    with open_bytes(path) as opened:
+        begin = opened.read(_LONG_ROWS)
+    if begins_with_json_lines(begin.decode("utf-8", "replace")):
         raise UnreadableFileError(
             "this seems to hold a JSON object in each line; set format: lines to read each as a document, or "
             "format: text to read the whole file as one"
@@ -60,15 +68,19 @@ def _refuse_beginning(begin: bytes, kind: str, what: str) -> None:
     expected = _BEGINNINGS.get(kind, ())
     if not begin or begin.startswith(expected or (b" ",)):
         return
-    for other in _not_text()["beginnings"]:
-        if begin.startswith(tuple(start.encode("latin-1") for start in other["starts"])):
-            raise UnreadableFileError(f"this is {other['what']}, not {what}; {other['advice']}")
+    _refuse_known(begin, what)
     if expected:
         raise UnreadableFileError(f"this is not {what}, although its name says so; its first bytes are {begin[:8]!r}")
     if begin[257:262] == b"ustar":
         raise UnreadableFileError("this is a tar archive; unpack it")
     if b"\0" in begin:
         raise UnreadableFileError("this has NUL bytes, so it is not UTF-8 text; convert it")
+
+
+def _refuse_known(begin: bytes, what: str) -> None:
+    for other in _not_text()["beginnings"]:
+        if begin.startswith(tuple(start.encode("latin-1") for start in other["starts"])):
+            raise UnreadableFileError(f"this is {other['what']}, not {what}; {other['advice']}")
 
 
 def _refuse_page(begin: bytes) -> None:
@@ -82,7 +94,7 @@ def _refuse_page(begin: bytes) -> None:
 
 def begins_with_json_lines(text: str) -> bool:
     """Whether the first two lines that are not blank are JSON objects, each by itself."""
-    lines = list(filter(str.strip, text.splitlines()))[:2]
+    lines = list(filter(str.strip, text.split("\n")))[:2]
     try:
         return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):

@@ -122,16 +122,24 @@ def _table_rows(file: io.TextIOWrapper, columns: tuple[str, ...], separator: str
                 yield Row(f"line {line}", dict(zip(header, _fitting(cells, header, line, separator), strict=True)))
             line = table.line_num + 1
     except csv.Error as error:
-        raise UnreadableFileError(
-            f"the row that begins in line {line} is not valid: {error}; a cell that has quotes, line ends or "
-            f"{separator!r} must stand in double quotes, with its own quotes doubled"
-        ) from None
+        raise UnreadableFileError(_bad_row(error, line, separator)) from None
+
+
+def _bad_row(error: csv.Error, line: int, separator: str) -> str:
+    return (
+        f"the row that begins in line {line} is not valid: {error}; a cell that has quotes, line ends or "
+        f"{separator!r} must stand in double quotes, with its own quotes doubled"
+    )
 
 
 def _check_header(header: list[str], columns: tuple[str, ...], separator: str) -> None:
     for column in columns:
         if header.count(column) > 1:
             raise UnreadableFileError(f"the column {column!r} occurs {header.count(column)} times in the header")
+    _check_separator(header, columns, separator)
+
+
+def _check_separator(header: list[str], columns: tuple[str, ...], separator: str) -> None:
     others = [other for other in ",;\t|" if other != separator and len(header) == 1 and other in header[0]]
     if others and header[0] not in columns:
         remedy = "set format: tsv" if others[0] == "\t" else f"separate its cells by {separator!r}"

@@ -34,6 +34,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not an end
         self._backend.no_padding()
         self._backend.no_truncation()
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None  # for training with other merges; the same text must give the same ids
         end_of_text_id = backend.token_to_id(end_of_text)
         if end_of_text_id is None:
             special = ", ".join(self.special_tokens()) or "none"
@@ -48,8 +50,12 @@ class Tokenizer:
     def _refuse_special_tokens_that_text_gives(self) -> None:
         """Raise an error where a text that spells a special token would become that token, not text."""
         unknown = {*self.encode("\U0010fffe"), *self.encode(" \U0010fffe")}  # what unknown characters become
-        for token, index in self.special_tokens().items():
-            if index not in unknown and index in {*self.encode(token), *self.encode(f"a {token} a")}:
+        given = {self.end_of_text: self.end_of_text_id}
+        for token, index in {**self.special_tokens(), **given}.items():
+            if (index not in unknown or token in given) and index in {
+                *self.encode(token),
+                *self.encode(f"a {token} a"),
+            }:
                 raise InputError(
                     f"the tokenizer makes the special token {token!r} of text that only spells it, so a document could "
                     "end in its middle; remove the token from the tokenizer's own vocabulary, or use another tokenizer"
@@ -275,7 +281,9 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    # the library needs memory for each word of a text at once, so long texts come in pieces; words stay whole
+    pieces = (piece for text in texts for piece in _cut_before_spaces(text, _PIECE_CHARS))
+    backend.train_from_iterator(pieces, trainer)
     try:
         return Tokenizer(backend, end_of_text)
     except InputError as error:

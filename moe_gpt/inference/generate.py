@@ -51,7 +51,7 @@ def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
         before = ordered.cumsum(0) - ordered  # probability of everything more likely
-        probs = probs.index_fill(0, order[before >= sampling.top_p], 0.0)
+        probs = probs.index_fill(0, order[(before >= sampling.top_p) & (before > 0)], 0.0)
         probs = probs / probs.sum()
     return probs
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow
@@ -247,3 +249,41 @@ def test_loops_of_links_end():
     assert texts("tree/**/*.txt") == ["one", "two"]
     assert texts("tr*/**") == ["one", "two"]
     assert texts("**/inner/*.txt") == ["two"]
+
+
+def test_long_lines_of_json_are_not_taken_for_text():
+    """Whatever the name, and also with characters that some take for line ends."""
+    lines = "".join(json.dumps({"text": "x" * 1500}) + "\n" for _ in range(3))
+    for name in ("a.txt", "a.log", "a.jsonl.1"):
+        assert "format: lines" in failure(name, lines)
+    assert texts(write("b.json", '{"text": "a\u2028b"}\n{"text": "c"}\n')) == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_streams_after_damage_are_not_lost(suffix, compress):
+    """Several streams are read one after the other; what is no stream is an error."""
+    name = f"a.txt{suffix}"
+    assert texts(write(name, compress(b"one ") + compress(b"two"))) == ["one two"]
+    assert failure(name, compress(b"one ") + b"\x00\x01\x02garbage" + compress(b"two"))
+    assert "ended before" in failure(name, compress(b"one " * 1000)[:-8])
+
+
+@pytest.mark.parametrize(
+    ("contents", "part"),
+    [
+        ({"x.csv": "text,label\nhello,a,\n"}, "write files:"),
+        ({"x.parquet": b"PAR1", "y.jsonl": '{"text": "b"}\n'}, "several formats"),
+        ({"x.txt": LFS}, "git lfs pull"),
+        ({"x.txt": PAGE}, "download"),
+        ({"README.md": '---\nconfigs: [{config_name: default, data_files: "../secret.jsonl"}]\n---\n',
+          "x.jsonl": '{"text": "b"}\n'}, "outside of the folder"),
+    ],
+)  # fmt: skip
+def test_folders_that_datasets_would_read_wrong_are_refused(contents, part):
+    """Its tables shift columns, it reads one format of several, and a card may lead elsewhere."""
+    write("secret.jsonl", '{"text": "secret"}\n')
+    Path("folder").mkdir()
+    for name, content in contents.items():
+        write(f"folder/{name}", content)
+    with pytest.raises(InputError, match=part):
+        texts(dataset="folder")

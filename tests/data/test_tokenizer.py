@@ -218,10 +218,10 @@ def test_decode_stream_holds_back_only_incomplete_characters():
 
 def word_tokenizer() -> Tokenizer:
     """Return a tokenizer whose decoder drops the first word's space, as SentencePiece's does."""
-    vocabulary = {"<s>": 0, "\u2581hello": 1, "\u2581w\u00f6rld": 2}
-    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    vocabulary = {"<s>": 0, "\u2581hello": 1, "\u2581w\u00f6rld": 2, "<unk>": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    backend.add_special_tokens(["<s>"])
+    backend.add_special_tokens(["<s>", "<unk>"])
     return Tokenizer(backend, "<s>")
 
 
@@ -234,7 +234,7 @@ def test_decode_stream_keeps_the_spaces_of_a_sentencepiece_tokenizer():
 
 def test_token_bytes_of_a_sentencepiece_tokenizer_count_utf8():
     """Outside byte-level tokenizers a token counts its UTF-8 bytes, the word mark as one space."""
-    assert word_tokenizer().token_bytes().tolist() == [0, 6, 7]
+    assert word_tokenizer().token_bytes().tolist() == [0, 6, 7, 0]
 
 
 def test_pre_tokenizer_is_exactly_gpt2s_byte_level():
@@ -277,3 +277,21 @@ def test_end_of_text_that_the_tokenizer_lacks_is_refused(tmp_path):
     path.write_text(TOKENIZER.to_json(), encoding="utf-8")
     with pytest.raises(InputError, match=r"data\.tokenizer\.end_of_text .*got '</s>'"):
         Tokenizer.load(path, "</s>")
+
+
+@pytest.mark.parametrize("is_unknown", [True, False])
+def test_end_of_text_that_text_gives_is_refused(is_unknown):
+    """Also where it is no special token, or what unknown words become."""
+    vocabulary = {"</s>": 0, "a": 1, "<unk>": 2}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="</s>" if is_unknown else "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(InputError, match="'</s>' of text that only spells it"):
+        Tokenizer(backend, "</s>")
+
+
+def test_dropout_of_merges_is_switched_off():
+    """It is for training; the same text must give the same ids."""
+    spec = json.loads(TOKENIZER.to_json())
+    spec["model"]["dropout"] = 0.9
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
+    assert tokenizer.encode(WORDS * 20) == TOKENIZER.encode(WORDS * 20)

@@ -217,3 +217,10 @@ def test_sampling_config_refuses_what_is_impossible(key, value):
     """An impossible setting is refused by name and value."""
     with pytest.raises(ConfigError, match=rf"{key} must be .*{value}"):
         SamplingConfig(**{key: value})
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 1e-300}, {"temperature": 1e-310}, {"top_p": 1e-46, "top_k": 3}])
+def test_extreme_settings_choose_the_most_likely_token(settings):
+    """Whatever float32 makes of the number."""
+    probs = next_token_probs(torch.tensor([0.0, 3.0, 1.0]), SamplingConfig(**settings))
+    assert probs.tolist() == [0.0, 1.0, 0.0]

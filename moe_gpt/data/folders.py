@@ -1,0 +1,59 @@
+"""Folders that the library ``datasets`` reads: what it would read wrong is refused."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+from moe_gpt.data.compressed import UnreadableFileError, format_suffix
+from moe_gpt.data.disguises import FORMATS, format_of, refuse_disguise
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``save_to_disk`` made the folder."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def check_folder(folder: Path, subset: str | None) -> None:
+    """Compare a local dataset with what ``datasets`` can read as it stands.
+
+    Its reader of tables takes the first cells for names of rows where lines have one cell more than the header. Of
+    several formats it reads one. A card in the folder may name files elsewhere.
+
+    Raises:
+        UnreadableFileError: with what is wrong, and what would be right.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    _check_formats(folder, {FORMATS[format_suffix(path)] for path in paths if format_suffix(path) in FORMATS})
+    for path in paths:
+        if format_suffix(path) in (*FORMATS, ".txt"):
+            _check_file(path)
+    _check_card(folder, subset)
+
+
+def _check_formats(folder: Path, kinds: set[str]) -> None:
+    if len(kinds) > 1 or kinds & {"csv", "tsv"}:
+        found = "tables (.csv, .tsv)" if len(kinds) == 1 else f"files of several formats ({', '.join(sorted(kinds))})"
+        advice = f"write files: {folder}/**/*.SUFFIX instead, which reads every row as it stands"
+        raise UnreadableFileError(f"has {found}; {advice}")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        refuse_disguise(path, format_of(path), is_given=False)
+    except UnreadableFileError as error:
+        raise UnreadableFileError(f"has {path}: {error}") from None
+
+
+def _check_card(folder: Path, subset: str | None) -> None:
+    """Refuse a README.md whose front matter names files outside of the folder."""
+    card = folder / "README.md"
+    if not card.is_file() or not re.search(r"data_(files|dir):", card.read_text(encoding="utf-8", errors="replace")):
+        return
+    import datasets
+
+    builder = datasets.load_dataset_builder(str(folder), subset)
+    for path in itertools.chain.from_iterable((builder.config.data_files or {}).values()):
+        if not Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UnreadableFileError(f"has a README.md that names {path}, which is outside of the folder")
