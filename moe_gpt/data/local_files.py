@@ -42,6 +42,8 @@ def read_rows(path: Path, format: str, columns: tuple[str, ...], errors: str) ->
     refuse_disguise(path, kind, is_given=format != "auto")
     if kind in ("parquet", "arrow"):
         with open_bytes(path) as file:
+            if not file.seekable():
+                raise UnreadableFileError(f"a {kind} file cannot be read through {path.suffix}; unpack it")
             yield from (_parquet_rows if kind == "parquet" else _arrow_rows)(file, columns)
         return
     newline = "" if kind in ("csv", "tsv") else None

@@ -287,3 +287,11 @@ def test_folders_that_datasets_would_read_wrong_are_refused(contents, part):
         write(f"folder/{name}", content)
     with pytest.raises(InputError, match=part):
         texts(dataset="folder")
+
+
+def test_compressed_tables_say_what_to_do():
+    """Parquet is read from its end, which most streams do not have."""
+    image_table("tables/a.parquet")
+    content = Path("tables/a.parquet").read_bytes()
+    assert texts(write("a.parquet.gz", gzip.compress(content))) == ["one one", "two two"]
+    assert "unpack it" in failure("a.parquet.zst", zstandard.compress(content))
