@@ -192,12 +192,12 @@ PAGE = "<!DOCTYPE html>\n<html><body>404 Not Found</body></html>"
         ("a.txt", b"PK\x03\x04rest", "ZIP"),
         ("a.csv", b"PK\x03\x04rest", "ZIP"),
         ("a.txt", b"%PDF-1.7\n", "save its text"),
-        ("a.txt", gzip.compress(b"text"), "add .gz"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "add .gz"),
         ("a.jsonl.gz", zstandard.compress(b"text"), "add .zst"),
         ("a.txt", b"PAR1....", "name it .parquet"),
         ("a.txt", "text".encode("utf-16"), "convert it to UTF-8"),
         ("a.txt", "text".encode("utf-16-le"), "NUL bytes"),
-        ("a.txt.gz", gzip.compress(b"n" * 257 + b"ustar"), "tar archive"),
+        ("a.txt.gz", gzip.compress(b"n" * 257 + b"ustar", mtime=0), "tar archive"),
         ("a.xlsx", b"x", "save it as .csv"),
         ("a.docx", b"x", "save its text"),
         ("a.jsonl.incomplete", b"{", "download"),
@@ -293,5 +293,5 @@ def test_compressed_tables_say_what_to_do():
     """Parquet is read from its end, which most streams do not have."""
     image_table("tables/a.parquet")
     content = Path("tables/a.parquet").read_bytes()
-    assert texts(write("a.parquet.gz", gzip.compress(content))) == ["one one", "two two"]
+    assert texts(write("a.parquet.gz", gzip.compress(content, mtime=0))) == ["one one", "two two"]
     assert "unpack it" in failure("a.parquet.zst", zstandard.compress(content))
