@@ -171,8 +171,8 @@ def make_data_files(folder: Path) -> None:
     table = "".join(["text,n\n", *(f'"row {row["n"]}, ""q"" \u00e9",{row["n"]}\n' for row in ROWS)]).encode()
     contents = {
         "a.jsonl": lines, "a.json": json.dumps(ROWS).encode(), "a.csv": table, "a.tsv": table.replace(b",", b"\t"),
-        "a.txt": b"some text \xc3\xa9\n" * 20, "b.jsonl.gz": gzip.compress(lines, mtime=0), "b.jsonl.bz2": bz2.compress(lines),
-        "b.csv.xz": lzma.compress(table), "b.jsonl.zst": zstandard.compress(lines),
+        "a.txt": b"some text \xc3\xa9\n" * 20, "b.jsonl.gz": gzip.compress(lines, mtime=0),
+        "b.jsonl.bz2": bz2.compress(lines), "b.csv.xz": lzma.compress(table), "b.jsonl.zst": zstandard.compress(lines),
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():

@@ -20,6 +20,7 @@ def generate_samples(run: Run, n_tokens: int) -> Iterator[tuple[str, str]]:
         with without_compiler():
             new = generate(run.state.model, prompt, n_tokens, sampling, index, tokenizer.end_of_text_id)
             try:
-                yield source.config.name, tokenizer.decode([*prompt, *new])
+                text = tokenizer.decode([*prompt, *new])
             except InputError as error:  # of weights that are not finite; training's own checks judge them
-                yield source.config.name, f"({error})"
+                text = f"({error})"
+        yield source.config.name, text
