@@ -16,7 +16,7 @@ import cyclopts
 from rich.console import Console
 
 import moe_gpt
-from moe_gpt.commands.output import discard
+from moe_gpt.commands.output import discard, replace_closed_streams
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import terminal_width, wrap
 
@@ -148,9 +148,10 @@ def _setting_like(flag: str) -> str | None:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Call a function and exit with what it returns: status 2 and one line for each problem where the input is bad.
 
-    The status is 141, as after SIGPIPE, if the reader of stdout is gone, and 2 if the disk is full.
+    The status is 141, as after SIGPIPE, if the reader of stdout is gone, and 2 if the disk is full or stdout is closed.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started this
+    replace_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[attr-defined]  # a console may lack characters
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -178,5 +179,5 @@ def _fail_on_files(error: OSError) -> NoReturn:
 def _fail(message: str) -> NoReturn:
     for line in (message or "failed without a message").splitlines():
         text = f"error: {line}"
-        print(wrap(text) if sys.stderr and sys.stderr.isatty() else text, file=sys.stderr)
+        print(wrap(text) if sys.stderr.isatty() else text, file=sys.stderr)
     sys.exit(2)

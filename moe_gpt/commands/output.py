@@ -56,18 +56,23 @@ def discard(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def replace_closed_streams() -> None:
+    """Replace a stdout and stderr that were closed before this process began: writing to the one is an error."""
+    if sys.stdout is None:
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115 (until the exit)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
     """Keep errors of stdout and stderr from ending the code inside."""
     out, errors = sys.stdout, sys.stderr
-    if errors is not None:
-        sys.stderr = LastingStream(errors, "stderr")  # type: ignore[assignment]
-    if out is not None:
-        sys.stdout = LastingStream(out, "stdout", sys.stderr)  # type: ignore[assignment]
+    sys.stderr = LastingStream(errors, "stderr")  # type: ignore[assignment]
+    sys.stdout = LastingStream(out, "stdout", sys.stderr)  # type: ignore[assignment]
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, LastingStream):
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = out, errors

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from moe_gpt.data.compressed import UnreadableFileError, format_suffix, is_compressed, open_bytes
+from moe_gpt.files.mistaken import is_page, known_formats, other_format
 
 FORMATS = {
     ".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
@@ -32,7 +29,7 @@ def format_of(path: Path) -> str:
         UnreadableFileError: for archives, documents and other files that hold no text as they are.
     """
     suffix = format_suffix(path)
-    for kind in _not_text()["suffixes"]:
+    for kind in known_formats()["suffixes"]:
         if {suffix, path.suffix.lower()} & set(kind["suffixes"].split()):
             raise UnreadableFileError(f"this is {kind['what']}; {kind['advice']}")
     return FORMATS.get(suffix, "text")
@@ -68,7 +65,8 @@ def _refuse_beginning(begin: bytes, kind: str, what: str) -> None:
     expected = _BEGINNINGS.get(kind, ())
     if not begin or begin.startswith(expected or (b" ",)):
         return
-    _refuse_known(begin, what)
+    if other := other_format(begin, "as_text"):
+        raise UnreadableFileError(f"this is {other[0]}, not {what}; {other[1]}")
     if expected:
         raise UnreadableFileError(f"this is not {what}, although its name says so; its first bytes are {begin[:8]!r}")
     if begin[257:262] == b"ustar":
@@ -77,15 +75,8 @@ def _refuse_beginning(begin: bytes, kind: str, what: str) -> None:
         raise UnreadableFileError("this has NUL bytes, so it is not UTF-8 text; convert it")
 
 
-def _refuse_known(begin: bytes, what: str) -> None:
-    for other in _not_text()["beginnings"]:
-        if begin.startswith(tuple(start.encode("latin-1") for start in other["starts"])):
-            raise UnreadableFileError(f"this is {other['what']}, not {what}; {other['advice']}")
-
-
 def _refuse_page(begin: bytes) -> None:
-    words = begin.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if words.startswith((b"<!doctype html", b"<html")) or (words.startswith(b"<?xml") and b"<error>" in words):
+    if is_page(begin) and (b"<?xml" not in begin[:10] or b"<error>" in begin.lower()):
         raise UnreadableFileError(
             "this is an HTML or XML page, perhaps a server's answer instead of the file; download the file again, or "
             "set format: text to read the page as text"
@@ -99,9 +90,3 @@ def begins_with_json_lines(text: str) -> bool:
         return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
     except (ValueError, RecursionError):
         return False
-
-
-@functools.cache
-def _not_text() -> dict[str, list[dict[str, Any]]]:
-    """Return the table of files that are something else than text: by suffix, and by their first bytes."""
-    return yaml.safe_load(Path(__file__).with_name("not_text.yaml").read_text(encoding="utf-8"))

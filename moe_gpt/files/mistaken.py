@@ -5,50 +5,64 @@ Each text says what was found and what to do, as the end of an error message.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 _AGAIN = "download the file again"
-_WRITE = "write its model with save_pretrained(new_folder, safe_serialization=True) of transformers"
-_CONVERT = f"load it with AutoModelForCausalLM.from_pretrained(folder{{0}}) and {_WRITE}"
-_DISGUISES = {
-    rb"version https://git-lfs": "it is a Git LFS pointer, not the file itself; git lfs pull fetches the file",
-    rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)": f"it is a web page that a server sent instead; {_AGAIN}",
-    rb"Entry not found|Invalid username|Access to model": f"it is a server's error message; {_AGAIN}",
-    rb"\Z": f"it is empty; {_AGAIN}",
-    rb"\0{512}": f"it begins with zeros, as an unfinished download does; {_AGAIN}",
-    rb"PK\x03\x04|\x80[\x02-\x05]": f"it is a pickle of torch.save; {_CONVERT.format('')}",
-    rb"GGUF": f"it is a GGUF file; {_CONVERT.format(', gguf_file=...')}",
-    rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh": "it is compressed; unpack it",
-}
-"""How files begin that are found in the place of others."""
-_OTHER_WEIGHTS = {
-    "adapter_*": "is a LoRA adapter without its model; AutoPeftModelForCausalLM.from_pretrained(folder) of peft loads "
-    "both, and merge_and_unload().save_pretrained(new_folder) makes one model of them",
-    "consolidated*": "is in the format of the model's makers; get the folder that is made for transformers",
-    "tf_model*.h5": f"is a model of TensorFlow; {_CONVERT.format(', from_tf=True')}",
-    "flax_model*.msgpack": f"is a model of Flax; {_CONVERT.format(', from_flax=True')}",
-    "*.gguf": f"is a model of llama.cpp; {_CONVERT.format(', gguf_file=...')}",
-    "pytorch_model*": f"is in the older format of torch.save; {_CONVERT.format('')}",
-    "*.ckpt": f"is a training checkpoint; {_WRITE}",
-    "*.pt*": f"is in the format of torch.save; {_WRITE}",
-}
-"""Files with weights that are not read here."""
+_PAGE = re.compile(rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html\b|\?xml)")
 _UNFINISHED = ("incomplete", "part", "partial", "crdownload", "download", "aria2")
 
 
 def disguise(path: Path) -> str | None:
-    """Say what a file is in truth; None for a file that begins as no other kind does."""
+    """Say what a file in the place of a model's is in truth; None for one that begins as no other kind does."""
     with open(path, "rb") as file:
         start = file.read(512)
-    return next((text for pattern, text in _DISGUISES.items() if re.match(pattern, start)), None)
+    if not start:
+        return f"it is empty; {_AGAIN}"
+    if start == bytes(512):
+        return f"it begins with zeros, as an unfinished download does; {_AGAIN}"
+    if is_page(start):
+        return f"it is a web page that a server sent instead; {_AGAIN}"
+    what, advice = other_format(start, "as_model") or ("", "")
+    return f"it is {what}; {advice}" if what else None
+
+
+def is_page(start: bytes) -> bool:
+    """Whether a file that starts so is HTML or XML."""
+    return _PAGE.match(start) is not None
+
+
+def other_format(start: bytes, wanted: str) -> tuple[str, str] | None:
+    """Say what a file is that starts so, and what to do; None where it may be what was wanted.
+
+    Args:
+        start: the file's first bytes.
+        wanted: ``as_text`` or ``as_model``.
+    """
+    for kind in known_formats()["beginnings"]:
+        advice = kind.get(wanted, kind.get("advice"))
+        if advice and start.startswith(tuple(beginning.encode("latin-1") for beginning in kind["starts"])):
+            return kind["what"], advice
+    return None
 
 
 def other_weights(folder: Path) -> str:
     """Name weights in a folder that are of another format, with the way to convert them; empty if there are none."""
-    found = ((path, text) for pattern, text in _OTHER_WEIGHTS.items() for path in sorted(folder.glob(pattern)))
-    return next((f"; {path.name} {text}" for path, text in found), "")
+    for kind in known_formats()["weights"]:
+        for path in sorted(folder.glob(kind["names"]))[:1]:
+            return f"; {path.name} is {kind['what']}; {kind['advice']}"
+    return ""
+
+
+@functools.cache
+def known_formats() -> dict[str, list[dict[str, Any]]]:
+    """Return the table of files that are found in the place of others: by first bytes, by suffix, and weights."""
+    return yaml.safe_load(Path(__file__).with_name("other_formats.yaml").read_text(encoding="utf-8"))
 
 
 def unfinished_download(folder: Path) -> str:

@@ -44,7 +44,7 @@ class TensorReader:
             except FileNotFoundError:
                 raise InputError(f"{path} is missing{unfinished_download(path.parent)}") from None
             except (SafetensorError, OSError) as error:
-                reason = (disguise(path) or cut_off(path)) if path.is_file() else None
+                reason = (cut_off(path) or disguise(path)) if path.is_file() else None
                 raise InputError(f"{path} cannot be read as safetensors: {reason or error}") from None
             for name in self._open[path].keys():  # noqa: SIM118 (not a dict)
                 if name in self._file_of:

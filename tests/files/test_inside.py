@@ -109,7 +109,10 @@ def test_json_of_too_many_values_is_refused(folder):
         (b"PK\x03\x04...", "pickle.*save_pretrained"),
         (b"\x80\x02}q", "pickle"),
         (b"GGUF\x03", "GGUF.*gguf_file"),
-        (b"\x1f\x8b\x08", "compressed"),
+        (b"\x1f\x8b\x08", "gzip data; unpack it"),
+        (b"\xff\xfe{\0}\0", "UTF-16.*iconv"),
+        (b"\x89PNG\r\n", "image.*download the file again"),
+        (b"/annex/objects/SHA256E-s5", "git annex get"),
     ],
 )
 def test_a_file_in_the_place_of_another_is_named(folder, content, what):
