@@ -152,7 +152,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[attr-defined]  # a console may lack characters
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack characters
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main() or 0

@@ -18,6 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 from moe_gpt.data.compressed import UnreadableFileError, open_bytes
 from moe_gpt.data.disguises import begins_with_json_lines, format_of, refuse_disguise
 
+_ROWS_AT_ONCE = 1024
+"""Rows of a table that are Python objects at a time, however many a file holds, or says that it holds."""
+
 
 class Row(NamedTuple):
     """The values of a row by column, and where it stands: line 3, or row 3, counted from 1."""
@@ -158,12 +161,27 @@ def _fitting(cells: list[str], header: list[str], line: int, separator: str) -> 
     return cells[: len(header)]
 
 
+class _Bounded:
+    """A file that is not asked for more bytes than it has, for which Python would set memory aside."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        """Read at most ``size`` bytes."""
+        return self._file.read(min(size, self._size - self._file.tell()))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def _parquet_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(file) as table:
+    with pyarrow.parquet.ParquetFile(_Bounded(file)) as table:
         _check_columns(table.schema_arrow.names, columns)
-        yield from _rows_of(table.iter_batches(batch_size=1024, columns=list(columns)))
+        yield from _rows_of(table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns)))
 
 
 def _arrow_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -172,10 +190,10 @@ def _arrow_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
     if is_file:
-        table = pyarrow.ipc.open_file(file)
+        table = pyarrow.ipc.open_file(_Bounded(file))
         batches: Any = (table.get_batch(number) for number in range(table.num_record_batches))
     else:
-        batches = table = pyarrow.ipc.open_stream(file)
+        batches = table = pyarrow.ipc.open_stream(_Bounded(file))
     _check_columns(table.schema.names, columns)
     yield from _rows_of(_validated(batch.select(list(columns))) for batch in batches)
 
@@ -187,7 +205,8 @@ def _validated(batch: Any) -> Any:
 
 
 def _rows_of(batches: Iterable[Any]) -> Iterator[Row]:
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    parts = (batch.slice(at, _ROWS_AT_ONCE) for batch in batches for at in range(0, batch.num_rows, _ROWS_AT_ONCE))
+    rows = itertools.chain.from_iterable(part.to_pylist() for part in parts)
     return (Row(f"row {number}", row) for number, row in enumerate(rows, 1))
 
 

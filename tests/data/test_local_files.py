@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -295,3 +296,19 @@ def test_compressed_tables_say_what_to_do():
     content = Path("tables/a.parquet").read_bytes()
     assert texts(write("a.parquet.gz", gzip.compress(content, mtime=0))) == ["one one", "two two"]
     assert "unpack it" in failure("a.parquet.zst", zstandard.compress(content))
+
+
+def test_a_damaged_length_takes_no_memory():
+    """An Arrow file that says that its next part has 2 GB is refused before memory for them is set aside."""
+    table = pyarrow.table({"text": ["a", "b"]})
+    with pyarrow.ipc.new_stream("a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    data = bytearray(Path("a.arrow").read_bytes())
+    data[4:8] = (2**31 - 8).to_bytes(4, "little")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"a\.arrow"):
+            texts(write("a.arrow", bytes(data)))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
