@@ -14,6 +14,7 @@ from moe_gpt.training.display import Silent
 from moe_gpt.training.loop import Limits, pretraining_step, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.run_folder import open_run_folder
+from moe_gpt.training.saving.saved_model import resolve_checkpoint
 from moe_gpt.training.setup import Run, set_up_run
 
 CPU = torch.device("cpu")
@@ -73,3 +74,9 @@ def events(run_dir: Path) -> list[dict]:
 def steps(run_dir: Path) -> list[dict]:
     """Return the lines of single steps."""
     return [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def weights_and_state(run_dir: Path) -> bytes:
+    """Return the weights and the optimizer's state of the newest checkpoint."""
+    folder = resolve_checkpoint(run_dir)
+    return (folder / "model.safetensors").read_bytes() + (folder / "optimizer.safetensors").read_bytes()

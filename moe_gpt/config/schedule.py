@@ -91,8 +91,12 @@ class ScheduleConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101)."""
+    """AdamW (arXiv 1711.05101), or Muon for matrices."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw for all parameters; or muon for the matrices of attention and experts, adamw for the rest."""
+    state_type: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How the running means are kept between steps: 4, 2 or about 1 byte a number. Fewer cost some loss."""
     lr: Positive = 3e-3
     """Peak learning rate."""
     min_lr: NonNegative = 0.0
@@ -101,6 +105,8 @@ class OptimizerConfig(Section):
     """Decay of the running mean of gradients."""
     beta2: Fraction = 0.95
     """Decay of the running mean of squared gradients."""
+    momentum: Fraction = 0.95
+    """Decay of Muon's running mean of gradients."""
     eps: Positive = 1e-8
     """Added to the root of the squared gradients' mean."""
     weight_decay: NonNegative = 0.1

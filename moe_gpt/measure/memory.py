@@ -1,4 +1,4 @@
-"""What this project itself needs: memory of a training step on a CPU in float32, and the size of a checkpoint.
+"""What this project itself needs: the memory of a training step on a CPU in float32.
 
 The activations are those that the paths of ``moe_gpt.model`` for CPUs keep for the backward pass, tensor by tensor.
 """
@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 
 from moe_gpt.config import ModelConfig, RunConfig, StageConfig
-from moe_gpt.files.tensors import TensorSpec, header_of
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
-from moe_gpt.model.shapes import shapes_only
 from moe_gpt.ops.cpu_attention import LONGEST_BY_PRODUCTS, QUERY_BLOCK
 from moe_gpt.ops.device import Precision
 from moe_gpt.ops.dispatch import count_rows, segment_alignment
@@ -53,12 +51,12 @@ def needed_memory(
 ) -> NeededMemory:
     """Return what this project's own training takes: predicted in float32 on a CPU, elsewhere what is certain.
 
-    What is certain are weights, gradients and two moments in float32, 16 bytes a parameter.
+    What is certain are weights and gradients in float32, and the optimizer's running means.
     """
     counts = counts or count_parameters(model_of(config))
     if device.type == "cpu" and precision == "fp32":
         return NeededMemory(predict_training_memory_cpu(config, counts), is_lower_bound=False)
-    return NeededMemory(16 * counts.total, is_lower_bound=True)
+    return NeededMemory(2 * _FLOAT * counts.total + _state_bytes(config, counts), is_lower_bound=True)
 
 
 def predict_training_memory_cpu(config: RunConfig, counts: ParameterCounts | None = None) -> int:
@@ -84,7 +82,14 @@ def _alive(config: RunConfig, stage: StageConfig, counts: ParameterCounts) -> in
     within_layer = _transient_bytes(model, tokens) + layer_gradients + (kept.layer if recompute else 0)
     start = output_gradient + model.n_layers * layer_kept + kept.outside
     end = output_gradient + (model.n_layers - 1) * layer_gradients + layer_kept
-    return 3 * _FLOAT * counts.total + within_layer + max(start, end)
+    return _FLOAT * counts.total + _state_bytes(config, counts) + within_layer + max(start, end)
+
+
+def _state_bytes(config: RunConfig, counts: ParameterCounts) -> int:
+    """Return what the optimizer's running means take: two of each number; of what Muon moves, one."""
+    n_ends = counts.embedding * (1 if model_of(config).tie_embeddings else 2)
+    n_means = 2 * counts.total - (counts.total - n_ends) * (config.optimizer.name == "muon")
+    return round({"float32": 4, "bfloat16": 2, "int8": 1 + _FLOAT / 256}[config.optimizer.state_type] * n_means)
 
 
 def kept_activation_bytes(
@@ -124,7 +129,8 @@ def _experts_kept(model: ModelConfig, tokens: int) -> int:
     experts = _FLOAT * rows * (2 * model.d_model + 2 * model.d_ff) + _LONG * rows
     # logits, their copy for the z loss of all layers, probabilities, their order, log-partition; weights and rows of
     # the assignments; shares of the experts
-    router = tokens * (3 * _FLOAT * E + _LONG * E + _FLOAT + _FLOAT * K + _LONG * K) + _FLOAT * E
+    chosen = K if K <= E // 4 else E  # ``ops.cpu.largest_indices`` keeps the order of all
+    router = tokens * (3 * _FLOAT * E + _LONG * chosen + _FLOAT + _FLOAT * K + _LONG * K) + _FLOAT * E
     return experts + router
 
 
@@ -145,33 +151,3 @@ def _kept_when_recomputed(model: ModelConfig, tokens: int) -> int:
     """Return what activation checkpointing keeps: each layer's input, and what it sorted."""
     sorted_ = 0 if model.is_dense else (_FLOAT + _LONG) * model.n_experts + 2 * _LONG * model.top_k
     return tokens * (_FLOAT * model.d_model + sorted_)
-
-
-class CheckpointBytes(NamedTuple):
-    """Sizes of a checkpoint's large files, headers included."""
-
-    model: int
-    """model.safetensors"""
-    optimizer: int
-    """optimizer.safetensors: the step, and both moments of each parameter"""
-
-    @property
-    def total(self) -> int:
-        """Both; the rest of a checkpoint is the tokenizer and some kilobytes."""
-        return self.model + self.optimizer
-
-
-def checkpoint_bytes(config: ModelConfig) -> CheckpointBytes:
-    """Return the size of a checkpoint after a step, exact to the byte: 12 bytes a parameter, and the files' headers."""
-    model = shapes_only(config)
-    parameters, buffers = ({n: tuple(t.shape) for n, t in x} for x in (model.named_parameters(), model.named_buffers()))
-    optimizer: dict[str, tuple[int, ...]] = {}
-    for name, shape in parameters.items():
-        optimizer |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
-    return CheckpointBytes(_file_bytes(parameters | buffers), _file_bytes(optimizer))
-
-
-def _file_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return the size of a safetensors file with these float32 tensors."""
-    specs = [TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()]
-    return len(header_of(specs)) + sum(spec.n_bytes for spec in specs)

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
 
 def choose_experts(scores: Float[Tensor, "N E"], top_k: int) -> Int[Tensor, "N K"]:
     """Return the ``top_k`` highest-scoring experts of each token, best first. Ties go to the lowest index."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return ops.largest_indices(scores, top_k)
 
 
 class Router(nn.Module):

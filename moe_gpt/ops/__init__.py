@@ -24,6 +24,7 @@ __all__ = [
     "IGNORED_TARGET",
     "Visible",
     "attend",
+    "largest_indices",
     "linear_cross_entropy",
     "mix_experts",
     "prepare",
@@ -138,6 +139,11 @@ def attend(
     return cuda.attend(queries, keys, values, visible.form)
 
 
+def largest_indices(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
+    """Return where each row's k largest numbers are, the largest first, equal ones in order."""
+    return (cpu if _is_on_cpu(scores.device) and not _is_plain() else plain).largest_indices(scores, k)
+
+
 def mix_experts(
     x: Float[Tensor, "N D"],
     expert_indices: Int[Tensor, "N K"],
@@ -153,10 +159,11 @@ def mix_experts(
         return cpu.mix_few_tokens(x, expert_indices, expert_weights, gate_up, down)
     alignment = dispatch.segment_alignment(expert_indices.numel(), len(gate_up), x.device, x.dtype)
     plan = dispatch.plan_dispatch(expert_indices, len(gate_up), alignment)
-    rows, weights = dispatch.dispatch_tokens(x, plan), (gate_up.to(x.dtype), down.to(x.dtype))
+    rows = dispatch.dispatch_tokens(x, plan)
     if _takes_custom_gradient(rows):
-        rows = cpu.apply_experts(rows, *weights, plan.segment_ends)
+        rows = cpu.apply_experts(rows, gate_up, down, plan.segment_ends)
     else:
+        weights = gate_up.to(x.dtype), down.to(x.dtype)
         rows = cuda.apply_experts(rows, *weights, plan.segment_ends, swiglu)
     return dispatch.combine_rows(rows, expert_weights, plan)
 

@@ -5,6 +5,7 @@ How attention is computed on a CPU is in ``cpu_attention``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_gpt.ops import gradients
+from moe_gpt.ops import gradients, plain
 
 _FEW_NUMBERS = 1 << 16
 _FEW_ASSIGNMENTS = 16
@@ -123,33 +124,55 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return grad_gate_up, activated.mul_(up)
 
 
+def largest_indices(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
+    """Return ``plain.largest_indices``, except that -inf equals the smallest finite number.
+
+    It looks for one maximum after another, because a CPU's sort of a whole row takes long: for a few of 16 experts five
+    times as long, for a few of 256 sixteen times.
+    """
+    if k > scores.shape[1] // 4:
+        return plain.largest_indices(scores, k)
+    rest = scores.detach().clamp(min=torch.finfo(scores.dtype).min)  # above what is taken already
+    places = [rest.max(-1, keepdim=True).indices]
+    for _ in range(k - 1):
+        rest.scatter_(1, places[-1], -torch.inf)
+        places.append(rest.max(-1, keepdim=True).indices)
+    return torch.cat(places, dim=1)
+
+
 def apply_experts(
     rows: Float[Tensor, "R D"],
     gate_up: Float[Tensor, "E twoF D"],
     down: Float[Tensor, "E D F"],
     segment_ends: Int[Tensor, "E"],
 ) -> Float[Tensor, "R D"]:
-    """Apply expert e to the rows of segment e, one segment after another; rows beyond the last come back undefined.
+    """Apply expert e to the rows of segment e; rows beyond the last come back undefined.
 
-    CPU only: reading ``segment_ends`` on the host is free there, but would stall a GPU. All arguments have one type.
+    CPU only: reading ``segment_ends`` on the host is free there, but would stall a GPU.
+
+    Args:
+        rows: what the experts read; products run in their type.
+        gate_up: the weights, in that type or in float32.
+        down: beside them.
+        segment_ends: where each expert's rows end.
     """
     return gradients.apply(_Experts, rows, gate_up, down, segment_ends)
 
 
 class _Experts(torch.autograd.Function):
-    """Writes every product to its place and does not keep silu(gate) · up.
+    """Makes one expert's product after another, each in its place, and does not keep silu(gate) · up.
 
-    Everything that happens to a segment happens while it is in the cache. A CPU's grouped_mm makes every expert's
-    products apart and joins them, which leaves the heap full of holes.
+    What lies between the products is done for all experts at once: of few rows, its calls would take longer than its
+    arithmetic. A CPU's grouped_mm makes every expert's products apart and joins them, which leaves the heap full of
+    holes.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, segment_ends: Tensor) -> Tensor:
-        ctx.segments = _segments(segment_ends)
+        ctx.n_rows = _lengths(segment_ends, len(rows))
         hidden, y = rows.new_empty(len(rows), gate_up.shape[1]), rows.new_empty(len(rows), down.shape[1])
-        for segment, gate_up_e, down_e in zip(ctx.segments, gate_up, down, strict=True):
-            torch.mm(rows[segment], gate_up_e.t(), out=hidden[segment])
-            torch.mm(_swiglu_forward(hidden[segment]), down_e.t(), out=y[segment])
+        _multiply(_split(rows, ctx), gate_up.mT.unbind(), _split(hidden, ctx))
+        _multiply(_split(_swiglu_forward(hidden), ctx), down.mT.unbind(), _split(y, ctx))
         ctx.save_for_backward(rows, gate_up, down, hidden)
         return y
 
@@ -158,17 +181,37 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
         grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
-        for index, segment in enumerate(ctx.segments):
-            grad_hidden, activated = _swiglu_backward(torch.mm(grad[segment], down[index]), hidden[segment])
-            torch.mm(grad[segment].t(), activated, out=grad_down[index])
-            torch.mm(grad_hidden.t(), rows[segment], out=grad_gate_up[index])
-            torch.mm(grad_hidden, gate_up[index], out=grad_rows[segment])
+        grad_activated = rows.new_empty(len(rows), down.shape[2])
+        _multiply(_split(grad, ctx), down.unbind(), _split(grad_activated, ctx))
+        grad_hidden, activated = _swiglu_backward(grad_activated, hidden)
+        _multiply([part.t() for part in _split(grad, ctx)], _split(activated, ctx), grad_down.unbind())
+        parts = _split(grad_hidden, ctx)
+        _multiply([part.t() for part in parts], _split(rows, ctx), grad_gate_up.unbind())
+        _multiply(parts, gate_up.unbind(), _split(grad_rows, ctx))
         return grad_rows, grad_gate_up, grad_down, None
 
 
-def _segments(segment_ends: Tensor) -> list[slice]:
-    ends = segment_ends.tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def _multiply(a: Sequence[Tensor], b: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    """Write one product of matrices after another; a weight, or its gradient, may be wider than what it meets.
+
+    It is cast when its expert's turn comes, while it is in the cache.
+    """
+    for left, right, place in zip(a, b, places, strict=True):
+        if place.dtype == left.dtype:
+            torch.mm(left, right.to(left.dtype), out=place)
+        else:
+            place.copy_(torch.mm(left, right))
+
+
+def _split(rows: Tensor, ctx: Any) -> tuple[Tensor, ...]:
+    """Return each expert's rows."""
+    return rows.split(ctx.n_rows)[:-1]
+
+
+def _lengths(segment_ends: Tensor, n_rows: int) -> list[int]:
+    """Return how many rows each expert has, and last those of nobody."""
+    ends = [*segment_ends.tolist(), n_rows]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def are_few(expert_indices: Int[Tensor, "N K"]) -> bool:

@@ -46,14 +46,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
             is_valid = wanted != IGNORED_TARGET
             wanted = wanted.masked_fill(~is_valid, 0)
-            log_probs = torch.mm(part, weight.t()).log_softmax(-1, dtype=grad_weight.dtype)
-            total -= (log_probs.gather(1, wanted) * is_valid).sum()
+            logits = torch.mm(part, weight.t())
+            probs = logits.softmax(-1, dtype=grad_weight.dtype)
+            # the largest probability is at least 1/V, so its logarithm is exact
+            log_sum = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
+            total += ((log_sum - logits.gather(1, wanted)) * is_valid).sum()
             if grad_hidden is not None:  # softmax minus one at the target, nothing where there is none
-                grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad_logits.dtype))
-                grad_logits = grad_logits.mul_(is_valid).to(hidden.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
-                grad_weight += torch.mm(grad_logits.t(), part)
+                grad_logits = probs.scatter_add_(1, wanted, probs.new_full((1, 1), -1).expand_as(wanted)).to(
+                    hidden.dtype
+                )
+                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk]).mul_(is_valid)
+                _add_product(grad_weight, grad_logits.t(), part * is_valid)
         if grad_hidden is not None:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
@@ -63,3 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a, b)

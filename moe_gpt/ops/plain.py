@@ -44,6 +44,11 @@ def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batc
     return F.silu(gate) * up
 
 
+def largest_indices(scores: Float[Tensor, "N E"], k: int) -> Int[Tensor, "N k"]:
+    """Return where each row's k largest numbers are, the largest first; of equal ones the first counts as larger."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
 def mix_experts(
     x: Float[Tensor, "N D"],
     expert_indices: Int[Tensor, "N K"],

@@ -20,7 +20,7 @@ _HOPELESS = 20
 def refuse_full_size(config: RunConfig, device: torch.device) -> None:
     """Raise ``InputError`` if weights, gradients and moments alone are far larger than the free memory."""
     free, counts = available_memory_bytes(device), count_parameters(config.model)
-    needed = 16 * counts.total
+    needed = needed_memory(config, device, "bf16", counts).bytes  # in bf16 without activations
     if free is not None and needed > _HOPELESS * free:
         raise InputError(
             f"this config has {format_value(counts.total, 'parameters')} parameters; training needs at least "

@@ -1,35 +1,142 @@
-"""AdamW with the usual two groups: weight decay for matrices, none for the rest."""
+"""The optimizer: AdamW, or Muon for the matrices between embedding and output."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from moe_gpt.config import OptimizerConfig
 from moe_gpt.errors import InputError
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.training.moments import kept_type, n_blocks, pack, unpack
+from moe_gpt.training.muon import move_along_momentum
+from moe_gpt.training.records.norms import group_of
+
+_ADAMW, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)
+_SQUARE = "exp_avg_sq"
+_FOR_MUON = ("attention", "experts", "feed_forward")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return a fused AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+class Optimizer:
+    """Groups of parameters, each with its method, and their running means.
+
+    AdamW (Loshchilov and Hutter, arXiv 1711.05101) is PyTorch's fused function, and Muon is ``muon``. This is no
+    ``torch.optim.Optimizer``, because one imports PyTorch's compiler when it is made, which takes a second, and keeps
+    its state in float32.
+
+    Args:
+        groups: each has ``params``, ``weight_decay`` and ``method``: adamw or muon.
+        config: the rest.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        self.param_groups, self.config = groups, config
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        """The running means of each parameter that has moved, by name, in the form in which they are kept."""
+        self.lr = config.lr
+
+    def state_shapes(self, parameter: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return name, shape and type of what a parameter's state has once the parameter has moved."""
+        takes_muon = any(g["method"] == "muon" and any(p is parameter for p in g["params"]) for g in self.param_groups)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {} if takes_muon else {"step": ((), torch.float32)}
+        for name in _MUON if takes_muon else _ADAMW:
+            shapes[name] = tuple(parameter.shape), kept_type(self.config.state_type, name == _SQUARE)
+            if self.config.state_type == "int8":
+                shapes[f"{name}_scale"] = (n_blocks(parameter.numel()),), torch.float32
+        return shapes
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: Tensor, skipped: Tensor) -> None:
+        """Move every parameter that has a gradient, without waiting for the device.
+
+        Args:
+            lr: learning rate.
+            scale: what gradients are divided by.
+            skipped: 1 to leave all parameters and running means as they are, else 0.
+        """
+        self.lr = lr
+        for group in self.param_groups:
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            take_step = self._take_muon_step if group["method"] == "muon" else self._take_adamw_step
+            # one after another where each is in float32 only while it moves
+            for part in [moving] if self.config.state_type == "float32" else [[parameter] for parameter in moving]:
+                take_step(part, group["weight_decay"], scale, skipped)
+
+    def _take_adamw_step(self, moving: list[Tensor], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
+        means = [self._means(parameter, _ADAMW) for parameter in moving]
+        steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in moving]
+        gradients: list[Any] = [parameter.grad for parameter in moving]
+        clipping: dict[str, Any] = {"grad_scale": scale, "found_inf": skipped}
+        if scale.device.type == "mps":  # whose fused kernel looks at neither
+            if bool(skipped):
+                return
+            torch._foreach_div_(gradients, scale)
+            clipping = {}
+        config = self.config
+        adamw(
+            moving, gradients, [mean[0] for mean in means], [mean[1] for mean in means], [], steps,
+            fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=self.lr,
+            weight_decay=weight_decay, eps=config.eps, maximize=False, **clipping,
+        )  # fmt: skip
+        for parameter, mean in zip(moving, means, strict=True):
+            self._keep(parameter, _ADAMW, mean)
+
+    def _take_muon_step(self, moving: list[Any], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
+        for parameter in moving:
+            means = self._means(parameter, _MUON)
+            gradient = torch.where(skipped.bool(), means[0], parameter.grad / scale)  # moves the mean nowhere
+            lr = self.lr * (1 - skipped)
+            move_along_momentum(parameter, gradient, means[0], lr, weight_decay, self.config.momentum)
+            self._keep(parameter, _MUON, means)
+
+    def _means(self, parameter: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """Return a parameter's running means in float32: the kept ones themselves if they are."""
+        kept = self.state.setdefault(parameter, {})
+        if names[0] not in kept:
+            return [torch.zeros_like(parameter, dtype=torch.float32) for _ in names]
+        return [unpack(kept[name], kept.get(f"{name}_scale")) for name in names]
+
+    def _keep(self, parameter: Tensor, names: Sequence[str], means: Sequence[Tensor]) -> None:
+        kept = self.state[parameter]
+        for name, mean in zip(names, means, strict=True):
+            kept[name], scale = pack(mean, self.config.state_type, is_square=name == _SQUARE)
+            if scale is not None:
+                kept[f"{name}_scale"] = scale
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Return the optimizer of a model's trainable parameters.
 
     Weight decay applies to attention, experts, router and output matrices; not to norms and not to the embedding
-    (a tied output matrix counts as the embedding). The balancing bias is a buffer, so the optimizer never sees it.
+    (a tied output matrix counts as the embedding). With ``name: muon``, attention and experts take Muon's steps, the
+    rest AdamW's. The balancing bias is a buffer, so the optimizer never sees it.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": config.weight_decay},
-        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": config.weight_decay, "method": "adamw"},
+        {"params": [], "weight_decay": 0.0, "method": "adamw"},
     ]
-    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+    if config.name == "muon":
+        groups.append({"params": [], "weight_decay": config.weight_decay, "method": "muon"})
+    for name, parameter in model.named_parameters():
         is_exempt = parameter.dim() < 2 or id(parameter) in embeddings
-        groups[is_exempt]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        takes_muon = config.name == "muon" and parameter.dim() >= 2 and group_of(name) in _FOR_MUON
+        if parameter.requires_grad:
+            groups[2 if takes_muon else is_exempt]["params"].append(parameter)
+    return Optimizer(groups, config)
 
 
-def check_optimizer(model: MoEGPT, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(model: MoEGPT, optimizer: Optimizer) -> None:
     """Raise ``InputError`` if the optimizer lacks a trainable parameter, which would silently never learn."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]

@@ -159,7 +159,7 @@ class Recovery:
         if not train.activation_checkpointing:
             advice += " or set train.activation_checkpointing=true"
         if not state.is_updating:  # the weights are those after the last step
-            state.optimizer.zero_grad(set_to_none=True)
+            state.optimizer.zero_grad()
             with contextlib.suppress(TooManySkips, RunFolderGone):
                 self.check_skips(fetched := self.log.fetch())
                 self.log.show_and_track(fetched)

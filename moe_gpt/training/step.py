@@ -16,7 +16,7 @@ from moe_gpt.measure.routing import max_violation
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine_losses
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, autocast
-from moe_gpt.training.optimizer import update_expert_bias
+from moe_gpt.training.optimizer import Optimizer, update_expert_bias
 from moe_gpt.training.records.norms import gradient_norms, parameter_norms, total_norm, update_norms
 from moe_gpt.training.schedule import StepPlan
 
@@ -26,7 +26,7 @@ class TrainState:
     """Everything that changes during training, besides torch's random generators."""
 
     model: MoEGPT
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     step: int = 0
     tokens_seen: int = 0
     skipped_windows: list[tuple[int, int]] = field(default_factory=list)
@@ -130,9 +130,10 @@ def train_step(
     terms, stats = accumulate_gradients(model, micro_batches, config.loss, precision)
     state.is_updating = True
     found_norms = gradient_norms(model) if with_norms else None
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.grad is not None and with_norms}
     grad_norm, skipped = update_weights(model, optimizer, plan.lr, config.optimizer.max_grad_norm, terms.loss)
     if found_norms is not None:
-        found_norms |= parameter_norms(model) | update_norms(model, optimizer, skipped)
+        found_norms |= parameter_norms(model) | update_norms(model, before)
     if config.model.balance == "bias" and stats:
         update_expert_bias(model, stats.tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
     state.step += 1
@@ -151,11 +152,11 @@ def _balance_of(stats: RouterStats | None, zero: Tensor) -> tuple[Tensor, Tensor
 
 
 def update_weights(
-    model: MoEGPT, optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float, loss: Tensor
+    model: MoEGPT, optimizer: Optimizer, lr: float, max_grad_norm: float, loss: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Step the optimizer with the gradients clipped to ``max_grad_norm``, and clear them.
 
-    The optimizer's fused kernel does the clipping: it divides by ``grad_scale`` as it goes, so no extra pass is needed.
+    The optimizer does the clipping: it divides gradients as it goes, so no extra pass is needed.
 
     Returns:
         the global norm before clipping; and 1 if norm or loss were not finite, so that nothing moved, else 0.
@@ -163,14 +164,6 @@ def update_weights(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = total_norm(gradients)
     skipped = 1 - (torch.isfinite(grad_norm) & torch.isfinite(loss)).float()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    scale = (grad_norm / max_grad_norm).clamp(min=1.0)
-    if grad_norm.device.type != "mps":
-        optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]  # as GradScaler does
-        optimizer.step()
-    elif not bool(skipped):  # MPS's fused kernel looks at neither
-        torch._foreach_div_(gradients, scale)
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.step(lr, (grad_norm / max_grad_norm).clamp(min=1.0), skipped)
+    optimizer.zero_grad()
     return grad_norm, skipped

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_gpt.measure.flops import stage_tokens, training_flops
-from moe_gpt.measure.memory import checkpoint_bytes, needed_memory
+from moe_gpt.measure.memory import needed_memory
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters
 from moe_gpt.model.router import Router
 from moe_gpt.ops.device import describe_device
 from moe_gpt.terminal.numbers import format_value
 from moe_gpt.training.loop import Limits
+from moe_gpt.training.saving.size import checkpoint_bytes
 from moe_gpt.training.schedule import OwnSchedule, tokens_after
 from moe_gpt.training.setup import Run
 
@@ -72,7 +73,7 @@ def _cost(run: Run, counts: ParameterCounts) -> str:
     memory = needed_memory(run.config, run.device, run.precision, counts)
     return (
         f"plan       {format_value(flops, 'FLOPs')} in matrix products; training needs {memory.shown()} of memory, "
-        f"a checkpoint {format_value(checkpoint_bytes(run.config.model).total, 'bytes')}"
+        f"a checkpoint {format_value(checkpoint_bytes(run.config).total, 'bytes')}"
     )
 
 

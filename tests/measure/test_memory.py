@@ -11,12 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from moe_gpt.bench.contenders import SHAPES, Ours, Workload, dense_twin, workload_of
 from moe_gpt.bench.rounds import take_turns
-from moe_gpt.config import ModelConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
+from moe_gpt.config import ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
 from moe_gpt.config.yaml import load_run_config
-from moe_gpt.measure.memory import checkpoint_bytes, kept_activation_bytes, predict_training_memory_cpu
+from moe_gpt.measure.memory import kept_activation_bytes, predict_training_memory_cpu
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.plan.hardware import Parallelism, find_gpu
 from moe_gpt.plan.memory import memory_section
+from moe_gpt.training.saving.size import checkpoint_bytes
 
 MODEL = ModelConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, head_dim=16, d_ff=48, n_experts=4, max_seq_len=2048
@@ -135,12 +136,23 @@ def test_memory_section_of_a_cpu_is_the_prediction():
     assert section["total"] == sum(section[part] for part in ("weights", "gradients", "optimizer", "activations"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"balance": "bias", "tie_embeddings": True}, {"n_experts": 1, "top_k": 1}])
-def test_checkpoint_bytes_are_exact(small_config, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "optimizer"),
+    [
+        ({}, {"state_type": "bfloat16"}),
+        ({"balance": "bias", "tie_embeddings": True}, {}),
+        ({"n_experts": 1, "top_k": 1}, {"name": "muon", "state_type": "int8"}),
+    ],
+)
+def test_checkpoint_bytes_are_exact(small_config, tmp_path, changes, optimizer):
     """Both large files of a real checkpoint have just the bytes that were computed, headers included."""
-    config = dataclasses.replace(small_config, model=dataclasses.replace(small_config.model, **changes))
+    config = dataclasses.replace(
+        small_config,
+        model=dataclasses.replace(small_config.model, **changes),
+        optimizer=OptimizerConfig(**optimizer),
+    )
     run, _ = run_training(config, tmp_path / "run", max_steps=1)
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     sizes = tuple((folder / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer"))
-    assert checkpoint_bytes(run.config.model) == sizes
-    assert checkpoint_bytes(run.config.model).total == sum(sizes)
+    assert checkpoint_bytes(run.config) == sizes
+    assert checkpoint_bytes(run.config).total == sum(sizes)

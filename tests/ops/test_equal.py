@@ -142,6 +142,18 @@ def cross_entropy_cases() -> dict[str, Case]:
     }
 
 
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+@pytest.mark.parametrize("n_experts", [9, 16, 40])
+def test_largest_indices_are_those_of_a_sort(k, n_experts):
+    """With ties, NaN and infinities among the scores, and rows of nothing else."""
+    scores = torch.randint(3, (300, n_experts), generator=torch.Generator().manual_seed(k)).float()
+    for row, value in enumerate((torch.inf, -torch.inf, torch.nan)):
+        scores[row] = value
+        scores[10 * row + 10, ::2] = value
+    assert torch.equal(cpu.largest_indices(scores, k), plain.largest_indices(scores, k))
+    assert torch.equal(ops.largest_indices(scores, k), plain.largest_indices(scores, k))
+
+
 CASES = {
     "norm": Case(
         lambda x, w: cpu.rms_norm(x, w, 1e-5), lambda x, w: plain.rms_norm(x, w, 1e-5), normal((3, 5, 24), (24,)), True

@@ -47,15 +47,15 @@ class Recorder(TorchDispatchMode):
 
 
 class NoOptimizer:
-    """AdamW's place: PyTorch has no fused AdamW without a real device."""
+    """The optimizer's place: PyTorch has no fused AdamW without a real device."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.param_groups: list[dict] = [{"params": parameters, "lr": 0.0}]
 
-    def step(self) -> None:
+    def step(self, *_: object) -> None:
         """Leave the weights as they are."""
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradients."""
 
 

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from small_runs import CPU, Silent, change, run_training, steps, whole_run
+from small_runs import CPU, Silent, change, run_training, steps, weights_and_state, whole_run
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
@@ -18,7 +18,7 @@ from moe_gpt.training import fits, setup
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.checkpoint import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
-from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
+from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import build_evaluator, set_up_run
 from moe_gpt.training.signals import stop_signals
 
@@ -26,11 +26,6 @@ from moe_gpt.training.signals import stop_signals
 def step_lines(run_dir) -> list[dict]:
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def weights(run_dir) -> bytes:
-    folder = resolve_checkpoint(run_dir)
-    return (folder / "model.safetensors").read_bytes() + (folder / "optimizer.safetensors").read_bytes()
 
 
 def test_run_writes_what_it_promises(small_config, tmp_path):
@@ -81,7 +76,7 @@ def test_resume_in_every_stage_is_bit_identical(small_config, tmp_path, settings
     _, outcome = run_training(config, tmp_path / "pieces", resume=True)
     assert outcome == "finished"
     assert step_lines(tmp_path / "pieces") == step_lines(whole)
-    assert weights(tmp_path / "pieces") == weights(whole)
+    assert weights_and_state(tmp_path / "pieces") == weights_and_state(whole)
 
 
 @pytest.mark.slow
@@ -96,7 +91,7 @@ def test_resume_with_compiled_blocks_is_bit_identical(small_config, tmp_path):
     torch._dynamo.reset()
     run_training(config, tmp_path / "pieces", resume=True)
     assert step_lines(tmp_path / "pieces") == step_lines(tmp_path / "whole")
-    assert weights(tmp_path / "pieces") == weights(tmp_path / "whole")
+    assert weights_and_state(tmp_path / "pieces") == weights_and_state(tmp_path / "whole")
 
 
 def test_deterministic_runs_are_what_a_cpu_gives_anyway(small_config, tmp_path):
@@ -107,7 +102,7 @@ def test_deterministic_runs_are_what_a_cpu_gives_anyway(small_config, tmp_path):
     assert torch.are_deterministic_algorithms_enabled()
     run_training(small_config, tmp_path / "again", max_steps=1)
     assert not torch.are_deterministic_algorithms_enabled()
-    assert weights(tmp_path / "plain") == weights(tmp_path / "strict")
+    assert weights_and_state(tmp_path / "plain") == weights_and_state(tmp_path / "strict")
 
 
 def test_resume_falls_back_from_a_damaged_checkpoint(small_config, tmp_path):
@@ -125,7 +120,7 @@ def test_resume_falls_back_from_a_damaged_checkpoint(small_config, tmp_path):
     run_training(config, tmp_path / "run", resume=True)
     assert (newest.parent / f"{newest.name}.damaged-1").is_dir()
     assert step_lines(tmp_path / "run") == step_lines(whole)
-    assert weights(tmp_path / "run") == weights(whole)
+    assert weights_and_state(tmp_path / "run") == weights_and_state(whole)
 
 
 def test_run_whose_checkpoints_are_all_damaged_is_refused(small_config, tmp_path):
@@ -140,14 +135,14 @@ def test_resume_from_an_older_checkpoint_drops_later_lines(small_config, tmp_pat
     """After a crash between checkpoints every step is in metrics.jsonl exactly once, with the same values."""
     config = change(small_config, "checkpoint", every_steps=5, keep_last=10)
     run_training(config, tmp_path)
-    whole, final = step_lines(tmp_path), weights(tmp_path)
+    whole, final = step_lines(tmp_path), weights_and_state(tmp_path)
     for folder in list_checkpoints(tmp_path)[2:]:
         (folder / "manifest.json").unlink()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 25, "lo')
     run_training(config, tmp_path, resume=True)
     assert step_lines(tmp_path) == whole
-    assert weights(tmp_path) == final
+    assert weights_and_state(tmp_path) == final
 
 
 def test_two_runs_of_one_seed_are_equal_and_of_another_differ(small_config, tmp_path):
@@ -155,7 +150,7 @@ def test_two_runs_of_one_seed_are_equal_and_of_another_differ(small_config, tmp_
     run_training(small_config, tmp_path / "a")
     run_training(small_config, tmp_path / "b")
     run_training(change(small_config, "train", seed=1), tmp_path / "c")
-    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+    assert weights_and_state(tmp_path / "a") == weights_and_state(tmp_path / "b") != weights_and_state(tmp_path / "c")
 
 
 def test_evaluating_and_saving_do_not_change_the_run(small_config, tmp_path):
@@ -164,7 +159,7 @@ def test_evaluating_and_saving_do_not_change_the_run(small_config, tmp_path):
     busy = change(small_config, "model", router_noise=0.1)
     busy = change(change(busy, "train", eval_every_steps=4), "checkpoint", every_steps=3)
     run_training(busy, tmp_path / "busy")
-    assert weights(tmp_path / "plain") == weights(tmp_path / "busy")
+    assert weights_and_state(tmp_path / "plain") == weights_and_state(tmp_path / "busy")
 
 
 def test_limits_stop_with_an_evaluation_and_a_checkpoint(small_config, tmp_path):
@@ -350,7 +345,7 @@ def test_run_with_documents_kept_apart(small_config, tmp_path):
     assert outcome == "finished"
     run_training(config, tmp_path / "pieces", max_steps=9)
     run_training(config, tmp_path / "pieces", resume=True)
-    assert weights(tmp_path / "whole") == weights(tmp_path / "pieces")
+    assert weights_and_state(tmp_path / "whole") == weights_and_state(tmp_path / "pieces")
     apart = build_evaluator(config, run.data)(run.state.model, "fp32")["prose"]
     joined = build_evaluator(small_config, run.data)(run.state.model, "fp32")["prose"]
     rows = validation_rows(run.data.sources[0].validation.tokens, 64, 512)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,30 +44,14 @@ def parameter_norms(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def update_norms(model: nn.Module, optimizer: torch.optim.AdamW, skipped: Tensor | float = 0.0) -> dict[str, Tensor]:
-    """Return ``<group>/update_norm``: L2 norms of the step that was just taken.
-
-    The optimizer's moments after the step determine it, so no copy of the parameters is needed. AdamW (arXiv
-    1711.05101, algorithm 2) has p_new = (1 - lr·wd)·p - lr·d with d = m / (1 - β1^t) / (sqrt(v / (1 - β2^t)) + ε).
-    Therefore p - p_new = lr·(d + wd·p_new) / (1 - lr·wd).
-
-    Args:
-        skipped: 1 if the step was skipped and moved nothing, else 0.
-    """
-    has_stayed = torch.as_tensor(skipped, device=next(model.parameters()).device).bool()
-    settings = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-
-    def update(parameter: Tensor) -> Tensor | None:
-        state, group = optimizer.state.get(parameter), settings.get(id(parameter))
-        if not state or group is None:
-            return None
-        (beta1, beta2), lr, decay, t = group["betas"], group["lr"], group["weight_decay"], state["step"]
-        direction = state["exp_avg_sq"].div(1 - beta2**t).sqrt_().add_(group["eps"])
-        direction = state["exp_avg"].div(1 - beta1**t).div_(direction)
-        moved = direction.add_(parameter, alpha=decay).mul_(lr / (1 - lr * decay))
-        return moved.masked_fill_(has_stayed, 0.0)
-
-    return _norms(model, "update_norm", update)
+def update_norms(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``<group>/update_norm``: L2 norms of how far parameters have moved from their values ``before``."""
+    moved = {
+        id(p): (p - before[name]).masked_fill_(p == before[name], 0.0)
+        for name, p in model.named_parameters()
+        if name in before
+    }
+    return _norms(model, "update_norm", lambda parameter: moved.get(id(parameter)))
 
 
 def _norms(model: nn.Module, kind: str, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ _ROOMS_THAT_COMPUTE = ("config", "data", "distributed", "model", "ops", "trainin
 _NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
 _SHAPE = ["vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts"]
 _SHAPE += ["balance", "attention_sharing", "tie_embeddings"]
-_FIXED = ("data.tokenizer.", *(f"model.{key}" for key in _SHAPE))
-"""Settings that the saved weights and tokens depend on. No permission can change them."""
+_FIXED = ("data.tokenizer.", "optimizer.name", "optimizer.state_type", *(f"model.{key}" for key in _SHAPE))
+"""Settings that the saved weights, running means and tokens depend on. No permission can change them."""
 
 
 class Change(NamedTuple):
@@ -56,7 +56,7 @@ class Change(NamedTuple):
 
     @property
     def is_impossible(self) -> bool:
-        """Whether the saved weights or tokens depend on the old value."""
+        """Whether what was saved depends on the old value."""
         return self.key.startswith(_FIXED)
 
     def is_of(self, key: str) -> bool:

@@ -39,7 +39,6 @@ WEIGHTS, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors",
 _STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
 FILES = (WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
 FILES_TO_USE_A_MODEL = (WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
-_OPTIMIZER_PARTS = ("step", "exp_avg", "exp_avg_sq")
 _LARGEST_MANIFEST = 1_000_000
 
 
@@ -132,8 +131,7 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": state.optimizer.state[parameter][part]
         for name, parameter in state.model.named_parameters()
-        for part in _OPTIMIZER_PARTS
-        if parameter in state.optimizer.state
+        for part in state.optimizer.state.get(parameter, ())
     }
 
 
@@ -316,13 +314,15 @@ def load_training_state(state: TrainState, path: Path) -> None:
     saved = TensorReader([inside(path, _OPTIMIZER)])
     for name, parameter in model.named_parameters():
         state.optimizer.state.pop(parameter, None)
-        if f"{name}.step" in saved.names:
-            shapes = {f"{name}.{part}": tuple(parameter.shape) if part != "step" else () for part in _OPTIMIZER_PARTS}
+        parts = state.optimizer.state_shapes(parameter)
+        if any(f"{name}.{part}" in saved.names for part in parts):
+            shapes = {f"{name}.{part}": shape for part, (shape, _) in parts.items()}
             found = {key: saved.shape(key) for key in shapes if key in saved.names}
             _compare(shapes, found, f"checkpoint {path}: {_OPTIMIZER}")
             # the step count belongs on the parameter's device, too; a copy, because the reader may map the file
             state.optimizer.state[parameter] = {
-                part: saved.read(f"{name}.{part}").to(parameter.device, copy=True) for part in _OPTIMIZER_PARTS
+                part: saved.read(f"{name}.{part}").to(parameter.device, dtype, copy=True)
+                for part, (_, dtype) in parts.items()
             }
     progress = read_state(path)
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]

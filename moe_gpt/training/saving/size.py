@@ -1,0 +1,38 @@
+"""The size of a checkpoint, before there is one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_gpt.config import RunConfig
+from moe_gpt.files.tensors import TensorSpec, header_of
+from moe_gpt.measure.parameters import model_of
+from moe_gpt.model.shapes import shapes_only
+from moe_gpt.training.optimizer import build_optimizer
+
+
+class CheckpointBytes(NamedTuple):
+    """Sizes of a checkpoint's large files, headers included."""
+
+    model: int
+    """model.safetensors"""
+    optimizer: int
+    """optimizer.safetensors: the state of each parameter"""
+
+    @property
+    def total(self) -> int:
+        """Both; the rest of a checkpoint is the tokenizer and some kilobytes."""
+        return self.model + self.optimizer
+
+
+def checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
+    """Return the size of a checkpoint after a step, exact to the byte."""
+    model = shapes_only(model_of(config))
+    optimizer = build_optimizer(model, config.optimizer)
+    weights = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    state = [
+        TensorSpec(f"{name}.{part}", shape, dtype)
+        for name, parameter in model.named_parameters()
+        for part, (shape, dtype) in optimizer.state_shapes(parameter).items()
+    ]
+    return CheckpointBytes(*(len(header_of(specs)) + sum(s.n_bytes for s in specs) for specs in (weights, state)))
