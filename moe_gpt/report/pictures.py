@@ -254,9 +254,16 @@ def finish(figure: Figure, name: str, table: Table, **facts: Any) -> Picture:
 
 def render(figure: Figure, name: str) -> tuple[str, bytes]:
     """Return a figure as SVG for inside a page, and as PNG. The same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    figure.set_dpi(150)
+    # savefig would draw each twice, and lay both out
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")
+    figure.set(dpi=150, facecolor="white")
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return _inline(svg.getvalue(), name), png.getvalue()
 
 
