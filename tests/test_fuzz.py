@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from fuzz import READERS, Found, fuzz
 
 
@@ -30,8 +33,13 @@ def test_many_changed_files_are_read_or_refused(name):
         (lambda folder: (folder.parent / "outside" / "secret").read_bytes(), "outside"),
         (lambda folder: (folder.parent / "outside" / "new").write_bytes(b""), "outside"),
         (lambda folder: bytearray(200_000_000), "200 MB"),
+        pytest.param(
+            lambda folder: torch.ones(50_000_000),
+            "MB of memory",
+            marks=pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone tells"),
+        ),
     ],
-    ids=["exception", "reads", "writes", "memory"],
+    ids=["exception", "reads", "writes", "memory", "memory of a library"],
 )
 def test_the_fuzzer_sees_what_a_reader_must_not_do(read, what, monkeypatch):
     """A reader that breaks a promise only for changed files is found."""

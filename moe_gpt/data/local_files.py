@@ -20,6 +20,8 @@ from moe_gpt.data.disguises import begins_with_json_lines, format_of, refuse_dis
 
 _ROWS_AT_ONCE = 1024
 """Rows of a table that are Python objects at a time, however many a file holds, or says that it holds."""
+_LEAST_BYTES = 8
+"""A column or part in a Parquet footer has as many; a list that says it has more would take 680 bytes for each."""
 
 
 class Row(NamedTuple):
@@ -165,12 +167,12 @@ class _Bounded:
     """A file that is not asked for more bytes than it has, for which Python would set memory aside."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._size = file, file.seek(0, io.SEEK_END)
+        self._file, self.size = file, file.seek(0, io.SEEK_END)
         file.seek(0)
 
     def read(self, size: int = -1) -> bytes:
         """Read at most ``size`` bytes."""
-        return self._file.read(min(size, self._size - self._file.tell()))
+        return self._file.read(min(size, self.size - self._file.tell()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -179,7 +181,10 @@ class _Bounded:
 def _parquet_rows(file: BinaryIO, columns: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(_Bounded(file)) as table:
+    bounded = _Bounded(file)
+    bounded.seek(max(0, bounded.size - 8))
+    longest_list = min(1_000_000, max(10_000, int.from_bytes(bounded.read(4), "little") // _LEAST_BYTES))
+    with pyarrow.parquet.ParquetFile(bounded, thrift_container_size_limit=longest_list) as table:
         _check_columns(table.schema_arrow.names, columns)
         yield from _rows_of(table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns)))
 

@@ -312,3 +312,17 @@ def test_a_damaged_length_takes_no_memory():
         assert tracemalloc.get_traced_memory()[1] < 10_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_a_list_without_end_is_refused_before_memory_for_it_is_taken():
+    """The 37 bytes of a Parquet footer whose one part says that it has 999,999 columns would take 680 MB."""
+    schema = b"\x19\x2c\x48\x06schema\x15\x02\0" + b"\x15\x0c\x25\0\x18\x04text\x25\0\0"
+    footer = b"\x15\x04" + schema + b"\x16\x04" + b"\x19\x1c" + b"\x19\xfc\xbf\x84\x3d"
+    assert "size limit" in failure("a.parquet", b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def test_wide_tables_are_read():
+    """A footer that is long enough may have any number of columns."""
+    table = pyarrow.table({"text": ["one"]} | {str(number): pyarrow.nulls(1) for number in range(12_000)})
+    pyarrow.parquet.write_table(table, "a.parquet", store_schema=False, write_statistics=False)
+    assert texts("a.parquet") == ["one"]
