@@ -133,6 +133,6 @@ def _stream_speed(stream: TrainingStream, seq_len: int, batch_tokens: int, n_tok
 def _training_speed(config: RunConfig) -> float:
     """Return tokens per second of training steps in the config's last stage."""
     device = torch.device("cpu")
-    workload = workload_of(config, device, pick_precision(config.train.precision, device))
+    workload = workload_of(config, device, pick_precision(config.train.precision, device, config.model.d_model))
     contender = Ours(dataclasses.replace(workload, micro_batch_tokens=config.train.micro_batch_tokens))
     return workload.batch_tokens / statistics.median(contender.step().total for _ in range(_TRAIN_STEPS))

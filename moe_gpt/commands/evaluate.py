@@ -98,6 +98,8 @@ def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
 
     config, model = loaded.run_config, loaded.model
     assert config, "a run has a config"
+    if not config.data.validation_fraction:
+        raise InputError("this run holds out no text (data.validation_fraction=0); give other text with --files")
     data = prepare_data(config.data, loaded.tokenizer, say=note)
     if data.fingerprint != read_state(loaded.path)["data_fingerprint"]:
         note("note: the text of the sources has changed since training, so the held-out part differs too")

@@ -121,7 +121,8 @@ def say_what_came_out(run: Run, outcome: str) -> None:
         print(wrap(f"stopped by {outcome} at step {run.state.step}; to continue, add --resume and a later limit"))
     if run.config.train.report:
         write_page(run.run_dir)
-    print(f"next:\n  {generate_command(run)}\n  {command_line('evaluate', run.run_dir)}")
+    files = [] if run.config.data.validation_fraction else ["--files", "FILE"]
+    print(f"next:\n  {generate_command(run)}\n  {command_line('evaluate', run.run_dir, *files)}")
 
 
 def generate_command(run: Run) -> str:

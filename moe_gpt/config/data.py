@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moe_gpt.config.section import Count, Flag, Positive, Problem, Rate, Section, Share, one_of, unless
+from moe_gpt.config.section import Count, Flag, Fraction, Positive, Problem, Rate, Section, one_of, unless
 
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", title="letters, digits, - and _")]
 NonEmpty = Annotated[str, Field(min_length=1, title="text of at least one character")]
@@ -159,8 +159,9 @@ class DataConfig(Section):
     """Keep attention and targets within a document, in training and evaluation."""
     verify_tokens: Flag = True
     """Compare tokenised data with its digests when the data is first read; false compares only file sizes."""
-    validation_fraction: Share = 0.03
-    """Share of each source's documents held out, chosen by a hash of the document."""
+    validation_fraction: Fraction = 0.03
+    """Share of each source's documents held out, chosen by a hash of the document. 0 trains on all text; evaluate other
+    files then."""
     validation_tokens: Count = 65_536
     """Tokens per source that an evaluation reads, from the start of the held-out part."""
 

@@ -42,7 +42,8 @@ class CheckedTokens:
 
     def __init__(self, path: Path, dtype: str, digests: bytes | None = None) -> None:
         self._path, self._digests = path, digests or b""
-        self._ids = np.memmap(path, dtype=dtype, mode="r")
+        is_empty = path.stat().st_size == 0  # nothing is held out
+        self._ids = np.empty(0, dtype) if is_empty else np.memmap(path, dtype=dtype, mode="r")
         self._block_tokens = _BLOCK_BYTES // self._ids.itemsize
         self._unchecked = np.ones(len(self._digests) // 32, dtype=bool)
 
@@ -173,7 +174,7 @@ def build_store(
         encoded: groups of documents, in the order in which they are stored.
         folder: appears complete or not at all.
         validation_fraction: if one split has no document (a single book, for example), the last tokens of the source
-            are held out instead: this share of them.
+            are held out instead: this share of them. 0 holds out nothing.
         max_tokens: stop after this many tokens in both splits together.
         report: called with the number of documents and tokens so far.
         lost: what the tokenizer loses of the text, for those who use the store.
@@ -219,7 +220,7 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
     total = _total(writers, "n_tokens")
     if not total:
         raise InputError(f"source {name} has no documents with text; add text, or remove the source")
-    if all(writer.ends for writer in writers.values()):
+    if not validation_fraction or all(writer.ends for writer in writers.values()):
         return
     cut = total - max(1, int(total * validation_fraction))
     if min(cut, total - cut) < 2:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from moe_gpt.ops import gradients, plain
 
 _FEW_NUMBERS = 1 << 16
 _FEW_ASSIGNMENTS = 16
+_NUMBERS_AT_ONCE = 1 << 19
 
 
 def is_worth_it(x: Tensor) -> bool:
@@ -162,17 +163,19 @@ def apply_experts(
 class _Experts(torch.autograd.Function):
     """Makes one expert's product after another, each in its place, and does not keep silu(gate) · up.
 
-    What lies between the products is done for all experts at once: of few rows, its calls would take longer than its
-    arithmetic. A CPU's grouped_mm makes every expert's products apart and joins them, which leaves the heap full of
-    holes.
+    What lies between the products is done for a group of experts at once, whose rows stay in the cache: of few rows,
+    calls take longer than arithmetic. A CPU's grouped_mm makes every expert's products apart and joins them, which
+    leaves the heap full of holes.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, segment_ends: Tensor) -> Tensor:
-        ctx.n_rows = _lengths(segment_ends, len(rows))
+        ctx.groups = _groups(segment_ends, gate_up.shape[1])
         hidden, y = rows.new_empty(len(rows), gate_up.shape[1]), rows.new_empty(len(rows), down.shape[1])
-        _multiply(_split(rows, ctx), gate_up.mT.unbind(), _split(hidden, ctx))
-        _multiply(_split(_swiglu_forward(hidden), ctx), down.mT.unbind(), _split(y, ctx))
+        for group in ctx.groups:
+            _multiply(group.split(rows), group.take(gate_up.mT), group.split(hidden))
+            activated = _swiglu_forward(hidden[group.rows])
+            _multiply(activated.split(group.lengths), group.take(down.mT), group.split(y))
         ctx.save_for_backward(rows, gate_up, down, hidden)
         return y
 
@@ -181,14 +184,46 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
         grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
-        grad_activated = rows.new_empty(len(rows), down.shape[2])
-        _multiply(_split(grad, ctx), down.unbind(), _split(grad_activated, ctx))
-        grad_hidden, activated = _swiglu_backward(grad_activated, hidden)
-        _multiply([part.t() for part in _split(grad, ctx)], _split(activated, ctx), grad_down.unbind())
-        parts = _split(grad_hidden, ctx)
-        _multiply([part.t() for part in parts], _split(rows, ctx), grad_gate_up.unbind())
-        _multiply(parts, gate_up.unbind(), _split(grad_rows, ctx))
+        for group in ctx.groups:
+            upstream = group.split(grad)
+            grad_activated = rows.new_empty(sum(group.lengths), down.shape[2])
+            _multiply(upstream, group.take(down), grad_activated.split(group.lengths))
+            grad_hidden, activated = _swiglu_backward(grad_activated, hidden[group.rows])
+            _multiply([x.t() for x in upstream], activated.split(group.lengths), group.take(grad_down))
+            parts = grad_hidden.split(group.lengths)
+            _multiply([part.t() for part in parts], group.split(rows), group.take(grad_gate_up))
+            _multiply(parts, group.take(gate_up), group.split(grad_rows))
         return grad_rows, grad_gate_up, grad_down, None
+
+
+class _Group(NamedTuple):
+    """Experts that follow each other."""
+
+    experts: slice
+    rows: slice
+    lengths: list[int]
+    """How many rows each has."""
+
+    def take(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Return each expert's weights."""
+        return weights[self.experts].unbind()
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return each expert's rows."""
+        return rows[self.rows].split(self.lengths)
+
+
+def _groups(segment_ends: Tensor, width: int) -> list[_Group]:
+    """Return groups of experts that have at most ``_NUMBERS_AT_ONCE`` numbers between the products, or one expert."""
+    ends, groups, first = segment_ends.tolist(), [], 0
+    for expert in range(1, len(ends) + 1):
+        start = ends[first - 1] if first else 0
+        if expert == len(ends) or (ends[expert] - start) * width > _NUMBERS_AT_ONCE:
+            bounds = [start, *ends[first:expert]]
+            lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+            groups.append(_Group(slice(first, expert), slice(start, bounds[-1]), lengths))
+            first = expert
+    return groups
 
 
 def _multiply(a: Sequence[Tensor], b: Sequence[Tensor], places: Sequence[Tensor]) -> None:
@@ -201,17 +236,6 @@ def _multiply(a: Sequence[Tensor], b: Sequence[Tensor], places: Sequence[Tensor]
             torch.mm(left, right.to(left.dtype), out=place)
         else:
             place.copy_(torch.mm(left, right))
-
-
-def _split(rows: Tensor, ctx: Any) -> tuple[Tensor, ...]:
-    """Return each expert's rows."""
-    return rows.split(ctx.n_rows)[:-1]
-
-
-def _lengths(segment_ends: Tensor, n_rows: int) -> list[int]:
-    """Return how many rows each expert has, and last those of nobody."""
-    ends = [*segment_ends.tolist(), n_rows]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def are_few(expert_indices: Int[Tensor, "N K"]) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_gpt.errors import InputError
 
 Precision = Literal["bf16", "fp32"]
+_NARROW = 128
 
 
 def pick_device(name: str) -> torch.device:
@@ -39,19 +40,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(wanted: str, device: torch.device) -> Precision:
-    """Return the compute type of the matrix products.
+def pick_precision(wanted: str, device: torch.device, width: int | None = None) -> Precision:
+    """Return the compute type of the matrix products of a model of some ``width`` (d_model).
 
     ``auto`` is bf16 where the device computes it at least as fast as float32: GPUs with bf16; CPUs with AMX, or
     with AVX512-BF16 except Intel's without AMX, whose bf16 products were measured to take twice the time of their
-    float32 ones (docs/benchmarks.md).
+    float32 ones (docs/benchmarks.md). On a CPU a narrow model takes float32: its products are too small to gain.
     """
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
-        return "bf16" if _cpu_is_fast_in_bf16() else "fp32"
+        is_narrow = width is not None and width < _NARROW
+        return "bf16" if _cpu_is_fast_in_bf16() and not is_narrow else "fp32"
     return "fp32"
 
 

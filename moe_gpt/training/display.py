@@ -77,7 +77,8 @@ class TerminalDisplay(Display):
         """Show an evaluation, after the newest metrics."""
         self._bar.describe("training")
         parts = [f"{name} {s.ce_loss:.3f} ({s.bits_per_byte:.3f} bits per byte)" for name, s in scores.items()]
-        self._bar.say(wrap(f"validation at step {step}: " + ", ".join(parts)))
+        if parts:
+            self._bar.say(wrap(f"validation at step {step}: " + ", ".join(parts)))
         self._scores = scores
 
     def warn(self, text: str) -> None:

@@ -75,7 +75,7 @@ class Evaluator:
     """Scores a model on the same held-out tokens every time.
 
     Args:
-        sources: only their validation splits are read.
+        sources: only their validation splits are read; those without held-out text have no score.
         tokenizer: knows the bytes of each token.
         seq_len: length of the scored sequences.
         max_tokens: tokens per source.
@@ -92,6 +92,7 @@ class Evaluator:
         batch_tokens: int,
         keeps_documents_apart: bool = False,
     ) -> None:
+        sources = [source for source in sources if len(source.validation)]
         self._end = tokenizer.end_of_text_id if keeps_documents_apart else None
         self._rows = {s.config.name: validation_rows(s.validation.tokens, seq_len, max_tokens) for s in sources}
         self._token_bytes = tokenizer.token_bytes()

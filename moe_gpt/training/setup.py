@@ -190,7 +190,7 @@ def assemble(
     data = prepare_data(config.data, start.tokenizer, say)
     config, table, shares = fill_in(config, data, start.vocab_size, fit_steps)
     schedule = _followed(own, table, config.model.max_seq_len, say)
-    precision = pick_precision(config.train.precision, device)
+    precision = pick_precision(config.train.precision, device, config.model.d_model)
     tune_process(device, config.train.deterministic)
     environment = describe_environment(device, precision)
     identity = RunIdentity(config, data.tokenizer, data.fingerprint, environment)._replace(**own.describe())

@@ -30,6 +30,7 @@ def describe_run(run: Run) -> str:
         f", {experts}",
         f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
         *_sources(run),
+        *_without_validation(run),
         f"schedule   {run.schedule.total_tokens:,} tokens{_big_epochs(run)}",
         *_stages(run),
         _cost(run, counts),
@@ -44,10 +45,17 @@ def describe_run(run: Run) -> str:
 def _sources(run: Run) -> Iterator[str]:
     for source in run.data.sources:
         name = source.config.name
+        held_out = f"{len(source.validation):,} held-out tokens" if len(source.validation) else "no held-out tokens"
         yield (
-            f"           {name}: {len(source.train):,} training and {len(source.validation):,} held-out tokens; "
+            f"           {name}: {len(source.train):,} training and {held_out}; "
             f"this run reads the training tokens {run.passes[name]:.2f} times"
         )
+
+
+def _without_validation(run: Run) -> Iterator[str]:
+    if not run.config.data.validation_fraction:
+        yield "note       all text is for training (data.validation_fraction=0), so there is no validation loss;"
+        yield "           moe-gpt evaluate RUN --files measures the loss of other text"
 
 
 def _stages(run: Run) -> Iterator[str]:

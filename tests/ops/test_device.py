@@ -27,7 +27,8 @@ def test_auto_precision_is_bf16_where_a_cpu_is_fast_in_it(monkeypatch, name, fla
     """AMX, or AVX512-BF16 on a CPU that is not Intel's without AMX."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **flags}, raising=False)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert pick_precision("auto", CPU) == expected
+    assert pick_precision("auto", CPU) == pick_precision("auto", CPU, width=128) == expected
+    assert pick_precision("auto", CPU, width=64) == "fp32"
 
 
 def test_auto_precision_is_fp32_where_nothing_is_known(monkeypatch):

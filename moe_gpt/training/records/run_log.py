@@ -149,7 +149,7 @@ class RunLog:
         """Evaluate the model; write, show and track the scores, the samples and the arrays for reports.
 
         Returns:
-            the mean validation loss of the sources; None if it is not finite.
+            the mean validation loss of the sources; None if it is not finite, or no source has held-out text.
         """
         self.display.evaluating(self.state.step)
         evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision)
@@ -165,8 +165,8 @@ class RunLog:
             self.tracker.text(step, f"samples/{name}", text)
         self.callbacks.tell("on_evaluation", scores)
         self.restart_clock()
-        mean = statistics.fmean(score.ce_loss for score in scores.values())
-        return mean if math.isfinite(mean) else None
+        losses = [score.ce_loss for score in scores.values()]
+        return statistics.fmean(losses) if losses and all(map(math.isfinite, losses)) else None
 
     def sample(self) -> dict[str, str]:
         """Return a generated text for each source's prompt; none if ``train.sample_tokens`` is 0."""
