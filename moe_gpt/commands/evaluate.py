@@ -16,6 +16,7 @@ from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
+    from moe_gpt.config import RunConfig
 
 FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Model"))
 _OF_FILES = ("stride", "text_field", "errors", "format", "max_seq_len")
@@ -89,6 +90,11 @@ def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> Non
     print(score_files(loaded, options) if options.files else score_held_out(loaded, options))
 
 
+def _require_held_out_text(config: RunConfig) -> None:
+    if not config.data.validation_fraction:
+        raise InputError("this run holds out no text (data.validation_fraction=0); give other text with --files")
+
+
 def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
     """Return a table with a row for each source of the run."""
     from moe_gpt.data.prepare import prepare_data
@@ -98,8 +104,7 @@ def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
 
     config, model = loaded.run_config, loaded.model
     assert config, "a run has a config"
-    if not config.data.validation_fraction:
-        raise InputError("this run holds out no text (data.validation_fraction=0); give other text with --files")
+    _require_held_out_text(config)
     data = prepare_data(config.data, loaded.tokenizer, say=note)
     if data.fingerprint != read_state(loaded.path)["data_fingerprint"]:
         note("note: the text of the sources has changed since training, so the held-out part differs too")

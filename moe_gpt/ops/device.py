@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(wanted: str, device: torch.device, width: int | None = None) -> Precision:
+def pick_precision(wanted: str, device: torch.device, width: int = _NARROW) -> Precision:
     """Return the compute type of the matrix products of a model of some ``width`` (d_model).
 
     ``auto`` is bf16 where the device computes it at least as fast as float32: GPUs with bf16; CPUs with AMX, or
@@ -52,8 +52,7 @@ def pick_precision(wanted: str, device: torch.device, width: int | None = None) 
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
-        is_narrow = width is not None and width < _NARROW
-        return "bf16" if _cpu_is_fast_in_bf16() and not is_narrow else "fp32"
+        return "bf16" if width >= _NARROW and _cpu_is_fast_in_bf16() else "fp32"
     return "fp32"
 
 

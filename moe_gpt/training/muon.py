@@ -23,7 +23,7 @@ def orthogonalize(matrices: Float[Tensor, "*stack A B"]) -> Float[Tensor, "*stac
     All matrices of a stack share each product.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16().flatten(0, -3) if matrices.dim() > 2 else matrices.bfloat16()[None]
+    x = matrices.bfloat16().reshape(-1, *matrices.shape[-2:])
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_EPS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from moe_gpt.training.moments import kept_type, n_blocks, pack, unpack
 from moe_gpt.training.muon import move_along_momentum
 from moe_gpt.training.records.norms import group_of
 
-_ADAMW, _MUON = ("exp_avg", "exp_avg_sq"), ("momentum",)
 _SQUARE = "exp_avg_sq"
+_MEANS = {"adamw": ("exp_avg", _SQUARE), "muon": ("momentum",)}
 _FOR_MUON = ("attention", "experts", "feed_forward")
 
 
@@ -38,12 +38,16 @@ class Optimizer:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """The running means of each parameter that has moved, by name, in the form in which they are kept."""
         self.lr = config.lr
+        self.methods = {id(p): group["method"] for group in groups for p in group["params"]}
+        """The method of each parameter, by ``id``."""
 
     def state_shapes(self, parameter: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return name, shape and type of what a parameter's state has once the parameter has moved."""
-        takes_muon = any(g["method"] == "muon" and any(p is parameter for p in g["params"]) for g in self.param_groups)
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {} if takes_muon else {"step": ((), torch.float32)}
-        for name in _MUON if takes_muon else _ADAMW:
+        method = self.methods[id(parameter)]
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = (
+            {} if method == "muon" else {"step": ((), torch.float32)}
+        )
+        for name in _MEANS[method]:
             shapes[name] = tuple(parameter.shape), kept_type(self.config.state_type, name == _SQUARE)
             if self.config.state_type == "int8":
                 shapes[f"{name}_scale"] = (n_blocks(parameter.numel()),), torch.float32
@@ -59,50 +63,50 @@ class Optimizer:
             skipped: 1 to leave all parameters and running means as they are, else 0.
         """
         self.lr = lr
+        take_step = {"adamw": self._take_adamw_step, "muon": self._take_muon_step}
         for group in self.param_groups:
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            take_step = self._take_muon_step if group["method"] == "muon" else self._take_adamw_step
-            # one after another where each is in float32 only while it moves
-            for part in [moving] if self.config.state_type == "float32" else [[parameter] for parameter in moving]:
-                take_step(part, group["weight_decay"], scale, skipped)
+            for part in self._parts(group["params"]):
+                take_step[group["method"]](part, group["weight_decay"], scale, skipped)
+
+    def _parts(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield those that move together: one at a time where each is in float32 only while it moves."""
+        moving = [parameter for parameter in parameters if parameter.grad is not None]
+        size = max(1, len(moving)) if self.config.state_type == "float32" else 1
+        yield from (moving[start : start + size] for start in range(0, len(moving), size))
 
     def _take_adamw_step(self, moving: list[Tensor], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
-        means = [self._means(parameter, _ADAMW) for parameter in moving]
+        means = [self._means(parameter, "adamw") for parameter in moving]
         steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in moving]
         gradients: list[Any] = [parameter.grad for parameter in moving]
-        clipping: dict[str, Any] = {"grad_scale": scale, "found_inf": skipped}
-        if scale.device.type == "mps":  # whose fused kernel looks at neither
-            if bool(skipped):
-                return
-            torch._foreach_div_(gradients, scale)
-            clipping = {}
-        config = self.config
+        config, clipping = self.config, _clipping(gradients, scale, skipped)
+        if clipping is None:
+            return
         adamw(
             moving, gradients, [mean[0] for mean in means], [mean[1] for mean in means], [], steps,
             fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=self.lr,
             weight_decay=weight_decay, eps=config.eps, maximize=False, **clipping,
         )  # fmt: skip
         for parameter, mean in zip(moving, means, strict=True):
-            self._keep(parameter, _ADAMW, mean)
+            self._keep(parameter, "adamw", mean)
 
     def _take_muon_step(self, moving: list[Any], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
         for parameter in moving:
-            means = self._means(parameter, _MUON)
+            means = self._means(parameter, "muon")
             gradient = torch.where(skipped.bool(), means[0], parameter.grad / scale)  # moves the mean nowhere
             lr = self.lr * (1 - skipped)
             move_along_momentum(parameter, gradient, means[0], lr, weight_decay, self.config.momentum)
-            self._keep(parameter, _MUON, means)
+            self._keep(parameter, "muon", means)
 
-    def _means(self, parameter: Tensor, names: Sequence[str]) -> list[Tensor]:
+    def _means(self, parameter: Tensor, method: str) -> list[Tensor]:
         """Return a parameter's running means in float32: the kept ones themselves if they are."""
-        kept = self.state.setdefault(parameter, {})
+        kept, names = self.state.setdefault(parameter, {}), _MEANS[method]
         if names[0] not in kept:
             return [torch.zeros_like(parameter, dtype=torch.float32) for _ in names]
         return [unpack(kept[name], kept.get(f"{name}_scale")) for name in names]
 
-    def _keep(self, parameter: Tensor, names: Sequence[str], means: Sequence[Tensor]) -> None:
+    def _keep(self, parameter: Tensor, method: str, means: Sequence[Tensor]) -> None:
         kept = self.state[parameter]
-        for name, mean in zip(names, means, strict=True):
+        for name, mean in zip(_MEANS[method], means, strict=True):
             kept[name], scale = pack(mean, self.config.state_type, is_square=name == _SQUARE)
             if scale is not None:
                 kept[f"{name}_scale"] = scale
@@ -112,6 +116,16 @@ class Optimizer:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+
+def _clipping(gradients: list[Any], scale: Tensor, skipped: Tensor) -> dict[str, Any] | None:
+    """Return how PyTorch's function learns of clipping and of a skipped step; None where there is nothing to do."""
+    if scale.device.type != "mps":
+        return {"grad_scale": scale, "found_inf": skipped}
+    if bool(skipped):  # MPS's fused kernel looks at neither
+        return None
+    torch._foreach_div_(gradients, scale)
+    return {}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -129,17 +143,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name == "muon":
         groups.append({"params": [], "weight_decay": config.weight_decay, "method": "muon"})
     for name, parameter in model.named_parameters():
-        is_exempt = parameter.dim() < 2 or id(parameter) in embeddings
-        takes_muon = config.name == "muon" and parameter.dim() >= 2 and group_of(name) in _FOR_MUON
         if parameter.requires_grad:
-            groups[2 if takes_muon else is_exempt]["params"].append(parameter)
+            is_exempt = parameter.dim() < 2 or id(parameter) in embeddings
+            groups[2 if _takes_muon(name, parameter, config) else is_exempt]["params"].append(parameter)
     return Optimizer(groups, config)
+
+
+def _takes_muon(name: str, parameter: Tensor, config: OptimizerConfig) -> bool:
+    return config.name == "muon" and parameter.dim() >= 2 and group_of(name) in _FOR_MUON
 
 
 def check_optimizer(model: MoEGPT, optimizer: Optimizer) -> None:
     """Raise ``InputError`` if the optimizer lacks a trainable parameter, which would silently never learn."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimizer.methods]
     if left_out:
         raise InputError(
             f"the optimizer does not have {', '.join(left_out[:5])}; change the model before the optimizer is built: "

@@ -17,7 +17,7 @@ from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, autocast
 from moe_gpt.training.optimizer import Optimizer, update_expert_bias
-from moe_gpt.training.records.norms import gradient_norms, parameter_norms, total_norm, update_norms
+from moe_gpt.training.records.norms import copy_trained, gradient_norms, parameter_norms, total_norm, update_norms
 from moe_gpt.training.schedule import StepPlan
 
 
@@ -130,7 +130,7 @@ def train_step(
     terms, stats = accumulate_gradients(model, micro_batches, config.loss, precision)
     state.is_updating = True
     found_norms = gradient_norms(model) if with_norms else None
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.grad is not None and with_norms}
+    before = copy_trained(model) if with_norms else {}
     grad_norm, skipped = update_weights(model, optimizer, plan.lr, config.optimizer.max_grad_norm, terms.loss)
     if found_norms is not None:
         found_norms |= parameter_norms(model) | update_norms(model, before)

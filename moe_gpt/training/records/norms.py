@@ -43,6 +43,11 @@ def parameter_norms(model: nn.Module) -> dict[str, Tensor]:
     return _norms(model, "parameter_norm", lambda parameter: parameter.detach())
 
 
+def copy_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the parameters that have a gradient, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 @torch.no_grad()
 def update_norms(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``<group>/update_norm``: L2 norms of how far parameters have moved from their values ``before``."""

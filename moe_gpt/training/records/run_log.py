@@ -165,8 +165,7 @@ class RunLog:
             self.tracker.text(step, f"samples/{name}", text)
         self.callbacks.tell("on_evaluation", scores)
         self.restart_clock()
-        losses = [score.ce_loss for score in scores.values()]
-        return statistics.fmean(losses) if losses and all(map(math.isfinite, losses)) else None
+        return _mean([score.ce_loss for score in scores.values()])
 
     def sample(self) -> dict[str, str]:
         """Return a generated text for each source's prompt; none if ``train.sample_tokens`` is 0."""
@@ -198,3 +197,7 @@ class RunLog:
         self.events.append({"time": now, "kind": kind, "step": self.state.step, **details})
         with contextlib.suppress(OSError):
             self.events.write()
+
+
+def _mean(losses: list[float]) -> float | None:
+    return statistics.fmean(losses) if losses and all(map(math.isfinite, losses)) else None

@@ -35,4 +35,8 @@ def checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
         for name, parameter in model.named_parameters()
         for part, (shape, dtype) in optimizer.state_shapes(parameter).items()
     ]
-    return CheckpointBytes(*(len(header_of(specs)) + sum(s.n_bytes for s in specs) for specs in (weights, state)))
+    return CheckpointBytes(_file_bytes(weights), _file_bytes(state))
+
+
+def _file_bytes(specs: list[TensorSpec]) -> int:
+    return len(header_of(specs)) + sum(spec.n_bytes for spec in specs)
