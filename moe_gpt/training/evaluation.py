@@ -92,7 +92,7 @@ class Evaluator:
         batch_tokens: int,
         keeps_documents_apart: bool = False,
     ) -> None:
-        sources = [source for source in sources if len(source.validation)]
+        sources = [source for source in sources if len(source.validation.tokens)]
         self._end = tokenizer.end_of_text_id if keeps_documents_apart else None
         self._rows = {s.config.name: validation_rows(s.validation.tokens, seq_len, max_tokens) for s in sources}
         self._token_bytes = tokenizer.token_bytes()
