@@ -7,7 +7,8 @@ import ctypes
 import os
 import platform
 import sys
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -105,7 +106,7 @@ def _use_fast_float32() -> None:
         torch.set_float32_matmul_precision("medium")
 
 
-def _is_intel(capabilities: dict) -> bool:
+def _is_intel(capabilities: Mapping[str, Any]) -> bool:
     return "intel" in str(capabilities.get("cpu_name", "")).lower()
 
 
