@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,10 +141,12 @@ class LanguageModel:
         return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision, limit)
 
     def encode(self, text: str, bos: bool = False, special_tokens: bool = False) -> list[int]:
-        """Return the token ids of a text, as the model reads them."""
+        """Return the token ids of a text, as the model reads them. Warns where the tokenizer loses some of the text."""
         if not isinstance(text, str):
             raise InputError(f"the text must be a str, got {type(text).__name__}")
         tokenizer = self.require_tokenizer()
+        if lost := tokenizer.first_loss(text):
+            warnings.warn(f"the tokenizer loses text: {lost[0]!r} becomes {lost[1]!r}", stacklevel=2)
         start = list(self.text_start) or [tokenizer.end_of_text_id] * bos
         return start + (tokenizer.encode_with_special_tokens if special_tokens else tokenizer.encode)(text)
 

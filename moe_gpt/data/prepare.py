@@ -18,17 +18,17 @@ import filelock
 
 from moe_gpt.config import DataConfig, SourceConfig
 from moe_gpt.data.corpus import ReadingProgress, describe_origin, iterate_documents
-from moe_gpt.data.document import Document, is_held_out
+from moe_gpt.data.document import is_held_out
 from moe_gpt.data.encode import Encoder, encode_documents, refuse_in_starting_process
+from moe_gpt.data.read_back import first_of, what_is_lost
 from moe_gpt.data.token_store import FORMAT_VERSION, SPLITS, TokenStore, build_store, verify_store
-from moe_gpt.data.tokenizer import Tokenizer, in_groups, train_tokenizer
+from moe_gpt.data.tokenizer import Tokenizer, train_tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_leftovers, read_digest, replace_file
 from moe_gpt.terminal.progress import ProgressBar
 
 _TOKENIZER_SAMPLE_BYTES = 20_000_000
 """Text at the start of each source that the tokenizer is trained on."""
-_DOCUMENTS_TO_READ_BACK, _CHARS_TO_READ_BACK, _CHARS_TO_HOLD = 50, 10_000, 1_000_000
 
 
 class PreparedSource(NamedTuple):
@@ -170,35 +170,16 @@ def _tokenise(
     say(f"tokenising {source.name}")
     encoder = Encoder(tokenizer, config.validation_fraction, source.fim_rate, source.fim_spm_rate)
     reading = ReadingProgress()
-    documents = iterate_documents(source, reading)
-    first = next(in_groups(itertools.islice(documents, _DOCUMENTS_TO_READ_BACK), _length, _CHARS_TO_HOLD), [])
-    documents = itertools.chain(first, documents)
+    first, documents = first_of(iterate_documents(source, reading), lambda document: len(document.text))
     with (
         contextlib.closing(encode_documents(documents, encoder, config.processes, say)) as encoded,
         contextlib.closing(ProgressBar(source.name, say=say)) as bar,
     ):
         report = functools.partial(_report, bar, source, reading)
-        lost = _what_is_lost(source, first, tokenizer)
+        lost = what_is_lost((document.text for document in first), tokenizer, source.name)
         build_store(
             source.name, encoded, tokenizer, folder, config.validation_fraction, source.max_tokens, report, lost
         )
-
-
-def _length(document: Document) -> int:
-    return len(document.text)
-
-
-def _what_is_lost(source: SourceConfig, documents: list[Document], tokenizer: Tokenizer) -> str | None:
-    """Return what a tokenizer that loses text does to the first documents of a source; None where nothing is lost."""
-    losses = [tokenizer.first_loss(document.text[:_CHARS_TO_READ_BACK]) for document in documents]
-    found = [loss for loss in losses if loss]
-    if not found:
-        return None
-    before, after = found[0]
-    return (
-        f"the tokenizer loses text of {source.name}: {len(found)} of the first {len(losses)} documents do not read "
-        f"back as they are; {before!r} becomes {after!r}. Bits per byte count the bytes of the text"
-    )
 
 
 def _report(bar: ProgressBar, source: SourceConfig, reading: ReadingProgress, n_documents: int, n_tokens: int) -> None:

@@ -44,7 +44,7 @@ class Tokenizer:
                 f"tokens are {special}"
             )
         self.end_of_text, self.end_of_text_id = end_of_text, end_of_text_id
-        self._piece_chars = _PIECE_CHARS if self._may_be_cut_before_spaces() else None
+        self._piece_chars = _PIECE_CHARS if self._may_be_cut_at_words() else None
         self._refuse_special_tokens_that_text_gives()
 
     def _refuse_special_tokens_that_text_gives(self) -> None:
@@ -132,7 +132,7 @@ class Tokenizer:
         Raises:
             InputError: if a text holds half of a surrogate pair, which UTF-8 cannot represent.
         """
-        pieces = [list(_cut_before_spaces(_checked(text), self._piece_chars)) for text in texts]
+        pieces = [list(_cut_at_words(_checked(text), self._piece_chars)) for text in texts]
         ids = (
             np.array(encoding.ids, dtype=np.uint32)
             for group in in_groups(itertools.chain.from_iterable(pieces), len, _CHARS_AT_ONCE)
@@ -140,11 +140,10 @@ class Tokenizer:
         )
         return [np.concatenate(list(itertools.islice(ids, len(parts)))) for parts in pieces]
 
-    def _may_be_cut_before_spaces(self) -> bool:
-        """Whether a text may be encoded in pieces that begin with a space. GPT-2's byte level allows it.
+    def _may_be_cut_at_words(self) -> bool:
+        """Whether a text may be encoded in pieces that begin where a word begins. GPT-2's byte level allows it.
 
-        Its pre-tokenizer always starts a new word at a space that follows another character, and no merge joins two
-        words.
+        No merge joins two words.
         """
         spec = json.loads(self._backend.to_str())
         splits = spec["pre_tokenizer"] or {}
@@ -155,11 +154,11 @@ class Tokenizer:
     def first_loss(self, text: str) -> tuple[str, str] | None:
         """Return the first part of a text that decoding does not give back, and what it gives instead; None if none.
 
-        Text is lost by a tokenizer that lacks tokens for some bytes, or that normalises, to lower case for example.
+        Text is lost by a tokenizer that lacks tokens for some bytes, or that normalises, to lower case for example. A
+        space that decoding puts before the text loses nothing.
         """
-        back = self.decode(self.encode(text)).strip()
-        text = text.strip()
-        if back == text:
+        back = self.decode(self.encode(text))
+        if back in (text, f" {text}"):
             return None
         at = len(os.path.commonprefix([text, back]))
         return text[at : at + 10], back[at : at + 10]
@@ -244,15 +243,29 @@ def in_groups(items: Iterable[_Item], size: Callable[[_Item], int], limit: int) 
         yield group
 
 
-_SPACE = re.compile(r"(?<=\S)[ \n]")
+_WORD_START = re.compile(r"(?<=\S)[ \n]|(?<=[A-Za-z])[0-9]|(?<=[A-Za-z\u4e00-\u9fa5])[\u3001\u3002\uff0c]")
+"""A space after another character, a digit after a letter, or a Chinese comma or full stop after a letter."""
 
 
-def _cut_before_spaces(text: str, piece_chars: int | None) -> Iterator[str]:
-    """Yield pieces of at least ``piece_chars``, cut before single spaces; None yields the whole text."""
+def _cut_at_words(text: str, piece_chars: int | None) -> Iterator[str]:
+    """Yield pieces of at least ``piece_chars``, cut where GPT-2's byte level starts a word; None yields the whole."""
     start = 0
-    while piece_chars and (space := _SPACE.search(text, start + piece_chars)):
-        yield text[start : space.start()]
-        start = space.start()
+    while piece_chars and (word := _WORD_START.search(text, start + piece_chars)):
+        yield text[start : word.start()]
+        start = word.start()
+    yield text[start:]
+
+
+_LONG_WORD = re.compile(r"(?<!\S)\S{513,}|(?<!\s)\s{513,}")
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """Yield pieces in which no word has more than 1,024 characters; a trainer needs time in its square."""
+    start = 0
+    for word in _LONG_WORD.finditer(text):
+        for cut in range(word.start() + 512, word.end(), 512):
+            yield text[start:cut]
+            start = cut
     yield text[start:]
 
 
@@ -281,8 +294,8 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # the library needs memory for each word of a text at once, so long texts come in pieces; words stay whole
-    pieces = (piece for text in texts for piece in _cut_before_spaces(text, _PIECE_CHARS))
+    # the library needs memory for each word of a text at once, so long texts come in pieces
+    pieces = (piece for text in texts for part in _cut_at_words(text, _PIECE_CHARS) for piece in _cut_long_words(part))
     backend.train_from_iterator(pieces, trainer)
     try:
         return Tokenizer(backend, end_of_text)

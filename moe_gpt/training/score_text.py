@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moe_gpt.data.read_back import first_of, what_is_lost
 from moe_gpt.data.tokenizer import Tokenizer, in_groups
 from moe_gpt.errors import InputError
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
@@ -39,6 +41,8 @@ def score_documents(
         stride: from 1 (slowest, most context) to the context.
         context: length of the windows; ``max_seq_len`` of the model by default.
         batch_tokens: tokens in one forward pass.
+
+    Warns where the tokenizer loses text of the first documents.
     """
     length, device = context or model.config.max_seq_len, model.embedding.weight.device
     if not 1 <= length <= model.config.max_seq_len:
@@ -47,7 +51,7 @@ def score_documents(
         raise InputError(f"the stride must be from 1 to the context of {length} tokens, got {stride}")
     nats, n_tokens, n_bytes = 0.0, 0, 0
     with evaluating(model):
-        windows = _windows(tokenizer, documents, length, stride)
+        windows = _windows(tokenizer, _read_back(tokenizer, documents), length, stride)
         for batch in in_groups(windows, lambda window: 1, max(1, batch_tokens // length)):
             inputs, targets = (_padded([getattr(window, name) for window in batch]) for name in ("inputs", "targets"))
             with autocast(device, precision):
@@ -58,6 +62,13 @@ def score_documents(
     if not n_tokens:
         raise InputError("there is no text to score")
     return Score(nats / n_tokens, nats / math.log(2) / n_bytes, n_tokens)
+
+
+def _read_back(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[str]:
+    first, documents = first_of(documents, len)
+    if lost := what_is_lost(first, tokenizer, "the documents"):
+        warnings.warn(lost, stacklevel=3)
+    return documents
 
 
 class _Window(NamedTuple):

@@ -67,6 +67,20 @@ def test_special_tokens_in_a_prompt(run_dir):
     assert "--special-tokens" not in command(*arguments, "--special-tokens").stderr
 
 
+@pytest.mark.filterwarnings("always:the tokenizer loses text")
+def test_tokenizer_that_loses_text_is_warned_of(run_dir, corpus_dir, tmp_path):
+    """Where files are evaluated, and where a prompt is continued; what is read back whole is not mentioned."""
+    files, prompt = ("evaluate", "--files", str(corpus_dir / "prose_00.txt")), ("generate", "--prompt", "The ")
+    for name, *words in (files, prompt):
+        assert "loses text" not in command(name, run_dir, *words).stderr
+    folder = tmp_path / "exported"
+    moe_gpt.save(moe_gpt.load(run_dir), folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"normalizer": {"type": "Lowercase"}}), "utf-8")
+    for name, *words in (files, prompt):
+        assert "warning: the tokenizer loses text" in command(name, folder, *words).stderr
+
+
 def test_seeds_repeat_and_differ(run_dir):
     """The same seed gives the same text, another another; a seed out of range is refused by its flag."""
     words = ["generate", run_dir, "--prompt", "The ", "--temperature", 1.5, "--seed"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, _cut_before_spaces, train_tokenizer
+from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, _cut_at_words, _cut_long_words, train_tokenizer
 from moe_gpt.errors import InputError
 
 law = settings(max_examples=150, deadline=None, derandomize=True)
@@ -43,7 +45,7 @@ def test_encoding_a_batch_is_encoding_each_text(texts):
 
 
 @law
-@given(st.text(alphabet=st.sampled_from(" \n\tab'1.\u00e9\u3000\u00a0\x1c\u4e2d"), max_size=60), st.integers(1, 9))
+@given(st.text(st.sampled_from(" \n\tas'12.\u00e9\u3000\u3002\uff0c\u00a0\x1c\u4e2d"), max_size=60), st.integers(1, 9))
 def test_encoding_in_pieces_is_encoding_at_once(text, piece_chars):
     """Where a long text is cut does not change its ids."""
     whole = TOKENIZER.encode(text)
@@ -54,8 +56,49 @@ def test_encoding_in_pieces_is_encoding_at_once(text, piece_chars):
 
 def test_long_text_takes_little_memory():
     """It is encoded in pieces, of which few are under way at once."""
-    assert len(list(_cut_before_spaces("some words " * 10_000, 1000))) > 80
+    for words in ("some words ", "c2FtZQ8", "\u4e2d\u6587\uff0c\u5b57\u3002"):
+        assert len(list(_cut_at_words(words * 10_000, 1000))) > 30
     assert TOKENIZER._piece_chars
+
+
+def test_trainer_sees_no_long_word():
+    """A text without spaces is cut for the trainer, whose time grows with the square of a word; all of it is there."""
+    text = "a" * 3000 + " b " + "\u4e2d" * 600 + " " * 2000 + "c" * 512
+    pieces = list(_cut_long_words(text))
+    assert "".join(pieces) == text
+    assert max(len(word) for piece in pieces for word in re.findall(r"\S+|\s+", piece)) == 512
+    assert list(_cut_long_words(WORDS * 100)) == [WORDS * 100]
+    assert train_tokenizer(["ab" * 100_000], 300).encode("abab") != list(b"abab")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "before", "after"),
+    [
+        (normalizers.Strip(), "a\n", "a"),
+        (normalizers.Lowercase(), "A", "a"),
+        (normalizers.NFKC(), "\ufb01", "fi"),
+        (None, "a \n", None),
+        (None, "\n a", None),
+    ],
+)
+def test_first_loss(normalizer, before, after):
+    """Text that is lost is named, outer spaces too."""
+    backend = tokenizers.Tokenizer.from_str(BYTES.to_json())
+    backend.normalizer = normalizer
+    loss = Tokenizer(backend).first_loss(before)
+    assert (loss is None) == (after is None)
+    if loss and after:
+        common = os.path.commonprefix([before, after])
+        assert loss == (before.removeprefix(common), after.removeprefix(common))
+
+
+def test_space_that_decoding_puts_before_a_text_loses_nothing():
+    """GPT-2's prefix space is gained, not lost."""
+    spec = json.loads(BYTES.to_json())
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
+    assert tokenizer.decode(tokenizer.encode("a")) == " a"
+    assert tokenizer.first_loss("a") is None
 
 
 @pytest.mark.parametrize(
