@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moe_gpt.bench.contenders import Workload, experts_setting
 from moe_gpt.bench.results import Result, tabulate
-from moe_gpt.bench.rounds import require, take_turns
+from moe_gpt.bench.rounds import require, take_turns, timed
+from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import autocast, tune_process
@@ -64,8 +65,26 @@ def bench_generate(
             if turned.values
         ]
         say(tabulate(found, {f"batch of {batch_size}": "{name}", **_COLUMNS}, first_over="tokens_per_second"))
+        if batch_size == 1:
+            limit = weight_reads(workload)
+            fraction = (n_new - 1) / turns["moe_gpt"].median("others") / limit
+            found[0]["fraction_of_weight_reads"] = fraction
+            say(f"a token's weights can be read from memory {limit:,.0f} times a second; moe_gpt: {fraction:.0%} of it")
         results += found
     return results
+
+
+def weight_reads(workload: Workload) -> float:
+    """Return how often the weights that one token uses could be read from memory in a second.
+
+    Memory is read as fast as in the fastest of nine sums of 256 MB. Weights are float32, as in training. Where they
+    fit into a cache, decoding can be faster.
+    """
+    numbers = torch.ones(1 << 26, device=workload.device)
+    seconds = min(timed(numbers.device, numbers.sum) for _ in range(9))
+    counts = count_parameters(workload.model)
+    used = counts.active - counts.embedding // 2 * (not workload.model.tie_embeddings)  # only a row of the embedding
+    return numbers.numel() / seconds / used
 
 
 def _cache_bytes(workload: Workload, name: str) -> int:

@@ -157,6 +157,16 @@ def test_decoding_gives_what_transformers_gives(monkeypatch):
     assert min(*ours, theirs.first) > 0
 
 
+def test_weights_that_a_token_reads(monkeypatch):
+    """All but the embedding and the experts that the token does not visit; a tied embedding is read for the output."""
+    monkeypatch.setattr(generate, "timed", lambda device, work: 1.0)
+    counts = count_parameters(MODEL)
+    assert generate.weight_reads(WORK) == 2**26 / (counts.active - 64 * MODEL.d_model)
+    tied = dataclasses.replace(MODEL, tie_embeddings=True)
+    reads = generate.weight_reads(dataclasses.replace(WORK, model=tied))
+    assert reads == pytest.approx(2**26 / count_parameters(tied).active)
+
+
 def test_points_of_the_scaling_table_vary_one_size():
     """Every axis has its values once, and each point runs."""
     there = scaling.points("cpu", "fp32")
