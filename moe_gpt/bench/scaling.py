@@ -16,7 +16,7 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.errors import InputError
 from moe_gpt.ops.device import Precision
 
-_BASE = ModelConfig(vocab_size=1024, d_model=128, n_layers=2, n_heads=4, head_dim=32, d_ff=256, max_seq_len=4096)
+_BASE = ModelConfig(vocab_size=1024, d_model=128, n_layers=2, n_heads=4, head_dim=32, d_ff=256, max_seq_len=1 << 15)
 _SEQUENCES, _SEQ_LEN = 32, 256
 _COLUMNS = {
     "rows/expert": "{rows_per_expert:count}",
@@ -37,7 +37,7 @@ class Point(NamedTuple):
 def points(device: str, precision: Precision) -> list[Point]:
     """Return the measurements: each axis varies one size of a small model, 8,192 tokens a step.
 
-    *checkpointed* is the axis of sequence lengths with activation checkpointing.
+    *checkpointed* is the axis of sequence lengths with activation checkpointing; *one* has a single sequence a step.
     """
 
     def at(axis: str, value: int, n_sequences: int = _SEQUENCES, seq_len: int = _SEQ_LEN, **sizes: int) -> Point:
@@ -52,6 +52,7 @@ def points(device: str, precision: Precision) -> list[Point]:
         *(at("d_ff", n, d_ff=n) for n in (64, 128, 256, 512, 1024)),
         *(at("sequences", n, n_sequences=n) for n in (4, 8, 16, 32, 64)),
         *(at(axis, n, n_sequences=total // n, seq_len=n) for axis in ("seq_len", "checkpointed") for n in lengths),
+        *(at("one", n, n_sequences=1, seq_len=n) for n in (4096, 8192, 16_384, 32_768)),
     ]
 
 

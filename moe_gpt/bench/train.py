@@ -35,16 +35,16 @@ _COLUMNS = {
 
 
 def bench_train(
-    workload: Workload, against: Sequence[str], rounds: int, steps: int, say: Callable[[str], None]
+    workload: Workload, against: Sequence[str], rounds: int, steps: int, say: Callable[[str], None], warmup: int = 5
 ) -> list[Result]:
     """Measure moe_gpt and its peers, which are keys of ``PEERS`` or names of contenders; return a result for each.
 
-    A turn is of ``steps`` optimizer steps, after five to warm up.
+    A turn is of ``steps`` optimizer steps, after ``warmup`` steps.
     """
     names = _contenders(against)
     at_once = torch.device(workload.device).type == "cpu"
     make = functools.partial(_make_step, workload)
-    turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=5, at_once=at_once, say=say)
+    turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=warmup, at_once=at_once, say=say)
     require(turns, "moe_gpt")
     peak = statistics.median(turns.pop(_GEMM).values)
     say(describe(workload))

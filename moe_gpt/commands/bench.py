@@ -70,6 +70,7 @@ class Shaped(Measurement):
 def train(
     *,
     against: str = "transformers,dense",
+    warmup: Whole = 5,
     compile: Switch = False,
     micro_batch_tokens: Whole | None = None,
     activation_checkpointing: Switch = False,
@@ -80,6 +81,7 @@ def train(
 
     Args:
         against: Names of peers, comma-separated.
+        warmup: Steps before the measured ones.
         compile: Use torch.compile, on each block of moe_gpt and on the peers as a whole.
         micro_batch_tokens: Tokens of one forward pass; the whole batch by default.
         activation_checkpointing: Recompute activations, in moe_gpt and in the peers.
@@ -93,7 +95,7 @@ def train(
     if micro_batch_tokens:
         work = dataclasses.replace(work, micro_batch_tokens=micro_batch_tokens)
     names = [name for name in against.split(",") if name]
-    _report(options.json, functools.partial(bench_train, work, names, options.rounds, options.steps))
+    _report(options.json, functools.partial(bench_train, work, names, options.rounds, options.steps, warmup=warmup))
 
 
 def layer(*, options: Shaped = Shaped()) -> None:
@@ -132,7 +134,8 @@ def scaling(*, axes: str | None = None, plot: Path | None = None, options: Measu
     """Measure how time and memory grow with experts, width, sequences and their length.
 
     Args:
-        axes: Axes to measure, comma-separated: experts, d_ff, sequences, seq_len, checkpointed; all by default.
+        axes: Axes to measure, comma-separated: experts, d_ff, sequences, seq_len, checkpointed, one (sequence, ever
+            longer); all by default.
         plot: Draw the results into this file, .svg or .png.
     """
     from moe_gpt.bench import scaling as bench

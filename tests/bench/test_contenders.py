@@ -170,11 +170,12 @@ def test_weights_that_a_token_reads(monkeypatch):
 def test_points_of_the_scaling_table_vary_one_size():
     """Every axis has its values once, and each point runs."""
     there = scaling.points("cpu", "fp32")
-    for axis in ("experts", "d_ff", "sequences", "seq_len", "checkpointed"):
+    for axis in ("experts", "d_ff", "sequences", "seq_len", "checkpointed", "one"):
         values = [point.value for point in there if point.axis == axis]
         assert sorted(set(values)) == values
     assert {point.workload.model.n_experts for point in there if point.axis == "experts"} >= {4, 256}
-    assert {p.workload.batch_tokens for p in there if p.axis != "sequences"} == {8192}
+    assert {p.workload.batch_tokens for p in there if p.axis not in ("sequences", "one")} == {8192}
+    assert all(p.workload.n_sequences == 1 for p in there if p.axis == "one")
     assert all(p.workload.activation_checkpointing == (p.axis == "checkpointed") for p in there)
 
 
