@@ -20,11 +20,14 @@ _STEP_TOKENS = 2048
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
-def bench_busy(workload: Workload, n_spinning: int, seconds: int, rounds: int, say: Callable) -> list[Result]:
-    """Count training steps alone and beside spinning processes, in turns; each turn is a process of its own.
+def bench_busy(
+    workload: Workload, n_others: int, seconds: int, rounds: int, say: Callable, others_train: bool = False
+) -> list[Result]:
+    """Count training steps alone and beside other processes, in turns; each turn is a process of its own.
 
-    A step has at most 2,048 tokens, because threads wait most often where operations are small.
-    The fair share is what a fair system leaves to as many threads as there are cores, beside ``n_spinning`` others.
+    A step has at most 2,048 tokens, because threads wait most often where operations are small. The others spin, or
+    train as well, in as many threads. The fair share is what a fair system leaves to as many threads as there are
+    cores, beside those of the others.
     """
     n_sequences = min(workload.n_sequences, max(1, _STEP_TOKENS // workload.seq_len))
     n_tokens = n_sequences * workload.seq_len
@@ -32,15 +35,17 @@ def bench_busy(workload: Workload, n_spinning: int, seconds: int, rounds: int, s
     steps: dict[str, list[float]] = {"alone": [], "beside": []}
     for _ in range(rounds):
         for name, found in steps.items():
-            with _spinning(n_spinning if name == "beside" else 0):
+            with _others(n_others * (name == "beside"), workload if others_train else None):
                 n_steps, runtime = measure(_count_steps, workload, seconds).value
             found.append(n_steps / seconds)
             say(f"{name}: {n_steps} steps in {seconds} s")
     alone, beside = (statistics.median(found) for found in steps.values())
     cores = available_cores()
-    fair = cores / (cores + n_spinning)
+    fair = cores / (cores + n_others * (cores if others_train else 1))
     settings = ", ".join(f"{key}={os.environ[key]}" for key in sorted(os.environ) if key.startswith(("GOMP_", "KMP_")))
-    say(f"{n_spinning} spinning processes on {cores} cores; {runtime}; {settings or 'no bound on spinning'}")
+    say(
+        f"{n_others} {'training' if others_train else 'spinning'} processes on {cores} cores; {runtime}; {settings or 'no bound on spinning'}"
+    )
     results: list[Result] = [
         {"name": "busy/alone", "steps_per_second": alone, "fraction": 1.0, "of_fair": 1.0},
         {
@@ -80,9 +85,9 @@ def loaded_runtime() -> str:
 
 
 @contextlib.contextmanager
-def _spinning(n_processes: int) -> Iterator[None]:
+def _others(n_processes: int, workload: Workload | None) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_spin, daemon=True) for _ in range(n_processes)]
+    processes = [context.Process(target=_want_cores, args=(workload,), daemon=True) for _ in range(n_processes)]
     for process in processes:
         process.start()
     try:
@@ -93,6 +98,7 @@ def _spinning(n_processes: int) -> Iterator[None]:
             process.join()
 
 
-def _spin() -> None:
+def _want_cores(workload: Workload | None) -> None:
+    work = Ours(workload).step if workload else lambda: None
     while True:
-        pass
+        work()

@@ -105,16 +105,22 @@ def layer(*, options: Shaped = Shaped()) -> None:
     _report(options.json, functools.partial(bench_layer, options.workload(), options.rounds, options.steps))
 
 
-def busy(*, processes: Whole = 2, seconds: Whole = 18, options: Shaped = Shaped()) -> None:
+def busy(
+    *, processes: Whole = 2, seconds: Whole = 18, others_train: Switch = False, options: Shaped = Shaped()
+) -> None:
     """Measure how training keeps up beside other processes that want the same cores.
 
     Args:
-        processes: Number of processes that spin.
+        processes: Number of the others.
         seconds: Duration of each turn.
+        others_train: The others train, too, instead of spinning.
     """
     from moe_gpt.bench.busy import bench_busy
 
-    _report(options.json, functools.partial(bench_busy, options.workload(), processes, seconds, options.rounds))
+    measure = functools.partial(
+        bench_busy, options.workload(), processes, seconds, options.rounds, others_train=others_train
+    )
+    _report(options.json, measure)
 
 
 def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Shaped = Shaped()) -> None:

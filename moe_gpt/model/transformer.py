@@ -149,8 +149,10 @@ class MoEGPT(nn.Module):
 
     def next_token_logits(self, tokens: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B V"]:
         """Return the logits of the last position. No other logits and no statistics are computed."""
-        hidden, _ = self.hidden_states(tokens, cache=cache)
-        return self.output(hidden[:, -1])
+        one_row_each = ops.products_of_few_rows(tokens) if tokens.shape[1] == 1 else contextlib.nullcontext()
+        with one_row_each:
+            hidden, _ = self.hidden_states(tokens, cache=cache)
+            return self.output(hidden[:, -1])
 
     def cross_entropy(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_gpt.errors import InputError
 from moe_gpt.ops import cpu, cpu_attention, cuda, dispatch, loss, plain
-from moe_gpt.ops.device import compute_dtype, without_autocast
+from moe_gpt.ops.device import compute_dtype, products_of_few_rows, without_autocast
 from moe_gpt.ops.plain import IGNORED_TARGET
 from moe_gpt.ops.visible import Visible
 
@@ -28,6 +28,7 @@ __all__ = [
     "linear_cross_entropy",
     "mix_experts",
     "prepare",
+    "products_of_few_rows",
     "require_indices",
     "rms_norm",
     "rotate",

@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import psutil
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_gpt.errors import InputError
+from moe_gpt.ops.spinning import spin_less_when_crowded
 
 Precision = Literal["bf16", "fp32"]
 _NARROW = 128
@@ -89,6 +90,7 @@ def tune_process(device: torch.device, deterministic: bool = False) -> None:
     if device.type == "cpu":
         _use_fast_float32()
         _keep_freed_memory()
+        spin_less_when_crowded()
 
 
 def _use_fast_float32() -> None:
@@ -104,6 +106,21 @@ def _use_fast_float32() -> None:
     capabilities = get_capabilities()
     if capabilities.get("avx512_f") and not capabilities.get("amx_tile") and not _is_intel(capabilities):
         torch.set_float32_matmul_precision("medium")
+
+
+@contextlib.contextmanager
+def products_of_few_rows(x: Tensor) -> Iterator[None]:
+    """Let float32 products with few rows, such as those of decoding, take their fastest kernel on a CPU.
+
+    That is MKL's: oneDNN's takes up to three times as long for one row, and as long for 64 (docs/benchmarks.md).
+    """
+    before = torch.get_float32_matmul_precision()
+    if x.device.type == "cpu":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _is_intel(capabilities: Mapping[str, Any]) -> bool:

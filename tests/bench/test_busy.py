@@ -35,14 +35,15 @@ def test_waiting_threads_spin_for_a_bounded_time(given, expected):
 
 
 @pytest.mark.slow
-def test_steps_are_counted_alone_and_beside():
+@pytest.mark.parametrize(("others_train", "kind"), [(False, "spinning"), (True, "training")])
+def test_steps_are_counted_alone_and_beside(others_train, kind):
     """Both in processes of their own, which tell the runtime of threads."""
     said: list[str] = []
     work = Workload(tiny_config(vocab_size=64), 2, 16, "cpu", "fp32", 32)
-    alone, beside = bench_busy(work, n_spinning=1, seconds=1, rounds=1, say=said.append)
+    alone, beside = bench_busy(work, 1, seconds=1, rounds=1, say=said.append, others_train=others_train)
     assert alone["steps_per_second"] > 0
     assert beside["steps_per_second"] > 0
-    assert any("1 spinning processes" in text for text in said)
+    assert any(f"1 {kind} processes" in text for text in said)
 
 
 def test_runtime_is_named():
