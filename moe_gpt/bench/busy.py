@@ -43,9 +43,8 @@ def bench_busy(
     cores = available_cores()
     fair = cores / (cores + n_others * (cores if others_train else 1))
     settings = ", ".join(f"{key}={os.environ[key]}" for key in sorted(os.environ) if key.startswith(("GOMP_", "KMP_")))
-    say(
-        f"{n_others} {'training' if others_train else 'spinning'} processes on {cores} cores; {runtime}; {settings or 'no bound on spinning'}"
-    )
+    kind = "training" if others_train else "spinning"
+    say(f"{n_others} {kind} processes on {cores} cores; {runtime}; {settings or 'no bound on spinning'}")
     results: list[Result] = [
         {"name": "busy/alone", "steps_per_second": alone, "fraction": 1.0, "of_fair": 1.0},
         {
