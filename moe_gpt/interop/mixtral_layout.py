@@ -163,6 +163,7 @@ _Unbiased = Annotated[Literal[False], Field(title="false (this model has no bias
 _Unscaled = Annotated[Literal["default"], Field(title="default (this model has no scaled rotary positions)")]
 _WholeHeads = Annotated[float, Field(ge=1, le=1, title="1 (positions rotate whole heads here)")]
 _Unquantized = Annotated[None, Field(title="absent (weights must be float32, bfloat16 or float16)")]
+_Usual = Annotated[None, Field(title="absent (weights must be in model.safetensors or in the files of its index)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,7 @@ class _Llama(Section):
     mlp_bias: _Unbiased = False
     sliding_window: Count | None = None
     quantization_config: _Unquantized = None
+    transformers_weights: _Usual = None
 
     _rope_theta_assumed: ClassVar[float] = 1e4
 

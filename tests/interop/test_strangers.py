@@ -92,6 +92,17 @@ def test_shards_that_do_not_fit_their_index_are_named(sharded):
     refused(sharded, rf"index\.json lists .*{FIRST} is missing; .*{FIRST}\.part is a download that has not ended")
 
 
+def test_weights_in_two_ways_are_refused(sharded, made):
+    """A whole file beside an index of other files; transformers takes the whole one. An index of that file is fine."""
+    shutil.copy(made / WEIGHTS, sharded / WEIGHTS)
+    refused(sharded, rf"two sets of weights: {WEIGHTS}, .*{INDEX}, which names '{FIRST}'; remove one")
+    places = json.loads((sharded / INDEX).read_text())["weight_map"]
+    edit(sharded / INDEX, weight_map=dict.fromkeys(places, WEIGHTS))
+    assert moe_gpt.load(sharded, "cpu")
+    edit(sharded / CONFIG, transformers_weights=FIRST)  # transformers would load this file
+    refused(sharded, rf"transformers_weights must be absent .*{FIRST}")
+
+
 def test_a_file_that_aria2_has_not_filled_is_refused(folder):
     """It is as long as it will be, so its header cannot tell."""
     (folder / f"{WEIGHTS}.aria2").touch()
