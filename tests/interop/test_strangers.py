@@ -103,6 +103,15 @@ def test_weights_in_two_ways_are_refused(sharded, made):
     refused(sharded, rf"transformers_weights must be absent .*{FIRST}")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_whole_weights_is_refused(name, folder):
+    """With it, the model is another function; without whole weights, the remedy is another."""
+    (folder / name).touch()
+    refused(folder, rf"{name} lies beside whole weights.*merge_and_unload.*elsewhere")
+    (folder / WEIGHTS).unlink()
+    refused(folder, rf"neither .*{name} is a LoRA adapter without its model")
+
+
 def test_a_file_that_aria2_has_not_filled_is_refused(folder):
     """It is as long as it will be, so its header cannot tell."""
     (folder / f"{WEIGHTS}.aria2").touch()
