@@ -38,8 +38,8 @@ class Problem(NamedTuple):
 
 
 def divisors(number: int) -> str:
-    """List the divisors of a number, for a message."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """List the divisors of a number up to 10,000, for a message."""
+    return ", ".join(str(n) for n in range(1, min(number, 10_000) + 1) if number % n == 0)
 
 
 def _number(value: Any) -> Any:
