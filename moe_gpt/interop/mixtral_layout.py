@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
+from moe_gpt.config.model import Layers
 from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, annotations_of, section_in, unless
 from moe_gpt.errors import InputError, shown
 
@@ -184,7 +185,7 @@ class _Llama(Section):
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None

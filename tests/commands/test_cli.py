@@ -91,6 +91,8 @@ def test_interruption_exits_with_130(capsys):
         (["train", "tiny.yaml", "--max-steps", "0"], "--max-steps must be .* got 0"),
         (["train", "tiny.yaml", "--max-steps", "0.5"], "--max-steps must be .* got 0.5"),
         (["train", "tiny.yaml", "--max-minutes", "inf"], "--max-minutes must be .* got inf"),
+        (["train", "tiny.yaml", "--max-steps", str(2**63)], f"--max-steps must be .* got {2**63}"),
+        (["generate", "x", "--top-k", "1e30"], "--top-k must be .* got 1e30"),
         (["train", "tiny.yaml", "--max-steps"], "--max-steps needs a value"),
         (["train", "tiny.yaml", "--max-step", "3"], "--max-step.*--max-steps"),
         (["train", "tiny.yaml", "--device", "gpu"], "gpu"),
@@ -173,7 +175,7 @@ def test_describe_settings_lists_every_key(monkeypatch):
 @pytest.mark.parametrize(
     "start",
     [
-        "  model.n_layers (4): Transformer blocks. [a whole number of at least 1]",
+        "  model.n_layers (4): Transformer blocks. [a whole number from 1 to 10,000]",
         "  model.vocab_size (null): ",
         "  data.sources.0.name (required): ",
         "\nschedule.stages.0: The stage table.",

@@ -295,3 +295,19 @@ def test_dropout_of_merges_is_switched_off():
     spec["model"]["dropout"] = 0.9
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
     assert tokenizer.encode(WORDS * 20) == TOKENIZER.encode(WORDS * 20)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(2**31 - 1, "ids below 10,000,000, got 2147483647"), (9_999_999, r"its \d+ tokens .*, got id 9999999")],
+)
+def test_a_token_with_an_absurd_id_is_refused(index, message, tmp_path):
+    """A table of all ids up to it would take 16 GiB; a small gap is fine."""
+    values = json.loads(train_tokenizer(["some words " * 9], 300).to_json())
+    values["model"]["vocab"] |= {"zz": 2000}
+    for number, name in ((300, "fine"), (index, "absurd")):
+        values["model"]["vocab"]["zz"] = number
+        (tmp_path / name).write_text(json.dumps(values))
+    assert Tokenizer.load(tmp_path / "fine").vocab_size == 301
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path / "absurd")
