@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_gpt.data.tokenizer import Tokenizer, in_groups
 from moe_gpt.errors import InputError
+from moe_gpt.inference.generate import checked_context
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
@@ -40,9 +41,7 @@ def score_documents(
         context: length of the windows; ``max_seq_len`` of the model by default.
         batch_tokens: tokens in one forward pass.
     """
-    length, device = context or model.config.max_seq_len, model.embedding.weight.device
-    if not 1 <= length <= model.config.max_seq_len:
-        raise InputError(f"the context must be from 1 to the model's {model.config.max_seq_len} tokens, got {length}")
+    length, device = checked_context(model, context), model.embedding.weight.device
     if not 1 <= stride <= length:
         raise InputError(f"the stride must be from 1 to the context of {length} tokens, got {stride}")
     nats, n_tokens, n_bytes = 0.0, 0, 0

@@ -31,7 +31,12 @@ def test_files_are_evaluated_at_the_length_of_training(run_dir, corpus_dir):
     longer = command("evaluate", run_dir, "--files", files, "--context", 64)
     assert "trained on at most 32 positions" in longer.stderr
     assert longer.stdout != done.stdout
-    assert command("evaluate", run_dir, "--files", files, "--context", 65).returncode == 2
+    beyond = ("--context", 65)
+    for words in (("evaluate", run_dir, "--files", files, *beyond), ("generate", run_dir, "--prompt", "The ", *beyond)):
+        refused = command(*words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "from 1 to the model's 64 tokens, got 65; or load the model with more: --max-seq-len" in refused.stderr
+        assert command(*words, "--max-seq-len", 65).returncode == 0
 
 
 def test_held_out_text_is_evaluated_at_the_length_of_training(run_dir):
