@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe_gpt.commands.options import describe_settings
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import ConfigError, InputError
+from moe_gpt.report.words import say
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -262,6 +264,17 @@ def test_next_command_starts_as_this_one_did(monkeypatch, program, start):
     else:
         assert f"{' '.join(start[1:])} " in line
         assert start[0] == "{python}" or line.startswith(start[0])
+
+
+def test_paths_with_a_dash_are_no_options(tmp_path, monkeypatch):
+    """In every command that is printed; the command runs as it stands. Prompts and options stay as they are."""
+    monkeypatch.setattr(sys, "argv", ["/x/moe-gpt", "train"])
+    line = command_line("generate", Path("-b dash"), "--prompt", "x", Path("a-b"), Path("/-c"))
+    assert line.endswith(" generate './-b dash' --prompt x a-b /-c")
+    assert say("{{ path | quote }}", path=Path("-bdash")) == "./-bdash"
+    monkeypatch.chdir(tmp_path)
+    refused = command("generate", shlex.split(line)[2], "--prompt", "x")
+    assert refused.stderr.startswith("error: no complete checkpoint at -b dash;")
 
 
 def test_resume_repeats_the_command_line(monkeypatch):
