@@ -9,6 +9,8 @@ from run_scripts import command
 from small_runs import change, run_training
 
 import moe_gpt
+from moe_gpt.commands import generate
+from moe_gpt.commands.generate import GenerateOptions, find_prompt
 from moe_gpt.errors import InputError
 
 
@@ -101,3 +103,18 @@ def test_model_card_names_the_length_of_training(run_dir, tmp_path):
     assert "sequences of at most 32 tokens" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["max_position_embeddings"] == 64
     assert moe_gpt.load(tmp_path / "hf").context == 64
+
+
+def test_a_prompt_file_is_read_up_to_a_limit(tmp_path, monkeypatch):
+    """More is never read, as of a file of 1 TB with holes or of a device; what has the limit's length is the prompt."""
+    path = tmp_path / "prompt"
+    with open(path, "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(InputError, match="--prompt-file .*prompt must have at most 10,000,000 characters"):
+        find_prompt(GenerateOptions(prompt_file=path))
+    monkeypatch.setattr(generate, "_LONGEST_PROMPT", 4)
+    path.write_bytes("\ufeffé\r\nab".encode())
+    assert find_prompt(GenerateOptions(prompt_file=path)) == "é\nab"
+    path.write_bytes(b"abcde")
+    with pytest.raises(InputError, match="at most 4 characters"):
+        find_prompt(GenerateOptions(prompt_file=path))
