@@ -55,11 +55,6 @@ def _fitting(config: str, device: torch.device) -> RunConfig:
     return settings
 
 
-def unchecked(config: str, device: torch.device) -> RunConfig:
-    """Return a config whose model is not built as a whole."""
-    return load_run_config(config)
-
-
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shaped(Measurement):
@@ -116,7 +111,8 @@ def layer(*, options: Shaped = Shaped()) -> None:
     """Measure one mixture-of-experts layer against a dense one, by routing."""
     from moe_gpt.bench.layer import bench_layer
 
-    _report(options.json, functools.partial(bench_layer, options.workload(unchecked), options.rounds, options.steps))
+    work = options.workload(lambda config, _: load_run_config(config))  # of any size: one layer of it is built
+    _report(options.json, functools.partial(bench_layer, work, options.rounds, options.steps))
 
 
 def busy(*, processes: Whole = 2, seconds: Whole = 18, options: Shaped = Shaped()) -> None:

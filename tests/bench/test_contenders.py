@@ -13,6 +13,7 @@ from tiny_models import tiny_config
 from moe_gpt.bench import generate, layer, rounds, scaling, train
 from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin, experts_setting
 from moe_gpt.commands import bench
+from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.measure.parameters import count_parameters
@@ -216,4 +217,4 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(size, tmp_pa
     for start in (shaped.workload, lambda: bench.loop(config=str(path)), lambda: bench.data(config=str(path))):
         with pytest.raises(InputError, match=r"illion parameters; training needs at least .* of memory"):
             start()
-    assert shaped.workload(bench.unchecked).model.d_ff == 256
+    assert shaped.workload(lambda config, _: load_run_config(config)).model.d_ff == 256

@@ -532,3 +532,28 @@ def test_capacity_is_a_ratio_of_small_numbers(factor, n_experts, ratio):
     """Exact where its digits allow; products with a number of assignments fit into eight bytes."""
     assert ModelConfig(capacity_factor=factor, n_experts=n_experts).capacity_ratio == ratio
     assert max(ModelConfig(capacity_factor=1.2345678901234567, n_experts=7).capacity_ratio) <= 10**9
+
+
+@pytest.mark.parametrize("text", ["1:30", "-1:30", "1:30.5", "190:20:30", "2024-01-01", "2024-01-01 10:00:00", "0o17"])
+def test_numbers_and_dates_of_yaml_1_1_are_text(text, problems, load):
+    """No number has a colon: 1:30 is not 90. Where text is wanted, what was typed is the text."""
+    rest = "data: {sources: [{name: a, builtin: code}]}"
+    expected = [f"optimizer.lr must be a number above 0, got {text!r}"]
+    assert problems(rest, f"optimizer.lr={text}") == expected
+    assert problems(f"{rest}\noptimizer: {{lr: {text}}}") == expected
+    config = load(rest, f"data.sources.0.prompt={text}")
+    assert config.data.sources[0].prompt == text
+    assert load(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(("text", "number"), [("017", 17), ("1_000", 1000), ("0x10", 16), ("0", 0), ("1e3", 1000)])
+def test_whole_numbers_are_decimal_unless_marked(text, number, load):
+    """A zero in front does not make a number octal."""
+    assert load("data: {sources: [{name: a, builtin: code}]}", f"train.seed={text}").train.seed == number
+
+
+@pytest.mark.parametrize(("text", "number"), [("0.5", 0.5), ("00.5", 0.5), ("-0", 0.0), ("1_0.5", 10.5), ("5e-1", 0.5)])
+def test_fractions_stay_fractions(text, number, load):
+    """With and without a zero in front."""
+    config = load("data: {sources: [{name: a, builtin: code}]}", f"loss.router_z_loss_weight={text}")
+    assert config.loss.router_z_loss_weight == number
