@@ -65,7 +65,8 @@ class Tokenizer:
             }:
                 raise InputError(
                     f"the tokenizer makes the special token {token!r} of text that only spells it, so a document could "
-                    "end in its middle; remove the token from the tokenizer's own vocabulary, or use another tokenizer"
+                    "end in its middle; train the tokenizer without it among the special_tokens of its trainer, then "
+                    "add it with add_special_tokens; or use another tokenizer"
                 )
 
     def __reduce__(self) -> tuple:  # the library's pickle loses encode_special_tokens

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, _cut_before_spaces, train_tokenizer
 from moe_gpt.errors import InputError
@@ -311,3 +311,24 @@ def test_a_token_with_an_absurd_id_is_refused(index, message, tmp_path):
     assert Tokenizer.load(tmp_path / "fine").vocab_size == 301
     with pytest.raises(InputError, match=message):
         Tokenizer.load(tmp_path / "absurd")
+
+
+def _unigram(*given_to_the_trainer: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", *given_to_the_trainer]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(["some words, and others <|>: end of text " * 9], trainer)
+    return backend
+
+
+def test_advice_on_a_token_that_text_gives_can_be_followed(tmp_path):
+    """A Unigram trainer makes pieces of its special tokens, which text then gives; added later, they are none."""
+    with pytest.raises(InputError, match="without it among the special_tokens of its trainer, .* add_special_tokens"):
+        Tokenizer(_unigram(END_OF_TEXT))
+    backend = _unigram()
+    backend.add_special_tokens([END_OF_TEXT])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.end_of_text_id == tokenizer.vocab_size - 1
+    assert tokenizer.end_of_text_id not in tokenizer.encode(f"words {END_OF_TEXT} others{END_OF_TEXT}")
