@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_gpt.config import ModelConfig, RunConfig, SourceConfig
-from moe_gpt.config.section import Count, require
+from moe_gpt.config.section import Count, Seed, require
 from moe_gpt.data.corpus import iterate_documents
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
@@ -127,6 +127,7 @@ class LanguageModel:
         the first piece.
         """
         require(Count, max_new_tokens=max_new_tokens)
+        require(Seed, seed=seed)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
         ids = self.encode(prompt, bos, special_tokens)
         new = self.continue_ids(ids, max_new_tokens, sampling, seed, context)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from moe_gpt.bench.contenders import Workload
+    from moe_gpt.config import RunConfig
     from moe_gpt.ops import device as ops_device
 
 
@@ -44,6 +46,15 @@ class Measurement:
         return chosen, pick_precision(self.precision, chosen)
 
 
+def _fitting(config: str, device: torch.device) -> RunConfig:
+    """Return a config after refusing one that is far too large for the device."""
+    from moe_gpt.training.fits import refuse_full_size
+
+    settings = load_run_config(config)
+    refuse_full_size(settings, device)
+    return settings
+
+
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shaped(Measurement):
@@ -54,7 +65,7 @@ class Shaped(Measurement):
     config: str | None = None
     """Measure the model and the last stage of this config instead of a shape."""
 
-    def workload(self) -> Workload:
+    def workload(self, load: Callable[[str, torch.device], RunConfig] = _fitting) -> Workload:
         """Return shape, device and precision."""
         from moe_gpt.bench.contenders import SHAPES, Workload, workload_of
 
@@ -62,7 +73,7 @@ class Shaped(Measurement):
             raise InputError(f"--shape and --config: give one of them, got {self.shape} and {self.config}")
         chosen, precision = self.place()
         if self.config:
-            return workload_of(load_run_config(self.config), chosen, precision)
+            return workload_of(load(self.config, chosen), chosen, precision)
         model, n_sequences, seq_len = SHAPES[self.shape or "S"]
         return Workload(model, n_sequences, seq_len, str(chosen), precision, n_sequences * seq_len)
 
@@ -102,7 +113,8 @@ def layer(*, options: Shaped = Shaped()) -> None:
     """Measure one mixture-of-experts layer against a dense one, by routing."""
     from moe_gpt.bench.layer import bench_layer
 
-    _report(options.json, functools.partial(bench_layer, options.workload(), options.rounds, options.steps))
+    work = options.workload(lambda config, _: load_run_config(config))  # of any size: one layer of it is built
+    _report(options.json, functools.partial(bench_layer, work, options.rounds, options.steps))
 
 
 def busy(
@@ -167,7 +179,7 @@ def data(
     """
     from moe_gpt.bench.data import bench_data
 
-    settings = load_run_config(config)
+    settings = _fitting(config, Measurement().place()[0])
     with tempfile.TemporaryDirectory(dir=folder) as place:
         _report(json, functools.partial(bench_data, settings, gigabytes, Path(place)))
 
@@ -182,7 +194,7 @@ def loop(*, config: str = "tiny.yaml", steps: Whole = 400, json: Path | None = N
     """
     from moe_gpt.bench.loop import bench_loop
 
-    settings = load_run_config(config)
+    settings = _fitting(config, Measurement().place()[0])
     with tempfile.TemporaryDirectory() as place:
         _report(json, functools.partial(bench_loop, settings, steps, Path(place) / "run"))
 

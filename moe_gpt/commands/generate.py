@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
 
 PROMPT, SAMPLING, PLACE = (Group.create_ordered(name) for name in ("Prompt", "Sampling", "Model"))
+_LONGEST_PROMPT = 10_000_000  # a device such as /dev/zero has no end
 
 
 @flat
@@ -89,16 +90,20 @@ def find_prompt(options: GenerateOptions) -> str | None:
     """Return the prompt of --prompt or of --prompt-file; None without either.
 
     Raises:
-        InputError: where both were given, or the file is not UTF-8 text.
+        InputError: where both were given, or the file is not UTF-8 text or is too long.
     """
     if options.prompt_file is None:
         return "" if options.prompt is None and options.bos else options.prompt
     if options.prompt is not None:
         raise InputError(f"--prompt or --prompt-file: give one, got both (--prompt-file {options.prompt_file})")
     try:
-        return options.prompt_file.read_text(encoding="utf-8-sig")
+        with open(options.prompt_file, encoding="utf-8-sig") as file:
+            text = file.read(_LONGEST_PROMPT + 1)
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt-file {options.prompt_file} is not UTF-8 text: {error}") from None
+    if len(text) > _LONGEST_PROMPT:
+        raise InputError(f"--prompt-file {options.prompt_file} must have at most {_LONGEST_PROMPT:,} characters")
+    return text
 
 
 def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions) -> None:

@@ -8,13 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+from moe_gpt.terminal.wrapping import typed
+
 _SCRIPTS = {"prepare": "prepare_data"}
 """Commands whose script has another name."""
 
 
 def command_line(command: str, *words: object) -> str:
     """Return a command, quoted where needed, that is started in the way in which this one was."""
-    return shlex.join([*_start(command), *map(str, words)])
+    return shlex.join([*_start(command), *map(typed, words)])
 
 
 def repeated(command: str, *added: str) -> str:

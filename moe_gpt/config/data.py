@@ -13,7 +13,9 @@ from moe_gpt.config.section import Count, Flag, Fraction, Positive, Problem, Rat
 
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", title="letters, digits, - and _")]
 NonEmpty = Annotated[str, Field(min_length=1, title="text of at least one character")]
-VocabularySize = Annotated[Count, Field(ge=257, title="a whole number of at least 257 (256 bytes and end-of-text)")]
+VocabularySize = Annotated[Count, Field(ge=257, le=10**7, title="a whole number from 257 (bytes, end-of-text) to 10^7")]
+
+Portion = Annotated[Positive, Field(le=1e9, title="a number above 0 and at most 10^9")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,9 +87,9 @@ class SourceConfig(Section):
     """Read at most this many documents."""
     max_tokens: Count | None = None
     """Stop reading after this many tokens, held-out tokens included."""
-    epochs: Positive | None = None
+    epochs: Portion | None = None
     """Passes over the source in one big epoch; they set the source's share. 1 if no source has a weight."""
-    weight: Positive | None = None
+    weight: Portion | None = None
     """Share of the mixture, relative to the other sources' weights. Use it instead of epochs."""
     fim_rate: Rate = 0.0
     """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); this needs special tokens."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section, divides, unless
 
 _MOST_NUMBERS = 2**60
 """In a tensor, so that torch can count its bytes."""
+Layers = Annotated[Count, Field(le=10_000, title="a whole number from 1 to 10,000")]
+"""Each layer takes time to build, however narrow it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,7 @@ class ModelConfig(Section):
 
     vocab_size: Count | None = None
     """Rows of the embedding; null means the tokenizer's number of tokens. More rows are allowed, fewer are not."""
-    n_layers: Count = 4
+    n_layers: Layers = 4
     """Transformer blocks."""
     d_model: Count = 128
     """Width of the residual stream."""
@@ -87,7 +91,8 @@ class ModelConfig(Section):
         """
         if self.capacity_factor is None:
             return None
-        return (Fraction(str(self.capacity_factor)) / self.n_experts).as_integer_ratio()
+        share = Fraction(str(min(self.capacity_factor, self.n_experts))) / self.n_experts  # 1 drops none
+        return max(share.limit_denominator(10**9), Fraction(1, 10**9)).as_integer_ratio()  # eight bytes hold products
 
     @property
     def is_dense(self) -> bool:

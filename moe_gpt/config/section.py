@@ -38,8 +38,8 @@ class Problem(NamedTuple):
 
 
 def divisors(number: int) -> str:
-    """List the divisors of a number, for a message."""
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """List the divisors of a number up to 10,000, for a message."""
+    return ", ".join(str(n) for n in range(1, min(number, 10_000) + 1) if number % n == 0)
 
 
 def _number(value: Any) -> Any:
@@ -59,8 +59,9 @@ def _parsed(text: str) -> int | float:
 
 # The title of a field's type says what a value must be, in messages and in --help.
 Flag = StrictBool
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1, title="a whole number of at least 1")]
-CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0, title="a whole number of at least 0")]
+# A count is at most 10^18, so that eight bytes hold it in torch, numpy and itertools.
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=10**18, title="a whole number from 1 to 10^18")]
+CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0, le=10**18, title="a whole number from 0 to 10^18")]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63, title="a whole number from 0 to 2^63 - 1")]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 AtMostOne = Annotated[Real, Field(gt=0, le=1, title="a number above 0 and at most 1")]

@@ -45,7 +45,14 @@ class Tokenizer:
             )
         self.end_of_text, self.end_of_text_id = end_of_text, end_of_text_id
         self._piece_chars = _PIECE_CHARS if self._may_be_cut_at_words() else None
+        self._refuse_gaps()
         self._refuse_special_tokens_that_text_gives()
+
+    def _refuse_gaps(self) -> None:
+        """Raise an error where most ids up to the highest have no token: tables need memory for each."""
+        n_tokens, highest = self._backend.get_vocab_size(with_added_tokens=True), self.vocab_size - 1
+        if highest > 2 * n_tokens + 1000:
+            raise InputError(f"the tokenizer must number its {n_tokens} tokens without large gaps, got id {highest}")
 
     def _refuse_special_tokens_that_text_gives(self) -> None:
         """Raise an error where a text that spells a special token would become that token, not text."""
@@ -58,7 +65,8 @@ class Tokenizer:
             }:
                 raise InputError(
                     f"the tokenizer makes the special token {token!r} of text that only spells it, so a document could "
-                    "end in its middle; remove the token from the tokenizer's own vocabulary, or use another tokenizer"
+                    "end in its middle; train the tokenizer without it among the special_tokens of its trainer, then "
+                    "add it with add_special_tokens; or use another tokenizer"
                 )
 
     def __reduce__(self) -> tuple:  # the library's pickle loses encode_special_tokens
@@ -79,7 +87,7 @@ class Tokenizer:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; data.tokenizer.file must be the path of a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_buffer(Path(path).read_bytes()), end_of_text)
+            return cls(tokenizers.Tokenizer.from_buffer(_with_small_ids(path)), end_of_text)
         except (InputError, OSError):
             raise
         except Exception as error:  # the library raises bare Exception
@@ -225,6 +233,14 @@ class Tokenizer:
     def to_json(self) -> str:
         """Return the contents of a ``tokenizer.json``."""
         return self._backend.to_str(pretty=True)
+
+
+def _with_small_ids(path: str | Path) -> bytes:
+    """Return the contents of a tokenizer.json after refusing ids up to which the library would count."""
+    data = Path(path).read_bytes()
+    if huge := re.search(rb'(?<!\\)":\s*(\d{8,})', data):
+        raise InputError(f"{path} must have ids below 10,000,000, got {huge[1][:20].decode()}")
+    return data
 
 
 _Item = TypeVar("_Item")

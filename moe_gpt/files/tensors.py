@@ -94,6 +94,7 @@ def _open_indexed(folder: Path) -> TensorReader:
         raise InputError(
             f"{index} is not an index of safetensors files: it must have a weight_map, got {shown(places)}"
         )
+    _check_only_set(folder, sorted({*map(str, places.values())} - {SINGLE_FILE}))
     try:
         path_of = {place: _whole(folder, place) for place in dict.fromkeys(map(str, places.values()))}
         reader = TensorReader(path_of.values())
@@ -103,6 +104,15 @@ def _open_indexed(folder: Path) -> TensorReader:
         if reader.file_of(name) != path_of[str(place)]:
             raise InputError(f"{path_of[str(place)]} has no {name}, which {INDEX_FILE} says it has")
     return reader
+
+
+def _check_only_set(folder: Path, others: Sequence[str]) -> None:
+    """Raise ``InputError`` where an index names other files than the whole one beside it."""
+    if others and inside(folder, SINGLE_FILE).is_file():
+        raise InputError(
+            f"{folder} has two sets of weights: {SINGLE_FILE}, which transformers takes, and those of {INDEX_FILE}, "
+            f"which names {shown(others[0])}; remove one of the two files"
+        )
 
 
 def _whole(folder: Path, name: str) -> Path:

@@ -56,6 +56,17 @@ def next_token_probs(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return probs
 
 
+_LONGER = "load the model with more: --max-seq-len, max_seq_len= of moe_gpt.load"
+
+
+def checked_context(model: MoEGPT, context: int | None) -> int:
+    """Return the positions to use, by default the model's ``max_seq_len``; raise ``InputError`` for more than that."""
+    limit, most = context or model.config.max_seq_len, model.config.max_seq_len
+    if not 0 < limit <= most:
+        raise InputError(f"the context must be from 1 to the model's {most} tokens, got {limit}; or {_LONGER}")
+    return limit
+
+
 def generate(
     model: MoEGPT,
     prompt: Sequence[int],
@@ -82,18 +93,16 @@ def generate(
         InputError: at the call, where the prompt is empty, fills the context or is text; at a token, where the logits
             are not finite.
     """
-    limit = context or model.config.max_seq_len
-    if not 0 < limit <= model.config.max_seq_len:
-        raise InputError(f"the context must be from 1 to the model's {model.config.max_seq_len} tokens, got {limit}")
+    limit = checked_context(model, context)
     if isinstance(prompt, str):
         raise InputError(f"the prompt must be token ids, got {prompt!r}; use moe_gpt.load(...).generate for text")
     if not len(prompt):
         raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
     if len(prompt) >= limit:
-        longer = f", or raise the context up to the model's {model.config.max_seq_len} (--context, context=)"
+        longer = f"raise the context up to the model's {model.config.max_seq_len} (--context, context=)"
         raise InputError(
-            f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it"
-            + longer * (limit < model.config.max_seq_len)
+            f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it, or "
+            + (longer if limit < model.config.max_seq_len else _LONGER)
         )
     n_new = min(max_new_tokens, limit - len(prompt))
     return _generate(model, prompt, n_new, sampling or SamplingConfig(), seed, end_of_text_id, precision)

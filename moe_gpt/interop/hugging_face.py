@@ -97,6 +97,7 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
         raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
     config = _read_model_config(folder, max_seq_len)
     reader = open_folder(folder)
+    _check_no_adapter(folder)
     is_fused = any(name.endswith(".experts.gate_up_proj") for name in reader.names)
     n_least = config.n_layers * (1 if is_fused else config.n_experts)
     if n_least > len(reader.names):  # the shapes of an absurd number of layers would take long to list
@@ -108,6 +109,15 @@ def _open(folder: Path, max_seq_len: int | None) -> tuple[MoEGPT, dict[str, Slic
     model = shapes_only(config)
     _check_tensors(folder, config, _shapes(model, table), reader)
     return model, table, reader
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Raise ``InputError`` for an adapter beside whole weights: transformers with peft adds it to them."""
+    for path in (*folder.glob("adapter_config.json"), *folder.glob("adapter_model.*")):
+        raise InputError(
+            f"{path} lies beside whole weights, and adapters are not read here; merge it into them with "
+            "merge_and_unload() of peft, or move it elsewhere to use the weights without it"
+        )
 
 
 def load_with_tokenizer(

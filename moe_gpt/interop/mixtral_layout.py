@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
+from moe_gpt.config.model import Layers
 from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, annotations_of, section_in, unless
 from moe_gpt.errors import InputError, shown
 
@@ -163,6 +164,7 @@ _Unbiased = Annotated[Literal[False], Field(title="false (this model has no bias
 _Unscaled = Annotated[Literal["default"], Field(title="default (this model has no scaled rotary positions)")]
 _WholeHeads = Annotated[float, Field(ge=1, le=1, title="1 (positions rotate whole heads here)")]
 _Unquantized = Annotated[None, Field(title="absent (weights must be float32, bfloat16 or float16)")]
+_Usual = Annotated[None, Field(title="absent (weights must be in model.safetensors or in the files of its index)")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ class _Llama(Section):
     vocab_size: Count
     hidden_size: Count
     intermediate_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
@@ -200,6 +202,7 @@ class _Llama(Section):
     mlp_bias: _Unbiased = False
     sliding_window: Count | None = None
     quantization_config: _Unquantized = None
+    transformers_weights: _Usual = None
 
     _rope_theta_assumed: ClassVar[float] = 1e4
 

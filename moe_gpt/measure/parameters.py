@@ -8,7 +8,6 @@ from typing import NamedTuple
 from torch import nn
 
 from moe_gpt.config import ModelConfig, RunConfig
-from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.shapes import shapes_only
 
 
@@ -33,20 +32,23 @@ def model_of(config: RunConfig) -> ModelConfig:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Build the model on the meta device and count; takes no memory for weights, whatever the size."""
-    model = shapes_only(config)
-    experts = sum(_size(module) for module in model.modules() if isinstance(module, Experts | FeedForward))
-    per_expert = experts // config.n_experts
-    total = _size(model)
+    """Build one layer on the meta device and count; takes no memory for weights and no time for layers."""
+    model = shapes_only(dataclasses.replace(config, n_layers=1, attention_sharing=1))
+    experts, attention, router = (_size(model, part) for part in (".experts.", ".attention.", ".router."))
+    experts = experts or _size(model, ".feed_forward.")  # of a dense model
+    n_layers, n_attentions = config.n_layers, config.n_layers // config.attention_sharing
+    per_expert = n_layers * experts // config.n_experts
+    layers = n_layers * (_size(model, "blocks.") - attention) + n_attentions * attention
+    total = layers + _size(model) - _size(model, "blocks.")
     return ParameterCounts(
         total=total,
         active=total - (config.n_experts - config.top_k) * per_expert,
-        attention=sum(p.numel() for name, p in model.named_parameters() if ".attention." in name),
+        attention=n_attentions * attention,
         per_expert=per_expert,
-        router=sum(p.numel() for name, p in model.named_parameters() if ".router." in name),
-        embedding=_size(nn.ModuleList([model.embedding, model.output])),
+        router=n_layers * router,
+        embedding=_size(model, "embedding.") + _size(model, "output."),
     )
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _size(model: nn.Module, part: str = "") -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if part in name)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe_gpt.terminal.numbers import TOKENS, format_count, format_digits, format_number, plural
+from moe_gpt.terminal.wrapping import typed
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -71,7 +72,7 @@ def _environment() -> Environment:
         "fmt": format,
         "number": format_number,
         "plural": plural,
-        "quote": lambda path: shlex.quote(str(path)),
+        "quote": lambda path: shlex.quote(typed(path)),
         "tokens": TOKENS.format,
     }
     environment.globals["shared"] = environment.from_string(words()["shared"]).module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from pathlib import Path
 
 _LEAST = 40
 
@@ -11,6 +12,11 @@ _LEAST = 40
 def terminal_width() -> int:
     """Return the characters of a line: ``COLUMNS``, else the terminal's width, else 80; at least 40."""
     return max(_LEAST, shutil.get_terminal_size((80, 24)).columns)
+
+
+def typed(word: object) -> str:
+    """Return a word of a command line; a path that begins with a dash gets ./ so that it is no option."""
+    return f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
 
 
 def wrap(text: str, indent: str = "    ") -> str:

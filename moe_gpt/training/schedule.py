@@ -72,7 +72,7 @@ class Schedule:
         sequences. A step that would cross the stage's end is shortened to end on it. Sequences end on multiples of
         their length, so that none crosses a chunk of the stream; where a step starts between two multiples, it is one
         shorter sequence. The learning rate is that of the step's last token, so the first is above 0 and the last is
-        exactly ``min_lr``.
+        exactly ``min_lr``. An only step is both, and has the peak where ``min_lr`` is 0.
         """
         if not 0 <= tokens_seen < self.total_tokens:
             raise ValueError(f"tokens_seen must be at least 0 and below {self.total_tokens}, got {tokens_seen}")
@@ -83,7 +83,8 @@ class Schedule:
         batch_tokens = min(stage.config.whole(ramped), stage.end - tokens_seen)
         if short := -tokens_seen % seq_len:
             seq_len = batch_tokens = short
-        return StepPlan(seq_len, batch_tokens, self.lr_after(tokens_seen + batch_tokens))
+        only = self._optimizer.lr * (batch_tokens == self.total_tokens)
+        return StepPlan(seq_len, batch_tokens, self.lr_after(tokens_seen + batch_tokens) or only)
 
     def lr_after(self, tokens: int) -> float:
         """Return the learning rate of a step that ends after ``tokens`` tokens."""

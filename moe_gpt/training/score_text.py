@@ -13,6 +13,7 @@ from torch import Tensor
 from moe_gpt.data.read_back import first_of, what_is_lost
 from moe_gpt.data.tokenizer import Tokenizer, in_groups
 from moe_gpt.errors import InputError
+from moe_gpt.inference.generate import checked_context
 from moe_gpt.model.losses import IGNORED_TARGET, cross_entropy
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
@@ -44,9 +45,7 @@ def score_documents(
 
     Warns where the tokenizer loses text of the first documents.
     """
-    length, device = context or model.config.max_seq_len, model.embedding.weight.device
-    if not 1 <= length <= model.config.max_seq_len:
-        raise InputError(f"the context must be from 1 to the model's {model.config.max_seq_len} tokens, got {length}")
+    length, device = checked_context(model, context), model.embedding.weight.device
     if not 1 <= stride <= length:
         raise InputError(f"the stride must be from 1 to the context of {length} tokens, got {stride}")
     nats, n_tokens, n_bytes = 0.0, 0, 0

@@ -117,6 +117,8 @@ def test_generate_is_the_command_s(loaded, run):
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a " * 400}, "context of 16 tokens, got 4.*up to the model's 64"),
+        ({"prompt": "a " * 400, "context": 64}, "context of 64 tokens, got 4.*max_seq_len= of moe_gpt.load"),
+        ({"prompt": "a", "seed": 10**30}, r"seed must be a whole number from 0 to 2\^63 - 1, got 10+"),
         ({"prompt": "a", "temperature": -1}, "temperature"),
         ({"prompt": "a", "top_p": 2}, "top_p"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens"),

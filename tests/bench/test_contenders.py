@@ -12,6 +12,8 @@ from tiny_models import tiny_config
 
 from moe_gpt.bench import generate, layer, rounds, scaling, train
 from moe_gpt.bench.contenders import SHAPES, Workload, build, dense_twin, experts_setting
+from moe_gpt.commands import bench
+from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.measure.parameters import count_parameters
@@ -215,3 +217,15 @@ def test_nothing_to_compare_is_an_error(monkeypatch, module, bench):
     monkeypatch.setattr(module, "take_turns", take_no_turn)
     with pytest.raises(InputError, match="does not run here, so there is nothing to compare: .*(CUDA|NVIDIA)"):
         bench(dataclasses.replace(WORK, device="cuda:99"))
+
+
+@pytest.mark.parametrize("size", ["n_layers: 10_000, d_model: 8192", "vocab_size: 2_000_000_000"])
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_built(size, tmp_path):
+    """By whatever builds the whole model; one layer of it may be measured."""
+    path = tmp_path / "huge.yaml"
+    path.write_text(f"model: {{{size}}}\ndata: {{sources: [{{name: a, builtin: prose}}]}}\n")
+    shaped = bench.Shaped(config=str(path), device="cpu")
+    for start in (shaped.workload, lambda: bench.loop(config=str(path)), lambda: bench.data(config=str(path))):
+        with pytest.raises(InputError, match=r"illion parameters; training needs at least .* of memory"):
+            start()
+    assert shaped.workload(lambda config, _: load_run_config(config)).model.d_ff == 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe_gpt.commands.options import describe_settings
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import ConfigError, InputError
+from moe_gpt.report.words import say
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -91,6 +93,8 @@ def test_interruption_exits_with_130(capsys):
         (["train", "tiny.yaml", "--max-steps", "0"], "--max-steps must be .* got 0"),
         (["train", "tiny.yaml", "--max-steps", "0.5"], "--max-steps must be .* got 0.5"),
         (["train", "tiny.yaml", "--max-minutes", "inf"], "--max-minutes must be .* got inf"),
+        (["train", "tiny.yaml", "--max-steps", str(2**63)], f"--max-steps must be .* got {2**63}"),
+        (["generate", "x", "--top-k", "1e30"], "--top-k must be .* got 1e30"),
         (["train", "tiny.yaml", "--max-steps"], "--max-steps needs a value"),
         (["train", "tiny.yaml", "--max-step", "3"], "--max-step.*--max-steps"),
         (["train", "tiny.yaml", "--device", "gpu"], "gpu"),
@@ -173,7 +177,7 @@ def test_describe_settings_lists_every_key(monkeypatch):
 @pytest.mark.parametrize(
     "start",
     [
-        "  model.n_layers (4): Transformer blocks. [a whole number of at least 1]",
+        "  model.n_layers (4): Transformer blocks. [a whole number from 1 to 10,000]",
         "  model.vocab_size (null): ",
         "  data.sources.0.name (required): ",
         "\nschedule.stages.0: The stage table.",
@@ -260,6 +264,17 @@ def test_next_command_starts_as_this_one_did(monkeypatch, program, start):
     else:
         assert f"{' '.join(start[1:])} " in line
         assert start[0] == "{python}" or line.startswith(start[0])
+
+
+def test_paths_with_a_dash_are_no_options(tmp_path, monkeypatch):
+    """In every command that is printed; the command runs as it stands. Prompts and options stay as they are."""
+    monkeypatch.setattr(sys, "argv", ["/x/moe-gpt", "train"])
+    line = command_line("generate", Path("-b dash"), "--prompt", "x", Path("a-b"), Path("/-c"))
+    assert line.endswith(" generate './-b dash' --prompt x a-b /-c")
+    assert say("{{ path | quote }}", path=Path("-bdash")) == "./-bdash"
+    monkeypatch.chdir(tmp_path)
+    refused = command("generate", shlex.split(line)[2], "--prompt", "x")
+    assert refused.stderr.startswith("error: no complete checkpoint at -b dash;")
 
 
 def test_resume_repeats_the_command_line(monkeypatch):

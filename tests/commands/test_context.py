@@ -9,6 +9,8 @@ from run_scripts import command
 from small_runs import change, run_training
 
 import moe_gpt
+from moe_gpt.commands import generate
+from moe_gpt.commands.generate import GenerateOptions, find_prompt
 from moe_gpt.errors import InputError
 
 
@@ -31,7 +33,12 @@ def test_files_are_evaluated_at_the_length_of_training(run_dir, corpus_dir):
     longer = command("evaluate", run_dir, "--files", files, "--context", 64)
     assert "trained on at most 32 positions" in longer.stderr
     assert longer.stdout != done.stdout
-    assert command("evaluate", run_dir, "--files", files, "--context", 65).returncode == 2
+    beyond = ("--context", 65)
+    for words in (("evaluate", run_dir, "--files", files, *beyond), ("generate", run_dir, "--prompt", "The ", *beyond)):
+        refused = command(*words)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "from 1 to the model's 64 tokens, got 65; or load the model with more: --max-seq-len" in refused.stderr
+        assert command(*words, "--max-seq-len", 65).returncode == 0
 
 
 def test_held_out_text_is_evaluated_at_the_length_of_training(run_dir):
@@ -110,3 +117,18 @@ def test_model_card_names_the_length_of_training(run_dir, tmp_path):
     assert "sequences of at most 32 tokens" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["max_position_embeddings"] == 64
     assert moe_gpt.load(tmp_path / "hf").context == 64
+
+
+def test_a_prompt_file_is_read_up_to_a_limit(tmp_path, monkeypatch):
+    """More is never read, as of a file of 1 TB with holes or of a device; what has the limit's length is the prompt."""
+    path = tmp_path / "prompt"
+    with open(path, "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(InputError, match="--prompt-file .*prompt must have at most 10,000,000 characters"):
+        find_prompt(GenerateOptions(prompt_file=path))
+    monkeypatch.setattr(generate, "_LONGEST_PROMPT", 4)
+    path.write_bytes("\ufeffé\r\nab".encode())
+    assert find_prompt(GenerateOptions(prompt_file=path)) == "é\nab"
+    path.write_bytes(b"abcde")
+    with pytest.raises(InputError, match="at most 4 characters"):
+        find_prompt(GenerateOptions(prompt_file=path))

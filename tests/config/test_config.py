@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from moe_gpt.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from moe_gpt.config.section import annotations_of, expectation, section_in
 from moe_gpt.config.yaml import CONFIGS, find_config, load_run_config, to_plain, to_yaml
 from moe_gpt.errors import ConfigError
 from moe_gpt.model.transformer import MoEGPT
@@ -121,7 +124,7 @@ def test_count_is_read_however_it_is_written(load, text, value):
 )
 def test_count_refuses_what_is_not_a_whole_number(problems, text, shown):
     """A truth value, a fraction, zero or a word for a count is an error that shows the value."""
-    assert problems(f"model: {{d_ff: {text}}}") == [f"model.d_ff must be a whole number of at least 1, got {shown}"]
+    assert problems(f"model: {{d_ff: {text}}}") == [f"model.d_ff must be a whole number from 1 to 10^18, got {shown}"]
 
 
 @pytest.mark.parametrize(
@@ -430,7 +433,7 @@ def test_config_is_frozen():
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029"), min_size=1)
 models = st.builds(
     ModelConfig,
-    n_layers=st.integers(1, 10**9),
+    n_layers=st.integers(1, 10_000),
     n_heads=st.integers(1, 8).map(lambda n: 2 * n),
     head_dim=st.integers(1, 512).map(lambda n: 2 * n),
     norm_eps=st.floats(1e-30, 1e30),
@@ -494,3 +497,63 @@ def test_shipped_config_builds_on_meta(path):
         model = MoEGPT(model_config)
     assert len([p for p in model.parameters() if p.is_meta]) == len(list(model.parameters())) > 0
     assert model_config.head_dim in (32, 64, 128)
+
+
+def _numbers(section: type, prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a config that take whole numbers."""
+    for name, annotation in annotations_of(section).items():
+        inside = section_in(annotation)
+        if inside:
+            yield from _numbers(inside, f"{prefix}{name}." + "0." * (inside is not annotation))
+        elif "whole" in expectation(annotation):
+            yield prefix + name
+
+
+@pytest.mark.parametrize("key", list(_numbers(RunConfig)))
+@pytest.mark.parametrize("number", [2**63, 10**30])
+def test_whole_numbers_that_eight_bytes_do_not_hold_are_refused(problems, key, number):
+    """For every key; torch, numpy and itertools would fail at them later."""
+    text = "schedule: {stages: [{seq_len: 8, batch_tokens: 8}]}\ndata: {sources: [{name: a, builtin: code}]}"
+    assert any(re.match(rf"{key} must be .*, got {number}$", line) for line in problems(text, f"{key}={number}"))
+
+
+@pytest.mark.parametrize("key", ["epochs", "weight"])
+def test_a_source_is_read_a_number_of_times_that_can_be_counted(problems, key):
+    """Its product with the tokens of the source is a number of tokens."""
+    line = f"data.sources.0.{key} must be a number above 0 and at most 10^9 or null, got 1e+300"
+    assert problems(f"data: {{sources: [{{name: a, builtin: code, {key}: 1.0e+300}}]}}") == [line]
+
+
+@pytest.mark.parametrize(
+    ("factor", "n_experts", "ratio"),
+    [(1.1, 10, (11, 100)), (1e30, 4, (1, 1)), (7, 4, (1, 1)), (1e-300, 4, (1, 10**9)), (1.25, 3, (5, 12))],
+)
+def test_capacity_is_a_ratio_of_small_numbers(factor, n_experts, ratio):
+    """Exact where its digits allow; products with a number of assignments fit into eight bytes."""
+    assert ModelConfig(capacity_factor=factor, n_experts=n_experts).capacity_ratio == ratio
+    assert max(ModelConfig(capacity_factor=1.2345678901234567, n_experts=7).capacity_ratio) <= 10**9
+
+
+@pytest.mark.parametrize("text", ["1:30", "-1:30", "1:30.5", "190:20:30", "2024-01-01", "2024-01-01 10:00:00", "0o17"])
+def test_numbers_and_dates_of_yaml_1_1_are_text(text, problems, load):
+    """No number has a colon: 1:30 is not 90. Where text is wanted, what was typed is the text."""
+    rest = "data: {sources: [{name: a, builtin: code}]}"
+    expected = [f"optimizer.lr must be a number above 0, got {text!r}"]
+    assert problems(rest, f"optimizer.lr={text}") == expected
+    assert problems(f"{rest}\noptimizer: {{lr: {text}}}") == expected
+    config = load(rest, f"data.sources.0.prompt={text}")
+    assert config.data.sources[0].prompt == text
+    assert load(to_yaml(config)) == config
+
+
+@pytest.mark.parametrize(("text", "number"), [("017", 17), ("1_000", 1000), ("0x10", 16), ("0", 0), ("1e3", 1000)])
+def test_whole_numbers_are_decimal_unless_marked(text, number, load):
+    """A zero in front does not make a number octal."""
+    assert load("data: {sources: [{name: a, builtin: code}]}", f"train.seed={text}").train.seed == number
+
+
+@pytest.mark.parametrize(("text", "number"), [("0.5", 0.5), ("00.5", 0.5), ("-0", 0.0), ("1_0.5", 10.5), ("5e-1", 0.5)])
+def test_fractions_stay_fractions(text, number, load):
+    """With and without a zero in front."""
+    config = load("data: {sources: [{name: a, builtin: code}]}", f"loss.router_z_loss_weight={text}")
+    assert config.loss.router_z_loss_weight == number

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer, _cut_at_words, _cut_long_words, train_tokenizer
 from moe_gpt.errors import InputError
@@ -338,3 +338,40 @@ def test_dropout_of_merges_is_switched_off():
     spec["model"]["dropout"] = 0.9
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
     assert tokenizer.encode(WORDS * 20) == TOKENIZER.encode(WORDS * 20)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(2**31 - 1, "ids below 10,000,000, got 2147483647"), (9_999_999, r"its \d+ tokens .*, got id 9999999")],
+)
+def test_a_token_with_an_absurd_id_is_refused(index, message, tmp_path):
+    """A table of all ids up to it would take 16 GiB; a small gap is fine."""
+    values = json.loads(train_tokenizer(["some words " * 9], 300).to_json())
+    values["model"]["vocab"] |= {"zz": 2000}
+    for number, name in ((300, "fine"), (index, "absurd")):
+        values["model"]["vocab"]["zz"] = number
+        (tmp_path / name).write_text(json.dumps(values))
+    assert Tokenizer.load(tmp_path / "fine").vocab_size == 301
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path / "absurd")
+
+
+def _unigram(*given_to_the_trainer: str) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", *given_to_the_trainer]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(["some words, and others <|>: end of text " * 9], trainer)
+    return backend
+
+
+def test_advice_on_a_token_that_text_gives_can_be_followed(tmp_path):
+    """A Unigram trainer makes pieces of its special tokens, which text then gives; added later, they are none."""
+    with pytest.raises(InputError, match="without it among the special_tokens of its trainer, .* add_special_tokens"):
+        Tokenizer(_unigram(END_OF_TEXT))
+    backend = _unigram()
+    backend.add_special_tokens([END_OF_TEXT])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.end_of_text_id == tokenizer.vocab_size - 1
+    assert tokenizer.end_of_text_id not in tokenizer.encode(f"words {END_OF_TEXT} others{END_OF_TEXT}")

@@ -159,19 +159,20 @@ def test_shorter_context_makes_a_sliding_window_harmless(folder):
         ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
         ({"vocab_size": 10}, "embed_tokens.weight has shape"),
         ({"architectures": "MixtralForCausalLM"}, "architectures must be a list of one name, got .MixtralForCausalLM"),
-        ({"sliding_window": "x"}, "sliding_window must be a whole number of at least 1 or null, got 'x'"),
-        ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1 or null, got 0"),
+        ({"sliding_window": "x"}, r"sliding_window must be a whole number from 1 to 10\^18 or null, got 'x'"),
+        ({"sliding_window": 0}, r"sliding_window must be a whole number from 1 to 10\^18 or null, got 0"),
         ({"rope_parameters": "x"}, "rope_parameters must be .*, got 'x'"),
         ({"rope_parameters": [1]}, "rope_parameters must be .*, got .1."),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta must be a number above 0.*, got 'x'"),
         ({"rope_theta": "abc"}, "rope_theta must be a number above 0"),
         (
             {"num_attention_heads": 0, "head_dim": None},
-            "num_attention_heads must be a whole number of at least 1, got 0",
+            r"num_attention_heads must be a whole number from 1 to 10\^18, got 0",
         ),
         ({"max_position_embeddings": "x"}, "max_position_embeddings must be a whole number"),
         ({"head_dim": 5}, "head_dim must be even"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, .*but there are"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 10,000, got 1000000000"),
+        ({"num_hidden_layers": 10**4}, "num_hidden_layers is 10000, .*but there are"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -215,13 +216,14 @@ def test_damaged_weights_are_named(folder):
 def test_index_that_does_not_fit_is_named(folder):
     """A file that is not there, and a tensor that is not in its file."""
     index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
     index.write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(InputError, match=r"index\.json lists .*model-00001-of-00002\.safetensors is missing"):
         hugging_face.load(folder)
-    index.write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
-    with pytest.raises(InputError, match=r"model\.safetensors has no x"):
+    index.write_text(json.dumps({"weight_map": {"x": "weights.safetensors"}}))
+    with pytest.raises(InputError, match=r"weights\.safetensors has no x"):
         hugging_face.load(folder)
-    for text in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": ["model.safetensors"]}}'):
+    for text in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": ["weights.safetensors"]}}'):
         index.write_text(text)
         with pytest.raises(InputError, match=r"model\.safetensors\.index\.json (is not an index|must hold|lists)"):
             hugging_face.load(folder)

@@ -92,6 +92,26 @@ def test_shards_that_do_not_fit_their_index_are_named(sharded):
     refused(sharded, rf"index\.json lists .*{FIRST} is missing; .*{FIRST}\.part is a download that has not ended")
 
 
+def test_weights_in_two_ways_are_refused(sharded, made):
+    """A whole file beside an index of other files; transformers takes the whole one. An index of that file is fine."""
+    shutil.copy(made / WEIGHTS, sharded / WEIGHTS)
+    refused(sharded, rf"two sets of weights: {WEIGHTS}, .*{INDEX}, which names '{FIRST}'; remove one")
+    places = json.loads((sharded / INDEX).read_text())["weight_map"]
+    edit(sharded / INDEX, weight_map=dict.fromkeys(places, WEIGHTS))
+    assert moe_gpt.load(sharded, "cpu")
+    edit(sharded / CONFIG, transformers_weights=FIRST)  # transformers would load this file
+    refused(sharded, rf"transformers_weights must be absent .*{FIRST}")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_whole_weights_is_refused(name, folder):
+    """With it, the model is another function; without whole weights, the remedy is another."""
+    (folder / name).touch()
+    refused(folder, rf"{name} lies beside whole weights.*merge_and_unload.*elsewhere")
+    (folder / WEIGHTS).unlink()
+    refused(folder, rf"neither .*{name} is a LoRA adapter without its model")
+
+
 def test_a_file_that_aria2_has_not_filled_is_refused(folder):
     """It is as long as it will be, so its header cannot tell."""
     (folder / f"{WEIGHTS}.aria2").touch()

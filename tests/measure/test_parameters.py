@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_gpt import ops
 from moe_gpt.config import ModelConfig, RunConfig
+from moe_gpt.errors import ConfigError
+from moe_gpt.measure import parameters
 from moe_gpt.measure.flops import FlopsPerToken, count_flops
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
 from moe_gpt.model.shapes import shapes_only
@@ -78,10 +80,33 @@ def test_count_parameters_active_grows_with_top_k(top_k, active):
     assert count_parameters(change(top_k=top_k, normalize_topk=False)).active == active
 
 
-def test_count_parameters_agrees_with_the_model():
-    """The total is what a real model's parameters add up to."""
-    model = MoEGPT(TINY)
-    assert count_parameters(TINY).total == sum(parameter.numel() for parameter in model.parameters())
+@pytest.mark.parametrize("changes", [{}, {"n_layers": 6, "attention_sharing": 3}, {"n_experts": 1, "top_k": 1}])
+def test_count_parameters_agrees_with_the_model(changes):
+    """The total and the attention are what a real model's parameters add up to, although one layer is built."""
+    config = change(**changes)
+    sizes = {name: parameter.numel() for name, parameter in MoEGPT(config).named_parameters()}
+    counts = count_parameters(config)
+    assert counts.total == sum(sizes.values())
+    assert counts.attention == sum(size for name, size in sizes.items() if ".attention." in name)
+
+
+def test_the_time_of_counting_does_not_grow_with_layers(monkeypatch):
+    """One layer is built, whatever their number."""
+    built = []
+    monkeypatch.setattr(parameters, "shapes_only", lambda config: built.append(config) or shapes_only(config))
+    few, many = (count_parameters(change(n_layers=n)) for n in (1, 10_000))
+    assert [config.n_layers for config in built] == [1, 1]
+    assert many.total - few.total == 9_999 * (436 // 2 - 42)
+    assert many.per_expert == 10_000 * few.per_expert
+
+
+@pytest.mark.parametrize("n_layers", [10_001, 10**8, 2**63, 10**30])
+def test_absurd_numbers_of_layers_are_refused(n_layers):
+    """At once, before anything loops over them; so are the divisors in a message."""
+    with pytest.raises(ConfigError, match=f"n_layers must be a whole number from 1 to 10,000, got {n_layers}"):
+        change(n_layers=n_layers)
+    with pytest.raises(ConfigError, match="choose one of 1, 2, 4, 5"):
+        change(n_heads=10**18, n_kv_heads=3)
 
 
 def test_count_parameters_of_the_reported_gpt4():

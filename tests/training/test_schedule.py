@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -233,6 +234,26 @@ def test_last_step_has_exactly_min_lr(decay, min_lr):
     """The learning rate of the last step is min_lr, to the bit."""
     schedule = make_schedule(decay=decay, warmup_tokens=100, lr=3e-3, min_lr=min_lr)
     assert steps(schedule)[-1][1].lr == min_lr
+
+
+@pytest.mark.parametrize("decay", ["cosine", "wsd", "none"])
+@pytest.mark.parametrize("warmup_tokens", [0, 50])
+def test_an_only_step_learns(decay, warmup_tokens):
+    """It is the first and the last: it has the peak where min_lr is 0. Of two steps, the last still has min_lr."""
+    row, shape = StageConfig(until_tokens=100, seq_len=50, batch_tokens=200), {"decay": decay, "lr": 3e-3}
+    (only,) = steps(make_schedule([row], warmup_tokens=warmup_tokens, **shape))
+    assert only[1].lr == 3e-3
+    (only,) = steps(make_schedule([row], min_lr=1e-3, **shape))
+    assert only[1].lr == (3e-3 if decay == "none" else 1e-3)
+    _, (_, last) = steps(make_schedule([dataclasses.replace(row, batch_tokens=50)], **shape))
+    assert last.lr == (3e-3 if decay == "none" else 0)
+
+
+def test_a_schedule_that_is_fitted_to_one_step_learns():
+    """However long it was."""
+    config, optimizer = ScheduleConfig(stages=STAGES[:1], warmup_tokens=100), OptimizerConfig(lr=3e-3)
+    fitted = fit_schedule(config, optimizer, Schedule(config, optimizer, 0), 1)
+    assert [plan.lr for _, plan in steps(Schedule(fitted, optimizer, 0))] == [3e-3]
 
 
 @law
