@@ -156,12 +156,31 @@ def step_ends(schedule: Schedule, tokens_seen: int = 0) -> Iterator[int]:
 
 
 def tokens_after(schedule: Schedule, n_steps: int, tokens_seen: int = 0) -> int:
-    """Return the tokens seen after ``n_steps`` more steps, or at the end of the schedule if that comes first."""
+    """Return the tokens seen after ``n_steps`` more steps, or at the end of the schedule if that comes first.
+
+    Where both are more than 10 million steps away, the end is returned: nobody waits until such steps are counted.
+    """
+    if min(n_steps, estimate_steps(schedule)) > _MOST_COUNTED:
+        return schedule.total_tokens
     return max((tokens_seen, *itertools.islice(step_ends(schedule, tokens_seen), max(0, n_steps))))
 
 
+_MOST_COUNTED = 10_000_000
+
+
+def estimate_steps(schedule: Schedule) -> float:
+    """Return about how many optimizer steps a stage table has: each stage's tokens over its mean batch."""
+    ranges = [(stage.end - stage.start, *stage.config.batch_range) for stage in schedule.stages]
+    # the mean of a batch that grows linearly, by steps, is its logarithmic mean
+    return sum(
+        n * (math.log(last / first) / (last - first) if last > first else 1 / first) for n, first, last in ranges
+    )
+
+
 def count_steps(schedule: Schedule) -> int:
-    """Return the optimizer steps of a whole schedule."""
+    """Return the optimizer steps of a whole schedule; an estimate above 10 million."""
+    if (estimate := estimate_steps(schedule)) > _MOST_COUNTED:
+        return round(estimate)
     return sum(1 for _ in step_ends(schedule))
 
 

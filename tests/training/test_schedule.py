@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from moe_gpt.config import OptimizerConfig, ScheduleConfig, StageConfig
 from moe_gpt.errors import InputError
-from moe_gpt.training.schedule import Schedule, StepPlan, chunk_tokens, count_steps, fit_schedule, rounded_ends
+from moe_gpt.training.schedule import (
+    Schedule,
+    StepPlan,
+    chunk_tokens,
+    count_steps,
+    estimate_steps,
+    fit_schedule,
+    rounded_ends,
+    tokens_after,
+)
 
 law = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -317,3 +326,20 @@ def test_schedule_refuses_a_place_outside_the_run(tokens_seen):
     """There is no step before the first or after the last token; the error has the limit and the value."""
     with pytest.raises(ValueError, match=rf"below 5120, got {tokens_seen}"):
         make_schedule().at(tokens_seen)
+
+
+@pytest.mark.parametrize("batch_tokens", [64, (64, 64), (64, 128), (64, 640)])
+def test_steps_are_estimated(batch_tokens):
+    """Within a few, which is enough to shrink a schedule that has too many steps to count."""
+    schedule = make_schedule([StageConfig(until_tokens=2**16, seq_len=16, batch_tokens=batch_tokens)])
+    assert estimate_steps(schedule) == pytest.approx(count_steps(schedule), rel=0.1)
+
+
+def test_schedule_with_too_many_steps_to_count_shrinks_at_once():
+    """And its end is known."""
+    table = ScheduleConfig(stages=(until(10**18, 16),), warmup_tokens=0)
+    schedule = Schedule(table, OptimizerConfig(), 0)
+    fitted = Schedule(fit_schedule(table, OptimizerConfig(), schedule, 50), OptimizerConfig(), 0)
+    assert 45 <= count_steps(fitted) <= 50
+    assert tokens_after(schedule, 10**18) == schedule.total_tokens
+    assert tokens_after(schedule, 2) < 10**6
