@@ -79,7 +79,7 @@ def test_busy_machine_is_noticed(monkeypatch, load, is_busy):
         ({"link": -1}, "mine.link must be a number above 0, got -1"),
         ({"networks": 5e10}, "mine.networks is not a known key; did you mean network?"),
         ({"source": None}, "mine.source must be text"),
-        ({"per_node": 0}, r"mine.per_node must be a whole number from 1 to 10\^18, got 0"),
+        ({"per_node": 0}, r"mine.per_node must be a whole number from 1 to 2\^63 - 1, got 0"),
     ],
 )
 def test_malformed_table_of_gpus_is_refused(changes, message):
@@ -117,7 +117,7 @@ def test_parse_gpu_reads_a_users_figures():
         ("bandwidth=2e12", "band=2e12", "; band is not a known key; did you mean bandwidth?"),
         ("bandwidth=2e12", "link=2e12", "; link is given twice"),
         ("bandwidth=2e12", "bandwidth", "; bandwidth must be a number above 0, got ''"),
-        ("name=mine", "per_node=2.5", "; per_node must be a whole number from 1 to 10^18, got '2.5'"),
+        ("name=mine", "per_node=2.5", "; per_node must be a whole number from 1 to 2^63 - 1, got '2.5'"),
     ],
 )
 def test_parse_gpu_names_the_key_that_is_wrong(old, new, message):
@@ -155,9 +155,9 @@ def test_parallelism_experts_are_part_of_data_parallelism():
     ("changes", "message"),
     [
         ({"n_gpus": 7}, "n_gpus must be at least tensor x pipeline x expert = 2 x 2 x 2 = 8, got 7"),
-        ({"tensor": 0}, "tensor must be a whole number from 1 to 10^18, got 0"),
-        ({"pipeline": -1, "expert": 1.5}, "pipeline must be a whole number from 1 to 10^18, got -1\nexpert must"),
-        ({"n_gpus": True}, "n_gpus must be a whole number from 1 to 10^18, got True"),
+        ({"tensor": 0}, "tensor must be a whole number from 1 to 2^63 - 1, got 0"),
+        ({"pipeline": -1, "expert": 1.5}, "pipeline must be a whole number from 1 to 2^63 - 1, got -1\nexpert must"),
+        ({"n_gpus": True}, "n_gpus must be a whole number from 1 to 2^63 - 1, got True"),
         ({"zero": 4}, "zero must be one of 0, 1, 2, 3, fsdp, got 4"),
     ],
 )
