@@ -199,6 +199,21 @@ def loop(*, config: str = "tiny.yaml", steps: Whole = 400, json: Path | None = N
         _report(json, functools.partial(bench_loop, settings, steps, Path(place) / "run"))
 
 
+def gpu(*, minutes: AboveZero = 10, device: Device = "auto", json: Path = Path("bench-gpu.json")) -> bool:
+    """Measure what there is to ask of a GPU, unattended, and print one table.
+
+    Args:
+        minutes: What all stages may take together.
+        device: Where to compute; another device than cuda takes small sizes, to show that everything runs.
+        json: Write machine and results into this file, after every result.
+    """
+    from moe_gpt.bench.gpu import bench_gpu
+
+    failed = bench_gpu(device, minutes, json, functools.partial(print, flush=True))
+    print(f"{len(failed)} stages failed: {', '.join(failed)}" if failed else "no stage failed")
+    return bool(failed)
+
+
 def _count(flag: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{flag} must be whole numbers of at least 1, got {text}")

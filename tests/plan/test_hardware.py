@@ -9,7 +9,7 @@ import torch
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import ConfigError, InputError
-from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, gpu_section, parse_gpu, read_gpus
+from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, gpu_of, gpu_section, parse_gpu, read_gpus
 
 OWN = "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
 MODEL = ModelConfig(vocab_size=10, n_layers=6, n_heads=4, n_experts=8)
@@ -53,6 +53,26 @@ def test_find_gpu_lists_all_where_there_is_none():
 def test_gpus_are_found_as_people_spell_them(spelled, name):
     """In capitals, without dashes, with the memory after the name."""
     assert find_gpu(spelled) is GPUS[name]
+
+
+@pytest.mark.parametrize(
+    ("described", "name"),
+    [
+        ("cuda (NVIDIA H200)", "h200"),
+        ("cuda:1 (NVIDIA H100 80GB HBM3)", "h100"),
+        ("cuda (NVIDIA A100-SXM4-40GB)", "a100-40gb"),
+        ("cuda (NVIDIA A100-SXM4-80GB)", "a100-80gb"),
+        ("cuda (NVIDIA GeForce RTX 4090)", "rtx-4090"),
+        ("cuda (NVIDIA H100 PCIe)", None),
+        ("cuda (NVIDIA A100 80GB PCIe)", None),
+        ("cuda (NVIDIA GH200 480GB)", None),
+        ("cuda (NVIDIA GeForce RTX 4090 Laptop GPU)", None),
+        ("cpu (2 threads)", None),
+    ],
+)
+def test_gpus_are_found_as_their_driver_calls_them(described, name):
+    """Versions with other figures are not in the table."""
+    assert gpu_of(described) is (GPUS[name] if name else None)
 
 
 @pytest.mark.parametrize("name", ["h100-96gb", "a100", "h100-80"])
