@@ -136,7 +136,7 @@ def busy(
 
 
 def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Shaped = Shaped()) -> None:
-    """Measure decoding against transformers on the exported model.
+    """Measure decoding against transformers on the exported model; on a CPU in float32 by default, as generate does.
 
     Args:
         batch_sizes: Batch sizes, comma-separated.
@@ -145,6 +145,8 @@ def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Sh
     from moe_gpt.bench.generate import bench_generate
 
     sizes = [_count("--batch-sizes", text) for text in batch_sizes.split(",")]
+    if options.precision == "auto" and options.place()[0].type == "cpu":
+        options = dataclasses.replace(options, precision="fp32")
     _report(options.json, functools.partial(bench_generate, options.workload(), sizes, new_tokens, options.rounds))
 
 
