@@ -42,7 +42,7 @@ def start(size: int, *words: str) -> list[subprocess.Popen]:
     ]
 
 
-def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[tuple[int, str]]:
+def finish(processes: list[subprocess.Popen], seconds: float = 60) -> list[tuple[int, str]]:
     """Return each process's status and output; kill those that take too long."""
     try:
         outputs = [process.communicate(timeout=seconds)[0] for process in processes]
@@ -62,13 +62,23 @@ def train_cases(cases: Cases, size: int, folder: Path) -> dict[str, str]:
     return json.loads(path.with_suffix(".ended").read_text())
 
 
-def _spoil(what: str, run: Any) -> Any:
-    """Break something on purpose; return the step to take."""
+def _train(config: RunConfig, run_dir: Path, case: dict[str, Any]) -> str:
+    from small_runs import CPU
+
+    from moe_gpt.api.training import train_to_the_end
+    from moe_gpt.training.loop import Limits
+    from moe_gpt.training.setup import set_up_run
+
+    run = set_up_run(config, run_dir, CPU, resume=case.get("resume", False), say=lambda text: None)
+    return train_to_the_end(run, Limits(**case.get("limits", {})))[0]
+
+
+def _spoil(what: str) -> None:
+    """Break something on purpose."""
     import errno
 
     import moe_gpt.training.saving.store as store
     import moe_gpt.training.step as step
-    from moe_gpt.training.loop import pretraining_step
 
     if what == "local counts":
         step._sum_counts = lambda team, weight, counts: counts
@@ -78,24 +88,18 @@ def _spoil(what: str, run: Any) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         store.write_checkpoint = fail
-    return pretraining_step
 
 
 def _main(path: Path) -> None:
-    from small_runs import run_training
-
     from moe_gpt.distributed.process import is_another_rank, leave
     from moe_gpt.training.recovery import TrainingStopped
 
     ended = {}
     for name, case in json.loads(path.read_text()).items():
         config = RunConfig.from_mapping(case["values"])
-        take_step = _spoil(case.get("spoil", ""), None)
+        _spoil(case.get("spoil", ""))
         try:
-            _, ended[name] = run_training(
-                config, path.parent / case.get("folder", name), resume=case.get("resume", False),
-                take_step=take_step, **case.get("limits", {}),
-            )  # fmt: skip
+            ended[name] = _train(config, path.parent / case.get("folder", name), case)
         except TrainingStopped as stopped:
             ended[name] = f"stopped: {stopped}"
     text = json.dumps(ended)

@@ -49,9 +49,9 @@ class Exchange:
     def _counts_of_all(self, segment_ends: Int[Tensor, "E"]) -> list[list[int]]:
         """Return how many rows each rank has for each expert."""
         counts = segment_ends.diff(prepend=segment_ends.new_zeros(1))
-        all_counts = counts.new_empty(dist.get_world_size(self._group), len(counts))
-        dist.all_gather_into_tensor(all_counts, counts, self._group)
-        return all_counts.tolist()
+        of_each = [torch.empty_like(counts) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(of_each, counts, self._group)
+        return torch.stack(of_each).tolist()
 
     def _parts(self, by_expert: list[int]) -> list[list[int]]:
         """Cut what belongs to the experts, in order, into what belongs to each rank."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import os
 import sys
@@ -134,9 +135,12 @@ class Team:
 class _Ranks(Team):
     """Several ranks. What only the host knows is agreed by the store, whatever the time that rank 0 takes."""
 
+    _agreements = itertools.count()
+    """Numbers them, for the whole life of the process, because the store keeps them."""
+
     def __init__(self, launch: Launch, store: dist.Store, layout: Layout) -> None:
         self.rank, self.size, self.layout = launch.rank, launch.size, layout
-        self._local_rank, self._store, self._n_agreed = launch.local_rank, store, 0
+        self._local_rank, self._store = launch.local_rank, store
 
     def device(self, device: torch.device) -> torch.device:
         """Return this rank's device of that kind."""
@@ -165,8 +169,7 @@ class _Ranks(Team):
 
     def from_main(self, action: Callable[[], Value]) -> Value:
         """Return what the action returns on rank 0, which alone does it: JSON's values. All raise its error."""
-        self._n_agreed += 1
-        key = f"from_main/{self._n_agreed}"
+        key = f"agreement/{next(self._agreements)}"
         if self.is_main:
             return self._published(key, action)
         return self._read(key)
@@ -179,8 +182,8 @@ class _Ranks(Team):
 
     def together(self, action: Callable[[], Value]) -> Value:
         """Return what the action returns here; if it fails on any rank, all raise that error."""
-        self._n_agreed += 1
-        keys = [f"together/{self._n_agreed}/{rank}" for rank in range(self.size)]
+        number = next(self._agreements)
+        keys = [f"agreement/{number}/{rank}" for rank in range(self.size)]
         result: list[Value] = []
         try:
             self._published(keys[self.rank], lambda: result.append(action()))
