@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from moe_gpt.training.setup import Run
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+_SECONDS_FOR_RANK_0 = 3
 START, LIMITS, OWN = (
     Group.create_ordered(name) for name in ("Starting and resuming", "When to stop", "Router and device")
 )
@@ -76,7 +78,10 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
                 if should_tell(error):
                     raise
                 status = 2
-    leave()
+        if status:  # torchrun ends all ranks when the first one fails, and rank 0 has something to say
+            time.sleep(_SECONDS_FOR_RANK_0)
+    if not status:
+        leave()
     return status
 
 

@@ -84,13 +84,12 @@ def _check_divides(config: RunConfig, key: str, world: int) -> None:
 def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
     """Yield what these ranks cannot do."""
     model, n = config.model, layout.expert
-    fitting = [str(k) for k in range(1, layout.data + 1) if layout.data % k == 0 and _fits(model.n_experts, k)]
     parts = layout.expert_shards if n > 1 else layout.shards
     for is_wrong, text in (
         (
             not _fits(model.n_experts, n),
             f"parallel.expert={n} does not fit model.n_experts={model.n_experts}: the largest part would be more than "
-            f"{_MOST_UNEVEN} times the mean, or a rank without experts; it may be {', '.join(fitting)}",
+            f"{_MOST_UNEVEN} times the mean, or a rank without experts; it may be {_fitting(model.n_experts, layout.data)}",
         ),
         (
             model.n_experts > 1 and expert_dim(config, layout) is None,
@@ -109,6 +108,10 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
     ):
         if is_wrong:
             yield text
+
+
+def _fitting(n_experts: int, data: int) -> str:
+    return ", ".join(str(n) for n in range(1, data + 1) if data % n == 0 and _fits(n_experts, n))
 
 
 def _fits(n_experts: int, parts: int) -> bool:

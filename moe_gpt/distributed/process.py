@@ -10,8 +10,10 @@ import functools
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +29,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LONG = datetime.timedelta(days=30)
 """For what only rank 0 does, such as preparing data."""
 Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 
 
 class _NobodyCame(InputError):
@@ -68,8 +71,8 @@ def _check_all_given(variables: Mapping[str, str]) -> None:
     missing = [name for name in _VARIABLES if name not in variables]
     if missing:
         raise InputError(
-            f"{' '.join(given)} is set in the environment, and {', '.join(missing)} is missing; start with torchrun, "
-            "which sets all of them, or unset them for a single process"
+            f"{' '.join(given)} is set in the environment without {', '.join(missing)}; start with torchrun, which "
+            "sets all of them, or unset them for a single process"
         )
 
 
@@ -111,12 +114,8 @@ class Team:
         """Return the sum of all ranks' tensors."""
         return tensor
 
-    def largest_of(self, tensor: Tensor) -> Tensor:
-        """Return the largest of all ranks' numbers at each place of a tensor."""
-        return tensor
-
-    def largest(self, numbers: list[int]) -> list[int]:
-        """Return the same of numbers that the host knows, without waiting for a device."""
+    def largest(self, numbers: list[Number]) -> list[Number]:
+        """Return the largest of all ranks' numbers at each place; the host knows them, so no device is waited for."""
         return numbers
 
     def from_main(self, action: Callable[[], Value]) -> Value:
@@ -133,7 +132,10 @@ class Team:
 
 
 class _Ranks(Team):
-    """Several ranks. What only the host knows is agreed by the store, whatever the time that rank 0 takes."""
+    """Several ranks. What only the host knows is agreed by the store, whatever the time that rank 0 takes.
+
+    ``Team`` says what the methods do.
+    """
 
     _agreements = itertools.count()
     """Numbers them, for the whole life of the process, because the store keeps them."""
@@ -143,7 +145,6 @@ class _Ranks(Team):
         self._local_rank, self._store = launch.local_rank, store
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this rank's device of that kind."""
         if device.type == "cuda":
             device = torch.device("cuda", self._local_rank)
             torch.cuda.set_device(device)
@@ -152,36 +153,25 @@ class _Ranks(Team):
         return device
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all ranks' tensors."""
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
 
-    def largest_of(self, tensor: Tensor) -> Tensor:
-        """Return the largest of all ranks' numbers at each place of a tensor."""
-        largest = tensor.detach().clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest
-
-    def largest(self, numbers: list[int]) -> list[int]:
-        """Return the same of numbers that the host knows, without waiting for a device."""
-        return self.largest_of(torch.tensor(numbers)).tolist()
+    def largest(self, numbers: list[Number]) -> list[Number]:
+        found = torch.tensor(numbers)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
 
     def from_main(self, action: Callable[[], Value]) -> Value:
-        """Return what the action returns on rank 0, which alone does it: JSON's values. All raise its error."""
         key = f"agreement/{next(self._agreements)}"
-        if self.is_main:
-            return self._published(key, action)
-        return self._read(key)
+        return self._published(key, action) if self.is_main else self._read(key)
 
     def main_first(self, action: Callable[[], Value]) -> Value:
-        """Return what the action returns here; the other ranks wait until rank 0 has done it."""
         result: list[Value] = []
         self.from_main(lambda: result.append(action()))
         return result[0] if self.is_main else action()
 
     def together(self, action: Callable[[], Value]) -> Value:
-        """Return what the action returns here; if it fails on any rank, all raise that error."""
         number = next(self._agreements)
         keys = [f"agreement/{number}/{rank}" for rank in range(self.size)]
         result: list[Value] = []
@@ -237,10 +227,12 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
     notice.daemon = True
     notice.start()
     try:
+        if has_agent or launch.rank:
+            _find_store(launch, time.monotonic() + timeout_seconds)
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise _NobodyCame(
             f"the {launch.size} processes of RANK={launch.rank} WORLD_SIZE={launch.size} "
             f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port} did not meet within "
@@ -252,11 +244,23 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
     return dist.PrefixStore("moe_gpt", store)
 
 
+def _find_store(launch: Launch, deadline: float) -> None:
+    """Wait until somebody listens at the store's address; PyTorch's own attempts end with a page of C++ frames."""
+    while True:
+        try:
+            socket.create_connection((launch.address, launch.port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def _say_who_is_missing(launch: Launch) -> None:
     n = launch.size - 1
     others = f"{n} more process{'es' * (n > 1)}" if launch.rank == 0 else "rank 0"
-    place = f"{launch.address}:{launch.port}"
-    print(f"rank {launch.rank} of {launch.size} waits for {others} at {place}", file=sys.stderr, flush=True)
+    text = f"rank {launch.rank} of {launch.size} waits for {others} at {launch.address}:{launch.port}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def leave() -> None:

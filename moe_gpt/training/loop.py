@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -69,8 +70,8 @@ def _observe(run: Run, plan: StepPlan, n_rows: int) -> RoutingSample | None:
     if sample is None or team.size == 1:
         return sample
     total = RoutingSample(*(team.sum(mean * batch.weight) for mean in sample))
-    largest = team.largest_of(sample.largest_logit.masked_fill(torch.tensor(batch.weight == 0), -torch.inf))
-    return total._replace(largest_logit=largest)
+    largest = [logit if batch.weight else -math.inf for logit in sample.largest_logit.tolist()]
+    return total._replace(largest_logit=torch.tensor(team.largest(largest)))
 
 
 def train(

@@ -37,12 +37,7 @@ from moe_gpt.training.saving.checkpoint import (
 )
 from moe_gpt.training.saving.initial_weights import InitialWeights, check_fits, open_initial_weights
 from moe_gpt.training.saving.own_code import describe_source
-from moe_gpt.training.saving.run_folder import (
-    check_checkpoints_are_there,
-    check_not_in_use,
-    check_writable,
-    refuse_existing_run,
-)
+from moe_gpt.training.saving.run_folder import check_folder
 from moe_gpt.training.saving.store import Damaged, find_good_checkpoint
 from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule, rounded_ends
 from moe_gpt.training.step import TrainState
@@ -153,22 +148,13 @@ def set_up_run(
     team = join(config)
     if not team.is_main:
         say = _nowhere
-
-    team.from_main(lambda: _check_folder(run_dir, resume))
+    team.from_main(lambda: check_folder(run_dir, resume))
     start = team.together(lambda: find_start(config, run_dir, init_from, say, own.make_router, team))
     return team.together(lambda: assemble(config, run_dir, device, start, allow_changes, say, own, fit_steps, team))
 
 
 def _nowhere(text: str) -> None:
     """Say nothing: rank 0 says it."""
-
-
-def _check_folder(run_dir: Path, resume: bool) -> None:
-    if not resume:
-        refuse_existing_run(run_dir)
-    check_writable(run_dir)
-    check_not_in_use(run_dir)
-    check_checkpoints_are_there(run_dir)
 
 
 def find_start(
@@ -223,15 +209,6 @@ def assemble(
     require_tracker(config.tracking)
     if team.size == 1:
         warn_of_memory(config, device, precision, say)
-
-    def adapt(model: MoEGPT) -> None:
-        if start.initial:
-            start.initial.copy_into(model)
-        parallelize(model, config, team.layout)
-
-    state = build_state(config, device, own.make_router, adapt)
-    if start.saved:
-        load_training_state(state, start.saved)
     return Run(
         config=config,
         run_dir=run_dir,
@@ -241,7 +218,7 @@ def assemble(
         schedule=schedule,
         stream=build_stream(config, data, shares),
         evaluator=build_evaluator(config, data),
-        state=state,
+        state=_state_of_rank(config, device, own, start, team),
         identity=identity,
         resumed_from=start.saved,
         damaged=start.damaged,
@@ -249,6 +226,20 @@ def assemble(
         passes=_passes(data, shares, schedule.total_tokens),
         team=team,
     )
+
+
+def _state_of_rank(config: RunConfig, device: torch.device, own: OwnParts, start: Start, team: Team) -> TrainState:
+    """Return this rank's part of model and optimizer, with initial, copied or restored weights."""
+
+    def adapt(model: MoEGPT) -> None:
+        if start.initial:
+            start.initial.copy_into(model)
+        parallelize(model, config, team.layout)
+
+    state = build_state(config, device, own.make_router, adapt)
+    if start.saved:
+        load_training_state(state, start.saved)
+    return state
 
 
 def _followed(own: OwnParts, table: Schedule, max_seq_len: int, say: Callable[[str], None]) -> Schedule:

@@ -97,7 +97,7 @@ def test_a_launch_is_read_from_torchruns_variables():
     [
         (
             {"WORLD_SIZE": None, "MASTER_ADDR": None},
-            "RANK=1 MASTER_PORT=29500 is set in the environment, and WORLD_SIZE",
+            "RANK=1 MASTER_PORT=29500 is set in the environment without WORLD_SIZE",
         ),
         ({"RANK": "5"}, "RANK must be below WORLD_SIZE=4, got 5"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment must be a whole number, got 'two'"),

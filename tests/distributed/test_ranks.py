@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from ranks import Cases, finish, start, train_cases
 from safetensors.torch import load_file
 from small_runs import CPU, run_training, steps
@@ -31,7 +34,7 @@ N_STEPS = 5
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"model.balance": "bias", "model.tie_embeddings": True, "model.attention_sharing": 2},
-    "masked": {"data.document_masking": True, "data.validation_tokens": 64},
+    "masked": {"data.document_masking": True, "model.attention_sharing": 2, "model.tie_embeddings": True},
     "muon": {"optimizer.name": "muon"},
     "checkpointing": {"train.activation_checkpointing": True, "model.attention_sharing": 2},
 }
@@ -44,6 +47,7 @@ def values(small_values) -> dict:
     found["schedule"] = {"stages": STAGES, "warmup_tokens": 512}
     found["train"] |= {"log_every_steps": 1, "record_every_steps": 1, "micro_batch_tokens": M}
     found["loss"] = {"load_balancing_loss_weight": 0.05}
+    found["data"]["validation_tokens"] = 96
     return found
 
 
@@ -123,11 +127,14 @@ def differences(found: Path, wanted: Path) -> dict[str, float]:
 
 LIMITS = {"loss": 5e-6, "grad_norm": 1e-5, "load": 0, "observed": 2e-5, "group norms": 2e-5}
 LIMITS |= {"validation": 5e-6, "bytes": 5e-6, "weights": 1e-5}
+LIMITS_IN_BF16 = {"group norms": 1e-3, "weights": 1e-4}
+"""Muon's directions are computed in bfloat16, where the last bit of a gradient can turn the last bit of a direction."""
 
 
-def is_equal(apart: dict[str, float]) -> bool:
+def is_equal(apart: dict[str, float], variant: str = "plain") -> bool:
     """Whether two runs are equal, but for the order of sums."""
-    return all(value <= LIMITS[name] for name, value in apart.items())
+    limits = LIMITS | (LIMITS_IN_BF16 if variant == "muon" else {})
+    return all(value <= limits[name] for name, value in apart.items())
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +144,14 @@ def pair(values, tmp_path_factory):
     cases: Cases = {
         "zero 3": case(values),
         "experts": case(values, "bias", {"expert": 2}),
-        "zero 1": case(values, "masked", {"zero": 1}),
-        "half": case(values, parallel={"zero": 3}, limits={"max_steps": 3}, folder="resumed"),
-        "resumed": case(values, parallel={"zero": 3}, resume=True),
-        "unbalanced": case(values, spoil="local counts"),
+        "half": case(values, limits={"max_steps": 3}, folder="resumed"),
+        "resumed": case(values, resume=True),
+        "unbalanced": case(values, spoil="local counts", limits={"max_steps": 2}),
     }
     return folder, train_cases(cases, 2, folder)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("zero 3", "plain"), ("zero 1", "masked"), ("experts", "bias")])
+@pytest.mark.parametrize(("name", "variant"), [("zero 3", "plain"), ("experts", "bias")])
 def test_two_processes_train_what_one_trains(pair, reference, name, variant):
     folder, ended = pair
     assert ended[name] == "finished"
@@ -155,8 +161,9 @@ def test_two_processes_train_what_one_trains(pair, reference, name, variant):
 
 def test_counts_of_one_rank_alone_would_be_found(pair, reference):
     """A balancing loss of each rank's own counts is another loss: the test above would fail."""
-    apart = differences(pair[0] / "unbalanced", reference("plain", 2))
-    assert apart["grad_norm"] > 1e-3 or apart["loss"] > 1e-3
+    mine, other = steps(pair[0] / "unbalanced"), steps(reference("plain", 2))
+    assert abs(mine[0]["grad_norm"] / other[0]["grad_norm"] - 1) > 100 * LIMITS["grad_norm"]
+    assert abs(mine[0]["loss"] - other[0]["loss"]) > 100 * LIMITS["loss"]
 
 
 def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(pair):
@@ -192,6 +199,7 @@ def test_samples_and_arrays_are_those_of_one_process(pair, reference):
 LAYOUTS = [
     (2, "plain", {"zero": 0}),
     (2, "plain", {"zero": 2}),
+    (2, "masked", {"zero": 1}),
     (2, "bias", {"zero": 2}),
     (2, "muon", {}),
     (2, "muon", {"expert": 2}),
@@ -232,7 +240,7 @@ def layouts(values, tmp_path_factory):
 @pytest.mark.parametrize(("size", "variant", "parallel"), LAYOUTS)
 def test_every_layout_trains_what_one_process_trains(layouts, reference, size, variant, parallel):
     apart = differences(layouts(size) / name_of(variant, parallel), reference(variant, size))
-    assert is_equal(apart), apart
+    assert is_equal(apart, variant), apart
 
 
 @pytest.mark.slow
@@ -264,3 +272,26 @@ def test_a_full_disk_of_rank_0_is_an_error_of_all_and_no_hang(values, tmp_path):
         assert "stopped: step 1 could not be saved" in output
         assert "No space left on device" in output
     assert not list((tmp_path / "full" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(values, tmp_path):
+    """The checkpoint is good, and the command ends as for one process; a resume goes on from it."""
+    path, run_dir = tmp_path / "run.yaml", tmp_path / "run"
+    long = changed(values, {"train.sample_tokens": 0, "checkpoint.every_steps": 0})
+    long["schedule"] = {"stages": [{"until_tokens": 10**7, "seq_len": 16, "batch_tokens": 64}]}
+    path.write_text(yaml.safe_dump(long))
+    processes = start(2, "-m", "moe_gpt", "train", str(path), "--run-dir", str(run_dir))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run_dir.exists() and len(steps_so_far(run_dir)) > 3):
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    (status, output), (other, _) = finish(processes)
+    assert (status, other) == (143, 143), output
+    assert f"SIGTERM: saved step {load_model(run_dir).step}" in output
+    assert steps_so_far(run_dir)[-1]["step"] == load_model(run_dir).step
+
+
+def steps_so_far(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of the steps of a run that may have just begun."""
+    return steps(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
