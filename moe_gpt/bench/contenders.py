@@ -222,12 +222,13 @@ def build(name: str, workload: Workload) -> Contender:
         InputError: where there is none, or a package that it needs is missing.
     """
     family, _, variant = name.partition("/")
-    match family:
-        case "moe_gpt" | "dense":
-            return Ours(workload, is_dense=family == "dense")
-        case "transformers" if variant:
-            try:
-                return Transformers(workload, None if variant == "mistral" else variant)
-            except ImportError as error:
-                raise InputError(f"{name} needs a package: {error}; run: pip install transformers") from None
+    with torch.device(workload.device):  # a CPU takes half a minute to draw billions of initial weights
+        match family:
+            case "moe_gpt" | "dense":
+                return Ours(workload, is_dense=family == "dense")
+            case "transformers" if variant:
+                try:
+                    return Transformers(workload, None if variant == "mistral" else variant)
+                except ImportError as error:
+                    raise InputError(f"{name} needs a package: {error}; run: pip install transformers") from None
     raise InputError(f"there is no contender {name!r}; choose one of {', '.join(CONTENDERS)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_gpt.bench.contenders import Workload, experts_setting
 from moe_gpt.bench.results import Result, tabulate
-from moe_gpt.bench.rounds import require, take_turns, timed
+from moe_gpt.bench.rounds import Turns, require, take_turns, timed
 from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
@@ -49,21 +49,10 @@ def bench_generate(
     results: list[Result] = []
     say(f"{n_new} new tokens after {PROMPT_TOKENS}; {workload.device}, {workload.precision}")
     for batch_size in batch_sizes:
-        make = functools.partial(_make_decoder, workload, batch_size, n_new)
+        make = functools.partial(make_decoder, workload, batch_size, n_new)
         turns = take_turns(NAMES, make, rounds, turns=1, warmup=1, at_once=True, say=say)
         require(turns, "moe_gpt")
-        found = [
-            {
-                "name": f"generate/{name}",
-                "batch_size": batch_size,
-                "tokens_per_second": batch_size * (n_new - 1) / turned.median("others"),
-                "seconds_to_first_token": turned.median("first"),
-                "cache_bytes": _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new),
-                "peak_memory_bytes": turned.peak_memory_bytes,
-            }
-            for name, turned in turns.items()
-            if turned.values
-        ]
+        found = [result_of(workload, batch_size, n_new, *turned) for turned in turns.items() if turned[1].values]
         say(tabulate(found, {f"batch of {batch_size}": "{name}", **_COLUMNS}, first_over="tokens_per_second"))
         if batch_size == 1:
             limit = weight_reads(workload)
@@ -87,6 +76,18 @@ def weight_reads(workload: Workload) -> float:
     return numbers.numel() / seconds / used
 
 
+def result_of(workload: Workload, batch_size: int, n_new: int, name: str, turns: Turns) -> Result:
+    """Return speed and memory of a contender."""
+    return {
+        "name": f"generate/{name}",
+        "batch_size": batch_size,
+        "tokens_per_second": batch_size * (n_new - 1) / turns.median("others"),
+        "seconds_to_first_token": turns.median("first"),
+        "cache_bytes": _cache_bytes(workload, name) * batch_size * (PROMPT_TOKENS + n_new),
+        "peak_memory_bytes": turns.peak_memory_bytes,
+    }
+
+
 def _cache_bytes(workload: Workload, name: str) -> int:
     """Return the bytes of keys and values of one position."""
     m, itemsize = workload.model, 2 if workload.precision == "bf16" else 4
@@ -94,7 +95,8 @@ def _cache_bytes(workload: Workload, name: str) -> int:
     return 2 * m.n_layers * n_kv_heads * m.head_dim * itemsize
 
 
-def _make_decoder(workload: Workload, batch_size: int, n_new: int, name: str) -> Callable[[], Decoded]:
+def make_decoder(workload: Workload, batch_size: int, n_new: int, name: str) -> Callable[[], Decoded]:
+    """Return what decodes a batch of random prompts with one of ``NAMES``."""
     device = torch.device(workload.device)
     torch.manual_seed(0)
     shape = dataclasses.replace(workload.model, max_seq_len=max(workload.model.max_seq_len, PROMPT_TOKENS + n_new))

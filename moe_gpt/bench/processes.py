@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import platform
+import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import psutil
@@ -86,3 +91,69 @@ def describe_machine() -> str:
     processor = str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{available_cores()} cores of {processor}, {platform.system()}, {versions}"
+
+
+class Worker:
+    """A function in a process of its own, which is called on request."""
+
+    def __init__(self, name: str, build: Callable[[str], Callable[[], Any]]) -> None:
+        self.values: list[Any] = []
+        self.failure = ""
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, name, build), daemon=True)
+        self._process.start()
+        other.close()
+
+    def ask(self, request: int, seconds: float | None = None) -> list[Any]:
+        """Return what ``request`` calls gave, or for 0 the most memory it held; nothing once it failed or was late."""
+        if self.failure:
+            return []
+        try:
+            self._connection.send(request)
+            failure, answer = self._connection.recv() if self._connection.poll(seconds) else ("its time was over", [])
+        except (EOFError, OSError):
+            self._process.join(timeout=10)
+            failure, answer = f"its process ended, with status {self._process.exitcode}", []
+        self.failure = failure
+        return answer
+
+    def close(self) -> None:
+        """End the process, whatever it does, and all that it has started."""
+        self._connection.close()
+        with contextlib.suppress(psutil.Error):  # what has ended meanwhile
+            started = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.join(timeout=1)  # one that waits for a request ends by itself
+            self._process.kill()
+            for process in started:
+                process.kill()
+        self._process.join()
+
+
+def _serve(connection: Connection, name: str, build: Callable[[str], Callable[[], Any]]) -> None:
+    if name.startswith("transformers"):  # its own size is no part of what training takes
+        with contextlib.suppress(ImportError):
+            importlib.import_module("transformers")
+    before = psutil.Process().memory_info().rss
+    contender = None
+    with contextlib.suppress(EOFError):
+        for request in iter(connection.recv, None):
+            try:
+                contender = contender or build(name)
+                answer = [contender() for _ in range(request)] if request else [_peak_memory_beyond(before)]
+                connection.send(("", answer))
+            except InputError as error:
+                connection.send((str(error), []))
+            except Exception as error:
+                traceback.print_exc()
+                connection.send((in_a_line(error), []))
+
+
+def _peak_memory_beyond(before: int) -> int:
+    """Return the most that was allocated on a GPU, or the most that this process held beyond what it held before."""
+    import torch
+
+    if on_gpu := torch.cuda.max_memory_allocated():
+        return on_gpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else peak * 1024) - before

@@ -11,6 +11,7 @@ import torch
 from moe_gpt.bench.contenders import CONTENDERS, StepTimes, Workload, build, dense_twin
 from moe_gpt.bench.results import Result, tabulate
 from moe_gpt.bench.rounds import Turns, require, take_turns, timed
+from moe_gpt.config import ModelConfig
 from moe_gpt.errors import InputError
 from moe_gpt.measure.flops import count_flops
 from moe_gpt.ops.device import Precision, tune_process
@@ -24,12 +25,12 @@ _GEMM = "gemm"
 _COLUMNS = {
     "": "{name}",
     "tokens/s": "{tokens_per_second:count}",
-    "quartiles": "{tokens_per_second_quartiles[0]:count} to {tokens_per_second_quartiles[1]:count}",
+    "quartiles": "{lower_quartile:count} to {upper_quartile:count}",
     "step": "{seconds_per_step:seconds}",
     "optimizer": "{optimizer_seconds:seconds}",
     "memory": "{peak_memory_bytes:bytes}",
     "a token": "{flops_per_token:FLOPs}",
-    "of peak": "{fraction_of_gemm_peak:.1%}",
+    "of peak": "{mfu:.1%}",
     "moe_gpt is": "{ratio:.2f} x",
 }
 
@@ -43,13 +44,13 @@ def bench_train(
     """
     names = _contenders(against)
     at_once = torch.device(workload.device).type == "cpu"
-    make = functools.partial(_make_step, workload)
+    make = functools.partial(make_step, workload)
     turns = take_turns([_GEMM, *names], make, rounds, steps, warmup=warmup, at_once=at_once, say=say)
     require(turns, "moe_gpt")
     peak = statistics.median(turns.pop(_GEMM).values)
     say(describe(workload))
     say(f"GEMM peak of this run {peak / 1e9:,.0f} GFLOP/s")
-    results = [_result(name, turns[name], workload, peak) for name in names if turns[name].values]
+    results = [result_of(name, turns[name], workload, peak) for name in names if turns[name].values]
     say(tabulate(results, _COLUMNS, first_over="tokens_per_second"))
     if "transformers" in against:
         for name, reason in NOT_COMPARED.items():
@@ -64,7 +65,8 @@ def _contenders(against: Sequence[str]) -> list[str]:
     return names
 
 
-def _make_step(workload: Workload, name: str) -> Callable[[], StepTimes] | Callable[[], float]:
+def make_step(workload: Workload, name: str) -> Callable[[], StepTimes] | Callable[[], float]:
+    """Return what takes a contender's step, or measures the GEMM peak."""
     if name == _GEMM:
         return functools.partial(gemm_speed, torch.device(workload.device), workload.precision)
     return build(name, workload).step
@@ -90,9 +92,14 @@ def describe(workload: Workload) -> str:
     )
 
 
-def _result(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
-    is_dense = name == "dense" or name.endswith("/mistral")
-    model = dense_twin(workload.model) if is_dense else workload.model
+def model_of(workload: Workload, name: str) -> ModelConfig:
+    """Return the shape that a contender has: the workload's, or its dense twin."""
+    return dense_twin(workload.model) if name == "dense" or name.endswith("/mistral") else workload.model
+
+
+def result_of(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
+    """Return speed, memory and share of the peak (FLOP/s) of a contender."""
+    model = model_of(workload, name)
     totals = [step.total for step in turns.values]
     low, _, high = statistics.quantiles(totals, n=4) if len(totals) > 1 else (totals[0],) * 3
     seconds = turns.median("total")
@@ -101,10 +108,11 @@ def _result(name: str, turns: Turns, workload: Workload, peak: float) -> Result:
     return {
         "name": name,
         "tokens_per_second": tokens_per_second,
-        "tokens_per_second_quartiles": [workload.batch_tokens / high, workload.batch_tokens / low],
+        "lower_quartile": workload.batch_tokens / high,
+        "upper_quartile": workload.batch_tokens / low,
         "seconds_per_step": seconds,
         "optimizer_seconds": turns.median("optimizer"),
         "peak_memory_bytes": turns.peak_memory_bytes,
         "flops_per_token": flops,
-        "fraction_of_gemm_peak": tokens_per_second * flops / peak,
+        "mfu": tokens_per_second * flops / peak,
     }

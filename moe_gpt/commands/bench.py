@@ -136,7 +136,7 @@ def busy(
 
 
 def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Shaped = Shaped()) -> None:
-    """Measure decoding against transformers on the exported model.
+    """Measure decoding against transformers on the exported model; on a CPU in float32 by default, as generate does.
 
     Args:
         batch_sizes: Batch sizes, comma-separated.
@@ -145,6 +145,8 @@ def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Sh
     from moe_gpt.bench.generate import bench_generate
 
     sizes = [_count("--batch-sizes", text) for text in batch_sizes.split(",")]
+    if options.precision == "auto" and options.place()[0].type == "cpu":
+        options = dataclasses.replace(options, precision="fp32")
     _report(options.json, functools.partial(bench_generate, options.workload(), sizes, new_tokens, options.rounds))
 
 
@@ -197,6 +199,21 @@ def loop(*, config: str = "tiny.yaml", steps: Whole = 400, json: Path | None = N
     settings = _fitting(config, Measurement().place()[0])
     with tempfile.TemporaryDirectory() as place:
         _report(json, functools.partial(bench_loop, settings, steps, Path(place) / "run"))
+
+
+def gpu(*, minutes: AboveZero = 10, device: Device = "auto", json: Path = Path("bench-gpu.json")) -> bool:
+    """Measure what there is to ask of a GPU, unattended, and print one table.
+
+    Args:
+        minutes: What all stages may take together.
+        device: Where to compute; another device than cuda takes small sizes, to show that everything runs.
+        json: Write machine and results into this file, after every result.
+    """
+    from moe_gpt.bench.gpu import bench_gpu
+
+    failed = bench_gpu(device, minutes, json, functools.partial(print, flush=True))
+    print(f"{len(failed)} stages failed: {', '.join(failed)}" if failed else "no stage failed")
+    return bool(failed)
 
 
 def _count(flag: str, text: str) -> int:

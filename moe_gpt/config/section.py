@@ -59,9 +59,9 @@ def _parsed(text: str) -> int | float:
 
 # The title of a field's type says what a value must be, in messages and in --help.
 Flag = StrictBool
-# A count is at most 10^18, so that eight bytes hold it in torch, numpy and itertools.
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=10**18, title="a whole number from 1 to 10^18")]
-CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0, le=10**18, title="a whole number from 0 to 10^18")]
+# A count is below 2^63, so that eight bytes hold it in torch, numpy and itertools.
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, lt=2**63, title="a whole number from 1 to 2^63 - 1")]
+CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63, title="a whole number from 0 to 2^63 - 1")]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**63, title="a whole number from 0 to 2^63 - 1")]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 AtMostOne = Annotated[Real, Field(gt=0, le=1, title="a number above 0 and at most 1")]

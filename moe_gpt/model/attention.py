@@ -32,8 +32,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.qkv = ops.Linear(config.d_model, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim)
+        self.out = ops.Linear(self.n_heads * self.head_dim, config.d_model)
 
     def init_weights(self, std: float, residual_std: float) -> None:
         """Draw weights: normal with ``std``, the projection into the residual stream with ``residual_std``."""

@@ -17,8 +17,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_up = ops.Linear(config.d_model, 2 * config.d_ff)
+        self.down = ops.Linear(config.d_ff, config.d_model)
 
     def init_weights(self, std: float, residual_std: float) -> None:
         """Draw weights: normal with ``std``, the projection into the residual stream with ``residual_std``."""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -71,7 +70,7 @@ class Router(nn.Module):
     def logits(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
         """Return the router logits in float32, with noise in training where the config asks for it."""
         with ops.without_autocast(x):
-            logits = F.linear(x.float(), self.weight.float())
+            logits = ops.linear(x.float(), self.weight.float())
         if self.training and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)
         return logits

@@ -102,7 +102,7 @@ class MoEGPT(nn.Module):
             feed_forward = FeedForward(config) if config.is_dense else MoE(config, make_router)
             self.blocks.append(Block(config, attention, feed_forward))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output = ops.Linear(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         self.init_weights()
@@ -156,10 +156,8 @@ class MoEGPT(nn.Module):
 
     def next_token_logits(self, tokens: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B V"]:
         """Return the logits of the last position. No other logits and no statistics are computed."""
-        one_row_each = ops.products_of_few_rows(tokens) if tokens.shape[1] == 1 else contextlib.nullcontext()
-        with one_row_each:
-            hidden, _ = self.hidden_states(tokens, cache=cache)
-            return self.output(hidden[:, -1])
+        hidden, _ = self.hidden_states(tokens, cache=cache)
+        return self.output(hidden[:, -1])
 
     def cross_entropy(
         self,

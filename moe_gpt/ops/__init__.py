@@ -12,23 +12,24 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_gpt.errors import InputError
 from moe_gpt.ops import cpu, cpu_attention, cuda, dispatch, loss, plain
-from moe_gpt.ops.device import compute_dtype, products_of_few_rows, without_autocast
+from moe_gpt.ops.device import compute_dtype, without_autocast
 from moe_gpt.ops.plain import IGNORED_TARGET
 from moe_gpt.ops.visible import Visible
 
 __all__ = [
     "IGNORED_TARGET",
+    "Linear",
     "Visible",
     "attend",
     "largest_indices",
+    "linear",
     "linear_cross_entropy",
     "mix_experts",
     "prepare",
-    "products_of_few_rows",
     "require_indices",
     "rms_norm",
     "rotate",
@@ -90,6 +91,24 @@ def require_indices(indices: Tensor, end: int, subject: str) -> None:
         torch._assert_async(~is_wrong.any(), message)
     elif is_wrong.any():
         raise InputError(f"{message}, got {int(indices[is_wrong][0])}")
+
+
+def linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
+    """Return x Wᵀ in autocast's type: ``plain.linear``."""
+    if _is_plain() or not cpu.is_one_row(x) or compute_dtype(x) != x.dtype:
+        return plain.linear(x, weight)
+    return cpu.multiply_one_row(x, weight)
+
+
+class Linear(nn.Linear):
+    """A matrix without a bias, which multiplies by ``linear``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch F"]:
+        """Return x Wᵀ."""
+        return linear(x, self.weight)
 
 
 def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:

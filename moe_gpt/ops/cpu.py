@@ -268,5 +268,16 @@ def mix_few_tokens(
 
 def _answer(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Return one expert's answer to some tokens."""
-    hidden = F.linear(x, gate_up.to(x.dtype))
-    return F.linear(_swiglu_forward(hidden), down.to(x.dtype))
+    product = multiply_one_row if is_one_row(x) else F.linear
+    return product(_swiglu_forward(product(x, gate_up.to(x.dtype))), down.to(x.dtype))
+
+
+def is_one_row(x: Float[Tensor, "*batch D"]) -> bool:
+    """Whether x is one row in float32, without gradients, on a CPU: a token that is decoded."""
+    is_small = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
+    return is_small and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def multiply_one_row(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
+    """Return ``F.linear`` of one row. A sum of products reads weights from memory up to twice as fast as MKL does."""
+    return (weight * x.reshape(-1)).sum(-1).view(*x.shape[:-1], -1)

@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import psutil
@@ -106,21 +106,6 @@ def _use_fast_float32() -> None:
     capabilities = get_capabilities()
     if capabilities.get("avx512_f") and not capabilities.get("amx_tile") and not _is_intel(capabilities):
         torch.set_float32_matmul_precision("medium")
-
-
-@contextlib.contextmanager
-def products_of_few_rows(x: Tensor) -> Iterator[None]:
-    """Let float32 products with few rows, such as those of decoding, take their fastest kernel on a CPU.
-
-    That is MKL's: oneDNN's takes up to three times as long for one row, and as long for 64 (docs/benchmarks.md).
-    """
-    before = torch.get_float32_matmul_precision()
-    if x.device.type == "cpu":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _is_intel(capabilities: Mapping[str, Any]) -> bool:

@@ -13,6 +13,11 @@ from torch import Tensor
 IGNORED_TARGET = -100
 
 
+def linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
+    """Return x Wᵀ, in autocast's type if any."""
+    return F.linear(x, weight)
+
+
 def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*batch D"]:
     """Return x / rms(x) · weight (arXiv 1910.07467), computed in float32, in x's type."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)

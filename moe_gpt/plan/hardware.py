@@ -101,6 +101,11 @@ def find_gpu(name: str) -> Gpu:
     return found
 
 
+def gpu_of(device: str) -> Gpu | None:
+    """Return the GPU that PyTorch calls ``cuda (NVIDIA A100-SXM4-80GB)``; None for those the table lacks."""
+    return _SPELLINGS.get(_letters(re.sub("cuda(:[0-9]+)?|NVIDIA|GeForce|SXM[0-9]|HBM[0-9]e?", "", device)))
+
+
 def _letters(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 

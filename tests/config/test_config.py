@@ -124,7 +124,9 @@ def test_count_is_read_however_it_is_written(load, text, value):
 )
 def test_count_refuses_what_is_not_a_whole_number(problems, text, shown):
     """A truth value, a fraction, zero or a word for a count is an error that shows the value."""
-    assert problems(f"model: {{d_ff: {text}}}") == [f"model.d_ff must be a whole number from 1 to 10^18, got {shown}"]
+    assert problems(f"model: {{d_ff: {text}}}") == [
+        f"model.d_ff must be a whole number from 1 to 2^63 - 1, got {shown}"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ CASES = {
         normal((2, 5, 4, 8)),
         True,
     ),
+    "one row": Case(cpu.multiply_one_row, plain.linear, normal((1, 1, 24), (7, 24))),
     "swiglu": Case(cpu.swiglu, plain.swiglu, normal((2, 7, 24))),
     **attention_cases(),
     **expert_cases(),
@@ -214,6 +215,26 @@ def test_few_tokens_get_the_same_without_sorting(n_tokens, top_k, dtype):
     assert few.dtype == expected.dtype == torch.float32
     tolerance = TOLERANCE[dtype] * float(expected.abs().max())
     torch.testing.assert_close(few, expected, atol=tolerance, rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [((1, 1, 8), torch.float32, True), ((1, 2, 8), torch.float32, False), ((1, 8), torch.bfloat16, False)],
+)
+def test_only_a_decoded_token_is_one_row(shape, dtype, expected, monkeypatch):
+    """In float32 and without gradients; ``linear`` is the plain product in every case."""
+    called: list[Tensor] = []
+    multiply = cpu.multiply_one_row
+    monkeypatch.setattr(cpu, "multiply_one_row", lambda x, w: called.append(x) or multiply(x, w))
+    layer, x = ops.Linear(8, 3).to(dtype), torch.randn(shape).to(dtype)
+    trained = layer(x)
+    assert not called
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), trained)
+        assert bool(called) is expected
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert len(called) == expected
 
 
 @pytest.mark.parametrize("name", ["query blocks, 65 x 1", "segments, 17 tokens, top 2 of 5", "swiglu"])

@@ -9,7 +9,7 @@ import torch
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.errors import ConfigError, InputError
-from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, gpu_section, parse_gpu, read_gpus
+from moe_gpt.plan.hardware import GPUS, Gpu, Parallelism, find_gpu, gpu_of, gpu_section, parse_gpu, read_gpus
 
 OWN = "name=mine,memory=96e9,flops=4e14,bandwidth=2e12,link=4e11,network=5e10"
 MODEL = ModelConfig(vocab_size=10, n_layers=6, n_heads=4, n_experts=8)
@@ -55,6 +55,26 @@ def test_gpus_are_found_as_people_spell_them(spelled, name):
     assert find_gpu(spelled) is GPUS[name]
 
 
+@pytest.mark.parametrize(
+    ("described", "name"),
+    [
+        ("cuda (NVIDIA H200)", "h200"),
+        ("cuda:1 (NVIDIA H100 80GB HBM3)", "h100"),
+        ("cuda (NVIDIA A100-SXM4-40GB)", "a100-40gb"),
+        ("cuda (NVIDIA A100-SXM4-80GB)", "a100-80gb"),
+        ("cuda (NVIDIA GeForce RTX 4090)", "rtx-4090"),
+        ("cuda (NVIDIA H100 PCIe)", None),
+        ("cuda (NVIDIA A100 80GB PCIe)", None),
+        ("cuda (NVIDIA GH200 480GB)", None),
+        ("cuda (NVIDIA GeForce RTX 4090 Laptop GPU)", None),
+        ("cpu (2 threads)", None),
+    ],
+)
+def test_gpus_are_found_as_their_driver_calls_them(described, name):
+    """Versions with other figures are not in the table."""
+    assert gpu_of(described) is (GPUS[name] if name else None)
+
+
 @pytest.mark.parametrize("name", ["h100-96gb", "a100", "h100-80"])
 def test_gpu_of_another_memory_is_another_gpu(name):
     """The table has none of these, or two."""
@@ -79,7 +99,7 @@ def test_busy_machine_is_noticed(monkeypatch, load, is_busy):
         ({"link": -1}, "mine.link must be a number above 0, got -1"),
         ({"networks": 5e10}, "mine.networks is not a known key; did you mean network?"),
         ({"source": None}, "mine.source must be text"),
-        ({"per_node": 0}, r"mine.per_node must be a whole number from 1 to 10\^18, got 0"),
+        ({"per_node": 0}, r"mine.per_node must be a whole number from 1 to 2\^63 - 1, got 0"),
     ],
 )
 def test_malformed_table_of_gpus_is_refused(changes, message):
@@ -117,7 +137,7 @@ def test_parse_gpu_reads_a_users_figures():
         ("bandwidth=2e12", "band=2e12", "; band is not a known key; did you mean bandwidth?"),
         ("bandwidth=2e12", "link=2e12", "; link is given twice"),
         ("bandwidth=2e12", "bandwidth", "; bandwidth must be a number above 0, got ''"),
-        ("name=mine", "per_node=2.5", "; per_node must be a whole number from 1 to 10^18, got '2.5'"),
+        ("name=mine", "per_node=2.5", "; per_node must be a whole number from 1 to 2^63 - 1, got '2.5'"),
     ],
 )
 def test_parse_gpu_names_the_key_that_is_wrong(old, new, message):
@@ -155,9 +175,9 @@ def test_parallelism_experts_are_part_of_data_parallelism():
     ("changes", "message"),
     [
         ({"n_gpus": 7}, "n_gpus must be at least tensor x pipeline x expert = 2 x 2 x 2 = 8, got 7"),
-        ({"tensor": 0}, "tensor must be a whole number from 1 to 10^18, got 0"),
-        ({"pipeline": -1, "expert": 1.5}, "pipeline must be a whole number from 1 to 10^18, got -1\nexpert must"),
-        ({"n_gpus": True}, "n_gpus must be a whole number from 1 to 10^18, got True"),
+        ({"tensor": 0}, "tensor must be a whole number from 1 to 2^63 - 1, got 0"),
+        ({"pipeline": -1, "expert": 1.5}, "pipeline must be a whole number from 1 to 2^63 - 1, got -1\nexpert must"),
+        ({"n_gpus": True}, "n_gpus must be a whole number from 1 to 2^63 - 1, got True"),
         ({"zero": 4}, "zero must be one of 0, 1, 2, 3, fsdp, got 4"),
     ],
 )

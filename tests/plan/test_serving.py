@@ -261,9 +261,9 @@ def test_bad_numbers_are_refused_by_name():
         kv_cache_bytes_per_token(TINY, 3)
     with pytest.raises(InputError, match="top_k must be at most n_experts=2, got 3"):
         expected_experts_touched(2, 3, 1)
-    with pytest.raises(InputError, match=r"n_sequences must be a whole number from 1 to 10\^18, got 0"):
+    with pytest.raises(InputError, match=r"n_sequences must be a whole number from 1 to 2\^63 - 1, got 0"):
         decoding_step(TINY, 0, 1, 1)
-    with pytest.raises(InputError, match=r"context must be a whole number from 1 to 10\^18, got 0"):
+    with pytest.raises(InputError, match=r"context must be a whole number from 1 to 2\^63 - 1, got 0"):
         serving_sections(TINY, SMALL, 0)
     with pytest.raises(InputError, match="acceptance must be a number from 0 to 1, got 1.2"):
         speculative_speedup(1.2, 0.1, 4)
