@@ -58,14 +58,18 @@ def _deal(run: Run, plan: StepPlan, n_rows: int) -> Iterator[MicroBatch]:
         start = run.state.tokens_seen + first * plan.seq_len
         return run.stream.batch(start, plan.seq_len, n * plan.seq_len, rank, n_ranks)
 
-    per_rank = run.config.train.micro_batch_tokens // plan.seq_len
-    return deal_batch(n_rows, per_rank, read, run.device, run.document_end_id, run.team.rank, run.team.size)
+    return deal_batch(n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id, run.team.rank, run.team.size)
+
+
+def _rows_per_rank(run: Run, plan: StepPlan) -> int:
+    """Return how many sequences a rank may hold in a forward pass."""
+    return max(1, run.config.train.micro_batch_tokens // plan.seq_len)
 
 
 def _observe(run: Run, plan: StepPlan, n_rows: int) -> RoutingSample | None:
     """Return what the routers make of a step's first rows, those of all ranks together."""
-    team, per_rank = run.team, run.config.train.micro_batch_tokens // plan.seq_len
-    batch = next(_deal(run, plan, min(n_rows, per_rank * team.size, max(1, OBSERVED_TOKENS // plan.seq_len))))
+    team, n_together = run.team, _rows_per_rank(run, plan) * run.team.size
+    batch = next(_deal(run, plan, min(n_rows, n_together, max(1, OBSERVED_TOKENS // plan.seq_len))))
     sample = observe_routing(run.state.model, batch, run.precision)
     if sample is None or team.size == 1:
         return sample

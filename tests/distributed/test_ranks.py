@@ -127,7 +127,7 @@ def differences(found: Path, wanted: Path) -> dict[str, float]:
 
 LIMITS = {"loss": 5e-6, "grad_norm": 1e-5, "load": 0, "observed": 2e-5, "group norms": 2e-5}
 LIMITS |= {"validation": 5e-6, "bytes": 5e-6, "weights": 1e-5}
-LIMITS_IN_BF16 = {"group norms": 1e-3, "weights": 1e-4}
+LIMITS_IN_BF16 = {"group norms": 1e-3, "weights": 1e-3}
 """Muon's directions are computed in bfloat16, where the last bit of a gradient can turn the last bit of a direction."""
 
 
@@ -141,12 +141,13 @@ def is_equal(apart: dict[str, float], variant: str = "plain") -> bool:
 def pair(values, tmp_path_factory):
     """Two processes that train several cases."""
     folder = tmp_path_factory.mktemp("pair")
+    quiet = changed(values, {"train.sample_tokens": 0, "train.record_tokens": 0})
     cases: Cases = {
         "zero 3": case(values),
         "experts": case(values, "bias", {"expert": 2}),
-        "half": case(values, limits={"max_steps": 3}, folder="resumed"),
-        "resumed": case(values, resume=True),
-        "unbalanced": case(values, spoil="local counts", limits={"max_steps": 2}),
+        "half": case(quiet, limits={"max_steps": 3}, folder="resumed"),
+        "resumed": case(quiet, resume=True),
+        "unbalanced": case(quiet, spoil="local counts", limits={"max_steps": 1}),
     }
     return folder, train_cases(cases, 2, folder)
 
@@ -159,11 +160,17 @@ def test_two_processes_train_what_one_trains(pair, reference, name, variant):
     assert is_equal(apart), apart
 
 
+def routers_gradient(run_dir: Path) -> float:
+    """Return the norm of the routers' gradient in the first step."""
+    line = next(line for line in read_metrics(run_dir / "metrics.jsonl") if "groups" in line)
+    return line["groups"]["routers"]["gradient_norm"]
+
+
 def test_counts_of_one_rank_alone_would_be_found(pair, reference):
     """A balancing loss of each rank's own counts is another loss: the test above would fail."""
-    mine, other = steps(pair[0] / "unbalanced"), steps(reference("plain", 2))
-    assert abs(mine[0]["grad_norm"] / other[0]["grad_norm"] - 1) > 100 * LIMITS["grad_norm"]
-    assert abs(mine[0]["loss"] - other[0]["loss"]) > 100 * LIMITS["loss"]
+    mine, other = (routers_gradient(folder) for folder in (pair[0] / "unbalanced", reference("plain", 2)))
+    assert abs(mine / other - 1) > 100 * LIMITS["group norms"]
+    assert routers_gradient(pair[0] / "zero 3") == pytest.approx(other, rel=LIMITS["group norms"])
 
 
 def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(pair):
@@ -240,7 +247,7 @@ def layouts(values, tmp_path_factory):
 @pytest.mark.parametrize(("size", "variant", "parallel"), LAYOUTS)
 def test_every_layout_trains_what_one_process_trains(layouts, reference, size, variant, parallel):
     apart = differences(layouts(size) / name_of(variant, parallel), reference(variant, size))
-    assert is_equal(apart, variant), apart
+    assert is_equal(apart, variant), str(apart)
 
 
 @pytest.mark.slow
