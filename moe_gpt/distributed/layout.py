@@ -88,8 +88,8 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
     for is_wrong, text in (
         (
             not _fits(model.n_experts, n),
-            f"parallel.expert={n} does not fit model.n_experts={model.n_experts}: the largest part would be more than "
-            f"{_MOST_UNEVEN} times the mean, or a rank without experts; it may be {_fitting(model.n_experts, layout.data)}",
+            f"parallel.expert={n} does not fit model.n_experts={model.n_experts}: the largest part is more than "
+            f"{_MOST_UNEVEN} times the mean, or a rank has none; it may be {_fitting(model.n_experts, layout.data)}",
         ),
         (
             model.n_experts > 1 and expert_dim(config, layout) is None,

@@ -58,7 +58,9 @@ def _deal(run: Run, plan: StepPlan, n_rows: int) -> Iterator[MicroBatch]:
         start = run.state.tokens_seen + first * plan.seq_len
         return run.stream.batch(start, plan.seq_len, n * plan.seq_len, rank, n_ranks)
 
-    return deal_batch(n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id, run.team.rank, run.team.size)
+    return deal_batch(
+        n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id, run.team.rank, run.team.size
+    )
 
 
 def _rows_per_rank(run: Run, plan: StepPlan) -> int:
