@@ -15,7 +15,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.ops.device import pick_device
 from moe_gpt.training.callbacks import Callback, check_callbacks
-from moe_gpt.training.display import TerminalDisplay
+from moe_gpt.training.display import Display, Silent, TerminalDisplay
 from moe_gpt.training.loop import Limits, Outcome
 from moe_gpt.training.loop import train as train_run
 from moe_gpt.training.saving.run_folder import open_run_folder
@@ -130,7 +130,7 @@ def as_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> Sequence[str]:
     return overrides
 
 
-def train_to_the_end(run: Run, limits: Limits, callbacks: Sequence[Callback] = ()) -> tuple[Outcome, TerminalDisplay]:
+def train_to_the_end(run: Run, limits: Limits, callbacks: Sequence[Callback] = ()) -> tuple[Outcome, Display]:
     """Train a prepared run while locking its folder; return the reason of its end, and its display.
 
     A finished run is not trained.
@@ -138,11 +138,14 @@ def train_to_the_end(run: Run, limits: Limits, callbacks: Sequence[Callback] = (
     remaining = None if limits.max_steps is None else max(0, limits.max_steps - run.state.step)
     seen, total = run.state.tokens_seen, run.schedule.total_tokens
     end = total if remaining is None else min(total, tokens_after(run.schedule, remaining, seen))
-    with (
-        open_run_folder(run.run_dir, run.identity, run.resumed_from, run.damaged),
-        contextlib.closing(TerminalDisplay(end, seen, limits.max_minutes)) as display,
-    ):
+    with contextlib.ExitStack() as stack:
+        folder = open_run_folder(run.run_dir, run.identity, run.resumed_from, run.damaged)
+        run.team.from_main(lambda: stack.enter_context(folder))
+        is_main = run.team.is_main
+        display = TerminalDisplay(end, seen, limits.max_minutes) if is_main else Silent()
+        stack.callback(display.close)
         if run.is_finished:
-            prune(run.run_dir, run.config.checkpoint)  # a process that was killed at the end has not done it
+            # a process that was killed at the end has not done it
+            run.team.from_main(lambda: prune(run.run_dir, run.config.checkpoint))
             return "finished", display
         return train_run(run, limits, display, callbacks=callbacks), display

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +16,15 @@ from cyclopts import Group, Parameter
 from moe_gpt.commands.next_command import command_line, repeated
 from moe_gpt.commands.options import AboveZero, Device, Switch, Whole, Words, flat
 from moe_gpt.commands.output import lasting_output
+from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
+    from moe_gpt.model.transformer import MoEGPT
     from moe_gpt.training.setup import Run
 
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+_SECONDS_FOR_RANK_0 = 3
 START, LIMITS, OWN = (
     Group.create_ordered(name) for name in ("Starting and resuming", "When to stop", "Router and device")
 )
@@ -59,8 +65,24 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
         overrides: Settings that replace those of the file, as key.path=value.
     """
-    with lasting_output():
-        return _train(config, overrides, options)
+    from moe_gpt.distributed.process import is_another_rank, leave, should_tell
+
+    if not is_another_rank():
+        with lasting_output():
+            status = _train(config, overrides, options)
+    else:  # rank 0 says the same
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            try:
+                status = _train(config, overrides, options)
+            except InputError as error:
+                if should_tell(error):
+                    raise
+                status = 2
+        if status:  # torchrun ends all ranks when the first one fails, and rank 0 has something to say
+            time.sleep(_SECONDS_FOR_RANK_0)
+    if not status:
+        leave()
+    return status
 
 
 def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
@@ -92,28 +114,32 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     try:
         outcome, display = train_to_the_end(run, limits)
     except TrainingStopped as stopped:
-        print(f"error: {stopped}", file=sys.stderr)
+        _tell(run, f"error: {stopped}")
         return 3
     if was_finished:
         print(f"this run is finished; next:\n  {generate_command(run)}")
         return 0
     if outcome in EXIT_STATUS:
-        print(
-            f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}",
-            file=sys.stderr,
-        )
+        _tell(run, f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}")
         return EXIT_STATUS[outcome]
-    print(display.summary())
-    say_what_came_out(run, outcome)
+    model = run.whole_model()
+    if model:
+        print(display.summary())
+        say_what_came_out(run, outcome, model)
     return 0
 
 
-def say_what_came_out(run: Run, outcome: str) -> None:
+def _tell(run: Run, text: str) -> None:
+    if run.team.is_main:
+        print(text, file=sys.stderr)
+
+
+def say_what_came_out(run: Run, outcome: str, model: MoEGPT) -> None:
     """Print samples and the reason of a stop, write the report, and print the next commands."""
     from moe_gpt.training.records.samples import generate_samples
     from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
-    for name, text in generate_samples(run, n_tokens=120):
+    for name, text in generate_samples(run, 120, model):
         print(f"--- {name} ---\n{text}\n")
     if run.resumed_from == resolve_checkpoint(run.run_dir):
         print(f"the run is already at step {run.state.step}; nothing was trained")

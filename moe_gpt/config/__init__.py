@@ -6,6 +6,7 @@ settings is a property. ``section.py`` checks values; ``yaml.py`` reads files an
 
 from moe_gpt.config.data import DataConfig, SourceConfig, TokenizerConfig
 from moe_gpt.config.model import ModelConfig
+from moe_gpt.config.parallel import ParallelConfig
 from moe_gpt.config.run import RunConfig
 from moe_gpt.config.schedule import OptimizerConfig, ScheduleConfig, StageConfig
 from moe_gpt.config.training import CheckpointConfig, FaultConfig, LossConfig, TrainConfig
@@ -17,6 +18,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from moe_gpt.config.data import DataConfig
 from moe_gpt.config.model import ModelConfig
+from moe_gpt.config.parallel import ParallelConfig
 from moe_gpt.config.schedule import OptimizerConfig, ScheduleConfig
 from moe_gpt.config.section import Problem, Section, unless
 from moe_gpt.config.training import CheckpointConfig, FaultConfig, LossConfig, TrainConfig
@@ -34,6 +35,8 @@ class RunConfig(Section):
     """When checkpoints are saved and which are kept."""
     faults: FaultConfig = dataclasses.field(default_factory=FaultConfig)
     """Limits for non-finite steps, loss spikes and unhealthy routers."""
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    """How the run is spread over processes."""
     tracking: Literal["none", "tensorboard", "wandb"] = "none"
     """Service that also gets the metrics; tensorboard needs the extra moe_gpt[track], wandb the package wandb."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class MicroBatch(NamedTuple):
     targets: Tensor
     document_ids: Tensor | None = None
     """A number for each position, the same within a document; None if documents are not kept apart."""
+    weight: float = 1.0
+    """This rank's share of the rows of a micro-batch that several ranks make together."""
 
 
 def keep_documents_apart(inputs: Tensor, targets: Tensor, end_of_text_id: int) -> MicroBatch:
@@ -45,3 +49,42 @@ def split_batch(
     if end_of_text_id is None:
         return micro_batches
     return [keep_documents_apart(micro.inputs, micro.targets, end_of_text_id) for micro in micro_batches]
+
+
+ReadRows = Callable[[int, int, int, int], Batch]
+"""Returns, of so many rows from a first one on, the part of a rank of so many ranks."""
+
+
+def deal_batch(
+    n_rows: int,
+    rows_per_rank: int,
+    read: ReadRows,
+    device: torch.device,
+    end_of_text_id: int | None = None,
+    rank: int = 0,
+    n_ranks: int = 1,
+) -> Iterator[MicroBatch]:
+    """Yield a rank's part of each micro-batch of a batch; all ranks get equally many.
+
+    A rank for which no rows are left gets a row without targets and with weight 0, so that it can go along.
+
+    Args:
+        n_rows: sequences of the batch.
+        rows_per_rank: most sequences of a rank in one forward pass.
+        read: reads the batch.
+        end_of_text_id: if given, documents are kept apart.
+    """
+    for first in range(0, n_rows, rows_per_rank * n_ranks):
+        n_together = min(rows_per_rank * n_ranks, n_rows - first)
+        rows = read(first, n_together, rank, n_ranks)
+        weight = len(rows.inputs) / n_together
+        if not len(rows.inputs):
+            rows = Batch(*(np.full((1, rows.inputs.shape[1]), value) for value in (0, IGNORED_TARGET)))
+        (micro_batch,) = split_batch(rows, rows.inputs.size, device, end_of_text_id)
+        yield micro_batch._replace(weight=weight)
+
+
+def part_of(batch: Batch, first: int, n_rows: int, rank: int, n_ranks: int) -> Batch:
+    """Return a rank's part of rows of a batch that is in memory: a ``ReadRows`` of the batch."""
+    start, end = (first + n_rows * r // n_ranks for r in (rank, rank + 1))
+    return Batch(batch.inputs[start:end], batch.targets[start:end])

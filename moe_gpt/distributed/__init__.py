@@ -1,4 +1,4 @@
-"""Applies compilation and activation checkpointing to a model.
+"""Spreads a model over processes, compiles it, checkpoints activations.
 
-Checkpointing comes first. Read ``parallelize.py`` first.
+Every collective is here. Read ``parallelize.py`` first.
 """

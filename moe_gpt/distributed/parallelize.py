@@ -1,4 +1,4 @@
-"""What is applied to a finished model from outside: activation checkpointing, then compilation."""
+"""What is applied to a finished model from outside, in one order."""
 
 from __future__ import annotations
 
@@ -8,8 +8,28 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe_gpt.config import TrainConfig
+from moe_gpt.config import RunConfig, TrainConfig
+from moe_gpt.distributed.layout import Layout
 from moe_gpt.model.transformer import MoEGPT
+
+
+def parallelize(model: MoEGPT, config: RunConfig, layout: Layout) -> None:
+    """Spread experts over ranks, apply checkpointing and compilation to blocks, and shard all of it, in place.
+
+    Names of parameters stay. The model must have its initial weights, the same on all ranks: so they do not depend on
+    the layout.
+    """
+    if layout.data == 1:
+        apply_execution(model, config.train)
+        return
+    from moe_gpt.distributed.sharding import Meshes, shard, spread_experts
+
+    meshes = Meshes(layout, model.embedding.weight.device.type)
+    if layout.expert > 1:
+        spread_experts(model, meshes)
+    _ignore_profiling()
+    apply_execution(model, config.train)
+    shard(model, config, layout, meshes)
 
 
 def apply_execution(model: MoEGPT, config: TrainConfig) -> None:
@@ -42,3 +62,13 @@ def _checkpointed(forward: Callable) -> Callable:
         return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts)
 
     return run
+
+
+def _ignore_profiling() -> None:
+    """Let checkpointed regions contain units of FSDP2, whose marks for the profiler are computed anew and not kept."""
+    from torch.utils.checkpoint import SAC_IGNORED_OPS
+
+    profiler = torch.ops.profiler
+    SAC_IGNORED_OPS.update(
+        {profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction}
+    )

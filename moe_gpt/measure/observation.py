@@ -17,7 +17,7 @@ from moe_gpt.measure.health import Gradients
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast, without_compiler
 
-_OBSERVED_TOKENS = 1024
+OBSERVED_TOKENS = 1024
 """Tokens of a recorded step whose router probabilities are looked at; loads are of all."""
 _GRADIENT_TOKENS = 1024
 """Tokens of each source whose cross entropy is differentiated to see whether routers learn from it."""
@@ -43,10 +43,10 @@ def observe_routing(model: MoEGPT, batch: MicroBatch, precision: Precision) -> R
     """Return what the routers make of the first tokens of a micro-batch; None if the model is dense."""
     if model.config.is_dense:
         return None
-    n_sequences = max(1, _OBSERVED_TOKENS // batch.inputs.shape[1])
+    n_sequences = max(1, OBSERVED_TOKENS // batch.inputs.shape[1])
     document_ids = None if batch.document_ids is None else batch.document_ids[:n_sequences]
     with evaluating(model), autocast(batch.inputs.device, precision):
-        _, routings = model.hidden_states(batch.inputs[:n_sequences], document_ids=document_ids)
+        routings = model.routings(batch.inputs[:n_sequences], document_ids)
     probs = torch.stack([routing.router_probs for routing in routings])  # (L, N, E)
     first = torch.stack([routing.expert_indices[:, :1] for routing in routings])
     first_probs = probs.gather(2, first)
@@ -86,7 +86,7 @@ def choices_on(
     device = model.embedding.weight.device
     (batch,) = split_batch(Batch(tokens, tokens), tokens.size, device, end_of_text_id)
     with evaluating(model), autocast(device, precision):
-        _, routings = model.hidden_states(batch.inputs, document_ids=batch.document_ids)
+        routings = model.routings(batch.inputs, batch.document_ids)
     dtype = np.uint8 if model.config.n_experts <= 256 else np.uint16
     choices = [r.expert_indices.cpu().numpy().astype(dtype).reshape(*tokens.shape, -1) for r in routings]
     return np.stack(choices) if choices else np.zeros((0, *tokens.shape, model.config.top_k), dtype)

@@ -40,6 +40,8 @@ class Experts(nn.Module):
     """
 
     extra_repr = parameter_shapes
+    mix = staticmethod(ops.mix_experts)
+    """Replaceable: experts on several devices exchange tokens first."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -53,4 +55,4 @@ class Experts(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         """Return the sum of each token's K expert outputs, weighted by ``routing.expert_weights``, in float32."""
-        return ops.mix_experts(x, routing.expert_indices, routing.expert_weights, self.gate_up, self.down)
+        return self.mix(x, routing.expert_indices, routing.expert_weights, self.gate_up, self.down)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,15 @@ def _mean(values: Tensor, valid_mask: Tensor | None, dim: int) -> Tensor:
     return total / weights.sum().clamp(min=1)
 
 
+SumCounts = Callable[[Tensor], Tensor]
+"""Returns the sum over ranks of counts (L, E)."""
+
+
+def of_all_tokens(counts: Tensor) -> Tensor:
+    """Return counts as they are: there is one rank."""
+    return counts
+
+
 class RouterStats(NamedTuple):
     """What the routers did, layer by layer."""
 
@@ -90,6 +99,7 @@ def router_stats(
     routings: Sequence[Routing],
     valid_mask: Bool[Tensor, "B T"] | None = None,
     capacity_ratio: tuple[int, int] | None = None,
+    sum_counts: SumCounts = of_all_tokens,
 ) -> RouterStats | None:
     """Return losses and counts of the layers' routings; None if there is no routing, as in a dense model.
 
@@ -97,16 +107,17 @@ def router_stats(
         routings: one of each layer, from a forward pass.
         valid_mask: False for padding, which does not count.
         capacity_ratio: ``ModelConfig.capacity_ratio`` in training; None where nothing is dropped.
+        sum_counts: adds the counts of other ranks, whose tokens belong to the same batch.
     """
     if not routings:
         return None
     if len({routing.expert_indices.shape for routing in routings}) > 1:  # layers of a user's routers may differ in K
-        stats = [router_stats([routing], valid_mask, capacity_ratio) for routing in routings]
+        stats = [router_stats([routing], valid_mask, capacity_ratio, sum_counts) for routing in routings]
         return RouterStats(*map(torch.cat, zip(*stats, strict=True)))
     indices, _, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
     is_valid = None if valid_mask is None else valid_mask.flatten()
     n_experts = probs.shape[-1]
-    tokens_per_expert = count_assignments(indices, n_experts, is_valid)
+    tokens_per_expert = sum_counts(count_assignments(indices, n_experts, is_valid))
     n_assignments = n_kept = tokens_per_expert.sum(-1)
     if capacity_ratio is not None:  # MoE computed this too, but its Routing does not say which weights 0 are dropped
         kept = torch.stack([kept_assignments(chosen, n_experts, capacity_ratio, is_valid) for chosen in indices])

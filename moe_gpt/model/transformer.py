@@ -21,7 +21,14 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.model.attention import Attention, rotary_angles
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.experts import FeedForward
-from moe_gpt.model.losses import CrossEntropy, RouterStats, cross_entropy_from_hidden, router_stats
+from moe_gpt.model.losses import (
+    CrossEntropy,
+    RouterStats,
+    SumCounts,
+    cross_entropy_from_hidden,
+    of_all_tokens,
+    router_stats,
+)
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.norm import RMSNorm
 from moe_gpt.model.router import MakeRouter, Router, Routing
@@ -153,15 +160,24 @@ class MoEGPT(nn.Module):
         return self.output(hidden[:, -1])
 
     def cross_entropy(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None
+        self,
+        tokens: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        sum_counts: SumCounts = of_all_tokens,
     ) -> tuple[CrossEntropy, RouterStats | None]:
         """Return the summed loss at the targets and the routers' statistics, without the logits of all tokens.
 
         It equals ``losses.cross_entropy`` of ``forward``'s logits, but needs no memory of tokens times vocabulary.
+        ``router_stats`` explains ``sum_counts``.
         """
         hidden, routings = self.hidden_states(tokens, document_ids=document_ids)
         ce = cross_entropy_from_hidden(hidden.flatten(0, 1), self.output.weight, targets.flatten())
-        return ce, self._stats(routings)
+        return ce, self._stats(routings, sum_counts=sum_counts)
+
+    def routings(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None) -> list[Routing]:
+        """Return one routing of ``tokens.flatten()`` for each layer, none if dense."""
+        return self.hidden_states(tokens, document_ids=document_ids)[1]
 
     def hidden_states(
         self,
@@ -196,5 +212,7 @@ class MoEGPT(nn.Module):
         """Return the mixture-of-experts layers in order; none if the model is dense."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def _stats(self, routings: list[Routing], valid_mask: Tensor | None = None) -> RouterStats | None:
-        return router_stats(routings, valid_mask, self.config.capacity_ratio if self.training else None)
+    def _stats(
+        self, routings: list[Routing], valid_mask: Tensor | None = None, sum_counts: SumCounts = of_all_tokens
+    ) -> RouterStats | None:
+        return router_stats(routings, valid_mask, self.config.capacity_ratio if self.training else None, sum_counts)

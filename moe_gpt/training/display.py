@@ -28,6 +28,13 @@ class Display:
     def warn(self, text: str) -> None:
         """Show a warning at once."""
 
+    def close(self) -> None:
+        """End the display."""
+
+    def summary(self) -> str:
+        """Return what is left to show at the end."""
+        return ""
+
 
 class Silent(Display):
     """Shows nothing."""

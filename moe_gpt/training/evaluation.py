@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moe_gpt.data.batches import MicroBatch, split_batch
+from moe_gpt.data.batches import MicroBatch, deal_batch, part_of
 from moe_gpt.data.prepare import PreparedSource
 from moe_gpt.data.stream import Batch, validation_rows
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.distributed.process import SOLO, Team
+from moe_gpt.distributed.sharding import reshard
 from moe_gpt.measure.positions import position_buckets
 from moe_gpt.model.losses import IGNORED_TARGET
 from moe_gpt.model.transformer import MoEGPT, evaluating
@@ -110,17 +113,22 @@ class Evaluator:
         """
         return {name: evaluation.by_position() for name, evaluation in self.evaluate(model, precision).items()}
 
-    @torch.inference_mode()
-    def evaluate(self, model: MoEGPT, precision: Precision) -> dict[str, SourceEvaluation]:
-        """Evaluate each source in one pass over its held-out tokens. The model's mode stays as it is."""
-        with evaluating(model):
-            return {name: self._evaluate(model, name, precision) for name in self._rows}
+    def evaluate(self, model: MoEGPT, precision: Precision, team: Team = SOLO) -> dict[str, SourceEvaluation]:
+        """Evaluate each source in one pass over its held-out tokens, of which each rank takes a part.
 
-    def _evaluate(self, model: MoEGPT, name: str, precision: Precision) -> SourceEvaluation:
+        The model's mode stays as it is.
+        """
+        # tensors of inference mode would stay in the buffers of sharded weights
+        with evaluating(model), torch.inference_mode(team.size == 1), torch.no_grad():
+            found = {name: self._evaluate(model, name, precision, team) for name in self._rows}
+        reshard(model)
+        return found
+
+    def _evaluate(self, model: MoEGPT, name: str, precision: Precision, team: Team) -> SourceEvaluation:
         rows = self._rows[name]
         device, length = model.embedding.weight.device, rows.inputs.shape[1]
         nats, counts, tokens_per_expert, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), None, 0
-        for batch in self._micro_batches(rows, device):
+        for batch in self._micro_batches(rows, device, team):
             with autocast(device, precision):
                 logits, stats = model(batch.inputs, document_ids=batch.document_ids)
             losses = F.cross_entropy(
@@ -131,16 +139,24 @@ class Evaluator:
             counts += is_scored.sum(axis=0)
             n_bytes += int(self._token_bytes[batch.targets.cpu().numpy()[is_scored]].sum())
             if stats:
-                new = stats.tokens_per_expert.cpu().numpy()
+                new = stats.tokens_per_expert.cpu().numpy() * (batch.weight > 0)
                 tokens_per_expert = new if tokens_per_expert is None else tokens_per_expert + new
+        nats, counts, (n_bytes,) = (_summed(array, team) for array in (nats, counts, np.array([n_bytes])))
+        tokens_per_expert = None if tokens_per_expert is None else _summed(tokens_per_expert, team)
         return SourceEvaluation(nats, counts, round(n_bytes * self._bytes_per_token_byte[name]), tokens_per_expert)
 
     def slices(self, max_tokens: int) -> dict[str, np.ndarray]:
         """Return the first whole sequences (B, T) of each source's held-out tokens, about ``max_tokens`` of them."""
         return {name: rows.inputs[: max(1, max_tokens // rows.inputs.shape[1])] for name, rows in self._rows.items()}
 
-    def _micro_batches(self, rows: Batch, device: torch.device) -> list[MicroBatch]:
-        return split_batch(rows, self._batch_tokens, device, self._end)
+    def _micro_batches(self, rows: Batch, device: torch.device, team: Team) -> Iterator[MicroBatch]:
+        n_rows, length = rows.inputs.shape
+        per_rank = max(1, self._batch_tokens // length)
+        return deal_batch(n_rows, per_rank, partial(part_of, rows), device, self._end, team.rank, team.size)
+
+
+def _summed(array: np.ndarray, team: Team) -> np.ndarray:
+    return team.sum(torch.from_numpy(array)).numpy()
 
 
 def format_scores(scores: dict[str, Score]) -> str:

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
 
-from moe_gpt.data.batches import split_batch
-from moe_gpt.measure.observation import observe_routing
+import torch
+
+from moe_gpt.data.batches import MicroBatch, deal_batch
+from moe_gpt.data.stream import Batch
+from moe_gpt.measure.observation import OBSERVED_TOKENS, RoutingSample, observe_routing
 from moe_gpt.training.callbacks import Callback
 from moe_gpt.training.display import Display
 from moe_gpt.training.optimizer import check_optimizer
@@ -38,11 +42,42 @@ class Limits(NamedTuple):
 
 def pretraining_step(run: Run, plan: StepPlan, should_record: bool) -> StepResult:
     """Learn to predict the next token of the plan's part of the stream."""
-    batch = run.stream.batch(run.state.tokens_seen, plan.seq_len, plan.batch_tokens)
-    micro_batches = split_batch(batch, run.config.train.micro_batch_tokens, run.device, run.document_end_id)
-    sample = observe_routing(run.state.model, micro_batches[0], run.precision) if should_record else None
-    result = train_step(run.state, micro_batches, plan, run.config, run.precision, should_record)
+    n_rows = plan.batch_tokens // plan.seq_len
+    micro_batches = list(_deal(run, plan, n_rows))
+    if run.team.size > 1 and run.config.model.router_noise:  # other noise for each rank, the same after a resume
+        torch.manual_seed(hash((run.config.train.seed, run.state.step, run.team.rank)))
+    sample = _observe(run, plan, n_rows) if should_record else None
+    result = train_step(run.state, micro_batches, plan, run.config, run.precision, should_record, run.team)
     return result._replace(sample=sample)
+
+
+def _deal(run: Run, plan: StepPlan, n_rows: int) -> Iterator[MicroBatch]:
+    """Yield this rank's part of each micro-batch of the first rows of a step."""
+
+    def read(first: int, n: int, rank: int, n_ranks: int) -> Batch:
+        start = run.state.tokens_seen + first * plan.seq_len
+        return run.stream.batch(start, plan.seq_len, n * plan.seq_len, rank, n_ranks)
+
+    return deal_batch(
+        n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id, run.team.rank, run.team.size
+    )
+
+
+def _rows_per_rank(run: Run, plan: StepPlan) -> int:
+    """Return how many sequences a rank may hold in a forward pass."""
+    return max(1, run.config.train.micro_batch_tokens // plan.seq_len)
+
+
+def _observe(run: Run, plan: StepPlan, n_rows: int) -> RoutingSample | None:
+    """Return what the routers make of a step's first rows, those of all ranks together."""
+    team, n_together = run.team, _rows_per_rank(run, plan) * run.team.size
+    batch = next(_deal(run, plan, min(n_rows, n_together, max(1, OBSERVED_TOKENS // plan.seq_len))))
+    sample = observe_routing(run.state.model, batch, run.precision)
+    if sample is None or team.size == 1:
+        return sample
+    total = RoutingSample(*(team.sum(mean * batch.weight) for mean in sample))
+    largest = [logit if batch.weight else -math.inf for logit in sample.largest_logit.tolist()]
+    return total._replace(largest_logit=torch.tensor(team.largest(largest)))
 
 
 def train(
@@ -95,7 +130,7 @@ class _Loop:
                 self.step()
                 outcome = self.why_stop(self.limits, stop.name)
                 self.after_step(outcome, is_urgent=outcome in ("SIGINT", "SIGTERM", "SIGHUP"))
-                if outcome is None and self.log.callbacks.wants_stop:  # asked for at an evaluation or a save
+                if outcome is None and self.callbacks_want_stop():  # asked for at an evaluation or a save
                     outcome = "callback"
                     self.recovery.save(self.score, is_last=True)
             except TooManySkips as skips:
@@ -144,14 +179,23 @@ class _Loop:
     def why_stop(self, limits: Limits, signal_name: StopSignalName | None) -> Outcome | None:
         """Return the reason to stop here, if there is one."""
         minutes = (time.monotonic() - self.started_at) / 60
-        reasons: tuple[tuple[bool, Outcome | None], ...] = (
+        signals, team = (None, *get_args(StopSignalName)), self.run.team
+        # what only one rank may know: if one stopped alone, the others would wait for it
+        signal, callback, is_late = team.largest(
+            [signals.index(signal_name), self.log.callbacks.wants_stop, _reached(minutes, limits.max_minutes)]
+        )
+        reasons: tuple[tuple[bool | int, Outcome | None], ...] = (
             (self.run.is_finished, "finished"),
-            (signal_name is not None, signal_name),
-            (self.log.callbacks.wants_stop, "callback"),
+            (signal, signals[signal]),
+            (callback, "callback"),
             (_reached(self.run.state.step, limits.max_steps), "max_steps"),
-            (_reached(minutes, limits.max_minutes), "max_minutes"),
+            (is_late, "max_minutes"),
         )
         return next((reason for holds, reason in reasons if holds), None)
+
+    def callbacks_want_stop(self) -> bool:
+        """Return whether a callback of any rank wants to stop."""
+        return bool(self.run.team.largest([self.log.callbacks.wants_stop])[0])
 
 
 def _reached(value: float, limit: float | None) -> bool:

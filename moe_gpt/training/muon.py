@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_gpt.distributed.sharding import local_part, on_whole
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _EPS = 1e-7
@@ -40,13 +42,16 @@ def move_along_momentum(
     """Take one step of Muon with Nesterov momentum, in place.
 
     Args:
-        parameter: a matrix (A, B) or a stack of them (E, A, B).
-        gradient: its gradient.
+        parameter: a matrix (A, B) or a stack of them (E, A, B), which may be sharded: every rank then makes the whole
+            matrix's direction and moves its part.
+        gradient: its gradient, or this rank's part of that.
         momentum: the running mean of gradients, which moves, too.
         lr: learning rate, a scalar tensor; at 0 the parameter stays.
         weight_decay: decoupled decay of the parameter.
         decay: of the running mean.
     """
     momentum.lerp_(gradient, 1 - decay)
-    direction = orthogonalize(gradient.lerp(momentum, decay)).to(parameter.dtype)
-    parameter.mul_(1 - lr * weight_decay).sub_(direction * (lr * 0.2 * math.sqrt(max(parameter.shape[-2:]))))
+    direction = on_whole(orthogonalize, gradient.lerp(momentum, decay), parameter).to(parameter.dtype)
+    local_part(parameter).mul_(1 - lr * weight_decay).sub_(
+        direction * (lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from moe_gpt.config import OptimizerConfig
+from moe_gpt.distributed.sharding import local_part
 from moe_gpt.errors import InputError
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.moments import kept_type, n_blocks, pack, unpack
@@ -26,7 +27,7 @@ class Optimizer:
 
     AdamW (Loshchilov and Hutter, arXiv 1711.05101) is PyTorch's fused function, and Muon is ``muon``. This is no
     ``torch.optim.Optimizer``, because one imports PyTorch's compiler when it is made, which takes a second, and keeps
-    its state in float32.
+    its state in float32. Of a sharded parameter each rank moves its part, and keeps the state of that part.
 
     Args:
         groups: each has ``params``, ``weight_decay`` and ``method``: adamw or muon.
@@ -77,12 +78,12 @@ class Optimizer:
     def _take_adamw_step(self, moving: list[Tensor], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
         means = [self._means(parameter, "adamw") for parameter in moving]
         steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in moving]
-        gradients: list[Any] = [parameter.grad for parameter in moving]
-        config, clipping = self.config, _clipping(gradients, scale, skipped)
+        gradients: list[Any] = [local_part(parameter.grad) for parameter in moving]
+        parts, config, clipping = list(map(local_part, moving)), self.config, _clipping(gradients, scale, skipped)
         if clipping is None:
             return
         adamw(
-            moving, gradients, [mean[0] for mean in means], [mean[1] for mean in means], [], steps,
+            parts, gradients, [mean[0] for mean in means], [mean[1] for mean in means], [], steps,
             fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=self.lr,
             weight_decay=weight_decay, eps=config.eps, maximize=False, **clipping,
         )  # fmt: skip
@@ -92,7 +93,8 @@ class Optimizer:
     def _take_muon_step(self, moving: list[Any], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
         for parameter in moving:
             means = self._means(parameter, "muon")
-            gradient = torch.where(skipped.bool(), means[0], parameter.grad / scale)  # moves the mean nowhere
+            # where the step is skipped, the mean moves nowhere
+            gradient = torch.where(skipped.bool(), means[0], local_part(parameter.grad) / scale)
             lr = self.lr * (1 - skipped)
             move_along_momentum(parameter, gradient, means[0], lr, weight_decay, self.config.momentum)
             self._keep(parameter, "muon", means)
@@ -101,7 +103,7 @@ class Optimizer:
         """Return a parameter's running means in float32: the kept ones themselves if they are."""
         kept, names = self.state.setdefault(parameter, {}), _MEANS[method]
         if names[0] not in kept:
-            return [torch.zeros_like(parameter, dtype=torch.float32) for _ in names]
+            return [torch.zeros_like(local_part(parameter), dtype=torch.float32) for _ in names]
         return [unpack(kept[name], kept.get(f"{name}_scale")) for name in names]
 
     def _keep(self, parameter: Tensor, method: str, means: Sequence[Tensor]) -> None:

@@ -57,7 +57,7 @@ class Recovery:
 
     def __init__(self, run: Run, log: RunLog) -> None:
         self.run, self.state, self.config, self.log = run, run.state, run.config, log
-        self.saver = CheckpointSaver(run.run_dir, run.identity, run.config.checkpoint)
+        self.saver = CheckpointSaver(run.run_dir, run.identity, run.config.checkpoint, run.team)
         self._n_told = 0
 
     def save(self, score: float | None, is_last: bool, is_scheduled: bool = False) -> None:
@@ -70,8 +70,7 @@ class Recovery:
         """
         self.wait_for_save()
         try:
-            self.log.metrics.sync()
-            self.saver.save(self.state, score, wait=is_last, is_scheduled=is_scheduled)
+            self.saver.save(self.state, score, is_last, is_scheduled, first=self.log.metrics.sync)
         except OSError as error:
             if is_last:
                 raise TrainingStopped(f"step {self.state.step} could not be saved: {error}; {self.saved()}") from error
@@ -111,7 +110,8 @@ class Recovery:
         """Return to the last good checkpoint and skip the tokens of the failed steps, or raise ``TrainingStopped``."""
         state = self.state
         self.wait_for_save()
-        place = find_checkpoint_to_go_back_to(self.run.run_dir)
+        found = self.run.team.from_main(lambda: str(find_checkpoint_to_go_back_to(self.run.run_dir) or ""))
+        place = Path(found) if found else None
         account = f"{_count(skips.n_steps, 'step')} in a row had a non-finite loss or gradient, up to step {skips.step}"
         advice = "events.jsonl lists the data of these steps; try a lower optimizer.lr or optimizer.max_grad_norm"
         if place is None or state.rollbacks >= self.config.faults.max_rollbacks:
@@ -138,7 +138,8 @@ class Recovery:
         return TrainingStopped(f"{account}, and {why} (faults.max_rollbacks={limit}); {advice}; {self.saved()}")
 
     def _later_than(self, place: Path | None) -> list[Path]:
-        return [path for path in list_checkpoints(self.run.run_dir) if place and path.name > place.name]
+        checkpoints = list_checkpoints(self.run.run_dir) if self.run.team.is_main else []
+        return [path for path in checkpoints if place and path.name > place.name]
 
     @contextlib.contextmanager
     def explaining_failures(self) -> Iterator[None]:
@@ -158,7 +159,8 @@ class Recovery:
         advice = f"lower train.micro_batch_tokens (now {train.micro_batch_tokens})"
         if not train.activation_checkpointing:
             advice += " or set train.activation_checkpointing=true"
-        if not state.is_updating:  # the weights are those after the last step
+        # the weights are those after the last step; other ranks may be waiting in the middle of theirs
+        if not state.is_updating and self.run.team.size == 1:
             state.optimizer.zero_grad()
             with contextlib.suppress(TooManySkips, RunFolderGone):
                 self.check_skips(fetched := self.log.fetch())
@@ -170,6 +172,8 @@ class Recovery:
         account = f"{self.run.run_dir} was removed during training, with its metrics and earlier checkpoints"
         with contextlib.suppress(OSError):
             self.saver.wait()
+        if self.run.team.size > 1:  # other ranks are on their way into the next step
+            return account
         try:
             self.saver.save(self.state, wait=True, is_scheduled=False)
         except OSError as error:

@@ -15,7 +15,9 @@ from moe_gpt.config import DataConfig, RunConfig
 from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.distributed.parallelize import apply_execution
+from moe_gpt.distributed.parallelize import parallelize
+from moe_gpt.distributed.process import SOLO, Team, join
+from moe_gpt.distributed.sharding import whole_copy
 from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
@@ -35,12 +37,7 @@ from moe_gpt.training.saving.checkpoint import (
 )
 from moe_gpt.training.saving.initial_weights import InitialWeights, check_fits, open_initial_weights
 from moe_gpt.training.saving.own_code import describe_source
-from moe_gpt.training.saving.run_folder import (
-    check_checkpoints_are_there,
-    check_not_in_use,
-    check_writable,
-    refuse_existing_run,
-)
+from moe_gpt.training.saving.run_folder import check_folder
 from moe_gpt.training.saving.store import Damaged, find_good_checkpoint
 from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule, rounded_ends
 from moe_gpt.training.step import TrainState
@@ -68,6 +65,8 @@ class Run:
     """Settings, data and environment that changed since that checkpoint."""
     passes: dict[str, float]
     """How often the whole schedule visits each source's training tokens."""
+    team: Team = SOLO
+    """The ranks that train together."""
 
     def __repr__(self) -> str:
         """Return folder and progress in a line."""
@@ -78,6 +77,10 @@ class Run:
     def document_end_id(self) -> int | None:
         """The id that ends a document, if attention must not cross it; else None."""
         return self.data.tokenizer.end_of_text_id if self.config.data.document_masking else None
+
+    def whole_model(self) -> MoEGPT | None:
+        """Return the model, of several ranks a whole copy on rank 0 and None on the others; all must call it."""
+        return self.state.model if self.team.size == 1 else whole_copy(self.state.model, self.team.is_main)
 
     @property
     def is_finished(self) -> bool:
@@ -142,13 +145,16 @@ def set_up_run(
             together; or if all checkpoints of the run are damaged.
         FileNotFoundError: if ``init_from`` has no model.
     """
-    if not resume:
-        refuse_existing_run(run_dir)
-    check_writable(run_dir)
-    check_not_in_use(run_dir)
-    check_checkpoints_are_there(run_dir)
-    start = find_start(config, run_dir, init_from, say, own.make_router)
-    return assemble(config, run_dir, device, start, allow_changes, say, own, fit_steps)
+    team = join(config)
+    if not team.is_main:
+        say = _nowhere
+    team.from_main(lambda: check_folder(run_dir, resume))
+    start = team.together(lambda: find_start(config, run_dir, init_from, say, own.make_router, team))
+    return team.together(lambda: assemble(config, run_dir, device, start, allow_changes, say, own, fit_steps, team))
+
+
+def _nowhere(text: str) -> None:
+    """Say nothing: rank 0 says it."""
 
 
 def find_start(
@@ -157,10 +163,13 @@ def find_start(
     init_from: str | None,
     say: Callable[[str], None],
     make_router: MakeRouter = Router,
+    team: Team = SOLO,
 ) -> Start:
     """Return the run's newest good checkpoint, else the model of ``init_from``, else an empty start."""
-    saved, damaged = _newest_good_checkpoint(run_dir, say)
-    if saved:
+    damaged: list[Damaged] = []  # those that rank 0 has found
+    newest = team.from_main(lambda: _newest_good_checkpoint(run_dir, say, damaged))
+    if newest:
+        saved = Path(newest)
         config = read_config(saved)
         tokenizer = read_tokenizer(saved, config.data.tokenizer.end_of_text)
         return Start(saved, damaged, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
@@ -181,28 +190,25 @@ def assemble(
     say: Callable[[str], None],
     own: OwnParts = NOTHING_OWN,
     fit_steps: int | None = None,
+    team: Team = SOLO,
 ) -> Run:
     """Prepare data, check what changed since the checkpoint, build the model and restore or copy its weights.
 
     Arguments and errors are those of ``set_up_run``.
     """
+    device = team.device(device)
     refuse_full_size(config, device)
-    data = prepare_data(config.data, start.tokenizer, say)
+    data = team.main_first(lambda: prepare_data(config.data, start.tokenizer, say))
     config, table, shares = fill_in(config, data, start.vocab_size, fit_steps)
     schedule = _followed(own, table, config.model.max_seq_len, say)
     precision = pick_precision(config.train.precision, device, config.model.d_model)
     tune_process(device, config.train.deterministic)
-    environment = describe_environment(device, precision)
+    environment = describe_environment(device, precision) | {"processes": team.size}
     identity = RunIdentity(config, data.tokenizer, data.fingerprint, environment)._replace(**own.describe())
     identity, changes = _with_history(identity, start, allow_changes, say)
     require_tracker(config.tracking)
-    warn_of_memory(config, device, precision, say)
-    state = build_state(config, device, own.make_router)
-    if start.saved:
-        load_training_state(state, start.saved)
-    elif start.initial:
-        start.initial.copy_into(state.model)
-    apply_execution(state.model, config.train)
+    if team.size == 1:
+        warn_of_memory(config, device, precision, say)
     return Run(
         config=config,
         run_dir=run_dir,
@@ -212,13 +218,28 @@ def assemble(
         schedule=schedule,
         stream=build_stream(config, data, shares),
         evaluator=build_evaluator(config, data),
-        state=state,
+        state=_state_of_rank(config, device, own, start, team),
         identity=identity,
         resumed_from=start.saved,
         damaged=start.damaged,
         changes=changes,
         passes=_passes(data, shares, schedule.total_tokens),
+        team=team,
     )
+
+
+def _state_of_rank(config: RunConfig, device: torch.device, own: OwnParts, start: Start, team: Team) -> TrainState:
+    """Return this rank's part of model and optimizer, with initial, copied or restored weights."""
+
+    def adapt(model: MoEGPT) -> None:
+        if start.initial:
+            start.initial.copy_into(model)
+        parallelize(model, config, team.layout)
+
+    state = build_state(config, device, own.make_router, adapt)
+    if start.saved:
+        load_training_state(state, start.saved)
+    return state
 
 
 def _followed(own: OwnParts, table: Schedule, max_seq_len: int, say: Callable[[str], None]) -> Schedule:
@@ -268,9 +289,10 @@ def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[
         )
 
 
-def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[Path | None, list[Damaged]]:
-    """Return the checkpoint to resume, if there is one, and the newer ones that are damaged."""
-    saved, damaged = find_good_checkpoint(run_dir)
+def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None], damaged: list[Damaged]) -> str | None:
+    """Return the checkpoint to resume, if there is one, and add the newer ones that are damaged to the list."""
+    saved, found = find_good_checkpoint(run_dir)
+    damaged += found
     if damaged and not saved:
         raise InputError(
             "\n".join(problem for _, problem in damaged)
@@ -280,7 +302,7 @@ def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None]) -> tuple[
         say(f"WARNING: {problem}")
     if damaged:
         say(f"WARNING: resuming from the newest undamaged checkpoint instead, {saved}")
-    return saved, damaged
+    return str(saved) if saved else None
 
 
 def build_evaluator(
@@ -303,8 +325,16 @@ def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float])
     return TrainingStream([source.train for source in data.sources], shares, config.train.seed, unit)
 
 
-def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter = Router) -> TrainState:
-    """Return a new model and optimizer. The seed gives the same initial weights on every device."""
+def build_state(
+    config: RunConfig,
+    device: torch.device,
+    make_router: MakeRouter = Router,
+    adapt: Callable[[MoEGPT], None] = lambda model: None,
+) -> TrainState:
+    """Return a new model and optimizer. The seed gives the same initial weights on every device.
+
+    ``adapt`` changes the model before the optimizer is made for its parameters.
+    """
     if isinstance(make_router, nn.Module):
         raise InputError(
             f"make_router must make a router for each layer, got a router; give {type(make_router).__name__}"
@@ -315,6 +345,7 @@ def build_state(config: RunConfig, device: torch.device, make_router: MakeRouter
         raise InputError("model.balance=bias needs a router with a buffer expert_bias; or use balance=loss or none")
     if make_router is not Router:
         _try_routers(model, device)
+    adapt(model)
     return TrainState(model, build_optimizer(model, config.optimizer))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.batches import MicroBatch
+from moe_gpt.distributed.process import SOLO, Team
+from moe_gpt.distributed.sharding import before_backward
 from moe_gpt.measure.observation import RoutingSample
 from moe_gpt.measure.routing import max_violation
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine_losses
@@ -69,35 +72,66 @@ class StepResult(NamedTuple):
 
 
 def accumulate_gradients(
-    model: MoEGPT, micro_batches: Sequence[MicroBatch], loss_config: LossConfig, precision: Precision
+    model: MoEGPT,
+    micro_batches: Sequence[MicroBatch],
+    loss_config: LossConfig,
+    precision: Precision,
+    team: Team = SOLO,
 ) -> tuple[LossTerms, RouterStats | None]:
     """Add the gradients of a whole batch to ``.grad``.
 
     Cross entropy is summed and divided by the valid tokens of the whole batch, so it does not depend on how the batch
     is cut. The auxiliary terms of each micro-batch are weighted by its share of the valid tokens.
 
+    Several ranks do the same micro-batch at the same time, each with its rows. Each one's loss is its part of a sum
+    over all of them, and the balancing loss takes the shares of experts in all their rows.
+
     Returns:
         the loss terms of the whole batch, and its router statistics by layer (None for a dense model).
     """
     device = micro_batches[0].inputs.device
-    n_valid = torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]).sum().clamp(min=1)
+    n_valid_of_each = team.sum(torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]))
+    n_valid = n_valid_of_each.sum().clamp(min=1)
     terms_sum, whole = torch.zeros(4, device=device), None
-    for batch in micro_batches:
+    for index, (batch, n_together) in enumerate(zip(micro_batches, n_valid_of_each, strict=True), start=1):
         with autocast(device, precision):
-            ce, stats = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
-        share = ce.n_valid / n_valid
+            ce, stats = model.cross_entropy(
+                batch.inputs, batch.targets, batch.document_ids, partial(_sum_counts, team, batch.weight)
+            )
+        share = n_together / n_valid
+        if stats:
+            stats = _weighted(stats, batch.weight)
         terms = combine_losses(
-            ce.total / ce.n_valid.clamp(min=1),
+            ce.total / n_together.clamp(min=1),
             stats.load_balancing_loss if stats else None,
             stats.router_z_loss if stats else None,
             model.config,
             loss_config,
         )
+        before_backward(model, team.layout, is_last=index == len(micro_batches))
         (terms.loss * share).backward()
         terms_sum += torch.stack(terms).detach() * share
         if stats:
             whole = _add_stats(whole, stats, share)
-    return LossTerms(*terms_sum.unbind()), whole
+    return LossTerms(*team.sum(terms_sum).unbind()), _sum_losses(whole, team)
+
+
+def _sum_counts(team: Team, weight: float, counts: Tensor) -> Tensor:
+    """Return the counts of all ranks; those of a row that has weight 0 do not count."""
+    return team.sum(counts if weight else torch.zeros_like(counts))
+
+
+def _weighted(stats: RouterStats, weight: float) -> RouterStats:
+    """Return a rank's part of the losses, which are means over rows; counts are those of all ranks already."""
+    return stats._replace(
+        load_balancing_loss=stats.load_balancing_loss * weight, router_z_loss=stats.router_z_loss * weight
+    )
+
+
+def _sum_losses(stats: RouterStats | None, team: Team) -> RouterStats | None:
+    return stats and stats._replace(
+        load_balancing_loss=team.sum(stats.load_balancing_loss), router_z_loss=team.sum(stats.router_z_loss)
+    )
 
 
 def _add_stats(whole: RouterStats | None, stats: RouterStats, share: Tensor) -> RouterStats:
@@ -116,18 +150,19 @@ def train_step(
     config: RunConfig,
     precision: Precision,
     with_norms: bool = False,
+    team: Team = SOLO,
 ) -> StepResult:
     """Take one optimizer step and advance ``state``, without waiting for the device.
 
     A non-finite loss or gradient leaves weights, moments and balancing bias as they are; its tokens count as seen.
 
     Args:
-        micro_batches: the whole batch.
+        micro_batches: the whole batch, or this rank's part of it.
         with_norms: also return the norms of gradients, parameters and updates.
     """
     model, optimizer = state.model, state.optimizer
     model.train()
-    terms, stats = accumulate_gradients(model, micro_batches, config.loss, precision)
+    terms, stats = accumulate_gradients(model, micro_batches, config.loss, precision, team)
     state.is_updating = True
     found_norms = gradient_norms(model) if with_norms else None
     before = copy_trained(model) if with_norms else {}

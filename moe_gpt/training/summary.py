@@ -34,12 +34,16 @@ def describe_run(run: Run) -> str:
         f"schedule   {run.schedule.total_tokens:,} tokens{_big_epochs(run)}",
         *_stages(run),
         _cost(run, counts),
-        f"device     {describe_device(run.device)}, {run.precision}",
+        f"device     {describe_device(run.device)}, {run.precision}" + _ranks(run),
         f"run        {run.run_dir}" + (f", from step {run.state.step}" if run.state.step else ""),
     ]
     if run.identity.initialised_from:
         lines.append(f"           started with the weights of {run.identity.initialised_from}")
     return "\n".join(lines)
+
+
+def _ranks(run: Run) -> str:
+    return f"; {run.team.layout.shown()}" if run.team.size > 1 else ""
 
 
 def _sources(run: Run) -> Iterator[str]:

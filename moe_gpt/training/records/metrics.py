@@ -182,5 +182,5 @@ def scores_at(path: Path, step: int) -> dict[str, dict[str, float]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    if path.exists():
+    if path.is_file():
         replace_file(path, "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step))

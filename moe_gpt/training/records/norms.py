@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_gpt.distributed.sharding import sharded_norm
+
 _GROUPS = (
     ("norms", r"norm\.weight$"),
     ("routers", r"\.router\."),
@@ -26,6 +28,8 @@ def group_of(name: str) -> str:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all the numbers in ``tensors`` together, a float32 scalar."""
+    if hasattr(tensors[0], "placements"):
+        return sharded_norm(tensors)
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm([x.float() for x in tensors])
     # row by row, because PyTorch computes the norm of a whole tensor in one thread

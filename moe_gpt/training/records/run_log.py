@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moe_gpt.config.yaml import to_plain
+from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.callbacks import Callback, Callbacks
 from moe_gpt.training.display import Display
 from moe_gpt.training.evaluation import SourceEvaluation
@@ -31,18 +34,23 @@ class RunFolderGone(Exception):  # noqa: N818 (recovery turns it into TrainingSt
 
 
 class RunLog:
-    """The metrics, events, warnings and trackers of a run."""
+    """The metrics, events, warnings and trackers of a run. Ranks other than 0 keep the same metrics, and write none."""
 
     def __init__(self, run: Run, display: Display, callbacks: Sequence[Callback] = ()) -> None:
         self.run, self.state, self.config, self.display = run, run.state, run.config, display
         self.callbacks = Callbacks(run, callbacks)
-        self.metrics = MetricsLog(run.run_dir / "metrics.jsonl", run.state.step if run.resumed_from else -1)
-        self.events = JsonLines(run.run_dir / "events.jsonl")
+        self.folder = run.run_dir if run.team.is_main else None
+        self.metrics = MetricsLog(self.place("metrics.jsonl"), run.state.step if run.resumed_from else -1)
+        self.events = JsonLines(self.place("events.jsonl"))
         self.spikes = SpikeDetector(run.config.faults)
         self.health = self.watch_from(run.state.step)
         self.tracker = self.track_from(run.state.step if run.resumed_from else None)
         self.cannot_log = False
         self.restart_clock()
+
+    def place(self, name: str) -> Path:
+        """Return where a file of this rank's log is."""
+        return self.folder / name if self.folder else Path(os.devnull)
 
     def close(self) -> None:
         """Close the files and the tracker."""
@@ -64,15 +72,16 @@ class RunLog:
 
     def watch_from(self, step: int) -> HealthWatch:
         """Return a watch that has read the run's records up to this step, and remove later evaluations."""
-        remove_later_evaluations(self.run.run_dir, step)
         health = HealthWatch(self.config)
-        list(health.read(read_metrics(self.run.run_dir / "metrics.jsonl")))  # these warnings were given already
+        if self.folder:
+            remove_later_evaluations(self.folder, step)
+            list(health.read(read_metrics(self.place("metrics.jsonl"))))  # these warnings were given already
         return health
 
     def track_from(self, resumed_at: int | None) -> Tracker:
         """Open the run's tracker; steps after ``resumed_at`` are done again."""
-        settings = to_plain(self.config)
-        return open_tracker(self.config.tracking, self.run.run_dir, settings, self.display.warn, resumed_at)
+        settings, service = to_plain(self.config), self.config.tracking if self.folder else "none"
+        return open_tracker(service, self.run.run_dir, settings, self.display.warn, resumed_at)
 
     def record_start(self) -> None:
         """Record that the run starts or resumes, with changed settings and damaged checkpoints."""
@@ -83,11 +92,12 @@ class RunLog:
             changes=[change["key"] for change in run.changes],
             damaged=[f"{path.name}: {problem}" for path, problem in run.damaged],
         )
-        self.warn_of_missing_metrics()
+        if self.folder:
+            self.warn_of_missing_metrics()
 
     def warn_of_missing_metrics(self) -> None:
         """Warn if metrics.jsonl lacks completed steps, because somebody removed or changed it."""
-        lines = read_metrics(self.run.run_dir / "metrics.jsonl")
+        lines = read_metrics(self.place("metrics.jsonl"))
         found = {line["step"] for line in lines if "loss" in line}
         missing = self.state.step - len(found & set(range(1, self.state.step + 1)))
         if missing:
@@ -152,12 +162,16 @@ class RunLog:
             the mean validation loss of the sources; None if it is not finite, or no source has held-out text.
         """
         self.display.evaluating(self.state.step)
-        evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision)
-        step, texts = self.state.step, self.sample()
+        evaluations = self.run.evaluator.evaluate(self.state.model, self.run.precision, self.run.team)
+        train, step = self.config.train, self.state.step
+        needs_whole = train.sample_tokens or train.record_tokens
+        model = self.run.whole_model() if needs_whole else self.state.model if self.folder else None
+        texts = self.sample(model) if model else {}
         line = {"step": step, "tokens_seen": self.state.tokens_seen, **score_line(evaluations, texts)}
         self.metrics.append(line)
         self.write_log()
-        self.keep_arrays(evaluations)
+        if model:
+            self.keep_arrays(model, evaluations)
         scores = {name: found.score for name, found in evaluations.items()}
         self.display.scores(step, scores)
         self.tracker.log(step, tracked_values(line))
@@ -167,18 +181,18 @@ class RunLog:
         self.restart_clock()
         return _mean([score.ce_loss for score in scores.values()])
 
-    def sample(self) -> dict[str, str]:
+    def sample(self, model: MoEGPT) -> dict[str, str]:
         """Return a generated text for each source's prompt; none if ``train.sample_tokens`` is 0."""
         n_tokens = self.config.train.sample_tokens
-        return dict(generate_samples(self.run, n_tokens)) if n_tokens else {}
+        return dict(generate_samples(self.run, n_tokens, model)) if n_tokens else {}
 
-    def keep_arrays(self, evaluations: dict[str, SourceEvaluation]) -> None:
+    def keep_arrays(self, model: MoEGPT, evaluations: dict[str, SourceEvaluation]) -> None:
         """Write the arrays for reports; if that fails, warn and go on training."""
         run, step, n_tokens = self.run, self.state.step, self.config.train.record_tokens
         slices = run.evaluator.slices(n_tokens) if n_tokens else {}
         try:
             gradients = write_evaluation(
-                run.run_dir, step, run.state.model, evaluations, slices, run.precision, run.document_end_id
+                run.run_dir, step, model, evaluations, slices, run.precision, run.document_end_id
             )
         except OSError as error:
             self.warn(Finding("cannot_record", step, f"evaluation at step {step} is not recorded: {error}"))

@@ -22,6 +22,7 @@ from moe_gpt.training.saving.checkpoint import RunIdentity
 
 _MAY_DIFFER = (
     "checkpoint.",
+    "parallel.",
     "train.eval_every_steps",
     "train.log_every_steps",
     "train.record_every_steps",

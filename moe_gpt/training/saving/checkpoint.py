@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.distributed.sharding import local_part, own_part, whole
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
@@ -101,18 +102,24 @@ def model_tensors(model: MoEGPT) -> dict[str, Tensor]:
 
 
 def take_snapshot(
-    state: TrainState, score: float | None = None, is_scheduled: bool = True, copy: bool = False
+    state: TrainState,
+    score: float | None = None,
+    is_scheduled: bool = True,
+    copy: bool = False,
+    is_main: bool = True,
 ) -> Snapshot:
-    """Return the state of a run.
+    """Return the state of a run. All ranks must call it, because they gather sharded tensors, one after another.
 
     Args:
         score: mean validation loss, if this step was evaluated.
         is_scheduled: False for a checkpoint made because of an interruption or the end of the run.
         copy: copy every tensor, so that training can go on while the snapshot is written.
+        is_main: whether the snapshot of this rank keeps the tensors.
     """
 
-    def kept(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.detach().to("cpu", copy=copy) for name, t in tensors.items()}
+    def kept(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gathered = ((name, whole(t.detach(), like.get(name))) for name, t in tensors.items())
+        return {name: t.to("cpu", copy=copy) for name, t in gathered if is_main}
 
     progress = {
         "step": state.step,
@@ -123,16 +130,15 @@ def take_snapshot(
         "score": score,
         "is_scheduled": is_scheduled,
     }
-    optimizer = _optimizer_tensors(state)
-    return Snapshot(kept(model_tensors(state.model)), kept(optimizer), kept(_generator_states(state)), progress)
-
-
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    return {
-        f"{name}.{part}": state.optimizer.state[parameter][part]
+    moved = {
+        f"{name}.{part}": (tensor, parameter)
         for name, parameter in state.model.named_parameters()
-        for part in state.optimizer.state.get(parameter, ())
+        for part, tensor in state.optimizer.state.get(parameter, {}).items()
     }
+    tensors, like = ({name: pair[i] for name, pair in moved.items()} for i in (0, 1))
+    return Snapshot(
+        kept(model_tensors(state.model), {}), kept(tensors, like), kept(_generator_states(state), {}), progress
+    )
 
 
 def _generator_states(state: TrainState) -> dict[str, Tensor]:
@@ -292,7 +298,7 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
     _compare({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            local_part(tensor).copy_(own_part(saved[name], tensor))
 
 
 def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], origin: str) -> None:
@@ -321,7 +327,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
             _compare(shapes, found, f"checkpoint {path}: {_OPTIMIZER}")
             # the step count belongs on the parameter's device, too; a copy, because the reader may map the file
             state.optimizer.state[parameter] = {
-                part: saved.read(f"{name}.{part}").to(parameter.device, dtype, copy=True)
+                part: _part_of(saved.read(f"{name}.{part}"), parameter).to(parameter.device, dtype, copy=True)
                 for part, (_, dtype) in parts.items()
             }
     progress = read_state(path)
@@ -332,6 +338,11 @@ def load_training_state(state: TrainState, path: Path) -> None:
         _restore_generators(TensorReader([inside(path, _GENERATORS)]), model.embedding.weight.device)
     except (KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"checkpoint {path}: {_GENERATORS} has no state of random generators: {error}") from None
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's part of a running mean, which is cut as its parameter is; a step count is whole."""
+    return own_part(tensor, parameter).contiguous() if tensor.shape == parameter.shape else tensor
 
 
 def _restore_generators(saved: TensorReader, device: torch.device) -> None:

@@ -17,6 +17,15 @@ from moe_gpt.training.saving.checkpoint import RunIdentity, list_checkpoints
 from moe_gpt.training.saving.store import Damaged, set_aside
 
 
+def check_folder(run_dir: Path, resume: bool) -> None:
+    """Raise ``InputError`` if no run can start here, or with ``resume`` continue. Nothing is created."""
+    if not resume:
+        refuse_existing_run(run_dir)
+    check_writable(run_dir)
+    check_not_in_use(run_dir)
+    check_checkpoints_are_there(run_dir)
+
+
 def refuse_existing_run(run_dir: Path) -> None:
     """Raise ``InputError`` if the folder holds a run, which a new run would overwrite."""
     if (run_dir / "metrics.jsonl").exists() or list_checkpoints(run_dir):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_gpt.config import CheckpointConfig
+from moe_gpt.distributed.process import SOLO, Team
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_folder, delete_leftovers
 from moe_gpt.training.saving.checkpoint import (
@@ -135,10 +136,11 @@ class CheckpointSaver:
     Args:
         identity: saved with every checkpoint.
         config: says which checkpoints to keep.
+        team: its rank 0 writes.
     """
 
-    def __init__(self, run_dir: Path, identity: RunIdentity, config: CheckpointConfig) -> None:
-        self._run_dir, self._identity, self._config = run_dir, identity, config
+    def __init__(self, run_dir: Path, identity: RunIdentity, config: CheckpointConfig, team: Team = SOLO) -> None:
+        self._run_dir, self._identity, self._config, self._team = run_dir, identity, config, team
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.saved: list[Path] = []
@@ -150,7 +152,12 @@ class CheckpointSaver:
         return self._error is not None
 
     def save(
-        self, state: TrainState, score: float | None = None, wait: bool = False, is_scheduled: bool = True
+        self,
+        state: TrainState,
+        score: float | None = None,
+        wait: bool = False,
+        is_scheduled: bool = True,
+        first: Callable[[], None] = lambda: None,
     ) -> None:
         """Save ``run_dir/checkpoints/step_XXXXXXXX``, then delete the checkpoints that are not kept.
 
@@ -158,13 +165,15 @@ class CheckpointSaver:
             score: mean validation loss, if this step was evaluated.
             wait: return only when the checkpoint is on disk; otherwise the config decides.
             is_scheduled: whether ``every_steps`` asked for it.
+            first: is called before it is written.
 
         Raises:
-            OSError: if this checkpoint or the previous one cannot be written; earlier ones are intact.
+            OSError: if this checkpoint or the previous one cannot be written; earlier ones are intact. On all ranks,
+                unless it is written in the background.
         """
         self.wait()
         in_background = self._config.in_background and not wait
-        snapshot = take_snapshot(state, score, is_scheduled, copy=in_background)
+        snapshot = take_snapshot(state, score, is_scheduled, copy=in_background, is_main=self._team.is_main)
         folder = self._run_dir / "checkpoints" / f"step_{state.step:08d}"
 
         def write() -> None:
@@ -175,11 +184,16 @@ class CheckpointSaver:
             for path in checkpoints_not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)
 
-        if in_background:
+        def begin() -> None:
+            first()
+            write()
+
+        if not in_background:
+            self._team.from_main(begin)
+        elif self._team.is_main:
+            first()
             self._thread = threading.Thread(target=self._guarded, args=(write,), name="save checkpoint", daemon=True)
             self._thread.start()
-        else:
-            write()
 
     def wait(self) -> None:
         """Wait for the background save, and raise its ``OSError`` if it failed."""

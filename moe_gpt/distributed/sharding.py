@@ -1,0 +1,179 @@
+"""Tensors of which each rank holds a part: FSDP2's sharding, and whole tensors from parts and parts from whole ones.
+
+Everything is a sum: each rank's loss is its part of the whole batch's, so gradients are added and never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_gpt.config import RunConfig
+from moe_gpt.distributed.experts import Exchange
+from moe_gpt.distributed.layout import Layout, expert_dim
+from moe_gpt.model.attention import Attention
+from moe_gpt.model.experts import Experts
+from moe_gpt.model.transformer import MoEGPT
+
+_OTHER_FORWARDS = ("cross_entropy", "next_token_logits", "routings")
+
+
+class Meshes:
+    """The ranks of a layout in rows: for everything, and apart for experts that are spread."""
+
+    def __init__(self, layout: Layout, device_type: str) -> None:
+        names = ("replicate", "shard")
+        sizes = (layout.data // layout.expert // layout.expert_shards, layout.expert_shards, layout.expert)
+        is_flat = layout.replicate == 1
+        whole = DeviceMesh(device_type, torch.arange(layout.data).view(layout.replicate, -1), mesh_dim_names=names)
+        self.everything = whole["shard"] if is_flat else whole
+        if layout.expert > 1:
+            ranks = torch.arange(layout.data).view(sizes)
+            mesh = DeviceMesh(device_type, ranks, mesh_dim_names=(*names, "expert"))
+            self.experts, self.shards_of_experts = mesh["expert"], mesh["shard"] if sizes[0] == 1 else mesh[names]
+
+
+def spread_experts(model: MoEGPT, meshes: Meshes) -> None:
+    """Leave each rank its share of every layer's experts, and let their tokens be exchanged."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = meshes.experts
+    for layer in model.moe_layers():
+        experts = layer.experts
+        for name, parameter in list(experts.named_parameters()):
+            part = _cut(parameter.detach(), mesh, [Shard(0)]).clone()
+            spread = DTensor.from_local(
+                part, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
+            setattr(experts, name, nn.Parameter(spread))
+        experts.mix = Exchange(mesh, layer.n_experts)  # type: ignore[method-assign, assignment]
+
+
+def shard(model: MoEGPT, config: RunConfig, layout: Layout, meshes: Meshes) -> None:
+    """Shard blocks, attentions that blocks share, spread experts, and the rest, each as one unit of FSDP2."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Shard
+
+    dim = expert_dim(config, layout) or 0
+
+    def place(parameter: Tensor) -> Shard | None:
+        return Shard(dim) if parameter.dim() == 3 else None
+
+    for module in _units(model, layout):
+        is_spread = isinstance(module, Experts)
+        fully_shard(
+            module,
+            mesh=meshes.shards_of_experts if is_spread else meshes.everything,
+            reshard_after_forward=layout.zero == 3 and module is not model,
+            shard_placement_fn=place,
+        )
+    for name in _OTHER_FORWARDS:
+        register_fsdp_forward_method(model, name)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply first
+
+
+def _units(model: MoEGPT, layout: Layout) -> list[nn.Module]:
+    """Return the modules that are sharded each by itself, inner ones first."""
+    inner: list[nn.Module] = [m for m in model.modules() if layout.expert > 1 and isinstance(m, Experts)]
+    if model.config.attention_sharing > 1:
+        inner += [module for module in model.modules() if isinstance(module, Attention)]
+    return [*inner, *model.blocks, model]
+
+
+def before_backward(model: Any, layout: Layout, is_last: bool) -> None:
+    """Say whether a step's last micro-batch follows: only then are its gradients added over copies of the model.
+
+    With ZeRO 0 and 1, which keep whole gradients, they are added over ranks only then, too.
+    """
+    if layout.data == 1:
+        return
+    model.set_requires_all_reduce(is_last)
+    if layout.zero < 2:
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass without a backward pass has gathered."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):
+            module.reshard()  # type: ignore[operator]
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return this rank's part of a tensor, which shares its memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Any, like: Any = None) -> Tensor:
+    """Return a whole tensor on every rank.
+
+    Args:
+        tensor: a sharded tensor, or one that is whole already.
+        like: a sharded tensor of which ``tensor`` is this rank's part.
+    """
+    if hasattr(like, "placements") and tensor.shape == like.to_local().shape:
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = like.device_mesh, like.placements
+        shape, stride = like.shape, like.stride()
+        tensor = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor: Tensor, like: Any) -> Tensor:
+    """Return this rank's part of a whole tensor, cut as ``like`` is."""
+    return _cut(tensor, like.device_mesh, like.placements) if hasattr(like, "placements") else tensor
+
+
+def _cut(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:
+    for index, placement in enumerate(placements):
+        if placement.is_shard():
+            length = tensor.shape[placement.dim]
+            size = -(-length // mesh.size(index))
+            start = min(length, size * mesh.get_local_rank(index))
+            tensor = tensor.narrow(placement.dim, start, min(size, length - start))
+    return tensor
+
+
+def on_whole(function: Callable[[Tensor], Tensor], part: Tensor, like: Tensor) -> Tensor:
+    """Apply a function to the tensor of which ``part`` is this rank's, and return this rank's part of its result."""
+    return own_part(function(whole(part, like)), like)
+
+
+def sharded_norm(tensors: Sequence[Any]) -> Tensor:
+    """Return the L2 norm of all the numbers in sharded tensors, of which each is counted once."""
+    squares = torch.stack([_square_sum(tensor) for tensor in tensors]).sum()
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def _square_sum(tensor: Any) -> Tensor:
+    """Return the sum of squares of this rank's part; 0 on ranks that hold a copy of another's part."""
+    mesh = tensor.device_mesh
+    copies = [mesh.get_local_rank(i) for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    return torch.linalg.vector_norm(tensor.to_local().float()).square() * (not any(copies))
+
+
+def whole_copy(model: MoEGPT, is_main: bool) -> MoEGPT | None:
+    """Return a model with the whole weights on rank 0, None on the others; all ranks must call it."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = None
+    if is_main:
+        with torch.random.fork_rng([]):
+            found = MoEGPT(model.config, model.make_router).to(model.embedding.weight.device)
+    own = {} if found is None else {**dict(found.named_parameters()), **dict(found.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            values = whole(tensor)
+            if own:
+                own[name].copy_(values)
+    return found

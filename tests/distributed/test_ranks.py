@@ -1,0 +1,304 @@
+"""Several processes train what one process trains, whatever the layout."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from ranks import Cases, finish, start, train_cases
+from safetensors.torch import load_file
+from small_runs import CPU, run_training, steps
+
+from moe_gpt.config import RunConfig
+from moe_gpt.inference.generate import generate
+from moe_gpt.training.records.metrics import read_metrics
+from moe_gpt.training.saving.checkpoint import load_training_state, take_snapshot
+from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
+from moe_gpt.training.setup import build_state
+
+M = 32
+"""Tokens of a rank in a forward pass: two sequences of the first stage, one of the second."""
+STAGES = [
+    {"until_tokens": 320, "seq_len": 16, "batch_tokens": 128},  # two full steps and one that ends on the border
+    {"until_tokens": 544, "seq_len": 32, "batch_tokens": 192},  # and a last one of one sequence, for any ranks
+]
+N_STEPS = 5
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"model.balance": "bias", "model.tie_embeddings": True, "model.attention_sharing": 2},
+    "masked": {"data.document_masking": True, "model.attention_sharing": 2, "model.tie_embeddings": True},
+    "muon": {"optimizer.name": "muon"},
+    "checkpointing": {"train.activation_checkpointing": True, "model.attention_sharing": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def values(small_values) -> dict:
+    """A run of five steps with accumulation, a border, and fewer sequences than ranks at the end."""
+    found = copy.deepcopy(small_values)
+    found["schedule"] = {"stages": STAGES, "warmup_tokens": 512}
+    found["train"] |= {"log_every_steps": 1, "record_every_steps": 1, "micro_batch_tokens": M}
+    found["loss"] = {"load_balancing_loss_weight": 0.05}
+    found["data"]["validation_tokens"] = 96
+    return found
+
+
+def changed(values: dict, settings: dict[str, Any]) -> dict:
+    """Return values with some settings of sections changed."""
+    found = copy.deepcopy(values)
+    for key, value in settings.items():
+        section, name = key.split(".")
+        found.setdefault(section, {})[name] = value
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(values, tmp_path_factory):
+    """A function that returns the folder of a variant, trained by one process for so many ranks."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def train(variant: str, n_ranks: int) -> Path:
+        run_dir = folder / f"{variant}-{n_ranks}"
+        if not run_dir.exists():
+            settings = VARIANTS[variant] | {"train.micro_batch_tokens": M * n_ranks}
+            run_training(RunConfig.from_mapping(changed(values, settings)), run_dir)
+        return run_dir
+
+    return train
+
+
+def case(values: dict, variant: str = "plain", parallel: dict | None = None, **more: Any) -> dict[str, Any]:
+    """Return a case for ``train_cases``."""
+    settings = {f"parallel.{key}": value for key, value in (parallel or {}).items()}
+    return {"values": changed(values, VARIANTS[variant] | settings), **more}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the newest checkpoint."""
+    return load_file(resolve_checkpoint(run_dir) / "model.safetensors")
+
+
+def files(run_dir: Path) -> list[bytes]:
+    """Return the tensors of the newest checkpoint, as they are on the disk."""
+    folder = resolve_checkpoint(run_dir)
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors")]
+
+
+def differences(found: Path, wanted: Path) -> dict[str, float]:
+    """Return how far two runs are apart."""
+    (mine, other), losses = (steps(folder) for folder in (found, wanted)), ("loss", "ce_loss", "load_balancing_loss")
+    assert [line["tokens_seen"] for line in mine] == [line["tokens_seen"] for line in other]
+    norms = [abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(mine, other, strict=True)]
+    lines, other_lines = (read_metrics(folder / "metrics.jsonl") for folder in (found, wanted))
+    records = [(a, b) for a, b in zip(lines, other_lines, strict=True) if "groups" in a and b["step"] == a["step"]]
+    evaluated = [(a, b) for a, b in zip(lines, other_lines, strict=True) if "val/prose/ce_loss" in a]
+    assert len(records) == N_STEPS
+    assert len(evaluated) == 2
+    apart = {
+        "loss": max(abs(a[key] - b[key]) for a, b in zip(mine, other, strict=True) for key in losses),
+        "grad_norm": max(norms),
+        "load": max(np.abs(np.subtract(a["routing"]["load"], b["routing"]["load"])).max() for a, b in records),
+        "observed": max(
+            np.abs(np.subtract(a["routing"][key], b["routing"][key])).max()
+            for a, b in records
+            for key in ("token_entropy", "margin", "largest_logit", "router_z_loss", "load_balancing_loss")
+        ),
+        "group norms": max(
+            abs(a["groups"][group][kind] - value) / max(value, 1e-3)
+            for a, b in records
+            for group, kinds in b["groups"].items()
+            for kind, value in kinds.items()
+        ),
+        "validation": max(abs(a[key] - b[key]) for a, b in evaluated for key in b if key.endswith("ce_loss")),
+        "bytes": max(abs(a[key] - b[key]) for a, b in evaluated for key in b if key.endswith("per_byte")),
+    }
+    own, theirs = weights(found), weights(wanted)
+    assert own.keys() == theirs.keys()
+    return apart | {"weights": max(float((own[name] - theirs[name]).abs().max()) for name in own)}
+
+
+LIMITS = {"loss": 5e-6, "grad_norm": 1e-5, "load": 0, "observed": 2e-5, "group norms": 2e-5}
+LIMITS |= {"validation": 5e-6, "bytes": 5e-6, "weights": 1e-5}
+LIMITS_IN_BF16 = {"group norms": 1e-3, "weights": 1e-3}
+"""Muon's directions are computed in bfloat16, where the last bit of a gradient can turn the last bit of a direction."""
+
+
+def is_equal(apart: dict[str, float], variant: str = "plain") -> bool:
+    """Whether two runs are equal, but for the order of sums."""
+    limits = LIMITS | (LIMITS_IN_BF16 if variant == "muon" else {})
+    return all(value <= limits[name] for name, value in apart.items())
+
+
+@pytest.fixture(scope="module")
+def pair(values, tmp_path_factory):
+    """Two processes that train several cases."""
+    folder = tmp_path_factory.mktemp("pair")
+    quiet = changed(values, {"train.sample_tokens": 0, "train.record_tokens": 0})
+    cases: Cases = {
+        "zero 3": case(values),
+        "experts": case(values, "bias", {"expert": 2}),
+        "half": case(quiet, limits={"max_steps": 3}, folder="resumed"),
+        "resumed": case(quiet, resume=True),
+        "unbalanced": case(quiet, spoil="local counts", limits={"max_steps": 1}),
+    }
+    return folder, train_cases(cases, 2, folder)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("zero 3", "plain"), ("experts", "bias")])
+def test_two_processes_train_what_one_trains(pair, reference, name, variant):
+    folder, ended = pair
+    assert ended[name] == "finished"
+    apart = differences(folder / name, reference(variant, 2))
+    assert is_equal(apart), apart
+
+
+def routers_gradient(run_dir: Path) -> float:
+    """Return the norm of the routers' gradient in the first step."""
+    line = next(line for line in read_metrics(run_dir / "metrics.jsonl") if "groups" in line)
+    return line["groups"]["routers"]["gradient_norm"]
+
+
+def test_counts_of_one_rank_alone_would_be_found(pair, reference):
+    """A balancing loss of each rank's own counts is another loss: the test above would fail."""
+    mine, other = (routers_gradient(folder) for folder in (pair[0] / "unbalanced", reference("plain", 2)))
+    assert abs(mine / other - 1) > 100 * LIMITS["group norms"]
+    assert routers_gradient(pair[0] / "zero 3") == pytest.approx(other, rel=LIMITS["group norms"])
+
+
+def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(pair):
+    folder, ended = pair
+    assert ended["half"] == "max_steps"
+    assert files(folder / "resumed") == files(folder / "zero 3")
+
+
+def test_a_checkpoint_does_not_depend_on_the_layout(pair, tmp_path):
+    """One process reads what two have written, would write the same bytes again, and goes on with it."""
+    folder = pair[0] / "experts"
+    loaded = load_model(folder)
+    assert len(list(generate(loaded.model, [1, 2, 3], 4))) <= 4
+    state = build_state(loaded.config, CPU)
+    load_training_state(state, loaded.path)
+    snapshot = take_snapshot(state)
+    for name, tensors in (("model", snapshot.weights), ("optimizer", snapshot.optimizer)):
+        saved = load_file(loaded.path / f"{name}.safetensors")
+        assert saved.keys() == tensors.keys()
+        assert all(torch.equal(saved[key], tensors[key]) for key in saved)
+
+
+def test_samples_and_arrays_are_those_of_one_process(pair, reference):
+    """Before the first step, when weights are equal to the bit."""
+    folder, alone = pair[0] / "zero 3", reference("plain", 2)
+    texts = [read_metrics(path / "metrics.jsonl")[0]["samples"] for path in (folder, alone)]
+    assert texts[0] == texts[1]
+    own, theirs = (load_file(path / "evaluations" / "step_00000000.safetensors") for path in (folder, alone))
+    assert own.keys() == theirs.keys()
+    assert all(torch.allclose(own[key].double(), theirs[key].double(), atol=1e-5) for key in own)
+
+
+LAYOUTS = [
+    (2, "plain", {"zero": 0}),
+    (2, "plain", {"zero": 2}),
+    (2, "masked", {"zero": 1}),
+    (2, "bias", {"zero": 2}),
+    (2, "muon", {}),
+    (2, "muon", {"expert": 2}),
+    (2, "checkpointing", {"expert": 2}),
+    (2, "masked", {"expert": 2, "zero": 1}),
+    (3, "plain", {}),
+    (3, "bias", {"zero": 1}),
+    (4, "plain", {"replicate": 2}),
+    (4, "masked", {"expert": 2}),
+    (4, "bias", {"expert": 4}),
+    (4, "plain", {"expert": 2, "zero": 0}),
+    (4, "bias", {"expert": 2, "replicate": 2, "zero": 2}),
+    (4, "checkpointing", {"expert": 2}),
+]
+
+
+def name_of(variant: str, parallel: dict) -> str:
+    """Return a folder's name."""
+    return " ".join([variant, *(f"{key}={value}" for key, value in parallel.items())])
+
+
+@pytest.fixture(scope="module")
+def layouts(values, tmp_path_factory):
+    """A function that returns the folder of all layouts of so many ranks."""
+    folder, done = tmp_path_factory.mktemp("layouts"), set()
+
+    def train(size: int) -> Path:
+        if size not in done:
+            cases = {name_of(v, p): case(values, v, p) for n, v, p in LAYOUTS if n == size}
+            train_cases(cases, size, folder / str(size))
+            done.add(size)
+        return folder / str(size)
+
+    return train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "variant", "parallel"), LAYOUTS)
+def test_every_layout_trains_what_one_process_trains(layouts, reference, size, variant, parallel):
+    apart = differences(layouts(size) / name_of(variant, parallel), reference(variant, size))
+    assert is_equal(apart, variant), str(apart)
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_bytes_and_another_layout_goes_on(values, reference, tmp_path):
+    """Four processes stop, two go on, then three, then one; 3 x 2 resume as undisturbed."""
+    experts = {"expert": 2}
+    train_cases({"a": case(values, "bias", experts), "b": case(values, "bias", experts)}, 4, tmp_path)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    for size, stop, parallel in ((4, 1, experts), (2, 2, {"zero": 1}), (3, 3, {}), (2, 4, experts)):
+        wide = changed(values, {"train.micro_batch_tokens": 192})
+        spread = case(wide, "plain", parallel, limits={"max_steps": stop}, resume=stop > 1, folder="moved")
+        assert train_cases({"moved": spread}, size, tmp_path) == {"moved": "max_steps"}
+    run_training(
+        RunConfig.from_mapping(changed(values, {"train.micro_batch_tokens": 192})), tmp_path / "moved", None, True
+    )
+    alone = tmp_path / "alone"
+    run_training(RunConfig.from_mapping(changed(values, {"train.micro_batch_tokens": 192})), alone)
+    mine, other = steps(tmp_path / "moved"), steps(alone)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(mine, other, strict=True)) < 5e-6
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_rank_0_is_an_error_of_all_and_no_hang(values, tmp_path):
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps({"full": case(values, spoil="full disk", limits={"max_steps": 1})}))
+    here = Path(__file__).resolve().parents[1] / "ranks.py"
+    for status, output in finish(start(2, str(here), str(cases))):
+        assert status == 0, output
+        assert "stopped: step 1 could not be saved" in output
+        assert "No space left on device" in output
+    assert not list((tmp_path / "full" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(values, tmp_path):
+    """The checkpoint is good, and the command ends as for one process; a resume goes on from it."""
+    path, run_dir = tmp_path / "run.yaml", tmp_path / "run"
+    long = changed(values, {"train.sample_tokens": 0, "checkpoint.every_steps": 0})
+    long["schedule"] = {"stages": [{"until_tokens": 10**7, "seq_len": 16, "batch_tokens": 64}]}
+    path.write_text(yaml.safe_dump(long))
+    processes = start(2, "-m", "moe_gpt", "train", str(path), "--run-dir", str(run_dir))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run_dir.exists() and len(steps_so_far(run_dir)) > 3):
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    (status, output), (other, _) = finish(processes)
+    assert (status, other) == (143, 143), output
+    assert f"SIGTERM: saved step {load_model(run_dir).step}" in output
+    assert steps_so_far(run_dir)[-1]["step"] == load_model(run_dir).step
+
+
+def steps_so_far(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of the steps of a run that may have just begun."""
+    return steps(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
