@@ -22,7 +22,7 @@ from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
 from moe_gpt.data.compressed import UnreadableFileError, first_undecodable, is_compressed
 from moe_gpt.data.disguises import format_of
 from moe_gpt.data.document import Document
-from moe_gpt.data.folders import check_folder, is_saved_dataset
+from moe_gpt.data.folders import check_folder, is_saved_dataset, saved_split
 from moe_gpt.data.local_files import Row, read_rows
 from moe_gpt.errors import InputError, shown
 
@@ -215,8 +215,7 @@ def _load(source: SourceConfig, path: Path) -> Any:
     import datasets
 
     if is_saved_dataset(path):
-        saved = datasets.load_from_disk(str(path))
-        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_from_disk(str(saved_split(path, source.split)))
     if path.is_dir():
         check_folder(path, source.subset)
     return datasets.load_dataset(

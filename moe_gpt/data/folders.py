@@ -8,11 +8,42 @@ from pathlib import Path
 
 from moe_gpt.data.compressed import UnreadableFileError, format_suffix
 from moe_gpt.data.disguises import FORMATS, format_of, refuse_disguise
+from moe_gpt.errors import InputError
+from moe_gpt.files.inside import inside, read_json
+
+_AGAIN = "copy or write the whole folder again"
 
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether ``save_to_disk`` made the folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def saved_split(folder: Path, split: str) -> Path:
+    """Return the folder of a split in one that ``save_to_disk`` made, after checking the names of its files.
+
+    Raises:
+        UnreadableFileError: where there is no such split; where a file is missing, damaged, or outside of the folder.
+    """
+    try:
+        names = [split] if inside(folder, "dataset_dict.json").is_file() else []
+        there = read_json(folder, "dataset_dict.json")["splits"] if names else [_split_of(folder)]
+        if split not in there:
+            raise UnreadableFileError(f"has no split={split!r}; set split to one of: {', '.join(there)}")
+        part = inside(folder, *names, "state.json").parent
+        files = [file["filename"] for file in read_json(part, "state.json")["_data_files"]]
+        missing = [name for name in ("dataset_info.json", *files) if not inside(folder, *names, name).is_file()]
+    except InputError as error:
+        raise UnreadableFileError(f"cannot be read: {error}") from None
+    except (OSError, KeyError, TypeError) as error:
+        raise UnreadableFileError(f"is not as save_to_disk writes it ({error}); {_AGAIN}") from None
+    if missing:
+        raise UnreadableFileError(f"is not whole: {part / missing[0]} is missing; {_AGAIN}")
+    return part
+
+
+def _split_of(folder: Path) -> str:
+    return read_json(folder, "state.json")["_split"] or "train"
 
 
 def check_folder(folder: Path, subset: str | None) -> None:
@@ -24,7 +55,10 @@ def check_folder(folder: Path, subset: str | None) -> None:
     Raises:
         UnreadableFileError: with what is wrong, and what would be right.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    found = [path for path in folder.rglob("*") if path.name[0] != "."]
+    for path in filter(Path.is_symlink, found):
+        _check_link(folder, path)
+    paths = sorted(filter(Path.is_file, found))
     _check_formats(folder, {FORMATS[format_suffix(path)] for path in paths if format_suffix(path) in FORMATS})
     for path in paths:
         if format_suffix(path) in (*FORMATS, ".txt"):
@@ -37,6 +71,13 @@ def _check_formats(folder: Path, kinds: set[str]) -> None:
         found = "tables (.csv, .tsv)" if len(kinds) == 1 else f"files of several formats ({', '.join(sorted(kinds))})"
         advice = f"write files: {folder}/**/*.SUFFIX instead, which reads every row as it stands"
         raise UnreadableFileError(f"has {found}; {advice}")
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    try:
+        inside(folder, *path.relative_to(folder).parts)
+    except InputError as error:
+        raise UnreadableFileError(f"cannot be read: {error}, or write files: instead") from None
 
 
 def _check_file(path: Path) -> None:
