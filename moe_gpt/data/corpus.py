@@ -102,16 +102,17 @@ def _local_files(source: SourceConfig) -> list[Path]:
 
 
 def expand_files(source: SourceConfig) -> list[Path]:
-    """Return the files that the source's paths and globs match, sorted."""
+    """Return the files that the source's paths and globs match, sorted, each once, with the names that links give."""
     patterns = source.files if isinstance(source.files, tuple) else (str(source.files),)
-    return sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)))
+    paths = sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)), reverse=True)
+    return sorted({path.resolve(): path for path in paths}.values())
 
 
 def _matches(name: str, pattern: str) -> set[Path]:
     path = Path(os.path.expanduser(pattern))
     found = [] if path.is_dir() else _expand(Path(path.anchor), path.relative_to(path.anchor).parts)
     found = [path] if path.is_file() else found
-    files = {Path(os.path.realpath(match)) for match in found if os.path.isfile(match)}
+    files = {match.parent.resolve() / match.name for match in found if os.path.isfile(match)}
     if not files:
         remedy = f"for a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"
         if (path / "dataset_info.json").is_file():

@@ -107,3 +107,15 @@ def test_links_in_a_folder_of_data_stay_inside():
         (snapshot / "x.jsonl").symlink_to(target)
         refused("x.jsonl is a link", "outside of its folder", "files:", dataset=str(snapshot.parent))
         (snapshot / "x.jsonl").unlink()
+
+
+def test_a_link_names_its_format():
+    """A blob of the cache has no suffix; without the link's, a table would be one document of text."""
+    blobs, snapshot = Path("datasets--a--b/blobs"), Path("datasets--a--b/snapshots/1f")
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    (blobs / "0a").write_text("n,text\n1,one\n")
+    (snapshot / "a.csv").symlink_to("../../blobs/0a")
+    (snapshot / "b.csv").symlink_to("../../blobs/0a")
+    assert texts(files=str(snapshot / "*.csv")) == ["one"]
+    assert texts(files=(str(snapshot / "a.csv"), str(snapshot / "b.csv"))) == ["one"]

@@ -73,6 +73,31 @@ def test_links_out_of_the_folder_are_refused(name, folder):
         (folder / name).unlink()
 
 
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_the_cache_of_hugging_face_is_read(is_sharded, request, tmp_path, capsys):
+    """Every file is a link to a blob of the same repository, by a relative path; the path may end in a link, too."""
+    plain = request.getfixturevalue("sharded" if is_sharded else "folder")
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1f"
+    for place in (blobs, snapshot):
+        place.mkdir(parents=True)
+    for number, path in enumerate(sorted(plain.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    (tmp_path / "latest").symlink_to(snapshot)
+    text = tmp_path / "a.txt"
+    text.write_text("the quick brown fox")
+    for given in (snapshot, tmp_path / "latest"):
+        assert moe_gpt.load(given, "cpu").tokenizer
+        generate(str(given), options=GenerateOptions(prompt="the", max_new_tokens=1, device="cpu"))
+        evaluate(str(given), options=EvaluateOptions(files=(str(text),), device="cpu"))
+    assert "bits per byte" in capsys.readouterr().out
+    (tmp_path / "models--c" / "blobs").mkdir(parents=True)
+    (snapshot / CONFIG).resolve().rename(tmp_path / "models--c" / "blobs" / "0a")
+    (snapshot / CONFIG).unlink()
+    (snapshot / CONFIG).symlink_to("../../../models--c/blobs/0a")
+    refused(snapshot, "outside of its folder")
+
+
 @pytest.mark.parametrize("place", ["../outside", "/etc/passwd", "sub/x.safetensors", "..\\x", "a\0b", "", None, 3])
 def test_an_index_names_files_of_its_folder(place, sharded):
     """The message names the index and the name in it."""
