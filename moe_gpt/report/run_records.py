@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 import yaml
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.errors import InputError
@@ -27,7 +27,7 @@ from moe_gpt.files.json_lines import FoundLines, read_json_lines
 from moe_gpt.interop.foreign_tokenizer import read_tokenizer
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.metric_names import VALIDATION
-from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, section_of
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, printable, section_of
 from moe_gpt.report.words import paragraphs, words
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class _Reader:
         lines = self.lines("metrics.jsonl", "step", "tokens_seen")
         tokenizer, digest = self.tokenizer(section_of(config, "data", "tokenizer"))
         run = RunRecords(
-            name=self.folder.resolve().name,
+            name=printable(self.folder.resolve().name),
             run_dir=self.folder,
             config=config,
             steps=[line for line in lines if "ce_loss" in line],
@@ -171,7 +171,7 @@ def _notes_on_gaps(run: RunRecords) -> list[str]:
 
 
 def _load_arrays(path: Path) -> EvaluationArrays | None:
-    arrays, by_kind = load_file(path), collections.defaultdict[str, dict[str, np.ndarray]](dict)
+    arrays, by_kind = load(path.read_bytes()), collections.defaultdict[str, dict[str, np.ndarray]](dict)
     for name, array in arrays.items():
         source, _, kind = name.rpartition("/")
         by_kind[kind][source] = array
