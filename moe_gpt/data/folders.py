@@ -11,6 +11,8 @@ from moe_gpt.data.disguises import FORMATS, format_of, refuse_disguise
 from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside, read_json
 
+_ABOUT = re.compile(r"(?i)(readme|licen[cs]e|notice|citation|changelog|contributing)\.(txt|md)")
+_KINDS = FORMATS | {".txt": "txt", ".text": "txt", ".md": "md"}
 _AGAIN = "copy or write the whole folder again"
 
 
@@ -59,7 +61,8 @@ def check_folder(folder: Path, subset: str | None) -> None:
     for path in filter(Path.is_symlink, found):
         _check_link(folder, path)
     paths = sorted(filter(Path.is_file, found))
-    _check_formats(folder, {FORMATS[format_suffix(path)] for path in paths if format_suffix(path) in FORMATS})
+    suffixes = {format_suffix(path) for path in paths if not _ABOUT.fullmatch(path.name)}
+    _check_formats(folder, {_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})
     for path in paths:
         if format_suffix(path) in (*FORMATS, ".txt"):
             _check_file(path)

@@ -119,3 +119,12 @@ def test_a_link_names_its_format():
     (snapshot / "b.csv").symlink_to("../../blobs/0a")
     assert texts(files=str(snapshot / "*.csv")) == ["one"]
     assert texts(files=(str(snapshot / "a.csv"), str(snapshot / "b.csv"))) == ["one"]
+
+
+def test_files_about_a_dataset_are_no_part_of_it():
+    """A card and a licence lie in most folders."""
+    Path("folder").mkdir()
+    Path("folder/train.jsonl").write_text('{"text": "one"}\n')
+    for name in ("README.md", "LICENSE.txt", "CHANGELOG.md"):
+        Path("folder", name).write_text("about\n")
+    assert texts(dataset=str(Path("folder").resolve())) == ["one"]

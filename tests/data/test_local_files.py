@@ -274,6 +274,8 @@ def test_streams_after_damage_are_not_lost(suffix, compress):
     [
         ({"x.csv": "text,label\nhello,a,\n"}, "write files:"),
         ({"x.parquet": b"PAR1", "y.jsonl": '{"text": "b"}\n'}, "several formats"),
+        ({"x.jsonl": '{"text": "b"}\n', "y.txt": "t"}, r"formats \(lines, txt\); write files:"),
+        ({"x.parquet": b"PAR1", "y.md": "t"}, r"formats \(md, parquet\); write files:"),
         ({"x.txt": LFS}, "git lfs pull"),
         ({"x.txt": PAGE}, "download"),
         ({"README.md": '---\nconfigs: [{config_name: default, data_files: "../secret.jsonl"}]\n---\n',
