@@ -154,7 +154,7 @@ def _files_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[st
     as_text = dataclasses.replace(source, text_field="text", template=None)
     for path, size in zip(paths, sizes, strict=True):
         n_chars_before = n_chars
-        for text in _file_texts(as_text if _is_text(source, path) else source, path) if size else ():
+        for text in _file_texts(as_text if _is_text(source, path) else source, path):
             yield text
             n_chars += len(text)
             read = min(size, (n_chars - n_chars_before) * bytes_per_char)

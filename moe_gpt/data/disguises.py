@@ -39,6 +39,8 @@ def refuse_disguise(path: Path, kind: str, is_given: bool) -> None:
     """Raise an error for a file that begins otherwise than its name, or its given format, promises."""
     with open(path, "rb") as file:
         begin = file.read(1024)
+    if not begin and (is_compressed(path) or kind in _BEGINNINGS or kind == "json"):
+        raise UnreadableFileError("this has 0 bytes, so it is damaged or a download that has not ended; write it again")
     if is_compressed(path):
         _refuse_beginning(begin, path.suffix.lower(), f"a {path.suffix} file")
         with open_bytes(path) as opened:

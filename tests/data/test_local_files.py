@@ -199,6 +199,7 @@ PAGE = "<!DOCTYPE html>\n<html><body>404 Not Found</body></html>"
         ("a.txt", "text".encode("utf-16"), "convert it to UTF-8"),
         ("a.txt", "text".encode("utf-16-le"), "NUL bytes"),
         ("a.txt.gz", gzip.compress(b"n" * 257 + b"ustar", mtime=0), "tar archive"),
+        *((f"a{suffix}", b"", "0 bytes") for suffix in (".parquet", ".arrow", ".json", ".json.gz", ".txt.zst")),
         ("a.xlsx", b"x", "save it as .csv"),
         ("a.docx", b"x", "save its text"),
         ("a.jsonl.incomplete", b"{", "download"),
