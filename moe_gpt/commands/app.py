@@ -152,8 +152,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     The status is 141, as after SIGPIPE, if the reader of stdout is gone, and 2 if the disk is full or stdout is closed.
     """
     replace_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack characters
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        stream.reconfigure(errors=errors)  # type: ignore[union-attr]  # a console may lack characters
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main() or 0

@@ -13,7 +13,7 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +208,10 @@ def _open_hub(source: SourceConfig) -> Any:
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
             f"be opened: {reason}" + ("" if path.exists() else "; without a network, use files: or builtin:")
         ) from error
-    has_columns = set(_columns(source)) <= set(dataset.column_names or ())
-    return dataset.select_columns(list(_columns(source))) if has_columns else dataset  # others need not be decoded
+    if not dataset.column_names:  # those of some streams are known with the first row
+        return dataset
+    _check_columns(source, dataset.column_names, f"dataset {source.dataset}")
+    return dataset.select_columns(list(_columns(source)))  # others need not be decoded
 
 
 def _load(source: SourceConfig, path: Path) -> Any:
@@ -244,17 +246,21 @@ def _read_texts(source: SourceConfig, rows: Iterable[Row], where: str) -> Iterat
 
 
 def _text_of(source: SourceConfig, row: Row, where: str) -> str:
+    _check_columns(source, row.values, f"{where} in {row.place}")
     for column in _columns(source):
         _check_cell(source, row, column, where)
     return row.values[source.text_field] if source.template is None else source.template.format_map(row.values)
 
 
+def _check_columns(source: SourceConfig, there: Collection[str], where: str) -> None:
+    for column in _columns(source):
+        if column not in there:
+            key = "text_field" if source.template is None else "template"
+            columns = ", ".join(there) or "none"
+            raise InputError(f"source {source.name}: {key}={column!r} is not a column of {where}; columns: {columns}")
+
+
 def _check_cell(source: SourceConfig, row: Row, column: str, where: str) -> None:
-    if column not in row.values:
-        key, there = "text_field" if source.template is None else "template", ", ".join(row.values) or "none"
-        raise InputError(
-            f"source {source.name}: {key}={column!r} is not a column of {where} in {row.place}; columns: {there}"
-        )
     accepted = str if source.template is None else str | int | float
     if not isinstance(row.values[column], accepted):
         raise InputError(

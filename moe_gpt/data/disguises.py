@@ -89,6 +89,6 @@ def begins_with_json_lines(text: str) -> bool:
     """Whether the first two lines that are not blank are JSON objects, each by itself."""
     lines = list(filter(str.strip, text.split("\n")))[:2]
     try:
-        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+        return len(lines) == 2 and all(isinstance(json.loads(line, parse_int=str), dict) for line in lines)
     except (ValueError, RecursionError):
         return False

@@ -58,8 +58,11 @@ def check_folder(folder: Path, subset: str | None) -> None:
         UnreadableFileError: with what is wrong, and what would be right.
     """
     found = [path for path in folder.rglob("*") if path.name[0] != "."]
-    for path in filter(Path.is_symlink, found):
-        _check_link(folder, path)
+    try:
+        for path in filter(Path.is_symlink, found):
+            inside(folder, *path.relative_to(folder).parts)
+    except InputError as error:
+        raise UnreadableFileError(f"cannot be read: {error}, or write files: instead") from None
     paths = sorted(filter(Path.is_file, found))
     suffixes = {format_suffix(path) for path in paths if not _ABOUT.fullmatch(path.name)}
     _check_formats(folder, {_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})
@@ -74,13 +77,6 @@ def _check_formats(folder: Path, kinds: set[str]) -> None:
         found = "tables (.csv, .tsv)" if len(kinds) == 1 else f"files of several formats ({', '.join(sorted(kinds))})"
         advice = f"write files: {folder}/**/*.SUFFIX instead, which reads every row as it stands"
         raise UnreadableFileError(f"has {found}; {advice}")
-
-
-def _check_link(folder: Path, path: Path) -> None:
-    try:
-        inside(folder, *path.relative_to(folder).parts)
-    except InputError as error:
-        raise UnreadableFileError(f"cannot be read: {error}, or write files: instead") from None
 
 
 def _check_file(path: Path) -> None:

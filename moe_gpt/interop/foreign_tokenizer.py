@@ -49,10 +49,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer.json; for other tokenizers, AutoTokenizer.from_pretrained(...).save_pretrained("
-            f"...) of transformers makes one{unfinished_download(folder)}"
-        )
+        raise FileNotFoundError(no_tokenizer(folder))
     if not settings.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer_config.json, which names the token that ends a text")
     end_of_text = _end_of_text(folder)
@@ -64,6 +61,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{error} (eos_token of {settings} is {end_of_text!r})") from None
     vocab_size = read_json(folder, "config.json").get("vocab_size")
     return _fitted(f"{folder}: ", tokenizer, vocab_size) if isinstance(vocab_size, int) else tokenizer
+
+
+def no_tokenizer(folder: Path) -> str:
+    """Say that a folder has no tokenizer that can be used, and how to make one."""
+    return (
+        f"{folder} has no tokenizer.json, so the model reads no text; AutoTokenizer.from_pretrained(...)."
+        f"save_pretrained(...) of transformers makes one of other tokenizers{unfinished_download(folder)}"
+    )
 
 
 def _end_of_text(folder: Path) -> str:

@@ -128,3 +128,11 @@ def test_files_about_a_dataset_are_no_part_of_it():
     for name in ("README.md", "LICENSE.txt", "CHANGELOG.md"):
         Path("folder", name).write_text("about\n")
     assert texts(dataset=str(Path("folder").resolve())) == ["one"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_pictures_without_text_are_refused_before_they_are_decoded(streaming):
+    """The columns are known; the picture is damaged."""
+    Path("folder").mkdir()
+    Path("folder/a.png").write_bytes(b"no picture")
+    refused("text_field='text' is not a column", "image", dataset=str(Path("folder").resolve()), streaming=streaming)

@@ -153,6 +153,20 @@ def test_weights_that_are_cut_off_say_how_much_is_there(folder):
     refused(folder, r"model\.safetensors cannot be read as safetensors: it is a Git LFS pointer")
 
 
+def test_a_tokenizer_of_another_kind_says_how_to_make_one(folder):
+    """The weights load; text needs a tokenizer.json."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(InputError, match=r"has no tokenizer\.json, .*AutoTokenizer.* makes one"):
+        moe_gpt.load(folder, "cpu").encode("the")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rope_theta", "num_local_experts"])
+def test_a_number_in_quotes_is_refused(key, folder):
+    """transformers would refuse it or fail; 1e4 of a config here is another matter, because YAML takes it for text."""
+    edit(folder / CONFIG, **{key: str(json.loads((folder / CONFIG).read_text())[key])})
+    refused(folder, rf"{key} must be a .*number.*, got '")
+
+
 @pytest.mark.parametrize("name", [CONFIG, "tokenizer.json", "tokenizer_config.json"])
 def test_pages_and_pointers_are_named(name, folder):
     """In the place of each file of text."""
