@@ -22,7 +22,7 @@ from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
 from moe_gpt.data.compressed import UnreadableFileError, first_undecodable, is_compressed
 from moe_gpt.data.disguises import format_of
 from moe_gpt.data.document import Document
-from moe_gpt.data.folders import check_folder, is_saved_dataset, saved_split
+from moe_gpt.data.folders import check_folder, saved_split
 from moe_gpt.data.local_files import Row, read_rows
 from moe_gpt.errors import InputError, shown
 
@@ -200,8 +200,8 @@ def _open_hub(source: SourceConfig) -> Any:
         raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")
     try:
         dataset = _load(source, path)
-    except UnreadableFileError as error:
-        raise InputError(f"source {source.name}: dataset={source.dataset!r} {error}") from None
+    except (UnreadableFileError, InputError) as error:
+        raise InputError(f"source {source.name}: dataset={source.dataset!r} cannot be used: {error}") from None
     except Exception as error:  # datasets raises many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise InputError(
@@ -217,8 +217,8 @@ def _open_hub(source: SourceConfig) -> Any:
 def _load(source: SourceConfig, path: Path) -> Any:
     import datasets
 
-    if is_saved_dataset(path):
-        return datasets.load_from_disk(str(saved_split(path, source.split)))
+    if part := saved_split(path, source.split):
+        return datasets.load_from_disk(str(part))
     if path.is_dir():
         check_folder(path, source.subset)
     return datasets.load_dataset(

@@ -45,6 +45,8 @@ def refuse_disguise(path: Path, kind: str, is_given: bool) -> None:
         _refuse_beginning(begin, path.suffix.lower(), f"a {path.suffix} file")
         with open_bytes(path) as opened:
             begin = opened.read(1024)
+        if "to its name" in (other_format(begin, "as_text") or ("", ""))[1]:
+            raise UnreadableFileError("this is packed twice; unpack it once, and name it by what that gives")
     _refuse_beginning(begin, kind, f"a {kind} file" if kind != "text" else "text")
     if kind != "text" or (not is_given and format_suffix(path) in _PLAIN_NAMES):
         _refuse_page(begin)

@@ -8,44 +8,33 @@ from pathlib import Path
 
 from moe_gpt.data.compressed import UnreadableFileError, format_suffix
 from moe_gpt.data.disguises import FORMATS, format_of, refuse_disguise
-from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside, read_json
 
 _ABOUT = re.compile(r"(?i)(readme|licen[cs]e|notice|citation|changelog|contributing)\.(txt|md)")
 _KINDS = FORMATS | {".txt": "txt", ".text": "txt", ".md": "md"}
-_AGAIN = "copy or write the whole folder again"
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``save_to_disk`` made the folder."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def saved_split(folder: Path, split: str) -> Path:
-    """Return the folder of a split in one that ``save_to_disk`` made, after checking the names of its files.
+def saved_split(folder: Path, split: str) -> Path | None:
+    """Return the folder of a split that ``save_to_disk`` wrote, after checking its files; None where it wrote none.
 
     Raises:
-        UnreadableFileError: where there is no such split; where a file is missing, damaged, or outside of the folder.
+        UnreadableFileError, InputError: saying what is missing, damaged or outside of the folder.
     """
+    index = next((name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()), None)
+    if index is None:
+        return None
+    names = [split] if index == "dataset_dict.json" else []
     try:
-        names = [split] if inside(folder, "dataset_dict.json").is_file() else []
-        there = read_json(folder, "dataset_dict.json")["splits"] if names else [_split_of(folder)]
+        values = read_json(folder, index)
+        there = values["splits"] if names else [values["_split"] or "train"]
         if split not in there:
             raise UnreadableFileError(f"has no split={split!r}; set split to one of: {', '.join(there)}")
         part = inside(folder, *names, "state.json").parent
-        files = [file["filename"] for file in read_json(part, "state.json")["_data_files"]]
-        missing = [name for name in ("dataset_info.json", *files) if not inside(folder, *names, name).is_file()]
-    except InputError as error:
-        raise UnreadableFileError(f"cannot be read: {error}") from None
+        for file in ({"filename": "dataset_info.json"}, *read_json(part, "state.json")["_data_files"]):
+            inside(folder, *names, file["filename"]).stat()
     except (OSError, KeyError, TypeError) as error:
-        raise UnreadableFileError(f"is not as save_to_disk writes it ({error}); {_AGAIN}") from None
-    if missing:
-        raise UnreadableFileError(f"is not whole: {part / missing[0]} is missing; {_AGAIN}")
+        raise UnreadableFileError(f"is not whole: {error}; copy or write the whole folder again") from None
     return part
-
-
-def _split_of(folder: Path) -> str:
-    return read_json(folder, "state.json")["_split"] or "train"
 
 
 def check_folder(folder: Path, subset: str | None) -> None:
@@ -55,14 +44,11 @@ def check_folder(folder: Path, subset: str | None) -> None:
     several formats it reads one. A card in the folder may name files elsewhere.
 
     Raises:
-        UnreadableFileError: with what is wrong, and what would be right.
+        UnreadableFileError, InputError: with what is wrong, and what would be right.
     """
     found = [path for path in folder.rglob("*") if path.name[0] != "."]
-    try:
-        for path in filter(Path.is_symlink, found):
-            inside(folder, *path.relative_to(folder).parts)
-    except InputError as error:
-        raise UnreadableFileError(f"cannot be read: {error}, or write files: instead") from None
+    for path in filter(Path.is_symlink, found):
+        inside(folder, *path.relative_to(folder).parts)
     paths = sorted(filter(Path.is_file, found))
     suffixes = {format_suffix(path) for path in paths if not _ABOUT.fullmatch(path.name)}
     _check_formats(folder, {_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})

@@ -18,7 +18,6 @@ from moe_gpt.files.mistaken import disguise, unfinished_download
 
 LARGEST_YAML = 100_000
 """Bytes of a config: YAML needs some hundred times the memory of its text."""
-_MOST_DIGITS = 4300
 _MOST_VALUES = 500_000
 """Of a JSON file: each needs up to 100 bytes of memory. The largest indices on the hub have some 100,000."""
 
@@ -66,14 +65,9 @@ def _check_target(path: Path, target: Path, folder: Path) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """Return what JSON says; a whole number with more digits than Python converts is a ``Decimal``.
-
-    Raises:
-        ValueError: for what is no JSON, and for an object that has a key twice, of which most readers take the last.
-        RecursionError: for what is too deep.
-    """
+    """Return what JSON says, many digits as a ``Decimal``; raise ``ValueError`` also for an object with a key twice."""
     return json.loads(
-        text, object_pairs_hook=_no_key_twice, parse_int=lambda text: int(text) if len(text) < _MOST_DIGITS else Decimal(text)
+        text, object_pairs_hook=_no_key_twice, parse_int=lambda text: int(text) if len(text) < 4300 else Decimal(text)
     )
 
 

@@ -12,6 +12,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside, read_json
 from moe_gpt.files.mistaken import disguise, unfinished_download
 
+ANOTHER_KIND = "for other tokenizers, AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
 _REMEDY = (
     "if tokens were added after training, model.resize_token_embeddings(len(tokenizer)) of transformers and "
     "save_pretrained make room for them; otherwise the tokenizer and the weights are of different models"
@@ -49,7 +50,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
     if not path.is_file():
-        raise FileNotFoundError(no_tokenizer(folder))
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; {ANOTHER_KIND}{unfinished_download(folder)}")
     if not settings.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer_config.json, which names the token that ends a text")
     end_of_text = _end_of_text(folder)
@@ -61,14 +62,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise InputError(f"{error} (eos_token of {settings} is {end_of_text!r})") from None
     vocab_size = read_json(folder, "config.json").get("vocab_size")
     return _fitted(f"{folder}: ", tokenizer, vocab_size) if isinstance(vocab_size, int) else tokenizer
-
-
-def no_tokenizer(folder: Path) -> str:
-    """Say that a folder has no tokenizer that can be used, and how to make one."""
-    return (
-        f"{folder} has no tokenizer.json, so the model reads no text; AutoTokenizer.from_pretrained(...)."
-        f"save_pretrained(...) of transformers makes one of other tokenizers{unfinished_download(folder)}"
-    )
 
 
 def _end_of_text(folder: Path) -> str:
