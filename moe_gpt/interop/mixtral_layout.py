@@ -7,10 +7,11 @@ One table serves import and export: every Hugging Face tensor is a slice of one 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig
@@ -167,17 +168,6 @@ _Unquantized = Annotated[None, Field(title="absent (weights must be float32, bfl
 _Usual = Annotated[None, Field(title="absent (weights must be in model.safetensors or in the files of its index)")]
 
 
-def _no_text(value: Any) -> Any:
-    if isinstance(value, str):
-        raise ValueError("a number of JSON stands without quotes")
-    return value
-
-
-_Count = Annotated[Count, BeforeValidator(_no_text)]
-_Layers = Annotated[Layers, BeforeValidator(_no_text)]
-_Positive = Annotated[Positive, BeforeValidator(_no_text)]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Rope(Section):
     """The rotary positions in config.json, where they are a mapping of their own."""
@@ -185,7 +175,7 @@ class _Rope(Section):
     rope_type: _Unscaled = "default"
     type: _Unscaled = "default"
     """The name that ``rope_type`` had in old versions of transformers."""
-    rope_theta: _Positive | None = None
+    rope_theta: Positive | None = None
     partial_rotary_factor: _WholeHeads = 1.0
 
 
@@ -193,25 +183,25 @@ class _Rope(Section):
 class _Llama(Section):
     """The keys of a Llama's config.json that define its function, with the defaults of transformers."""
 
-    vocab_size: _Count
-    hidden_size: _Count
-    intermediate_size: _Count
-    num_hidden_layers: _Layers
-    num_attention_heads: _Count
-    num_key_value_heads: _Count | None = None
-    head_dim: _Count | None = None
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
     hidden_act: Literal["silu"] = "silu"
-    max_position_embeddings: _Count = 2048
-    rms_norm_eps: _Positive = 1e-6
-    rope_theta: _Positive | None = None
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = None
     rope_parameters: _Rope = _Rope()
     rope_scaling: _Rope = _Rope()
     partial_rotary_factor: _WholeHeads = 1.0
     tie_word_embeddings: Flag = False
-    initializer_range: _Positive = 0.02
+    initializer_range: Positive = 0.02
     attention_bias: _Unbiased = False
     mlp_bias: _Unbiased = False
-    sliding_window: _Count | None = None
+    sliding_window: Count | None = None
     quantization_config: _Unquantized = None
     transformers_weights: _Usual = None
 
@@ -260,18 +250,18 @@ class _Llama(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Mistral(_Llama):
-    num_key_value_heads: _Count | None = 8
-    max_position_embeddings: _Count = 131_072
-    sliding_window: _Count | None = 4096
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131_072
+    sliding_window: Count | None = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Mixtral(_Llama):
-    num_key_value_heads: _Count | None = 8
-    max_position_embeddings: _Count = 131_072
-    rms_norm_eps: _Positive = 1e-5
-    num_local_experts: _Count = 8
-    num_experts_per_tok: _Count = 2
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131_072
+    rms_norm_eps: Positive = 1e-5
+    num_local_experts: Count = 8
+    num_experts_per_tok: Count = 2
 
     _rope_theta_assumed: ClassVar[float] = 1e6
 
@@ -338,6 +328,8 @@ def _known(keys: type[Section], values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     inside = {name: section_in(kind) for name, kind in annotations_of(keys).items() if name in values}
+    if quoted := [name for name in inside if isinstance(values[name], str) and re.match(r"\s*[-+.\d]", values[name])]:
+        raise InputError(f"{quoted[0]} must be a number without quotes, got {shown(values[quoted[0]])}")
     return {name: _known(section, values[name]) if section else values[name] for name, section in inside.items()}
 
 

@@ -201,14 +201,10 @@ class RunRecords:
         return sources, np.stack([found[source] for source in sources])
 
 
-def printable(name: str) -> str:
-    """Return the name of a folder with escapes in place of bytes that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def tell_apart(runs: Sequence[RunRecords]) -> list[RunRecords]:
     """Name each run after its folder, with as many parents as it takes; a folder given again gets a number."""
-    paths = [(*map(printable, run.run_dir.resolve().parent.parts), run.name) for run in runs]
+    parts = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
+    paths = [tuple(part.encode("utf-8", "backslashreplace").decode() for part in path) for path in parts]  # any bytes
     again = [paths[:index].count(path) for index, path in enumerate(paths)]
     names = [f"{_shortest(path, set(paths))}{f' #{n + 1}' * (n > 0)}" for path, n in zip(paths, again, strict=True)]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]

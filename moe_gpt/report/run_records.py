@@ -27,7 +27,7 @@ from moe_gpt.files.json_lines import FoundLines, read_json_lines
 from moe_gpt.interop.foreign_tokenizer import read_tokenizer
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.metric_names import VALIDATION
-from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, printable, section_of
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords, Slice, section_of
 from moe_gpt.report.words import paragraphs, words
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class _Reader:
         lines = self.lines("metrics.jsonl", "step", "tokens_seen")
         tokenizer, digest = self.tokenizer(section_of(config, "data", "tokenizer"))
         run = RunRecords(
-            name=printable(self.folder.resolve().name),
+            name=self.folder.resolve().name,
             run_dir=self.folder,
             config=config,
             steps=[line for line in lines if "ce_loss" in line],

@@ -105,7 +105,7 @@ def test_links_in_a_folder_of_data_stay_inside():
     Path("outside/x.jsonl").write_text('{"text": "secret"}\n')
     for target in ("../../../../outside/x.jsonl", "../../../../outside"):
         (snapshot / "x.jsonl").symlink_to(target)
-        refused("x.jsonl is a link", "outside of its folder", "files:", dataset=str(snapshot.parent))
+        refused("x.jsonl is a link", "outside of its folder", "put a copy", dataset=str(snapshot.parent))
         (snapshot / "x.jsonl").unlink()
 
 
