@@ -20,6 +20,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside
 from moe_gpt.inference.generate import SamplingConfig, generate
 from moe_gpt.interop import hugging_face
+from moe_gpt.interop.foreign_tokenizer import ANOTHER_KIND
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast, pick_device, pick_precision, tune_process
@@ -158,7 +159,7 @@ class LanguageModel:
             InputError: where there is none.
         """
         if self.tokenizer is None:
-            raise InputError(f"{self.path} has no tokenizer.json, so the model reads no text; save it with a tokenizer")
+            raise InputError(f"{self.path} has no tokenizer.json, so the model reads no text; {ANOTHER_KIND}")
         return self.tokenizer
 
     def evaluate(

@@ -62,6 +62,12 @@ EPILOGUES = {
 }
 
 
+class _Pipe(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a reader who is gone to ``run_main``."""
+        raise BrokenPipeError
+
+
 def make_app() -> cyclopts.App:
     """Return the command line of all commands."""
     app = cyclopts.App(
@@ -71,7 +77,7 @@ def make_app() -> cyclopts.App:
         help_format="markdown",  # breaks lines anew
         version=moe_gpt.__version__,
         result_action="return_value",
-        console=Console(width=terminal_width()),
+        console=_Pipe(width=terminal_width()),
         default_parameter=cyclopts.Parameter(allow_repeating=True),  # the last one counts, as it always did
     )
     for name, text in COMMANDS.items():
@@ -152,8 +158,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     The status is 141, as after SIGPIPE, if the reader of stdout is gone, and 2 if the disk is full or stdout is closed.
     """
     replace_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console may lack characters
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        stream.reconfigure(errors=errors)  # type: ignore[union-attr]  # a console may lack characters
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         status = main() or 0

@@ -138,7 +138,10 @@ def _warn_of_the_prompt(loaded: LanguageModel, prompt: str, options: GenerateOpt
 
 
 def warn_of_context(loaded: LanguageModel, context: int | None) -> None:
-    """Say on stderr that a context is longer than the sequences of training."""
+    """Say on stderr that a context is longer than the sequences of training; refuse one beyond the model."""
+    from moe_gpt.inference.generate import checked_context
+
+    checked_context(loaded.model, context)
     trained = loaded.trained_length
     if trained and (context or 0) > trained:
         text = f"WARNING: the run was trained on at most {trained} positions; at {context}, its loss is extrapolation"

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -220,7 +221,9 @@ def _contradictions(section: Section, prefix: str, problems: list[Problem]) -> l
 
 
 def _unfit(annotation: Any, value: Any, key: str) -> Problem:
-    return Problem((key,), f"{key} must be {expectation(annotation)}, got {shown(value)}")
+    is_half = isinstance(value, str) and re.search("[\ud800-\udfff]", value)
+    wanted = "text without halves of surrogate pairs" if is_half else expectation(annotation)
+    return Problem((key,), f"{key} must be {wanted}, got {shown(value)}")
 
 
 def _unknown(annotations: dict[str, Any], name: str, prefix: str) -> Problem:

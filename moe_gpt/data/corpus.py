@@ -13,7 +13,7 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
 from moe_gpt.data.compressed import UnreadableFileError, first_undecodable, is_compressed
 from moe_gpt.data.disguises import format_of
 from moe_gpt.data.document import Document
-from moe_gpt.data.folders import check_folder, is_saved_dataset
+from moe_gpt.data.folders import check_folder, saved_split
 from moe_gpt.data.local_files import Row, read_rows
 from moe_gpt.errors import InputError, shown
 
@@ -102,16 +102,17 @@ def _local_files(source: SourceConfig) -> list[Path]:
 
 
 def expand_files(source: SourceConfig) -> list[Path]:
-    """Return the files that the source's paths and globs match, sorted."""
+    """Return the files that the source's paths and globs match, sorted, each once, with the names that links give."""
     patterns = source.files if isinstance(source.files, tuple) else (str(source.files),)
-    return sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)))
+    paths = sorted(set().union(*(_matches(source.name, pattern) for pattern in patterns)), reverse=True)
+    return sorted({path.resolve(): path for path in paths}.values())
 
 
 def _matches(name: str, pattern: str) -> set[Path]:
     path = Path(os.path.expanduser(pattern))
     found = [] if path.is_dir() else _expand(Path(path.anchor), path.relative_to(path.anchor).parts)
     found = [path] if path.is_file() else found
-    files = {Path(os.path.realpath(match)) for match in found if os.path.isfile(match)}
+    files = {match.parent.resolve() / match.name for match in found if os.path.isfile(match)}
     if not files:
         remedy = f"for a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"
         if (path / "dataset_info.json").is_file():
@@ -153,7 +154,7 @@ def _files_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[st
     as_text = dataclasses.replace(source, text_field="text", template=None)
     for path, size in zip(paths, sizes, strict=True):
         n_chars_before = n_chars
-        for text in _file_texts(as_text if _is_text(source, path) else source, path) if size else ():
+        for text in _file_texts(as_text if _is_text(source, path) else source, path):
             yield text
             n_chars += len(text)
             read = min(size, (n_chars - n_chars_before) * bytes_per_char)
@@ -199,24 +200,25 @@ def _open_hub(source: SourceConfig) -> Any:
         raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")
     try:
         dataset = _load(source, path)
-    except UnreadableFileError as error:
-        raise InputError(f"source {source.name}: dataset={source.dataset!r} {error}") from None
+    except (UnreadableFileError, InputError) as error:
+        raise InputError(f"source {source.name}: dataset={source.dataset!r} cannot be used: {error}") from None
     except Exception as error:  # datasets raises many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise InputError(
             f"source {source.name}: dataset {source.dataset} (subset {source.subset}, split {source.split}) could not "
             f"be opened: {reason}" + ("" if path.exists() else "; without a network, use files: or builtin:")
         ) from error
-    has_columns = set(_columns(source)) <= set(dataset.column_names or ())
-    return dataset.select_columns(list(_columns(source))) if has_columns else dataset  # others need not be decoded
+    if not dataset.column_names:  # those of some streams are known with the first row
+        return dataset
+    _check_columns(source, dataset.column_names, f"dataset {source.dataset}")
+    return dataset.select_columns(list(_columns(source)))  # others need not be decoded
 
 
 def _load(source: SourceConfig, path: Path) -> Any:
     import datasets
 
-    if is_saved_dataset(path):
-        saved = datasets.load_from_disk(str(path))
-        return saved[source.split] if isinstance(saved, datasets.DatasetDict) else saved
+    if part := saved_split(path, source.split):
+        return datasets.load_from_disk(str(part))
     if path.is_dir():
         check_folder(path, source.subset)
     return datasets.load_dataset(
@@ -244,17 +246,21 @@ def _read_texts(source: SourceConfig, rows: Iterable[Row], where: str) -> Iterat
 
 
 def _text_of(source: SourceConfig, row: Row, where: str) -> str:
+    _check_columns(source, row.values, f"{where} in {row.place}")
     for column in _columns(source):
         _check_cell(source, row, column, where)
     return row.values[source.text_field] if source.template is None else source.template.format_map(row.values)
 
 
+def _check_columns(source: SourceConfig, there: Collection[str], where: str) -> None:
+    for column in _columns(source):
+        if column not in there:
+            key = "text_field" if source.template is None else "template"
+            columns = ", ".join(there) or "none"
+            raise InputError(f"source {source.name}: {key}={column!r} is not a column of {where}; columns: {columns}")
+
+
 def _check_cell(source: SourceConfig, row: Row, column: str, where: str) -> None:
-    if column not in row.values:
-        key, there = "text_field" if source.template is None else "template", ", ".join(row.values) or "none"
-        raise InputError(
-            f"source {source.name}: {key}={column!r} is not a column of {where} in {row.place}; columns: {there}"
-        )
     accepted = str if source.template is None else str | int | float
     if not isinstance(row.values[column], accepted):
         raise InputError(

@@ -37,18 +37,28 @@ def format_of(path: Path) -> str:
 
 def refuse_disguise(path: Path, kind: str, is_given: bool) -> None:
     """Raise an error for a file that begins otherwise than its name, or its given format, promises."""
-    with open(path, "rb") as file:
-        begin = file.read(1024)
-    if is_compressed(path):
-        _refuse_beginning(begin, path.suffix.lower(), f"a {path.suffix} file")
-        with open_bytes(path) as opened:
-            begin = opened.read(1024)
+    begin = _beginning(path, kind)
     _refuse_beginning(begin, kind, f"a {kind} file" if kind != "text" else "text")
     if kind != "text" or (not is_given and format_suffix(path) in _PLAIN_NAMES):
         _refuse_page(begin)
     if kind != "text" or is_given or not begin.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"{"):
         return
     _refuse_json_lines(path)
+
+
+def _beginning(path: Path, kind: str) -> bytes:
+    """Return the first bytes of a file without its compression; refuse one that cannot be what it says."""
+    with open(path, "rb") as file:
+        begin = file.read(1024)
+    if not begin and (is_compressed(path) or kind in ("parquet", "arrow", "json")):
+        raise UnreadableFileError("this has 0 bytes, so it is damaged or a download that has not ended; write it again")
+    if is_compressed(path):
+        _refuse_beginning(begin, path.suffix.lower(), f"a {path.suffix} file")
+        with open_bytes(path) as opened:
+            begin = opened.read(1024)
+        if "to its name" in (other_format(begin, "as_text") or ("", ""))[1]:
+            raise UnreadableFileError("this is packed twice; unpack it once, and name it by what that gives")
+    return begin
 
 
 def _refuse_json_lines(path: Path) -> None:
@@ -87,6 +97,6 @@ def begins_with_json_lines(text: str) -> bool:
     """Whether the first two lines that are not blank are JSON objects, each by itself."""
     lines = list(filter(str.strip, text.split("\n")))[:2]
     try:
-        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+        return len(lines) == 2 and all(isinstance(json.loads(line, parse_int=str), dict) for line in lines)
     except (ValueError, RecursionError):
         return False

@@ -8,11 +8,33 @@ from pathlib import Path
 
 from moe_gpt.data.compressed import UnreadableFileError, format_suffix
 from moe_gpt.data.disguises import FORMATS, format_of, refuse_disguise
+from moe_gpt.files.inside import inside, read_json
+
+_ABOUT = re.compile(r"(?i)(readme|licen[cs]e|notice|citation|changelog|contributing)\.(txt|md)")
+_KINDS = FORMATS | {".txt": "txt", ".text": "txt", ".md": "md"}
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``save_to_disk`` made the folder."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+def saved_split(folder: Path, split: str) -> Path | None:
+    """Return the folder of a split that ``save_to_disk`` wrote, after checking its files; None where it wrote none.
+
+    Raises:
+        UnreadableFileError, InputError: saying what is missing, damaged or outside of the folder.
+    """
+    index = next((name for name in ("dataset_dict.json", "state.json") if (folder / name).is_file()), None)
+    if index is None:
+        return None
+    names = [split] if index == "dataset_dict.json" else []
+    try:
+        values = read_json(folder, index)
+        there = values["splits"] if names else [values["_split"] or "train"]
+        if split not in there:
+            raise UnreadableFileError(f"has no split={split!r}; set split to one of: {', '.join(there)}")
+        part = inside(folder, *names, "state.json").parent
+        for file in ({"filename": "dataset_info.json"}, *read_json(part, "state.json")["_data_files"]):
+            inside(folder, *names, file["filename"]).stat()
+    except (OSError, KeyError, TypeError) as error:
+        raise UnreadableFileError(f"is not whole: {error}; copy or write the whole folder again") from None
+    return part
 
 
 def check_folder(folder: Path, subset: str | None) -> None:
@@ -22,10 +44,14 @@ def check_folder(folder: Path, subset: str | None) -> None:
     several formats it reads one. A card in the folder may name files elsewhere.
 
     Raises:
-        UnreadableFileError: with what is wrong, and what would be right.
+        UnreadableFileError, InputError: with what is wrong, and what would be right.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
-    _check_formats(folder, {FORMATS[format_suffix(path)] for path in paths if format_suffix(path) in FORMATS})
+    found = [path for path in folder.rglob("*") if path.name[0] != "."]
+    for path in filter(Path.is_symlink, found):
+        inside(folder, *path.relative_to(folder).parts)
+    paths = sorted(filter(Path.is_file, found))
+    suffixes = {format_suffix(path) for path in paths if not _ABOUT.fullmatch(path.name)}
+    _check_formats(folder, {_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})
     for path in paths:
         if format_suffix(path) in (*FORMATS, ".txt"):
             _check_file(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moe_gpt.data.compressed import UnreadableFileError, open_bytes
 from moe_gpt.data.disguises import begins_with_json_lines, format_of, refuse_disguise
+from moe_gpt.errors import shown
+from moe_gpt.files.inside import parse_json
 
 _ROWS_AT_ONCE = 1024
 """Rows of a table that are Python objects at a time, however many a file holds, or says that it holds."""
@@ -75,17 +76,9 @@ def _json_object(text: str, place: str) -> dict[str, Any]:
 
 def _parse_json(text: str, place: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{place} is not valid JSON: {error}") from None
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
-    return row
 
 
 def _json_rows(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -102,7 +95,7 @@ def _json_rows(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Row
     rows = found if isinstance(found, list) else [found]
     for number, row in enumerate(_rows_of_columns(found, columns) if isinstance(found, dict) else rows, 1):
         if not isinstance(row, dict):
-            raise UnreadableFileError(f"row {number} must be a JSON object, got {json.dumps(row)[:60]}")
+            raise UnreadableFileError(f"row {number} must be a JSON object, got {shown(row)}")
         yield Row(f"row {number}", row)
 
 
@@ -156,10 +149,9 @@ def _check_separator(header: list[str], columns: tuple[str, ...], separator: str
 def _fitting(cells: list[str], header: list[str], line: int, separator: str) -> list[str]:
     """Return the cells without empty ones beyond the header."""
     if len(cells) < len(header) or any(cells[len(header) :]):
-        raise UnreadableFileError(
-            f"line {line} has {len(cells)} cells, and the header has {len(header)}; put a cell that has "
-            f"{separator!r} into double quotes"
-        )
+        too_many = f"put a cell that has {separator!r} into double quotes"
+        remedy = too_many if len(cells) > len(header) else f"end the row with {separator!r} for each cell that is empty"
+        raise UnreadableFileError(f"line {line} has {len(cells)} cells, and the header has {len(header)}; {remedy}")
     return cells[: len(header)]
 
 

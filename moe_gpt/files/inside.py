@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def _check_target(path: Path, target: Path, folder: Path) -> None:
         raise InputError(f"{path} must be a file, got {'a folder' if target.is_dir() else 'a device or a pipe'}")
 
 
+def parse_json(text: str) -> Any:
+    """Return what JSON says, many digits as a ``Decimal``; raise ``ValueError`` also for an object with a key twice."""
+    return json.loads(
+        text, object_pairs_hook=_no_key_twice, parse_int=lambda text: int(text) if len(text) < 4300 else Decimal(text)
+    )
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return row
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Return the mapping in a JSON file of a folder.
 
@@ -78,7 +94,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if n_values > _MOST_VALUES:
         raise InputError(f"{path} must have at most {_MOST_VALUES:,} values, got about {n_values:,}")
     try:
-        values = json.loads(data.decode("utf-8-sig"))
+        values = parse_json(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {disguise(path) or error}") from None
     if not isinstance(values, dict):

@@ -73,6 +73,12 @@ def unfinished_download(folder: Path) -> str:
     return next((f"; {path} is a download that has not ended: start it again" for path in found), "")
 
 
+def odd_name(path: Path) -> str | None:
+    """Say that a path is not UTF-8, which the library safetensors cannot open; None for one that is."""
+    is_text = str(path).encode("utf-8", "ignore").decode() == str(path)
+    return None if is_text else "its path is not UTF-8 text; rename the folder"
+
+
 def cut_off(path: Path) -> str | None:
     """Say by its header how much of a safetensors file is missing; None where nothing is, or it has no such header."""
     size = path.stat().st_size

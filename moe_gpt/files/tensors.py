@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, write_file
 from moe_gpt.files.inside import inside, read_json
-from moe_gpt.files.mistaken import cut_off, disguise, other_weights, unfinished_download
+from moe_gpt.files.mistaken import cut_off, disguise, odd_name, other_weights, unfinished_download
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,7 +44,7 @@ class TensorReader:
             except FileNotFoundError:
                 raise InputError(f"{path} is missing{unfinished_download(path.parent)}") from None
             except (SafetensorError, OSError) as error:
-                reason = (cut_off(path) or disguise(path)) if path.is_file() else None
+                reason = odd_name(path) or ((cut_off(path) or disguise(path)) if path.is_file() else None)
                 raise InputError(f"{path} cannot be read as safetensors: {reason or error}") from None
             for name in self._open[path].keys():  # noqa: SIM118 (not a dict)
                 if name in self._file_of:

@@ -12,6 +12,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside, read_json
 from moe_gpt.files.mistaken import disguise, unfinished_download
 
+ANOTHER_KIND = "for other tokenizers, AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes one"
 _REMEDY = (
     "if tokens were added after training, model.resize_token_embeddings(len(tokenizer)) of transformers and "
     "save_pretrained make room for them; otherwise the tokenizer and the weights are of different models"
@@ -49,10 +50,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer.json; for other tokenizers, AutoTokenizer.from_pretrained(...).save_pretrained("
-            f"...) of transformers makes one{unfinished_download(folder)}"
-        )
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; {ANOTHER_KIND}{unfinished_download(folder)}")
     if not settings.is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer_config.json, which names the token that ends a text")
     end_of_text = _end_of_text(folder)

@@ -7,6 +7,7 @@ One table serves import and export: every Hugging Face tensor is a slice of one 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -327,6 +328,8 @@ def _known(keys: type[Section], values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     inside = {name: section_in(kind) for name, kind in annotations_of(keys).items() if name in values}
+    if quoted := [name for name in inside if isinstance(values[name], str) and re.match(r"\s*[-+.\d]", values[name])]:
+        raise InputError(f"{quoted[0]} must be a number without quotes, got {shown(values[quoted[0]])}")
     return {name: _known(section, values[name]) if section else values[name] for name, section in inside.items()}
 
 

@@ -203,7 +203,8 @@ class RunRecords:
 
 def tell_apart(runs: Sequence[RunRecords]) -> list[RunRecords]:
     """Name each run after its folder, with as many parents as it takes; a folder given again gets a number."""
-    paths = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
+    parts = [(*run.run_dir.resolve().parent.parts, run.name) for run in runs]
+    paths = [tuple(part.encode("utf-8", "backslashreplace").decode() for part in path) for path in parts]  # any bytes
     again = [paths[:index].count(path) for index, path in enumerate(paths)]
     names = [f"{_shortest(path, set(paths))}{f' #{n + 1}' * (n > 0)}" for path, n in zip(paths, again, strict=True)]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]

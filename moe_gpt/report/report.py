@@ -75,7 +75,7 @@ def write_report(runs: Sequence[RunRecords], path: Path, renew_seconds: int = 0)
         file = path.with_name(f"{path.stem}-pictures") / picture.name
         replace_file(file.with_suffix(".svg"), standalone(picture))
         replace_file(file.with_suffix(".png"), picture.png)
-    replace_file(path, page)
+    replace_file(path, page.encode("utf-8", "backslashreplace"))  # a path may be no UTF-8
 
 
 @functools.cache

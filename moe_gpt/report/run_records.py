@@ -18,7 +18,7 @@ import filelock
 import numpy as np
 import yaml
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.errors import InputError
@@ -171,7 +171,7 @@ def _notes_on_gaps(run: RunRecords) -> list[str]:
 
 
 def _load_arrays(path: Path) -> EvaluationArrays | None:
-    arrays, by_kind = load_file(path), collections.defaultdict[str, dict[str, np.ndarray]](dict)
+    arrays, by_kind = load(path.read_bytes()), collections.defaultdict[str, dict[str, np.ndarray]](dict)
     for name, array in arrays.items():
         source, _, kind = name.rpartition("/")
         by_kind[kind][source] = array

@@ -37,6 +37,7 @@ def test_files_are_evaluated_at_the_length_of_training(run_dir, corpus_dir):
     for words in (("evaluate", run_dir, "--files", files, *beyond), ("generate", run_dir, "--prompt", "The ", *beyond)):
         refused = command(*words)
         assert (refused.returncode, refused.stdout) == (2, "")
+        assert "WARNING" not in refused.stderr
         assert "from 1 to the model's 64 tokens, got 65; or load the model with more: --max-seq-len" in refused.stderr
         assert command(*words, "--max-seq-len", 65).returncode == 0
 

@@ -52,7 +52,8 @@ def test_other_commands_say_by_their_status_what_happened():
     """141 where the reader is gone, as SIGPIPE would; 2 and a line where the disk is full or stdout is closed."""
     words = ["plan", "tiny.yaml", "--all"]
     out = readerless()
-    assert start(*words, stdout=out, stderr=subprocess.DEVNULL).wait(timeout=60) == 141
+    for given in (words, ["--help"], ["train", "--help"], ["--version"]):
+        assert start(*given, stdout=out, stderr=subprocess.DEVNULL).wait(timeout=60) == 141
     os.close(out)
     with open("/dev/full", "w") as full:
         process = start(*words, stdout=full, stderr=subprocess.PIPE)

@@ -98,6 +98,12 @@ def test_unknown_key_is_refused_with_the_nearest_one(problems, text, line):
     assert problems(text) == [line]
 
 
+def test_half_of_a_surrogate_pair_is_named(problems):
+    """It is text, and UTF-8 cannot represent it."""
+    (line,) = problems('data: {sources: [{name: a, builtin: prose, prompt: "a\\ud800"}]}')
+    assert line == r"data.sources.0.prompt must be text without halves of surrogate pairs, got 'a\ud800'"
+
+
 def test_empty_key_is_not_taken_for_its_section(problems):
     """An empty key inside a section is reported as such; the section itself is not called unknown."""
     assert not problems('model: {"": 3}')[0].startswith("model is not a known key")

@@ -101,7 +101,7 @@ def test_harmless_oddities_of_csv_are_read(content, expected):
     ("content", "parts"),
     [
         ("text,n\none, and a half,1\n", ["line 2", "3 cells", "2", "double quotes"]),
-        ("text,n\none,1\ntwo\n", ["line 3", "1 cells"]),
+        ("text,n\none,1\ntwo\n", ["line 3", "1 cells", "end the row with ','"]),
         ("text,text\na,b\n", ["'text' occurs 2 times"]),
         ("text;n\none;1\n", ["separated by ';'"]),
         ("text\tn\none\t1\n", ["format: tsv"]),
@@ -123,12 +123,21 @@ def test_ragged_tables_are_refused(content, parts):
         ('{"text": "a"}\n[[' + "[" * 100_000, ["line 2", "not valid JSON"]),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', ["line 2", "\\ud83d", "errors: replace"]),
         ('{"text": "a"}\n{"text": {"a": 1}}\n', ["line 2", "must be text"]),
+        (f'{{"text": {"9" * 6000}}}\n', ["line 1", "must be text, got Decimal('999"]),
     ],
 )
 def test_odd_json_is_refused(content, parts):
     """Also a key that occurs twice, of which most readers take the last."""
     message = failure("a.jsonl", content)
     assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_number_of_many_digits_in_another_column_is_passed_over(name):
+    """Python converts no more than 4300 of them."""
+    line = f'{{"text": "one", "n": {"9" * 6000}}}\n'
+    assert texts(write(name, line * 2)) == ["one", "one"]
+    assert "must be a JSON object" in failure("b.json", f"[{'9' * 6000}]")
 
 
 def test_half_of_a_pair_can_be_replaced():
@@ -198,7 +207,11 @@ PAGE = "<!DOCTYPE html>\n<html><body>404 Not Found</body></html>"
         ("a.txt", b"PAR1....", "name it .parquet"),
         ("a.txt", "text".encode("utf-16"), "convert it to UTF-8"),
         ("a.txt", "text".encode("utf-16-le"), "NUL bytes"),
+        *(("a.txt", "\ufefftext".encode(name), "iconv -f UTF-32") for name in ("utf-32-le", "utf-32-be")),
+        *((f"a.txt.gz{end}", gzip.compress(gzip.compress(b"text")), "packed twice; unpack") for end in ("", ".gz")),
+        ("a.jsonl.gz", gzip.compress(zstandard.compress(b"{}")), "packed twice; unpack"),
         ("a.txt.gz", gzip.compress(b"n" * 257 + b"ustar", mtime=0), "tar archive"),
+        *((f"a{suffix}", b"", "0 bytes") for suffix in (".parquet", ".arrow", ".json", ".json.gz", ".txt.zst")),
         ("a.xlsx", b"x", "save it as .csv"),
         ("a.docx", b"x", "save its text"),
         ("a.jsonl.incomplete", b"{", "download"),
@@ -274,6 +287,8 @@ def test_streams_after_damage_are_not_lost(suffix, compress):
     [
         ({"x.csv": "text,label\nhello,a,\n"}, "write files:"),
         ({"x.parquet": b"PAR1", "y.jsonl": '{"text": "b"}\n'}, "several formats"),
+        ({"x.jsonl": '{"text": "b"}\n', "y.txt": "t"}, r"formats \(lines, txt\); write files:"),
+        ({"x.parquet": b"PAR1", "y.md": "t"}, r"formats \(md, parquet\); write files:"),
         ({"x.txt": LFS}, "git lfs pull"),
         ({"x.txt": PAGE}, "download"),
         ({"README.md": '---\nconfigs: [{config_name: default, data_files: "../secret.jsonl"}]\n---\n',

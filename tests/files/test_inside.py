@@ -122,6 +122,15 @@ def test_a_file_in_the_place_of_another_is_named(folder, content, what):
         read_json(folder, "config.json")
 
 
+def test_a_key_twice_and_too_many_digits_in_json(folder):
+    """The one is named, and the other does not hide the rest of the file."""
+    (folder / "config.json").write_text('{"a": 1, "b": {"a": 1, "a": 2}}')
+    with pytest.raises(InputError, match=r"config\.json is not JSON: the key 'a' occurs twice"):
+        read_json(folder, "config.json")
+    (folder / "config.json").write_text(f'{{"a": {"9" * 6000}, "b": 1}}')
+    assert read_json(folder, "config.json")["b"] == 1
+
+
 def test_an_honest_file_has_no_disguise(folder):
     """JSON and safetensors begin as no other kind does."""
     assert disguise(folder / "config.json") is None

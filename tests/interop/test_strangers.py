@@ -73,6 +73,31 @@ def test_links_out_of_the_folder_are_refused(name, folder):
         (folder / name).unlink()
 
 
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_the_cache_of_hugging_face_is_read(is_sharded, request, tmp_path, capsys):
+    """Every file is a link to a blob of the same repository, by a relative path; the path may end in a link, too."""
+    plain = request.getfixturevalue("sharded" if is_sharded else "folder")
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1f"
+    for place in (blobs, snapshot):
+        place.mkdir(parents=True)
+    for number, path in enumerate(sorted(plain.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    (tmp_path / "latest").symlink_to(snapshot)
+    text = tmp_path / "a.txt"
+    text.write_text("the quick brown fox")
+    for given in (snapshot, tmp_path / "latest"):
+        assert moe_gpt.load(given, "cpu").tokenizer
+        generate(str(given), options=GenerateOptions(prompt="the", max_new_tokens=1, device="cpu"))
+        evaluate(str(given), options=EvaluateOptions(files=(str(text),), device="cpu"))
+    assert "bits_per_byte" in capsys.readouterr().out
+    (tmp_path / "models--c" / "blobs").mkdir(parents=True)
+    (snapshot / CONFIG).resolve().rename(tmp_path / "models--c" / "blobs" / "0a")
+    (snapshot / CONFIG).unlink()
+    (snapshot / CONFIG).symlink_to("../../../models--c/blobs/0a")
+    refused(snapshot, "outside of its folder")
+
+
 @pytest.mark.parametrize("place", ["../outside", "/etc/passwd", "sub/x.safetensors", "..\\x", "a\0b", "", None, 3])
 def test_an_index_names_files_of_its_folder(place, sharded):
     """The message names the index and the name in it."""
@@ -126,6 +151,20 @@ def test_weights_that_are_cut_off_say_how_much_is_there(folder):
         refused(folder, rf"model\.safetensors cannot .*: it has {size:,} of the .* bytes that its header says")
     (folder / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(folder, r"model\.safetensors cannot be read as safetensors: it is a Git LFS pointer")
+
+
+def test_a_tokenizer_of_another_kind_says_how_to_make_one(folder):
+    """The weights load; text needs a tokenizer.json."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(InputError, match=r"has no tokenizer\.json, .*AutoTokenizer.* makes one"):
+        moe_gpt.load(folder, "cpu").encode("the")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rope_theta", "num_local_experts"])
+def test_a_number_in_quotes_is_refused(key, folder):
+    """In a config of ours, 1e4 is another matter, because YAML takes it for text."""
+    edit(folder / CONFIG, **{key: str(json.loads((folder / CONFIG).read_text())[key])})
+    refused(folder, rf"{key} must be a number without quotes, got '")
 
 
 @pytest.mark.parametrize("name", [CONFIG, "tokenizer.json", "tokenizer_config.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from small_runs import change, run_training
 
 from moe_gpt.config import RunConfig
 from moe_gpt.errors import InputError
+from moe_gpt.report.report import write_report
 from moe_gpt.report.run_records import read_run
 
 
@@ -170,3 +172,19 @@ def test_what_was_not_wanted_is_said_so(small_config, tmp_path, settings, note):
     (found,) = read_run(tmp_path).notes
     assert found.startswith(note)
     assert found.endswith(f"(train.{next(iter(settings))} is 0)")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode there")
+def test_a_folder_whose_name_is_not_utf8_is_reported(run_dir, tmp_path):
+    """Everything in it is read; pages show the bytes as escapes."""
+    folders = [tmp_path / os.fsdecode(name) / "run" for name in (b"a\xff", b"b\xfe")]
+    try:
+        for folder in folders:
+            shutil.copytree(run_dir, folder)
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    runs = [read_run(folder) for folder in folders]
+    assert [run.notes for run in runs] == [[], []]
+    write_report(runs, folders[0].parent / "report.html")
+    assert "a\\udcff/run" in (folders[0].parent / "report.html").read_text(encoding="utf-8")
+    write_report(runs[:1], folders[0] / "report.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import time
 
@@ -42,6 +43,22 @@ def full_disk(monkeypatch):
     for module in (durable, checkpoint, tensor_files):
         monkeypatch.setattr(module, "write_file", write_file)
     return disk
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are Unicode there")
+def test_a_run_folder_whose_name_is_not_utf8_is_refused_before_training(small_config, tmp_path):
+    """Its weights could be written and not be read again; the remedy is said where such a folder is read, too."""
+    odd = tmp_path / os.fsdecode(b"run\xff\xfe")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"--run-dir .*\\udcff.* is not UTF-8 text; rename .* choose another"):
+            run_training(small_config, odd, resume=resume)
+    assert not odd.exists()
+    try:
+        shutil.copytree(whole_run(small_config), odd)
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    with pytest.raises(InputError, match="is not UTF-8 text; rename the folder"):
+        load_model(odd)
 
 
 @pytest.mark.parametrize("in_background", [True, False])

@@ -10,9 +10,10 @@ from pathlib import Path
 import filelock
 
 from moe_gpt.config.yaml import to_yaml
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import delete_leftovers, replace_file
 from moe_gpt.files.inside import inside
+from moe_gpt.files.mistaken import odd_name
 from moe_gpt.training.saving.checkpoint import RunIdentity, list_checkpoints
 from moe_gpt.training.saving.store import Damaged, set_aside
 
@@ -36,7 +37,9 @@ def refuse_existing_run(run_dir: Path) -> None:
 
 
 def check_writable(run_dir: Path) -> None:
-    """Raise ``InputError`` if the run folder cannot be written. Nothing is created."""
+    """Raise ``InputError`` if the run folder cannot be written, or not be read again. Nothing is created."""
+    if reason := odd_name(run_dir):
+        raise InputError(f"--run-dir {shown(str(run_dir))} cannot be used: {reason}, or choose another name")
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise InputError(f"--run-dir {run_dir} cannot be created, because {existing} is a file")
