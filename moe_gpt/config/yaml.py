@@ -22,11 +22,11 @@ CONFIGS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error, and dates and numbers of base 60 and 8 (1:30, 017) are text."""
+    """Safe YAML in which a repeated key is an error, and dates, very long and odd numbers (1:30, 017) are text."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
         tag = super().resolve(kind, value, implicit)
-        is_odd = re.match(r".*:(timestamp|(int|float)=(.*:|[-+]?0[0-9_]))", f"{tag}={value}")
+        is_odd = re.match(r".*:(timestamp|(int|float)=(.*:|[-+]?0[0-9_]|.{1000}))", f"{tag}={value}")
         return self.DEFAULT_SCALAR_TAG if is_odd else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

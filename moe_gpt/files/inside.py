@@ -66,9 +66,7 @@ def _check_target(path: Path, target: Path, folder: Path) -> None:
 
 def parse_json(text: str) -> Any:
     """Return what JSON says, many digits as a ``Decimal``; raise ``ValueError`` also for an object with a key twice."""
-    return json.loads(
-        text, object_pairs_hook=_no_key_twice, parse_int=lambda text: int(text) if len(text) < 4300 else Decimal(text)
-    )
+    return json.loads(text, object_pairs_hook=_no_key_twice, parse_int=lambda n: Decimal(n) if n[4300:] else int(n))
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

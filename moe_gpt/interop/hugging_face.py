@@ -21,6 +21,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import complete_folder, filled_folder, write_file
 from moe_gpt.files.inside import read_json
+from moe_gpt.files.mistaken import odd_name
 from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.interop.foreign_tokenizer import check_vocabulary, load_tokenizer
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
@@ -295,8 +296,8 @@ def _write_weights(folder: Path, config: ModelConfig, read: Callable[[str], Tens
 
 def _new_or_empty(folder: str | Path) -> Path:
     path = Path(folder)
-    if not str(folder).strip():
-        raise InputError("the output folder must have a name, got ''")
+    if not str(folder).strip() or odd_name(path):
+        raise InputError(f"the output folder must have a name in UTF-8, got {shown(str(folder))}")
     is_broken = path.is_symlink() and not path.exists()
     if is_broken or _is_taken(path):
         raise InputError(f"the output folder must be new or empty, got {'a broken link, ' * is_broken}{path}")

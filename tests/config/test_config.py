@@ -98,6 +98,13 @@ def test_unknown_key_is_refused_with_the_nearest_one(problems, text, line):
     assert problems(text) == [line]
 
 
+@pytest.mark.parametrize("number", ["9" * 6000, "0x" + "f" * 6000])
+def test_a_number_of_many_digits_is_named(problems, number):
+    """Python spells none of them, and its advice is no help here."""
+    (line,) = problems(f"train: {{seed: {number}}}")
+    assert line.startswith(f"train.seed must be a whole number from 0 to 2^63 - 1, got '{number[:20]}")
+
+
 def test_half_of_a_surrogate_pair_is_named(problems):
     """It is text, and UTF-8 cannot represent it."""
     (line,) = problems('data: {sources: [{name: a, builtin: prose, prompt: "a\\ud800"}]}')

@@ -382,6 +382,8 @@ def test_arguments_of_the_wrong_kind_are_refused(folder, tmp_path):
         hugging_face.load(folder, dtype="float32")
     with pytest.raises(ValueError, match="max_seq_len must be at least 1, got 0"):
         hugging_face.load(folder, max_seq_len=0)
+    with pytest.raises(InputError, match=r"must have a name in UTF-8, got 'x\\udcff'"):
+        hugging_face.save(tiny_model(), tmp_path.with_name("x\udcff").name)
     with pytest.raises(InputError, match="must have a name"):
         hugging_face.save(model, "")
 

@@ -91,6 +91,8 @@ def test_the_cache_of_hugging_face_is_read(is_sharded, request, tmp_path, capsys
         generate(str(given), options=GenerateOptions(prompt="the", max_new_tokens=1, device="cpu"))
         evaluate(str(given), options=EvaluateOptions(files=(str(text),), device="cpu"))
     assert "bits_per_byte" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"give one of these: .*snapshots/1f"):
+        moe_gpt.load(snapshot.parents[1], "cpu")
     (tmp_path / "models--c" / "blobs").mkdir(parents=True)
     (snapshot / CONFIG).resolve().rename(tmp_path / "models--c" / "blobs" / "0a")
     (snapshot / CONFIG).unlink()

@@ -78,8 +78,9 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
         raise FileNotFoundError(f"{path} is a Hugging Face folder; give a run folder or one of its checkpoints")
     if not checkpoints:
         runs = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
+        runs += map(str, sorted(path.glob("snapshots/*")))  # of the cache of Hugging Face
         if runs:
-            raise FileNotFoundError(f"{path} is a folder of runs; give one of these runs: {', '.join(runs)}")
+            raise FileNotFoundError(f"{path} is a folder of runs or models; give one of these: {', '.join(runs)}")
         found = other_weights(path) or unfinished_download(path)
         raise FileNotFoundError(
             f"no complete checkpoint at {path}{found}; give a run folder such as runs/tiny or one of its "
