@@ -203,7 +203,7 @@ def assemble(
     schedule = _followed(own, table, config.model.max_seq_len, say)
     precision = pick_precision(config.train.precision, device, config.model.d_model)
     tune_process(device, config.train.deterministic)
-    environment = describe_environment(device, precision) | {"processes": team.size}
+    environment = describe_environment(device, precision, team.size)
     identity = RunIdentity(config, data.tokenizer, data.fingerprint, environment)._replace(**own.describe())
     identity, changes = _with_history(identity, start, allow_changes, say)
     require_tracker(config.tracking)

@@ -160,9 +160,9 @@ def test_killed_process_takes_its_workers_along(tmp_path):
     process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     workers = process.stdout.readline().split()
-    assert len(workers) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert workers  # the second starts when there is work for it
     deadline = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{pid}/fd/0") for pid in workers):
         assert time.monotonic() < deadline

@@ -80,7 +80,7 @@ class Change(NamedTuple):
         return f"{self.key} was {shown(self.old)} and is now {shown(self.new)}"
 
 
-def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
+def describe_environment(device: torch.device, precision: str, n_processes: int = 1) -> dict[str, Any]:
     """Return everything besides config and data on which a bit-identical resume depends."""
     return {
         "moe_gpt": moe_gpt.__version__,
@@ -93,7 +93,7 @@ def describe_environment(device: torch.device, precision: str) -> dict[str, Any]
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "processes": 1,
+        "processes": n_processes,
     }
 
 
