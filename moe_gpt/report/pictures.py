@@ -31,6 +31,7 @@ COLOURS: list[str] = _STYLE["colours"]
 """For lines, in this order; beyond them line styles change."""
 INK: str = _STYLE["ink"]
 """What text and axes are drawn with."""
+_GRID = "#dddddd"  # on white; a page has its own
 MOST_LAYERS = 8
 """Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 WIDTH = 5.6
@@ -263,6 +264,8 @@ def render(figure: Figure, name: str) -> tuple[str, bytes]:
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     figure.set_layout_engine("none")
     figure.set(dpi=150, facecolor="white")
+    for line in (line for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for line in axis.get_gridlines()):
+        line.set_color(_GRID)
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return _inline(svg.getvalue(), name), png.getvalue()
 
@@ -278,7 +281,7 @@ def _inline(svg: str, name: str) -> str:
 
 def standalone(picture: Picture) -> str:
     """Return the SVG as a file of its own: real colours on white, and the alternative text as its description."""
-    svg = picture.svg.replace("var(--ink)", "#111111").replace("var(--grid)", "#dddddd")
+    svg = picture.svg.replace("var(--ink)", "#111111").replace("var(--grid)", _GRID)
     words = f"<title>{html.escape(picture.title)}</title><desc>{html.escape(picture.alt)}</desc>"
     head, body = svg.split(">", 1)
     head = re.sub(r'style="--width: ([\d.]+)pt"', r'width="\1pt" style="background: white"', head)

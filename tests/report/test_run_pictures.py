@@ -1,11 +1,13 @@
 """The pictures of one run: the numbers behind them by hand, and what they say of what is missing."""
 
 import dataclasses
+import io
 import math
 
 import numpy as np
 import pytest
 from made_up_run import E, L, T, make_arrays, make_run, make_step
+from matplotlib import image
 
 from moe_gpt.measure.positions import position_buckets
 from moe_gpt.report import expert_pictures, pictures, router_pictures, run_pictures
@@ -227,3 +229,16 @@ def test_favourite_tokens_are_those_beyond_chance():
     layer, favourites = favourite_tokens(dataclasses.replace(run, arrays=[arrays]))[0]
     assert layer == 0
     assert favourites[0][0] == ("t5", 100)
+
+
+@pytest.mark.usefixtures("rendered")
+def test_grid_of_a_png_is_light():
+    """On a page the grid has the page's colour; a PNG on white has a light one, not what stands for it in the SVG."""
+    with pictures.drawing() as (figure, axes):
+        axes.grid(True)
+        svg, png = pictures.render(figure, "example")
+    pixels = (image.imread(io.BytesIO(png))[..., :3] * 255).round()
+    height, width = pixels.shape[:2]
+    inside = pixels[height // 3, width // 4 : -width // 4]
+    assert inside.min() == 0xDD
+    assert "var(--grid)" in svg
