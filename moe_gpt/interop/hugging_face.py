@@ -25,8 +25,8 @@ from moe_gpt.files.mistaken import odd_name
 from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.interop.foreign_tokenizer import check_vocabulary, load_tokenizer
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
+from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import Router
-from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

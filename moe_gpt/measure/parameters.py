@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from moe_gpt.config import ModelConfig, RunConfig
-from moe_gpt.model.shapes import shapes_only
+from moe_gpt.measure.shapes import shapes_only
 
 
 class ParameterCounts(NamedTuple):

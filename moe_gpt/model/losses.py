@@ -77,9 +77,8 @@ SumCounts = Callable[[Tensor], Tensor]
 """Returns the sum over ranks of counts (L, E)."""
 
 
-def of_all_tokens(counts: Tensor) -> Tensor:
-    """Return counts as they are: there is one rank."""
-    return counts
+def _counts_of_ranks(counts: Tensor, sum_counts: SumCounts | None) -> Tensor:
+    return sum_counts(counts) if sum_counts else counts
 
 
 class RouterStats(NamedTuple):
@@ -99,7 +98,7 @@ def router_stats(
     routings: Sequence[Routing],
     valid_mask: Bool[Tensor, "B T"] | None = None,
     capacity_ratio: tuple[int, int] | None = None,
-    sum_counts: SumCounts = of_all_tokens,
+    sum_counts: SumCounts | None = None,
 ) -> RouterStats | None:
     """Return losses and counts of the layers' routings; None if there is no routing, as in a dense model.
 
@@ -117,7 +116,7 @@ def router_stats(
     indices, _, logits, probs = (torch.stack(parts) for parts in zip(*routings, strict=True))
     is_valid = None if valid_mask is None else valid_mask.flatten()
     n_experts = probs.shape[-1]
-    tokens_per_expert = sum_counts(count_assignments(indices, n_experts, is_valid))
+    tokens_per_expert = _counts_of_ranks(count_assignments(indices, n_experts, is_valid), sum_counts)
     n_assignments = n_kept = tokens_per_expert.sum(-1)
     if capacity_ratio is not None:  # MoE computed this too, but its Routing does not say which weights 0 are dropped
         kept = torch.stack([kept_assignments(chosen, n_experts, capacity_ratio, is_valid) for chosen in indices])

@@ -21,14 +21,7 @@ from moe_gpt.config import ModelConfig
 from moe_gpt.model.attention import Attention, rotary_angles
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.experts import FeedForward
-from moe_gpt.model.losses import (
-    CrossEntropy,
-    RouterStats,
-    SumCounts,
-    cross_entropy_from_hidden,
-    of_all_tokens,
-    router_stats,
-)
+from moe_gpt.model.losses import CrossEntropy, RouterStats, SumCounts, cross_entropy_from_hidden, router_stats
 from moe_gpt.model.moe import MoE
 from moe_gpt.model.norm import RMSNorm
 from moe_gpt.model.router import MakeRouter, Router, Routing
@@ -164,7 +157,7 @@ class MoEGPT(nn.Module):
         tokens: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
         document_ids: Int[Tensor, "B T"] | None = None,
-        sum_counts: SumCounts = of_all_tokens,
+        sum_counts: SumCounts | None = None,
     ) -> tuple[CrossEntropy, RouterStats | None]:
         """Return the summed loss at the targets and the routers' statistics, without the logits of all tokens.
 
@@ -213,6 +206,6 @@ class MoEGPT(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def _stats(
-        self, routings: list[Routing], valid_mask: Tensor | None = None, sum_counts: SumCounts = of_all_tokens
+        self, routings: list[Routing], valid_mask: Tensor | None = None, sum_counts: SumCounts | None = None
     ) -> RouterStats | None:
         return router_stats(routings, valid_mask, self.config.capacity_ratio if self.training else None, sum_counts)

@@ -14,7 +14,7 @@ from moe_gpt.errors import ConfigError
 from moe_gpt.measure import parameters
 from moe_gpt.measure.flops import FlopsPerToken, count_flops
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters, model_of
-from moe_gpt.model.shapes import shapes_only
+from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.plan.parameters import parameters_section
 

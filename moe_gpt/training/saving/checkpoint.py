@@ -27,8 +27,8 @@ from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, writ
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.interop import foreign_tokenizer
+from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import MakeRouter, Router
-from moe_gpt.model.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.step import TrainState
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from moe_gpt.config import RunConfig
 from moe_gpt.files.tensors import TensorSpec, header_of
 from moe_gpt.measure.parameters import model_of
-from moe_gpt.model.shapes import shapes_only
+from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.training.optimizer import build_optimizer
 
 
