@@ -117,7 +117,7 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
         _tell(run, f"error: {stopped}")
         return 3
     if was_finished:
-        print(f"this run is finished; next:\n  {generate_command(run)}")
+        print(f"this run is finished; next:\n  {generate_command(run, options.router)}")
         return 0
     if outcome in EXIT_STATUS:
         _tell(run, f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}")
@@ -125,7 +125,7 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     model = run.whole_model()
     if model:
         print(display.summary())
-        say_what_came_out(run, outcome, model)
+        say_what_came_out(run, outcome, model, options.router)
     return 0
 
 
@@ -134,7 +134,7 @@ def _tell(run: Run, text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def say_what_came_out(run: Run, outcome: str, model: MoEGPT) -> None:
+def say_what_came_out(run: Run, outcome: str, model: MoEGPT, router: str | None) -> None:
     """Print samples and the reason of a stop, write the report, and print the next commands."""
     from moe_gpt.training.records.samples import generate_samples
     from moe_gpt.training.saving.saved_model import resolve_checkpoint
@@ -148,14 +148,19 @@ def say_what_came_out(run: Run, outcome: str, model: MoEGPT) -> None:
     if run.config.train.report:
         write_page(run.run_dir)
     files = [] if run.config.data.validation_fraction else ["--files", "FILE"]
-    print(f"next:\n  {generate_command(run)}\n  {command_line('evaluate', run.run_dir, *files)}")
+    evaluate = command_line("evaluate", run.run_dir, *files, *_router(router))
+    print(f"next:\n  {generate_command(run, router)}\n  {evaluate}")
 
 
-def generate_command(run: Run) -> str:
-    """Return a command that continues a prompt of the run's last source."""
+def _router(router: str | None) -> list[str]:
+    return ["--router", router] if router else []
+
+
+def generate_command(run: Run, router: str | None) -> str:
+    """Return a command that continues a prompt of the run's last source, with the router of its own if it has one."""
     prompt = run.config.data.sources[-1].prompt
     words = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
-    return command_line("generate", run.run_dir, *words)
+    return command_line("generate", run.run_dir, *words, *_router(router))
 
 
 def write_page(run_dir: Path) -> None:

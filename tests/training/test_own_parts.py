@@ -75,6 +75,8 @@ def own_run(small_values, tmp_path_factory):
     words = ["--config", folder / "small.yaml", "--run-dir", folder / "run", "--max-steps", 3]
     done = script("train.py", *words, "--router", f"{folder}/scaled.py:Scaled")
     assert done.returncode == 0, done.stderr
+    commands = done.stdout.partition("next:")[2].strip().splitlines()  # a command without the router would be refused
+    assert [command.rpartition("--router ")[2] for command in commands] == [f"{folder}/scaled.py:Scaled"] * 2
     return folder
 
 
