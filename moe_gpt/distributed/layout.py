@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moe_gpt.config import RunConfig
+from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.section import divisors
 from moe_gpt.errors import InputError
 
@@ -15,15 +15,28 @@ _MOST_UNEVEN = 1.5
 
 
 class Layout(NamedTuple):
-    """How ``data`` ranks share a run."""
+    """How ranks share a run: rank (p · data + d) · tensor + t is stage p, data rank d and tensor rank t."""
 
     data: int = 1
-    """Ranks, each with its part of every micro-batch."""
+    """Data ranks, each with its part of every micro-batch."""
     replicate: int = 1
     """Copies of what is sharded."""
     expert: int = 1
-    """Consecutive ranks that hold different experts."""
+    """Consecutive data ranks that hold different experts."""
     zero: int = 3
+    tensor: int = 1
+    """Ranks that share each matrix product, and read the same rows."""
+    pipeline: int = 1
+    """Stages of consecutive blocks."""
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.data * self.tensor * self.pipeline
+
+    def data_rank(self, rank: int) -> int:
+        """Return which part of the data a rank reads."""
+        return rank // self.tensor % self.data
 
     @property
     def shards(self) -> int:
@@ -37,7 +50,11 @@ class Layout(NamedTuple):
 
     def shown(self) -> str:
         """Return the layout in words."""
-        parts = [f"{self.data} processes", f"ZeRO {self.zero}"]
+        parts = [f"{self.world} processes"]
+        parts += [f"{self.pipeline} stages"] * (self.pipeline > 1) + [f"products over {self.tensor}"] * (
+            self.tensor > 1
+        )
+        parts += [f"ZeRO {self.zero}"] * (self.data > 1)
         parts += [f"{self.replicate} copies"] * (self.zero > 0 and self.replicate > 1)
         return ", ".join(parts + [f"experts over {self.expert}"] * (self.expert > 1))
 
@@ -49,18 +66,15 @@ def plan_layout(config: RunConfig, world: int) -> Layout:
         InputError: in one line, with the numbers that do not fit and those that would.
     """
     wanted = config.parallel
-    if wanted.data not in ("auto", world):
-        raise InputError(
-            f"parallel.data must be auto or the number of processes, got {wanted.data} for {_processes(world)}; start "
-            f"torchrun with --nproc-per-node {wanted.data}, or set parallel.data=auto"
-        )
+    data = _data_ranks(config, world)
     for key in ("replicate", "expert"):
-        _check_divides(config, key, world)
-    layout = Layout(world, world if wanted.zero == 0 else wanted.replicate, wanted.expert, wanted.zero)
+        _check_divides(config, key, data)
+    replicate = data if wanted.zero == 0 else wanted.replicate
+    layout = Layout(data, replicate, wanted.expert, wanted.zero, wanted.tensor, wanted.pipeline)
     if wanted.zero and layout.shards % layout.expert:
         raise InputError(
-            f"parallel.replicate x parallel.expert must divide the number of processes, got {wanted.replicate} x "
-            f"{wanted.expert} for {_processes(world)}; with that replicate, expert may be {divisors(layout.shards)}"
+            f"parallel.replicate x parallel.expert must divide the number of data ranks, got {wanted.replicate} x "
+            f"{wanted.expert} for {data}; with that replicate, expert may be {divisors(layout.shards)}"
         )
     for problem in _impossible(config, layout):
         raise InputError(f"{problem} ({_processes(world)})")
@@ -71,13 +85,29 @@ def _processes(world: int) -> str:
     return f"{world} processes" if world > 1 else "1 process"
 
 
-def _check_divides(config: RunConfig, key: str, world: int) -> None:
-    number = getattr(config.parallel, key)
-    if world % number:
-        how = f"; start torchrun with --nproc-per-node {number}" if world == 1 else ""
+def _data_ranks(config: RunConfig, world: int) -> int:
+    """Return how many ranks share the rows: all processes over those that share products and stages."""
+    wanted = config.parallel
+    others = wanted.tensor * wanted.pipeline
+    needed = others * (1 if wanted.data == "auto" else wanted.data)
+    fits = world % others == 0 if wanted.data == "auto" else world == needed
+    if not fits:
+        product = f"parallel.data={wanted.data} x tensor={wanted.tensor} x pipeline={wanted.pipeline}"
+        times = "a multiple of " if wanted.data == "auto" else ""
         raise InputError(
-            f"parallel.{key} must divide the number of processes, got {number} for {_processes(world)}; it may be "
-            f"{divisors(world)}{how}"
+            f"{product} needs {times}{_processes(needed)}, got {world}; start torchrun with --nproc-per-node {needed}, "
+            "or change these settings"
+        )
+    return world // others
+
+
+def _check_divides(config: RunConfig, key: str, data: int) -> None:
+    number = getattr(config.parallel, key)
+    if data % number:
+        how = f"; start torchrun with --nproc-per-node {number}" if data == 1 else ""
+        raise InputError(
+            f"parallel.{key} must divide the number of data ranks, got {number} for {data}; it may be "
+            f"{divisors(data)}{how}"
         )
 
 
@@ -96,7 +126,16 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
             f"model.n_experts={model.n_experts}, d_model={model.d_model} and d_ff={model.d_ff} cannot be cut into "
             f"{parts} parts of which the largest is at most {_MOST_UNEVEN} times the mean; change parallel.replicate",
         ),
-        (n > 1 and config.train.compile, "train.compile must be false where parallel.expert is above 1"),
+        (
+            layout.expert * layout.tensor > 1 and config.train.compile,
+            "train.compile must be false where parallel.expert or parallel.tensor is above 1",
+        ),
+        (
+            not _can_share(model, layout.tensor),
+            f"parallel.tensor={layout.tensor} must divide model.n_heads={model.n_heads}, d_ff={model.d_ff} and, "
+            f"if above 1, n_kv_heads={model.n_kv_heads}; it may be "
+            f"{', '.join(str(n) for n in range(1, model.n_heads + 1) if _can_share(model, n))}",
+        ),
         (
             layout.data > 1 and model.capacity_factor is not None,
             "model.capacity_factor must be null here: which tokens are dropped depends on the rows of all ranks",
@@ -108,6 +147,12 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
     ):
         if is_wrong:
             yield text
+
+
+def _can_share(model: ModelConfig, n: int) -> bool:
+    """Whether n ranks can share the matrix products."""
+    lengths = [model.n_heads, model.d_ff] + [model.n_kv_heads] * (model.n_kv_heads > 1)
+    return all(length % n == 0 for length in lengths)
 
 
 def _fitting(n_experts: int, data: int) -> str:
@@ -130,7 +175,8 @@ def expert_dim(config: RunConfig, layout: Layout) -> int | None:
     experts are spread, only an inner dimension will do.
     """
     model, parts = config.model, layout.expert_shards if layout.expert > 1 else layout.shards
-    lengths = {0: (model.n_experts,), 1: (2 * model.d_ff, model.d_model), 2: (model.d_model, model.d_ff)}
+    d_ff = model.d_ff // layout.tensor
+    lengths = {0: (model.n_experts,), 1: (2 * d_ff, model.d_model), 2: (model.d_model, d_ff)}
     if layout.expert > 1:
         del lengths[0]
     even = [dim for dim, sizes in lengths.items() if not any(size % parts for size in sizes)]

@@ -14,22 +14,27 @@ from moe_gpt.model.transformer import MoEGPT
 
 
 def parallelize(model: MoEGPT, config: RunConfig, layout: Layout) -> None:
-    """Spread experts over ranks, apply checkpointing and compilation to blocks, and shard all of it, in place.
+    """Share products, spread experts, apply checkpointing and compilation to blocks, and shard all of it, in place.
 
     Names of parameters stay. The model must have its initial weights, the same on all ranks: so they do not depend on
     the layout.
     """
-    if layout.data == 1:
+    if layout.world == 1:
         apply_execution(model, config.train)
         return
     from moe_gpt.distributed.sharding import Meshes, shard, spread_experts
+    from moe_gpt.distributed.tensor import share_products
 
     meshes = Meshes(layout, model.embedding.weight.device.type)
+    cuts = share_products(model, meshes.tensor) if layout.tensor > 1 else {}
     if layout.expert > 1:
         spread_experts(model, meshes)
     _ignore_profiling()
     apply_execution(model, config.train)
-    shard(model, config, layout, meshes)
+    if layout.data > 1:
+        shard(model, config, layout, meshes)
+    for name, parameter in model.named_parameters():
+        parameter.cut = cuts.get(name)  # type: ignore[attr-defined]
 
 
 def apply_execution(model: MoEGPT, config: TrainConfig) -> None:

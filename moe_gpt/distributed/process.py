@@ -106,12 +106,21 @@ class Team:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which part of the rows this rank reads, of ``layout.data`` parts."""
+        return self.layout.data_rank(self.rank)
+
     def device(self, device: torch.device) -> torch.device:
         """Return this rank's device of that kind."""
         return device
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of all ranks' tensors."""
+        """Return the sum of the tensors of all data ranks, which read different rows."""
+        return tensor
+
+    def sum_of_all(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors of all ranks."""
         return tensor
 
     def largest(self, numbers: list[Number]) -> list[Number]:
@@ -153,6 +162,11 @@ class _Ranks(Team):
         return device
 
     def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=_data_group(self.layout))
+        return total
+
+    def sum_of_all(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
         dist.all_reduce(total)
         return total
@@ -199,6 +213,16 @@ class _Ranks(Team):
         if "error" in found:
             raise (_ToldByMain if found["is_input"] else OSError)(found["error"])
         return found["value"]
+
+
+@functools.cache
+def _data_group(layout: Layout) -> dist.ProcessGroup | None:
+    """Return the group of the ranks that hold the same part of the model as this one; None for all ranks."""
+    if layout.data == layout.world:
+        return None
+    ranks = torch.arange(layout.world).view(layout.pipeline, layout.data, layout.tensor)
+    mine, _ = dist.new_subgroups_by_enumeration(ranks.movedim(1, 2).reshape(-1, layout.data).tolist())
+    return mine
 
 
 SOLO = Team()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_gpt.config import RunConfig
 from moe_gpt.distributed.experts import Exchange
 from moe_gpt.distributed.layout import Layout, expert_dim
+from moe_gpt.distributed.tensor import Cut
 from moe_gpt.model.attention import Attention
 from moe_gpt.model.experts import Experts
 from moe_gpt.model.transformer import MoEGPT
@@ -24,18 +24,25 @@ _OTHER_FORWARDS = ("cross_entropy", "next_token_logits", "routings")
 
 
 class Meshes:
-    """The ranks of a layout in rows: for everything, and apart for experts that are spread."""
+    """The ranks of a layout in rows, one for each kind of parallelism; experts that are spread have their own."""
 
     def __init__(self, layout: Layout, device_type: str) -> None:
         names = ("replicate", "shard")
-        sizes = (layout.data // layout.expert // layout.expert_shards, layout.expert_shards, layout.expert)
-        is_flat = layout.replicate == 1
-        whole = DeviceMesh(device_type, torch.arange(layout.data).view(layout.replicate, -1), mesh_dim_names=names)
-        self.everything = whole["shard"] if is_flat else whole
+        shards = layout.expert_shards
+
+        def mesh(**data_sizes: int) -> DeviceMesh:
+            """Return the mesh of all ranks in which the data ranks have these sizes."""
+            sizes = {"pipeline": layout.pipeline, **data_sizes, "tensor": layout.tensor}
+            ranks = torch.arange(layout.world).view(*sizes.values())
+            return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(sizes))
+
+        whole = mesh(replicate=layout.replicate, shard=layout.shards)
+        self.tensor, self.pipeline = whole["tensor"], whole["pipeline"]
+        self.everything = whole["shard"] if layout.replicate == 1 else whole[names]
         if layout.expert > 1:
-            ranks = torch.arange(layout.data).view(sizes)
-            mesh = DeviceMesh(device_type, ranks, mesh_dim_names=(*names, "expert"))
-            self.experts, self.shards_of_experts = mesh["expert"], mesh["shard"] if sizes[0] == 1 else mesh[names]
+            copies = layout.data // layout.expert // shards
+            whole = mesh(replicate=copies, shard=shards, expert=layout.expert)
+            self.experts, self.shards_of_experts = whole["expert"], whole["shard"] if copies == 1 else whole[names]
 
 
 def spread_experts(model: MoEGPT, meshes: Meshes) -> None:
@@ -108,6 +115,11 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def cut_of(parameter: Any) -> Cut | None:
+    """Return how ranks that share matrix products have cut a parameter."""
+    return getattr(parameter, "cut", None)
+
+
 def local_part(tensor: Any) -> Tensor:
     """Return this rank's part of a tensor, which shares its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -118,19 +130,34 @@ def whole(tensor: Any, like: Any = None) -> Tensor:
 
     Args:
         tensor: a sharded tensor, or one that is whole already.
-        like: a sharded tensor of which ``tensor`` is this rank's part.
+        like: the parameter of which ``tensor`` is this rank's part; its cut and its sharding are undone.
     """
-    if hasattr(like, "placements") and tensor.shape == like.to_local().shape:
+    is_part = hasattr(like, "placements") and not hasattr(tensor, "placements")
+    if is_part and tensor.shape == like.to_local().shape:
         from torch.distributed.tensor import DTensor
 
         mesh, placements = like.device_mesh, like.placements
         shape, stride = like.shape, like.stride()
         tensor = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    cut = cut_of(like)
+    return cut.join(tensor) if cut and tensor.dim() else tensor
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of the whole tensor of which ranks hold parts."""
+    shape, cut = list(tensor.shape), cut_of(tensor)
+    if cut:
+        shape[cut.dim] = cut.length
+    return tuple(shape)
 
 
 def own_part(tensor: Tensor, like: Any) -> Tensor:
     """Return this rank's part of a whole tensor, cut as ``like`` is."""
+    cut = cut_of(like)
+    if cut:
+        tensor = cut.part(tensor)
     return _cut(tensor, like.device_mesh, like.placements) if hasattr(like, "placements") else tensor
 
 
@@ -149,18 +176,21 @@ def on_whole(function: Callable[[Tensor], Tensor], part: Tensor, like: Tensor) -
     return own_part(function(whole(part, like)), like)
 
 
-def sharded_norm(tensors: Sequence[Any]) -> Tensor:
-    """Return the L2 norm of all the numbers in sharded tensors, of which each is counted once."""
-    squares = torch.stack([_square_sum(tensor) for tensor in tensors]).sum()
-    dist.all_reduce(squares)
-    return squares.sqrt()
+def square_sum(tensor: Any, parameter: Any) -> Tensor:
+    """Return the sum of squares of this rank's part in float32, without what it holds a copy of.
 
-
-def _square_sum(tensor: Any) -> Tensor:
-    """Return the sum of squares of this rank's part; 0 on ranks that hold a copy of another's part."""
-    mesh = tensor.device_mesh
-    copies = [mesh.get_local_rank(i) for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
-    return torch.linalg.vector_norm(tensor.to_local().float()).square() * (not any(copies))
+    Args:
+        tensor: a parameter, or its gradient or its change.
+        parameter: says which part that is.
+    """
+    part, mesh = local_part(tensor).float(), getattr(parameter, "device_mesh", None)
+    if mesh and any(mesh.get_local_rank(i) for i, place in enumerate(parameter.placements) if place.is_replicate()):
+        return part.new_zeros(())
+    cut = cut_of(parameter)
+    if cut:
+        counts = cut.counts(part.dim()).to(part.device).expand(parameter.shape)
+        part = part * (_cut(counts, mesh, parameter.placements) if mesh else counts)
+    return torch.linalg.vector_norm(part).square()
 
 
 def whole_copy(model: MoEGPT, is_main: bool) -> MoEGPT | None:
@@ -173,7 +203,7 @@ def whole_copy(model: MoEGPT, is_main: bool) -> MoEGPT | None:
     own = {} if found is None else {**dict(found.named_parameters()), **dict(found.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            values = whole(tensor)
+            values = whole(tensor, tensor)
             if own:
                 own[name].copy_(values)
     return found

@@ -82,6 +82,9 @@ class MoEGPT(nn.Module):
         ValueError: where ``config.vocab_size`` is None.
     """
 
+    score = staticmethod(cross_entropy_from_hidden)
+    """Replaceable: where devices share the vocabulary, each scores its part."""
+
     def __init__(self, config: ModelConfig, make_router: MakeRouter = Router) -> None:
         super().__init__()
         if config.vocab_size is None:
@@ -165,7 +168,7 @@ class MoEGPT(nn.Module):
         ``router_stats`` explains ``sum_counts``.
         """
         hidden, routings = self.hidden_states(tokens, document_ids=document_ids)
-        ce = cross_entropy_from_hidden(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        ce = self.score(hidden.flatten(0, 1), self.output.weight, targets.flatten())
         return ce, self._stats(routings, sum_counts=sum_counts)
 
     def routings(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None) -> list[Routing]:

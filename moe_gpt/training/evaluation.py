@@ -152,7 +152,8 @@ class Evaluator:
     def _micro_batches(self, rows: Batch, device: torch.device, team: Team) -> Iterator[MicroBatch]:
         n_rows, length = rows.inputs.shape
         per_rank = max(1, self._batch_tokens // length)
-        return deal_batch(n_rows, per_rank, partial(part_of, rows), device, self._end, team.rank, team.size)
+        read, n_ranks = partial(part_of, rows), team.layout.data
+        return deal_batch(n_rows, per_rank, read, device, self._end, team.data_rank, n_ranks)
 
 
 def _summed(array: np.ndarray, team: Team) -> np.ndarray:

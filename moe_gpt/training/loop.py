@@ -45,7 +45,7 @@ def pretraining_step(run: Run, plan: StepPlan, should_record: bool) -> StepResul
     n_rows = plan.batch_tokens // plan.seq_len
     micro_batches = list(_deal(run, plan, n_rows))
     if run.team.size > 1 and run.config.model.router_noise:  # other noise for each rank, the same after a resume
-        torch.manual_seed(hash((run.config.train.seed, run.state.step, run.team.rank)))
+        torch.manual_seed(hash((run.config.train.seed, run.state.step, run.team.data_rank)))
     sample = _observe(run, plan, n_rows) if should_record else None
     result = train_step(run.state, micro_batches, plan, run.config, run.precision, should_record, run.team)
     return result._replace(sample=sample)
@@ -59,8 +59,9 @@ def _deal(run: Run, plan: StepPlan, n_rows: int) -> Iterator[MicroBatch]:
         return run.stream.batch(start, plan.seq_len, n * plan.seq_len, rank, n_ranks)
 
     return deal_batch(
-        n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id, run.team.rank, run.team.size
-    )
+        n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id,
+        run.team.data_rank, run.team.layout.data,
+    )  # fmt: skip
 
 
 def _rows_per_rank(run: Run, plan: StepPlan) -> int:
@@ -70,7 +71,7 @@ def _rows_per_rank(run: Run, plan: StepPlan) -> int:
 
 def _observe(run: Run, plan: StepPlan, n_rows: int) -> RoutingSample | None:
     """Return what the routers make of a step's first rows, those of all ranks together."""
-    team, n_together = run.team, _rows_per_rank(run, plan) * run.team.size
+    team, n_together = run.team, _rows_per_rank(run, plan) * run.team.layout.data
     batch = next(_deal(run, plan, min(n_rows, n_together, max(1, OBSERVED_TOKENS // plan.seq_len))))
     sample = observe_routing(run.state.model, batch, run.precision)
     if sample is None or team.size == 1:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_gpt.distributed.sharding import local_part, on_whole
+from moe_gpt.distributed.sharding import local_part, on_whole, whole_shape
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -53,5 +53,5 @@ def move_along_momentum(
     momentum.lerp_(gradient, 1 - decay)
     direction = on_whole(orthogonalize, gradient.lerp(momentum, decay), parameter).to(parameter.dtype)
     local_part(parameter).mul_(1 - lr * weight_decay).sub_(
-        direction * (lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+        direction * (lr * 0.2 * math.sqrt(max(whole_shape(parameter)[-2:])))
     )

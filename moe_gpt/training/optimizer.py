@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from moe_gpt.config import OptimizerConfig
-from moe_gpt.distributed.sharding import local_part
+from moe_gpt.distributed.sharding import local_part, whole_shape
 from moe_gpt.errors import InputError
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.moments import kept_type, n_blocks, pack, unpack
@@ -49,7 +49,7 @@ class Optimizer:
             {} if method == "muon" else {"step": ((), torch.float32)}
         )
         for name in _MEANS[method]:
-            shapes[name] = tuple(parameter.shape), kept_type(self.config.state_type, name == _SQUARE)
+            shapes[name] = whole_shape(parameter), kept_type(self.config.state_type, name == _SQUARE)
             if self.config.state_type == "int8":
                 shapes[f"{name}_scale"] = (n_blocks(parameter.numel()),), torch.float32
         return shapes

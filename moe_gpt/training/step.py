@@ -20,7 +20,7 @@ from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, autocast
 from moe_gpt.training.optimizer import Optimizer, update_expert_bias
-from moe_gpt.training.records.norms import copy_trained, gradient_norms, parameter_norms, total_norm, update_norms
+from moe_gpt.training.records.norms import copy_trained, global_norm, gradient_norms, parameter_norms, update_norms
 from moe_gpt.training.schedule import StepPlan
 
 
@@ -164,11 +164,12 @@ def train_step(
     model.train()
     terms, stats = accumulate_gradients(model, micro_batches, config.loss, precision, team)
     state.is_updating = True
-    found_norms = gradient_norms(model) if with_norms else None
+    found_norms = gradient_norms(model, team) if with_norms else None
     before = copy_trained(model) if with_norms else {}
-    grad_norm, skipped = update_weights(model, optimizer, plan.lr, config.optimizer.max_grad_norm, terms.loss)
+    max_norm = config.optimizer.max_grad_norm
+    grad_norm, skipped = update_weights(model, optimizer, plan.lr, max_norm, terms.loss, team)
     if found_norms is not None:
-        found_norms |= parameter_norms(model) | update_norms(model, before)
+        found_norms |= parameter_norms(model, team) | update_norms(model, before, team)
     if config.model.balance == "bias" and stats:
         update_expert_bias(model, stats.tokens_per_expert, config.model.bias_update_rate * (1 - skipped))
     state.step += 1
@@ -187,7 +188,7 @@ def _balance_of(stats: RouterStats | None, zero: Tensor) -> tuple[Tensor, Tensor
 
 
 def update_weights(
-    model: MoEGPT, optimizer: Optimizer, lr: float, max_grad_norm: float, loss: Tensor
+    model: MoEGPT, optimizer: Optimizer, lr: float, max_grad_norm: float, loss: Tensor, team: Team = SOLO
 ) -> tuple[Tensor, Tensor]:
     """Step the optimizer with the gradients clipped to ``max_grad_norm``, and clear them.
 
@@ -196,8 +197,7 @@ def update_weights(
     Returns:
         the global norm before clipping; and 1 if norm or loss were not finite, so that nothing moved, else 0.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = total_norm(gradients)
+    grad_norm = global_norm(model, team)
     skipped = 1 - (torch.isfinite(grad_norm) & torch.isfinite(loss)).float()
     optimizer.step(lr, (grad_norm / max_grad_norm).clamp(min=1.0), skipped)
     optimizer.zero_grad()

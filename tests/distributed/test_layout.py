@@ -28,6 +28,7 @@ def config(parallel: dict, **model) -> RunConfig:
         ({"replicate": 2, "expert": 2, "zero": 2}, 4, Layout(4, 2, 2, 2)),
         ({"expert": 4, "zero": 0}, 4, Layout(4, 4, 4, 0)),
         ({"expert": 3}, 3, Layout(3, 1, 3, 3)),
+        ({"tensor": 2, "expert": 2}, 8, Layout(4, 1, 2, 3, 2)),
     ],
 )
 def test_layouts_that_fit(parallel, world, layout):
@@ -37,13 +38,21 @@ def test_layouts_that_fit(parallel, world, layout):
 @pytest.mark.parametrize(
     ("parallel", "model", "world", "text"),
     [
-        ({"data": 4}, {}, 2, "parallel.data must be auto or the number of processes, got 4 for 2 processes"),
-        ({"expert": 2}, {}, 1, "got 2 for 1 process; it may be 1; start torchrun with --nproc-per-node 2"),
-        ({"expert": 2}, {}, 5, "got 2 for 5 processes; it may be 1, 5"),
-        ({"replicate": 3}, {}, 4, "parallel.replicate must divide the number of processes, got 3 for 4 processes"),
-        ({"replicate": 2, "expert": 4}, {}, 4, "got 2 x 4 for 4 processes; with that replicate, expert may be 1, 2"),
+        (
+            {"data": 4},
+            {},
+            2,
+            "parallel.data=4 x tensor=1 x pipeline=1 needs 4 processes, got 2; start torchrun with --nproc-per-node 4",
+        ),
+        ({"expert": 2}, {}, 1, "got 2 for 1; it may be 1; start torchrun with --nproc-per-node 2"),
+        ({"expert": 2}, {}, 5, "got 2 for 5; it may be 1, 5"),
+        ({"replicate": 3}, {}, 4, "parallel.replicate must divide the number of data ranks, got 3 for 4"),
+        ({"replicate": 2, "expert": 4}, {}, 4, "got 2 x 4 for 4; with that replicate, expert may be 1, 2"),
         ({"expert": 8}, {"n_experts": 4}, 8, "parallel.expert=8 does not fit model.n_experts=4"),
         ({"expert": 3}, {"n_experts": 4}, 3, "it may be 1 (3 processes)"),
+        ({"tensor": 3}, {}, 4, "tensor=3 x pipeline=1 needs a multiple of 3 processes, got 4"),
+        ({"tensor": 3}, {"n_heads": 2}, 3, "parallel.tensor=3 must divide model.n_heads=2"),
+        ({"tensor": 4}, {"n_heads": 4, "n_kv_heads": 2}, 4, "n_kv_heads=2; it may be 1, 2"),
         ({}, {"capacity_factor": 1.0}, 2, "model.capacity_factor must be null"),
         ({}, {"n_experts": 16, "d_model": 128, "d_ff": 256}, 120, "cannot be cut into 120 parts"),
     ],
@@ -56,7 +65,7 @@ def test_layouts_that_do_not_fit_are_refused_in_one_line(parallel, model, world,
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("key", ["tensor", "pipeline"])
+@pytest.mark.parametrize("key", ["pipeline"])
 def test_what_is_not_built_is_refused(key):
     with pytest.raises(ConfigError, match=f"{key} must be 1, got 2"):
         ParallelConfig(**{key: 2})

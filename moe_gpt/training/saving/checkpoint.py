@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.distributed.sharding import local_part, own_part, whole
+from moe_gpt.distributed.sharding import local_part, own_part, whole, whole_shape
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
@@ -117,8 +117,8 @@ def take_snapshot(
         is_main: whether the snapshot of this rank keeps the tensors.
     """
 
-    def kept(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        gathered = ((name, whole(t.detach(), like.get(name))) for name, t in tensors.items())
+    def kept(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        gathered = ((name, whole(tensor.detach(), like)) for name, (tensor, like) in tensors.items())
         return {name: t.to("cpu", copy=copy) for name, t in gathered if is_main}
 
     progress = {
@@ -135,10 +135,9 @@ def take_snapshot(
         for name, parameter in state.model.named_parameters()
         for part, tensor in state.optimizer.state.get(parameter, {}).items()
     }
-    tensors, like = ({name: pair[i] for name, pair in moved.items()} for i in (0, 1))
-    return Snapshot(
-        kept(model_tensors(state.model), {}), kept(tensors, like), kept(_generator_states(state), {}), progress
-    )
+    weights = {name: (tensor, tensor) for name, tensor in model_tensors(state.model).items()}
+    generators = {name: (tensor, tensor) for name, tensor in _generator_states(state).items()}
+    return Snapshot(kept(weights), kept(moved), kept(generators), progress)
 
 
 def _generator_states(state: TrainState) -> dict[str, Tensor]:
@@ -295,7 +294,7 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
         origin: the source of the weights, for the error.
     """
     own = model_tensors(model)
-    _compare({n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
+    _compare({n: whole_shape(t) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
     with torch.no_grad():
         for name, tensor in own.items():
             local_part(tensor).copy_(own_part(saved[name], tensor))
@@ -342,7 +341,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
 
 def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return this rank's part of a running mean, which is cut as its parameter is; a step count is whole."""
-    return own_part(tensor, parameter).contiguous() if tensor.shape == parameter.shape else tensor
+    return own_part(tensor, parameter).contiguous() if tensor.shape == whole_shape(parameter) else tensor
 
 
 def _restore_generators(saved: TensorReader, device: torch.device) -> None:
