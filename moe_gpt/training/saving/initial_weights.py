@@ -22,16 +22,16 @@ from moe_gpt.interop import hugging_face
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.saving.checkpoint import (
+    FILES,
     copy_weights,
     model_tensors,
     read_config,
     read_state,
     read_tokenizer,
     read_weights,
-    verify_checkpoint,
 )
 from moe_gpt.training.saving.own_code import router_for
-from moe_gpt.training.saving.saved_model import resolve_checkpoint
+from moe_gpt.training.saving.saved_model import verified
 from moe_gpt.training.saving.upcycle import starts_as_same_function, upcycle
 
 _ANY_CONTEXT = ("max_seq_len", "rope_theta")
@@ -97,8 +97,7 @@ def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRo
             tokenizer_config=TokenizerConfig(file=str(folder / "tokenizer.json"), end_of_text=tokenizer.end_of_text),
             read=lambda: model_tensors(hugging_face.load(folder, max_seq_len)),
         )
-    checkpoint = resolve_checkpoint(path)
-    verify_checkpoint(checkpoint)
+    checkpoint = verified(path, FILES)
     config, router = read_config(checkpoint), read_state(checkpoint)["router"]
     make_router = router_for(router, make_router, str(checkpoint)) if router else Router
     return InitialWeights(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,10 @@ from moe_gpt.training.saving.checkpoint import (
     UPCYCLED,
     WEIGHTS,
     copy_weights,
+    find_good_checkpoint,
+    is_named_as_checkpoint,
     list_checkpoints,
+    problem_of,
     read_config,
     read_state,
     read_tokenizer,
@@ -73,36 +78,57 @@ def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
     path = Path(run_or_checkpoint)
     if (path / MANIFEST).is_file():
         return path
+    if is_named_as_checkpoint(path) and os.path.lexists(path):
+        raise InputError(problem_of(path) or f"checkpoint {path} has no manifest")
     checkpoints = list_checkpoints(path)
-    if not checkpoints and (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is a Hugging Face folder; give a run folder or one of its checkpoints")
     if not checkpoints:
-        runs = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
-        runs += map(str, sorted(path.glob("snapshots/*")))  # of the cache of Hugging Face
-        if runs:
-            raise FileNotFoundError(f"{path} is a folder of runs or models; give one of these: {', '.join(runs)}")
-        found = other_weights(path) or unfinished_download(path)
-        raise FileNotFoundError(
-            f"no complete checkpoint at {path}{found}; give a run folder such as runs/tiny or one of its "
-            "checkpoints/step_*, or, for generate and --init-from, a local Hugging Face folder with a config.json"
-        )
+        raise FileNotFoundError(_what_is_there(path))
     return checkpoints[-1]
 
 
+def _what_is_there(path: Path) -> str:
+    """Say what a path has instead of a checkpoint, and what to give."""
+    if (path / "config.json").is_file():
+        return f"{path} is a Hugging Face folder; give a run folder or one of its checkpoints"
+    runs = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
+    runs += map(str, sorted(path.glob("snapshots/*")))  # of the cache of Hugging Face
+    if runs:
+        return f"{path} is a folder of runs or models; give one of these: {', '.join(runs)}"
+    found = other_weights(path) or unfinished_download(path)
+    return (
+        f"no complete checkpoint at {path}{found}; give a run folder such as runs/tiny or one of its "
+        "checkpoints/step_*, or, for generate and --init-from, a local Hugging Face folder with a config.json"
+    )
+
+
+def verified(run_or_checkpoint: str | Path, names: tuple[str, ...] = FILES_TO_USE_A_MODEL) -> Path:
+    """Return the checkpoint at a path, or the newest good one of a run folder; warn of newer ones that are damaged.
+
+    Errors are those of ``open_checkpoint``; ``verify_checkpoint`` explains ``names``.
+    """
+    newest = resolve_checkpoint(run_or_checkpoint)
+    if newest == Path(run_or_checkpoint):
+        verify_checkpoint(newest, names)
+        return newest
+    found, damaged = find_good_checkpoint(Path(run_or_checkpoint), names)
+    problems = [problem for _, problem in damaged]
+    if found is None:
+        raise InputError("\n".join([*problems, f"{run_or_checkpoint} has no undamaged checkpoint"]))
+    for problem in problems:
+        warnings.warn(problem, stacklevel=3)
+    if problems:
+        warnings.warn(f"the newest undamaged checkpoint is used instead, {found}", stacklevel=3)
+    return found
+
+
 def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
-    """Return the checkpoint at a path, or the newest one of a run folder, after verifying its files.
+    """Return the checkpoint at a path, or the newest good one of a run folder, after verifying its files.
 
     Raises:
         FileNotFoundError: if there is no complete checkpoint.
-        InputError: if the checkpoint is damaged or has another format.
+        InputError: if the checkpoint, or every one of the folder, is damaged or has another format.
     """
-    path = resolve_checkpoint(run_or_checkpoint)
-    try:
-        verify_checkpoint(path, FILES_TO_USE_A_MODEL)
-    except InputError as error:
-        older = [other for other in list_checkpoints(path.parent.parent) if other.name < path.name]
-        advice = f"; an older checkpoint is {older[-1]}" if older else ""
-        raise InputError(f"{error}{advice}") from None
+    path = verified(run_or_checkpoint)
     state, config = read_state(path), read_config(path)
     tokenizer = read_tokenizer(path, config.data.tokenizer.end_of_text)
     return SavedModel(

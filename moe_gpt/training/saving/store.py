@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_gpt.config import CheckpointConfig
 from moe_gpt.distributed.process import SOLO, Team
@@ -15,39 +15,12 @@ from moe_gpt.files.durable import delete_folder, delete_leftovers
 from moe_gpt.training.saving.checkpoint import (
     RunIdentity,
     list_checkpoints,
+    problem_of,
     read_state,
     take_snapshot,
-    verify_checkpoint,
     write_checkpoint,
 )
 from moe_gpt.training.step import TrainState
-
-
-class Damaged(NamedTuple):
-    """A checkpoint that cannot be used."""
-
-    path: Path
-    problem: str
-
-
-def find_good_checkpoint(run_dir: Path) -> tuple[Path | None, list[Damaged]]:
-    """Return a run's newest undamaged checkpoint, None if there is none, and the newer ones that are damaged."""
-    damaged: list[Damaged] = []
-    for path in reversed(list_checkpoints(run_dir)):
-        problem = _problem_of(path)
-        if problem is None:
-            return path, damaged
-        damaged.append(Damaged(path, problem))
-    return None, damaged
-
-
-def _problem_of(path: Path) -> str | None:
-    """Describe the damage of a checkpoint; None if it has none."""
-    try:
-        verify_checkpoint(path)
-    except (InputError, OSError) as error:
-        return str(error)
-    return None
 
 
 def find_checkpoint_to_go_back_to(run_dir: Path) -> Path | None:
@@ -58,7 +31,7 @@ def find_checkpoint_to_go_back_to(run_dir: Path) -> Path | None:
     """
     fallback = None
     for path in reversed(list_checkpoints(run_dir)):
-        state = None if _problem_of(path) else _readable_state(path)
+        state = None if problem_of(path) else _readable_state(path)
         if state and not state["skips_in_a_row"]:
             if state["is_scheduled"]:
                 return path
@@ -114,7 +87,7 @@ def prunable_checkpoints(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     """Return the result of ``checkpoints_not_kept``; raise ``InputError`` if no kept checkpoint is undamaged."""
     doomed = checkpoints_not_kept(run_dir, config)
     kept = [path for path in list_checkpoints(run_dir) if path not in doomed]
-    if doomed and all(_problem_of(path) for path in reversed(kept)):
+    if doomed and all(problem_of(path) for path in reversed(kept)):
         raise InputError(f"{run_dir}: nothing is deleted, because every checkpoint that would be kept is damaged")
     return doomed
 

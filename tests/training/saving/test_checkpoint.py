@@ -130,15 +130,24 @@ def test_checkpoint_damage_is_named(tmp_path, name, damage):
             load_model(path)
 
 
-def test_older_checkpoint_is_recommended_where_the_newest_is_damaged(tmp_path):
-    """Using a model never falls back by itself; the error says what there is."""
+def test_newest_good_checkpoint_of_a_run_is_used_and_what_is_not_is_named(tmp_path):
+    """One that is named outright is an error."""
     state, identity = make_run()
     first = save_checkpoint(tmp_path, state, identity)
     state.step += 1
     second = save_checkpoint(tmp_path, state, identity)
     (second / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=f"model.safetensors has 0 bytes.*; an older checkpoint is {first}"):
-        load_model(tmp_path)
+    (first.parent / "step_00000003").mkdir()
+    (first.parent / "step_00000004").write_text("no folder")
+    (first.parent / "step_00000005").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match="undamaged checkpoint") as warned:
+        assert load_model(tmp_path).path == first
+    told = "\n".join(str(warning.message) for warning in warned)
+    for text in ("has 0 bytes", "3 is an empty folder", "4 is a file, not a folder", "5 is a link that leads nowhere"):
+        assert text in told
+    for path in (second, *(first.parent / f"step_0000000{n}" for n in (3, 4, 5))):
+        with pytest.raises(InputError):
+            load_model(path)
 
 
 def test_renamed_checkpoint_is_named(tmp_path):
