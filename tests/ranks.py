@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
+
 from moe_gpt.config import RunConfig
+from moe_gpt.model.router import Router, Routing
 
 Cases = dict[str, dict[str, Any]]
-"""By name: ``values`` of the config, limits, ``resume``, and ``spoil``: what is broken on purpose."""
+"""By name: ``values`` of the config, limits, ``resume``, ``spoil``: what is broken on purpose, and ``volumes``: whether
+routing is even, and rank 0 writes what it sends in the last step into ``volumes.json`` of the run folder."""
 
 
 def variables(rank: int, size: int, port: int) -> dict[str, str]:
@@ -67,10 +75,67 @@ def _train(config: RunConfig, run_dir: Path, case: dict[str, Any]) -> str:
 
     from moe_gpt.api.training import train_to_the_end
     from moe_gpt.training.loop import Limits
-    from moe_gpt.training.setup import set_up_run
+    from moe_gpt.training.setup import NOTHING_OWN, OwnParts, set_up_run
 
-    run = set_up_run(config, run_dir, CPU, resume=case.get("resume", False), say=lambda text: None)
-    return train_to_the_end(run, Limits(**case.get("limits", {})))[0]
+    own = OwnParts(make_router=EvenRouter) if case.get("volumes") else NOTHING_OWN
+    run = set_up_run(config, run_dir, CPU, resume=case.get("resume", False), say=lambda text: None, own=own)
+    with counting_bytes() if case.get("volumes") else contextlib.nullcontext({}) as sent:
+        ended = train_to_the_end(run, Limits(**case.get("limits", {})))[0]
+    if sent and run.team.is_main:
+        (run_dir / "volumes.json").write_text(json.dumps(sent))
+    return ended
+
+
+class EvenRouter(Router):
+    """Sends equally many tokens to each expert."""
+
+    def forward(self, x: torch.Tensor) -> Routing:
+        """Choose experts one after another."""
+        routing = super().forward(x)
+        chosen = torch.arange(routing.expert_indices.numel()).view_as(routing.expert_indices)
+        return routing._replace(expert_indices=chosen % routing.router_probs.shape[1])
+
+
+@contextlib.contextmanager
+def counting_bytes() -> Iterator[dict[str, float]]:
+    """Give what this rank sends in the last training step, in bytes by kind, where collectives are rings."""
+    import moe_gpt.training.loop as loop
+
+    sent: dict[str, float] = {}
+    of_step: dict[str, float] = {}
+
+    def counted(kind: str, real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            given = [*arguments, *options.values()]
+            n = dist.get_world_size(next((a for a in given if isinstance(a, dist.ProcessGroup)), None))
+            whole = max(a.nbytes for a in given if isinstance(a, torch.Tensor))
+            sent[kind] = sent.get(kind, 0) + whole * (n - 1) / n * (2 if kind == "all_reduce" else 1)
+            return real(*arguments, **options)
+
+        return call
+
+    def anew(*arguments: Any, **options: Any) -> Any:
+        sent.clear()
+        result = train_step(*arguments, **options)
+        of_step.update(sent)
+        return result
+
+    train_step, kinds = (
+        loop.train_step,
+        {
+            "all_gather": ("all_gather_single", "all_gather_into_tensor"),
+            "reduce_scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
+            "all_reduce": ("all_reduce",),
+            "all_to_all": ("all_to_all_single",),
+        },
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", anew)
+        for kind, names in kinds.items():
+            for name in names:
+                if hasattr(dist, name):
+                    patch.setattr(dist, name, counted(kind, getattr(dist, name)))
+        yield of_step
 
 
 def _spoil(what: str) -> None:

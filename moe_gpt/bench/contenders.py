@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -12,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_gpt.bench.rounds import timed
-from moe_gpt.config import LossConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, StageConfig, TrainConfig
+from moe_gpt.config import (
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainConfig,
+)
 from moe_gpt.errors import InputError
 from moe_gpt.measure.parameters import model_of
 from moe_gpt.ops.device import Precision, autocast, tune_process
@@ -50,6 +60,7 @@ SHAPES = {
 }
 
 
+_ALONE = ParallelConfig()
 CONTENDERS = ("moe_gpt", "dense", "transformers/eager", "transformers/grouped_mm", "transformers/mistral")
 
 
@@ -103,10 +114,14 @@ class Contender(abc.ABC):
 
 
 class Ours(Contender):
-    """moe_gpt, by the functions that training calls; the dense twin where the model is dense."""
+    """moe_gpt, by the functions that training calls; the dense twin where the model is dense.
 
-    def __init__(self, workload: Workload, is_dense: bool = False) -> None:
-        from moe_gpt.distributed.parallelize import apply_execution
+    Where torchrun's variables are set, this is one of their ranks, and trains its part of the batch.
+    """
+
+    def __init__(self, workload: Workload, is_dense: bool = False, parallel: ParallelConfig = _ALONE) -> None:
+        from moe_gpt.distributed.parallelize import parallelize
+        from moe_gpt.distributed.process import join
         from moe_gpt.training.setup import build_state
 
         super().__init__(workload)
@@ -121,28 +136,33 @@ class Ours(Contender):
         stage = StageConfig(
             seq_len=workload.seq_len, batch_tokens=workload.batch_tokens, until_tokens=workload.batch_tokens * 10**6
         )
-        self._config = RunConfig(model=model, schedule=ScheduleConfig(stages=(stage,), warmup_tokens=0), train=train)
-        self._state = build_state(self._config, self.device)
-        apply_execution(self._state.model, train)
+        schedule = ScheduleConfig(stages=(stage,), warmup_tokens=0)
+        self._config = config = RunConfig(model=model, schedule=schedule, train=train, parallel=parallel)
+        self._team = team = join(config)
+        self._state = build_state(config, self.device, adapt=lambda model: parallelize(model, config, team.layout))
         self._state.model.train()
 
     def compute_gradients(self, tokens: Tensor) -> None:
         """Go forward and backward as ``train_step`` does."""
-        from moe_gpt.data.batches import split_batch
+        from moe_gpt.data.batches import deal_batch, part_of
         from moe_gpt.data.stream import Batch
         from moe_gpt.training.step import accumulate_gradients
 
+        work, team = self.workload, self._team
         batch = Batch(tokens[:, :-1].numpy(force=True), tokens[:, 1:].numpy(force=True))
-        micro_batches = split_batch(batch, self.workload.micro_batch_tokens, self.device)
+        rows = max(1, work.micro_batch_tokens // work.seq_len)
+        read = partial(part_of, batch)
+        dealt = deal_batch(len(tokens), rows, read, self.device, None, team.data_rank, team.layout.data)
         model, loss = self._state.model, self._config.loss
-        self._loss = accumulate_gradients(model, micro_batches, loss, self.workload.precision)[0].loss
+        self._loss = accumulate_gradients(model, list(dealt), loss, work.precision, team)[0].loss
 
     def update(self) -> None:
         """Clip and step as ``train_step`` does."""
         from moe_gpt.training.step import update_weights
 
         settings = self._config.optimizer
-        update_weights(self._state.model, self._state.optimizer, settings.lr, settings.max_grad_norm, self._loss)
+        state = self._state
+        update_weights(state.model, state.optimizer, settings.lr, settings.max_grad_norm, self._loss, self._team)
 
 
 _SET_BY_TRANSFORMERS = {"architectures", "model_type", "experts_implementation"}

@@ -45,6 +45,7 @@ FAMILIES = {
         "data": "Compare two speeds: preparing text against datasets.map, and reading the stream against training.",
         "loop": "Measure the time to the first step, and the time that a run spends outside its steps.",
         "busy": "Measure how training keeps up beside other processes that want the same cores.",
+        "devices": "Measure what several processes gain over one, and what their collectives cost.",
         "gpu": "Measure what there is to ask of a GPU, unattended and in ten minutes, and write it all to one file.",
     },
 }

@@ -135,6 +135,21 @@ def busy(
     _report(options.json, measure)
 
 
+def devices(*, processes: Whole = 2, parallel: str = "zero=1", warmup: Whole = 8, options: Shaped = Shaped()) -> None:
+    """Measure what several processes gain over one on this machine's cores, and their time in collectives.
+
+    Args:
+        processes: Processes, one thread each; one process alone has that many threads.
+        parallel: Settings of the section parallel, comma-separated.
+        warmup: Steps before the measured ones, in each turn.
+    """
+    from moe_gpt.bench.devices import bench_devices
+
+    settings = load_run_config("tiny.yaml", [f"parallel.{text}" for text in parallel.split(",") if text]).parallel
+    work, turns = options.workload(), (options.rounds, options.steps)
+    _report(options.json, functools.partial(bench_devices, work, settings, processes, *turns, warmup=warmup))
+
+
 def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Shaped = Shaped()) -> None:
     """Measure decoding against transformers on the exported model; on a CPU in float32 by default, as generate does.
 

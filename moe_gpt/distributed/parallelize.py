@@ -25,7 +25,8 @@ def parallelize(model: MoEGPT, config: RunConfig, layout: Layout) -> None:
     from moe_gpt.distributed.sharding import Meshes, shard, spread_experts
     from moe_gpt.distributed.tensor import share_products
 
-    meshes = Meshes(layout, model.embedding.weight.device.type)
+    device_type = model.embedding.weight.device.type
+    meshes = Meshes(layout, "cpu" if device_type == "meta" else device_type)  # on meta, parts are counted
     cuts = share_products(model, meshes.tensor) if layout.tensor > 1 else {}
     if layout.expert > 1:
         spread_experts(model, meshes)

@@ -98,14 +98,16 @@ def _units(model: MoEGPT, layout: Layout) -> list[nn.Module]:
 def before_backward(model: Any, layout: Layout, is_last: bool) -> None:
     """Say whether a step's last micro-batch follows: only then are its gradients added over copies of the model.
 
-    With ZeRO 0 and 1, which keep whole gradients, they are added over ranks only then, too.
+    With ZeRO 0 and 1, which keep whole gradients, they are added over ranks only then, too. Below ZeRO 3, weights are
+    gathered once a step.
     """
     if layout.data == 1:
         return
     model.set_requires_all_reduce(is_last)
+    if layout.zero < 3:
+        model.set_reshard_after_backward(is_last)
     if layout.zero < 2:
         model.set_requires_gradient_sync(is_last)
-        model.set_reshard_after_backward(is_last)
 
 
 def reshard(model: nn.Module) -> None:

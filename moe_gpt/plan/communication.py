@@ -72,7 +72,9 @@ def communication_section(
         again=" (x 1.5: forward twice)" if recompute else "",
         scatters="each micro-batch" if parallelism.zero_level >= 2 else "once",
         gathers=(
-            "forward and backward of each micro-batch" if parallelism.zero_level >= 3 else "once, after the optimizer"
+            "forward and backward of each micro-batch, embedding, output and last norm only forward"
+            if parallelism.zero_level >= 3
+            else "once, after the optimizer"
         ),
     )
 
@@ -88,15 +90,19 @@ def _model_parallel(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> dic
     t, e = spread.tensor, spread.expert
     hidden = layout.micro_batches * _ELEMENT * layout.tokens * model.d_model  # bytes of the residual stream
     exchanges = 4 * layout.layers(model) * (1.5 if layout.recompute else 1)  # two of four happen in the forward pass
+    of_vocabulary = 2 * (spread.pipeline == 1)  # a middle stage has none
     return {
-        "tensor_all_reduce": Traffic(exchanges * hidden * 2 * (t - 1) / t, _link(gpu, t)),
+        "tensor_all_reduce": Traffic((exchanges + of_vocabulary) * hidden * 2 * (t - 1) / t, _link(gpu, t)),
         "expert_all_to_all": Traffic(exchanges * model.top_k * hidden / t * (e - 1) / e, _link(gpu, t * e)),
         "pipeline_sends": Traffic(2 * hidden / t * (spread.pipeline > 1), _link(gpu, spread.used)),
     }
 
 
 def _data_parallel(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> dict[str, Traffic]:
-    """Return the exchange of gradients and weights (ZeRO, arXiv 1910.02054, section 7)."""
+    """Return the exchange of gradients and weights (ZeRO, arXiv 1910.02054, section 7).
+
+    ZeRO 3 gathers a layer for each forward and each backward pass, but keeps what belongs to no layer in between.
+    """
     spread, level = layout.parallelism, layout.parallelism.zero_level
     held = stage_parameters(model, spread, spread.pipeline // 2)
     # bytes over a ring of all ranks, of one pass over gradients or weights
@@ -107,10 +113,11 @@ def _data_parallel(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> dict
     speed = _link(gpu, spread.tensor * spread.batch_ranks)
     if level == 0:
         return {"gradient_all_reduce": Traffic(2 * once, speed)}
-    scatters, gathers = layout.micro_batches if level >= 2 else 1, 2 * layout.micro_batches if level >= 3 else 1
+    m = layout.micro_batches
+    kept = _ELEMENT * held.outside * (spread.batch_ranks - 1) / spread.batch_ranks
     return {
-        "gradient_reduce_scatter": Traffic(scatters * once, speed),
-        "weight_all_gather": Traffic(gathers * once, speed),
+        "gradient_reduce_scatter": Traffic(once * (m if level >= 2 else 1), speed),
+        "weight_all_gather": Traffic(m * (2 * once - kept) if level >= 3 else once, speed),
     }
 
 

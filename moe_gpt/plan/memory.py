@@ -104,6 +104,8 @@ class StageParameters(NamedTuple):
 
     shared: float
     experts: float
+    outside: float
+    """Of the shared ones: embedding, output and last norm, which belong to no layer."""
     largest_layer: float
     """Of both kinds, in one layer."""
 
@@ -126,9 +128,11 @@ def stage_parameters(model: ModelConfig, parallelism: Parallelism, stage: int) -
     vocabulary = model.d_model * (model.vocab_size or 1) / tensor
     is_last = stage == parallelism.pipeline - 1
     n_matrices = (stage == 0) + is_last - (parallelism.pipeline == 1 and model.tie_embeddings)
+    outside = n_matrices * vocabulary + is_last * model.d_model
     return StageParameters(
-        shared=n_attentions * attention + layers * whole + n_matrices * vocabulary + is_last * model.d_model,
+        shared=n_attentions * attention + layers * whole + outside,
         experts=layers * experts,
+        outside=outside,
         largest_layer=attention + whole + experts,
     )
 
