@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from moe_gpt.training.saving.checkpoint import RunIdentity, list_checkpoints, load_training_state, verify_checkpoint
+from moe_gpt.training.saving.checkpoint import RunIdentity, load_training_state
+from moe_gpt.training.saving.listing import list_checkpoints, verify_checkpoint
 from moe_gpt.training.saving.saved_model import open_checkpoint
 from moe_gpt.training.saving.store import CheckpointSaver
 from moe_gpt.training.setup import build_state

@@ -31,7 +31,7 @@ from moe_gpt.data.builtin_corpus import iterate_builtin
 from moe_gpt.training.display import Silent
 from moe_gpt.training.loop import Limits, train
 from moe_gpt.training.records.metrics import read_metrics
-from moe_gpt.training.saving.checkpoint import list_checkpoints
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.saving.store import prune
 from moe_gpt.training.setup import set_up_run

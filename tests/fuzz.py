@@ -45,12 +45,15 @@ from moe_gpt.config import SourceConfig
 from moe_gpt.data.corpus import iterate_documents
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.errors import InputError
+from moe_gpt.files.durable import read_digest
 from moe_gpt.files.tensors import TensorSpec, open_folder, write_sharded
 from moe_gpt.interop import hugging_face
 from moe_gpt.report.run_records import read_run
 from moe_gpt.training.records.metrics import read_metrics, scores_at
 from moe_gpt.training.saving import checkpoint
 from moe_gpt.training.saving.changes import find_changes
+from moe_gpt.training.saving.listing import list_checkpoints, verify_checkpoint
+from moe_gpt.training.saving.manifest import FILES, MANIFEST
 from moe_gpt.training.saving.saved_model import load_model, open_checkpoint
 
 MOST_SECONDS, MOST_BYTES = 10, 64 * 2**20
@@ -140,7 +143,7 @@ def read_checkpoint(folder: Path) -> None:
     """Read it as generate, export and --resume do."""
     load_model(folder)
     saved, (state, identity) = open_checkpoint(folder), _run()
-    checkpoint.verify_checkpoint(saved.path)
+    verify_checkpoint(saved.path)
     find_changes(saved.config, checkpoint.read_state(saved.path), identity)
     checkpoint.load_training_state(state, saved.path)
 
@@ -153,15 +156,15 @@ def read_records(folder: Path) -> None:
         scores_at(folder / "metrics.jsonl", 15)
 
 
-IN_A_CHECKPOINT = (*checkpoint.FILES, checkpoint.MANIFEST)
+IN_A_CHECKPOINT = (*FILES, MANIFEST)
 
 
 def mend_manifest(folder: Path) -> None:
     """Make the manifest agree with the files."""
-    for path in checkpoint.list_checkpoints(folder):
+    for path in list_checkpoints(folder):
         if all((path / name).is_file() and not (path / name).is_symlink() for name in IN_A_CHECKPOINT):
-            manifest = {name: checkpoint.read_digest(path / name)._asdict() for name in checkpoint.FILES}
-            (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+            manifest = {name: read_digest(path / name)._asdict() for name in FILES}
+            (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 _STEP = "checkpoints/step_*/"
@@ -208,7 +211,7 @@ READERS = {
     "run folder": Reader(make_run_folder, ("*.*", "evaluations/*"), read_records),
     "metrics.jsonl": Reader(make_run_folder, ("metrics.jsonl", "events.jsonl"), read_records),
     "checkpoint": Reader(make_checkpoint, (_STEP + "*",), read_checkpoint, mend_manifest),
-    "manifest": Reader(make_checkpoint, (_STEP + checkpoint.MANIFEST,), read_checkpoint),
+    "manifest": Reader(make_checkpoint, (_STEP + MANIFEST,), read_checkpoint),
     "state": Reader(make_checkpoint, (_STEP + "state.json", _STEP + "config.yaml"), read_checkpoint, mend_manifest),
     "rows of text": Reader(make_data_files, ("a.json*", "a.?sv", "a.txt"), read_data_files),
     "columns": Reader(make_data_files, ("*.parquet", "*.arrow"), read_data_files),

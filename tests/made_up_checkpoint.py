@@ -11,7 +11,8 @@ from moe_gpt.data.batches import MicroBatch
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.optimizer import build_optimizer
-from moe_gpt.training.saving.checkpoint import RunIdentity, list_checkpoints
+from moe_gpt.training.saving.checkpoint import RunIdentity
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.store import CheckpointSaver
 from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.step import TrainState, train_step

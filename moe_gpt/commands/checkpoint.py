@@ -15,7 +15,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     Raises:
         FileNotFoundError: where there is none.
     """
-    from moe_gpt.training.saving.checkpoint import list_checkpoints
+    from moe_gpt.training.saving.listing import list_checkpoints
 
     checkpoints = list_checkpoints(run)
     if not checkpoints:
@@ -60,7 +60,7 @@ def verify(run: Path) -> int:
         run: A run folder.
     """
     from moe_gpt.errors import InputError
-    from moe_gpt.training.saving.checkpoint import verify_checkpoint
+    from moe_gpt.training.saving.listing import verify_checkpoint
 
     status = 0
     for path in find_checkpoints(run):

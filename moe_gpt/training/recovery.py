@@ -18,7 +18,8 @@ from moe_gpt.files.durable import delete_folder
 from moe_gpt.training.records.metrics import Fetched
 from moe_gpt.training.records.run_log import RunFolderGone, RunLog
 from moe_gpt.training.records.watch import Finding
-from moe_gpt.training.saving.checkpoint import list_checkpoints, load_training_state
+from moe_gpt.training.saving.checkpoint import load_training_state
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.store import CheckpointSaver, find_checkpoint_to_go_back_to, set_aside
 from moe_gpt.training.setup import Run
 

@@ -29,15 +29,14 @@ from moe_gpt.training.records.tracking import require_tracker
 from moe_gpt.training.saving.changes import check_changes, describe_environment, find_changes
 from moe_gpt.training.saving.checkpoint import (
     UPCYCLED,
-    Damaged,
     RunIdentity,
-    find_good_checkpoint,
     load_training_state,
     read_config,
     read_state,
     read_tokenizer,
 )
 from moe_gpt.training.saving.initial_weights import InitialWeights, check_fits, open_initial_weights
+from moe_gpt.training.saving.listing import Damaged, find_good_checkpoint
 from moe_gpt.training.saving.own_code import describe_source
 from moe_gpt.training.saving.run_folder import check_folder
 from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule, rounded_ends

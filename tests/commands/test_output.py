@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import steps
 
-from moe_gpt.training.saving.checkpoint import list_checkpoints
+from moe_gpt.training.saving.listing import list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

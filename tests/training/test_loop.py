@@ -16,7 +16,7 @@ from moe_gpt.data.stream import validation_rows
 from moe_gpt.errors import InputError
 from moe_gpt.training import fits, setup
 from moe_gpt.training.records.metrics import read_metrics
-from moe_gpt.training.saving.checkpoint import list_checkpoints
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import build_evaluator, set_up_run

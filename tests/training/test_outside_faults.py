@@ -21,7 +21,7 @@ from moe_gpt.training.optimizer import Optimizer
 from moe_gpt.training.records import metrics
 from moe_gpt.training.recovery import TrainingStopped
 from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import list_checkpoints
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.saved_model import load_model
 
 

@@ -17,7 +17,8 @@ from moe_gpt.model.router import Router
 from moe_gpt.training.callbacks import Callback, EarlyStopping, check_callbacks
 from moe_gpt.training.evaluation import Score
 from moe_gpt.training.loop import Limits, train
-from moe_gpt.training.saving.checkpoint import list_checkpoints, read_state
+from moe_gpt.training.saving.checkpoint import read_state
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.own_code import find_router
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint

@@ -9,7 +9,6 @@ a run and decides which are kept.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -23,24 +22,19 @@ from moe_gpt.config.yaml import parse_yaml, to_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.sharding import local_part, own_part, whole, whole_shape
 from moe_gpt.errors import InputError, shown
-from moe_gpt.files.durable import FileDigest, complete_folder, read_digest, write_file
+from moe_gpt.files.durable import FileDigest, complete_folder, write_file
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.interop import foreign_tokenizer
 from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.training.saving.manifest import CONFIG, GENERATORS, MANIFEST, OPTIMIZER, STATE, TOKENIZER, WEIGHTS
 from moe_gpt.training.step import TrainState
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 UPCYCLED = " (dense, every expert as its feed-forward network)"
 """Marks in ``initialised_from`` that the weights were upcycled."""
-WEIGHTS, _OPTIMIZER, _GENERATORS = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
-_STATE, _CONFIG, _TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
-FILES = (WEIGHTS, _OPTIMIZER, _GENERATORS, _STATE, _CONFIG, _TOKENIZER)
-FILES_TO_USE_A_MODEL = (WEIGHTS, _STATE, _CONFIG, _TOKENIZER)
-_LARGEST_MANIFEST = 1_000_000
 
 
 class _OwnCode(pydantic.BaseModel, strict=True):
@@ -157,7 +151,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) ->
         OSError: if it cannot be written; the old one is then intact.
     """
     with complete_folder(folder, replace=True) as temporary:
-        tensors = {WEIGHTS: snapshot.weights, _OPTIMIZER: snapshot.optimizer, _GENERATORS: snapshot.generators}
+        tensors = {WEIGHTS: snapshot.weights, OPTIMIZER: snapshot.optimizer, GENERATORS: snapshot.generators}
         written = {name: _write_tensors(temporary / name, values) for name, values in tensors.items()}
         state = {
             "format_version": FORMAT_VERSION,
@@ -170,9 +164,9 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) ->
             "schedule": identity.schedule,
         }
         texts = {
-            _STATE: json.dumps(state, indent=2),
-            _CONFIG: to_yaml(identity.config),
-            _TOKENIZER: identity.tokenizer.to_json(),
+            STATE: json.dumps(state, indent=2),
+            CONFIG: to_yaml(identity.config),
+            TOKENIZER: identity.tokenizer.to_json(),
         }
         written |= {name: write_file(temporary / name, [text.encode("utf-8")]) for name, text in texts.items()}
         manifest = {name: file._asdict() for name, file in written.items()}
@@ -184,58 +178,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileDigest:
     return write_tensors(path, specs, tensors.__getitem__)
 
 
-def verify_checkpoint(path: Path, names: tuple[str, ...] = FILES) -> None:
-    """Compare all files of a checkpoint, or only ``names``, with its manifest.
-
-    Sizes are compared first. A file that has another size, or that is not in the manifest, is never read.
-
-    Raises:
-        InputError: naming the checkpoint and the file that is missing, changed or foreign; or if the folder's name has
-            another step than the state.
-    """
-    manifest = _read_manifest(path)
-    for name in names:
-        _check_size(path, name, manifest[name].bytes)
-    for name in names:
-        if read_digest(inside(path, name)) != manifest[name]:
-            raise InputError(f"checkpoint {path}: {name} has changed since it was saved, because its SHA-256 differs")
-    step = read_state(path)["step"]
-    if is_named_as_checkpoint(path) and int(path.name[5:]) != step:
-        raise InputError(
-            f"checkpoint {path}: {_STATE} is of step {step}; if the folder was renamed, name it step_{step:08d}"
-        )
-
-
-def _check_size(path: Path, name: str, wanted: int) -> None:
-    file = inside(path, name)
-    if not file.is_file():
-        raise InputError(f"checkpoint {path}: {name} is missing")
-    size = file.stat().st_size
-    if size != wanted:
-        raise InputError(f"checkpoint {path}: {name} has {size:,} bytes, but {wanted:,} were saved")
-
-
-def _read_manifest(path: Path) -> dict[str, FileDigest]:
-    try:
-        values = json.loads(inside(path, MANIFEST, at_most=_LARGEST_MANIFEST).read_text(encoding="utf-8"))
-        if set(values) != set(FILES):
-            raise ValueError(f"the manifest must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
-        return {name: _digest(**values[name]) for name in values}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"checkpoint {path}: {MANIFEST} cannot be used: {error}") from None
-
-
-def _digest(**values: Any) -> FileDigest:
-    digest = FileDigest(**values)
-    if not isinstance(digest.bytes, int) or not isinstance(digest.sha256, str):
-        raise ValueError("every file needs bytes as a whole number and sha256 as text")
-    return digest
-
-
 def read_state(path: Path) -> dict[str, Any]:
     """Return a checkpoint's ``state.json``; one of format 1 gets defaults for the keys that format 2 added."""
     try:
-        state = read_json(path, _STATE)
+        state = read_json(path, STATE)
         version = state.get("format_version")
         if version not in (1, FORMAT_VERSION):
             raise InputError(f"it has format version {shown(version)}; this code reads 1 and {FORMAT_VERSION}")
@@ -243,30 +189,30 @@ def read_state(path: Path) -> dict[str, Any]:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {shown(first['input'])}"
-        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {reason}") from None
+        raise InputError(f"checkpoint {path}: {STATE} cannot be used: {reason}") from None
     except (OSError, InputError) as error:
-        raise InputError(f"checkpoint {path}: {_STATE} cannot be used: {error}") from None
+        raise InputError(f"checkpoint {path}: {STATE} cannot be used: {error}") from None
 
 
 def read_config(path: Path) -> RunConfig:
     """Return the resolved config saved with a checkpoint."""
     try:
-        text = inside(path, _CONFIG, at_most=LARGEST_YAML).read_text(encoding="utf-8")
+        text = inside(path, CONFIG, at_most=LARGEST_YAML).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"checkpoint {path}: {_CONFIG} is not UTF-8 text: {error}") from None
+        raise InputError(f"checkpoint {path}: {CONFIG} is not UTF-8 text: {error}") from None
     try:
-        config = RunConfig.from_mapping(parse_yaml(text, _CONFIG))
+        config = RunConfig.from_mapping(parse_yaml(text, CONFIG))
     except InputError as error:
         lines = str(error).splitlines()
-        raise InputError("\n".join(f"checkpoint {path}: {_CONFIG}: {line.strip()}" for line in lines)) from None
+        raise InputError("\n".join(f"checkpoint {path}: {CONFIG}: {line.strip()}" for line in lines)) from None
     if config.model.vocab_size is None:
-        raise InputError(f"checkpoint {path}: {_CONFIG} must have a model.vocab_size, got null")
+        raise InputError(f"checkpoint {path}: {CONFIG} must have a model.vocab_size, got null")
     return config
 
 
 def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
     """Return the tokenizer saved with a checkpoint."""
-    return foreign_tokenizer.read_tokenizer(inside(path, _TOKENIZER), end_of_text)
+    return foreign_tokenizer.read_tokenizer(inside(path, TOKENIZER), end_of_text)
 
 
 def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
@@ -316,14 +262,14 @@ def load_training_state(state: TrainState, path: Path) -> None:
     """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
     model = state.model
     copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
-    saved = TensorReader([inside(path, _OPTIMIZER)])
+    saved = TensorReader([inside(path, OPTIMIZER)])
     for name, parameter in model.named_parameters():
         state.optimizer.state.pop(parameter, None)
         parts = state.optimizer.state_shapes(parameter)
         if any(f"{name}.{part}" in saved.names for part in parts):
             shapes = {f"{name}.{part}": shape for part, (shape, _) in parts.items()}
             found = {key: saved.shape(key) for key in shapes if key in saved.names}
-            _compare(shapes, found, f"checkpoint {path}: {_OPTIMIZER}")
+            _compare(shapes, found, f"checkpoint {path}: {OPTIMIZER}")
             # the step count belongs on the parameter's device, too; a copy, because the reader may map the file
             state.optimizer.state[parameter] = {
                 part: _part_of(saved.read(f"{name}.{part}"), parameter).to(parameter.device, dtype, copy=True)
@@ -334,9 +280,9 @@ def load_training_state(state: TrainState, path: Path) -> None:
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
     state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
     try:
-        _restore_generators(TensorReader([inside(path, _GENERATORS)]), model.embedding.weight.device)
+        _restore_generators(TensorReader([inside(path, GENERATORS)]), model.embedding.weight.device)
     except (KeyError, RuntimeError, TypeError) as error:
-        raise InputError(f"checkpoint {path}: {_GENERATORS} has no state of random generators: {error}") from None
+        raise InputError(f"checkpoint {path}: {GENERATORS} has no state of random generators: {error}") from None
 
 
 def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -350,50 +296,3 @@ def _restore_generators(saved: TensorReader, device: torch.device) -> None:
         torch.cuda.set_rng_state(saved.read("cuda").clone(), device)
     if device.type == "mps" and "mps" in saved.names:
         torch.mps.set_rng_state(saved.read("mps").clone())
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return a run's checkpoints, oldest first, without reading them."""
-    return [path for path in named_as_checkpoints(run_dir) if path.is_dir()]
-
-
-def named_as_checkpoints(run_dir: Path) -> list[Path]:
-    """Return everything in a run that has a checkpoint's name, oldest first: also files, and links to nothing."""
-    found = [path for path in run_dir.glob("checkpoints/step_*") if is_named_as_checkpoint(path)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def is_named_as_checkpoint(path: Path) -> bool:
-    """Whether a path has a checkpoint's name."""
-    return re.fullmatch(r"step_\d{8,}", path.name) is not None
-
-
-def problem_of(path: Path, names: tuple[str, ...] = FILES) -> str | None:
-    """Say why a checkpoint cannot be used; None if it can. ``verify_checkpoint`` explains ``names``."""
-    if not path.is_dir():
-        return f"checkpoint {path} is a {'link that leads nowhere' if path.is_symlink() else 'file, not a folder'}"
-    if not any(path.iterdir()):
-        return f"checkpoint {path} is an empty folder"
-    try:
-        verify_checkpoint(path, names)
-    except (InputError, OSError) as error:
-        return str(error)
-    return None
-
-
-class Damaged(NamedTuple):
-    """A checkpoint that cannot be used."""
-
-    path: Path
-    problem: str
-
-
-def find_good_checkpoint(run_dir: Path, names: tuple[str, ...] = FILES) -> tuple[Path | None, list[Damaged]]:
-    """Return a run's newest undamaged checkpoint, None if there is none, and the newer ones that are damaged."""
-    damaged: list[Damaged] = []
-    for path in reversed(named_as_checkpoints(run_dir)):
-        problem = problem_of(path, names)
-        if problem is None:
-            return path, damaged
-        damaged.append(Damaged(path, problem))
-    return None, damaged

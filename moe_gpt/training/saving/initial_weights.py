@@ -22,7 +22,6 @@ from moe_gpt.interop import hugging_face
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.saving.checkpoint import (
-    FILES,
     copy_weights,
     model_tensors,
     read_config,
@@ -30,6 +29,7 @@ from moe_gpt.training.saving.checkpoint import (
     read_tokenizer,
     read_weights,
 )
+from moe_gpt.training.saving.manifest import FILES
 from moe_gpt.training.saving.own_code import router_for
 from moe_gpt.training.saving.saved_model import verified
 from moe_gpt.training.saving.upcycle import starts_as_same_function, upcycle

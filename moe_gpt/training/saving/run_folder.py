@@ -14,7 +14,8 @@ from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import delete_leftovers, replace_file
 from moe_gpt.files.inside import inside
 from moe_gpt.files.mistaken import odd_name
-from moe_gpt.training.saving.checkpoint import Damaged, RunIdentity, list_checkpoints
+from moe_gpt.training.saving.checkpoint import RunIdentity
+from moe_gpt.training.saving.listing import Damaged, list_checkpoints
 from moe_gpt.training.saving.store import set_aside
 
 

@@ -18,21 +18,21 @@ from moe_gpt.files.mistaken import other_weights, unfinished_download
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.saving.checkpoint import (
-    FILES_TO_USE_A_MODEL,
-    MANIFEST,
     UPCYCLED,
-    WEIGHTS,
     copy_weights,
-    find_good_checkpoint,
-    is_named_as_checkpoint,
-    list_checkpoints,
-    problem_of,
     read_config,
     read_state,
     read_tokenizer,
     read_weights,
+)
+from moe_gpt.training.saving.listing import (
+    find_good_checkpoint,
+    is_named_as_checkpoint,
+    list_checkpoints,
+    problem_of,
     verify_checkpoint,
 )
+from moe_gpt.training.saving.manifest import FILES_TO_USE_A_MODEL, MANIFEST, WEIGHTS
 from moe_gpt.training.saving.own_code import router_for
 
 

@@ -12,14 +12,8 @@ from moe_gpt.config import CheckpointConfig
 from moe_gpt.distributed.process import SOLO, Team
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_folder, delete_leftovers
-from moe_gpt.training.saving.checkpoint import (
-    RunIdentity,
-    list_checkpoints,
-    problem_of,
-    read_state,
-    take_snapshot,
-    write_checkpoint,
-)
+from moe_gpt.training.saving.checkpoint import RunIdentity, read_state, take_snapshot, write_checkpoint
+from moe_gpt.training.saving.listing import list_checkpoints, problem_of
 from moe_gpt.training.step import TrainState
 
 

@@ -15,7 +15,8 @@ from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.records.watch import HealthWatch, SpikeDetector
 from moe_gpt.training.recovery import TrainingStopped, past_skipped
-from moe_gpt.training.saving.checkpoint import list_checkpoints, read_state
+from moe_gpt.training.saving.checkpoint import read_state
+from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.saved_model import load_model
 
 

@@ -15,7 +15,9 @@ from moe_gpt.errors import InputError
 from moe_gpt.files import durable
 from moe_gpt.files import tensors as tensor_files
 from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import list_checkpoints, load_training_state
+from moe_gpt.training.saving.checkpoint import load_training_state
+from moe_gpt.training.saving.listing import list_checkpoints, verify_checkpoint
+from moe_gpt.training.saving.manifest import FILES, FILES_TO_USE_A_MODEL
 from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
 
 
@@ -73,7 +75,7 @@ def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, state, identity, keep_last=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
-    checkpoint.verify_checkpoint(first)
+    verify_checkpoint(first)
 
 
 def test_checkpoint_under_another_name_is_not_found(tmp_path):
@@ -103,7 +105,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_checkpoint_damage_is_named(tmp_path, name, damage):
     """Each file, damaged in each way, is found by the manifest and named."""
@@ -124,8 +126,8 @@ def test_checkpoint_damage_is_named(tmp_path, name, damage):
         content[len(content) // 2] ^= 1
         file.write_bytes({"flip": content, "truncate": content[:-1], "extend": content + b" "}[damage])
     with pytest.raises(InputError, match=DAMAGE[damage].format(name=name.replace(".", r"\."))):
-        checkpoint.verify_checkpoint(path)
-    if name in checkpoint.FILES_TO_USE_A_MODEL:
+        verify_checkpoint(path)
+    if name in FILES_TO_USE_A_MODEL:
         with pytest.raises(InputError, match=name.replace(".", r"\.")):
             load_model(path)
 
@@ -156,7 +158,7 @@ def test_renamed_checkpoint_is_named(tmp_path):
     path = save_checkpoint(tmp_path, state, identity)
     path = path.rename(path.with_name("step_00000099"))
     with pytest.raises(InputError, match=r"state\.json is of step 1; if the folder was renamed, name it step_00000001"):
-        checkpoint.verify_checkpoint(path)
+        verify_checkpoint(path)
 
 
 def test_checkpoint_of_another_format_is_refused(tmp_path):

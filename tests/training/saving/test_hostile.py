@@ -21,8 +21,9 @@ from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import load_run_config, parse_yaml, to_plain, to_yaml
 from moe_gpt.errors import InputError
 from moe_gpt.report.run_records import read_run
-from moe_gpt.training.saving import checkpoint
-from moe_gpt.training.saving.checkpoint import FILES, MANIFEST, list_checkpoints, read_state, verify_checkpoint
+from moe_gpt.training.saving.checkpoint import read_state
+from moe_gpt.training.saving.listing import list_checkpoints, verify_checkpoint
+from moe_gpt.training.saving.manifest import FILES, FILES_TO_USE_A_MODEL, MANIFEST, read_manifest
 from moe_gpt.training.saving.run_folder import hold
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import set_up_run
@@ -55,7 +56,7 @@ def path(saved, tmp_path):
 
 def make_manifest_fit(path) -> None:
     """Give a changed checkpoint a manifest that agrees with it, as a stranger would."""
-    manifest = {name: checkpoint.read_digest(path / name)._asdict() for name in FILES}
+    manifest = {name: read_digest(path / name)._asdict() for name in FILES}
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -65,7 +66,7 @@ def test_pickles_are_never_opened(name, path, small_values, tmp_path):
     (path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "pwned")))
     if name != MANIFEST:
         make_manifest_fit(path)
-    if name in (*checkpoint.FILES_TO_USE_A_MODEL, MANIFEST):
+    if name in (*FILES_TO_USE_A_MODEL, MANIFEST):
         with pytest.raises(InputError):
             load_model(path)
     with pytest.raises(InputError):
@@ -306,7 +307,7 @@ def test_manifest_is_read_as_it_was_written(identity):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MANIFEST).write_text(json.dumps(values))
         if set(values) == set(FILES):
-            assert {n: f._asdict() for n, f in checkpoint._read_manifest(Path(folder)).items()} == values
+            assert {n: f._asdict() for n, f in read_manifest(Path(folder)).items()} == values
         else:
             with pytest.raises(InputError, match="must list"):
-                checkpoint._read_manifest(Path(folder))
+                read_manifest(Path(folder))

@@ -15,13 +15,8 @@ from small_runs import change, run_training
 from moe_gpt.config import CheckpointConfig
 from moe_gpt.errors import InputError
 from moe_gpt.training.saving import store as checkpoint_store
-from moe_gpt.training.saving.checkpoint import (
-    find_good_checkpoint,
-    list_checkpoints,
-    load_training_state,
-    read_state,
-    verify_checkpoint,
-)
+from moe_gpt.training.saving.checkpoint import load_training_state, read_state
+from moe_gpt.training.saving.listing import find_good_checkpoint, list_checkpoints, verify_checkpoint
 from moe_gpt.training.saving.store import (
     CheckpointSaver,
     checkpoints_not_kept,
