@@ -20,6 +20,7 @@ from small_runs import CPU, run_training
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import load_run_config, parse_yaml, to_plain, to_yaml
 from moe_gpt.errors import InputError
+from moe_gpt.files.durable import read_digest
 from moe_gpt.report.run_records import read_run
 from moe_gpt.training.saving.checkpoint import read_state
 from moe_gpt.training.saving.listing import list_checkpoints, verify_checkpoint
