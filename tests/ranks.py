@@ -143,16 +143,20 @@ def _spoil(what: str) -> None:
     import errno
 
     import moe_gpt.training.saving.store as store
+    import moe_gpt.training.saving.write as write
     import moe_gpt.training.step as step
+    from moe_gpt.distributed.process import is_another_rank
 
     if what == "local counts":
         step._sum_counts = lambda team, weight, counts: counts
-    if what == "full disk":
 
-        def fail(*_: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
+    if what == "full disk, gathered":
         store.write_checkpoint = fail
+    if what == "full disk, sharded" and is_another_rank():
+        write.write_pieces = fail
 
 
 def _main(path: Path) -> None:

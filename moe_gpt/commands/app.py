@@ -35,6 +35,7 @@ FAMILIES = {
     "checkpoint": {
         "list": "Show each checkpoint's step, tokens, size and validation loss.",
         "verify": "Compare every file with the digest that was saved.",
+        "merge": "Turn the shards of several ranks into the files that one process would have written, in place.",
         "prune": "Delete the checkpoints that the run's settings, or the options given here, do not keep.",
     },
     "bench": {
@@ -51,7 +52,7 @@ FAMILIES = {
 }
 """The functions of one file."""
 FAMILY_HELP = {
-    "checkpoint": "List, verify or prune the checkpoints of a run.",
+    "checkpoint": "List, verify, merge or prune the checkpoints of a run.",
     "bench": "Compare speed and memory with the libraries that users would otherwise choose.",
 }
 EPILOGUES = {

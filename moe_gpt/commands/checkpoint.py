@@ -73,6 +73,25 @@ def verify(run: Path) -> int:
     return status
 
 
+def merge(checkpoint: Path) -> None:
+    """Turn the shards of several ranks into the files that one process would have written, in place.
+
+    Args:
+        checkpoint: A checkpoint, or a run folder for its newest one.
+    """
+    from moe_gpt.training.saving.manifest import FILES, WEIGHTS, files_of
+    from moe_gpt.training.saving.saved_model import verified
+    from moe_gpt.training.saving.write import merge_shards
+
+    path = verified(checkpoint, FILES)
+    shards = files_of(path, (WEIGHTS,))
+    if shards == [WEIGHTS]:
+        print(f"{path} has no shards; nothing to do")
+        return
+    merge_shards(path)
+    print(f"{path}: {len(shards)} shards are one file now")
+
+
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneOptions:

@@ -41,7 +41,6 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     if not re.fullmatch(r"[A-Za-z0-9.+-]+", options.license):
         raise InputError(f"--license must be an identifier such as apache-2.0, got {options.license!r}")
 
-    from moe_gpt.files.tensors import TensorReader
     from moe_gpt.interop import hugging_face
     from moe_gpt.interop.model_card import Training, model_card
     from moe_gpt.training.records.metrics import scores_at
@@ -61,7 +60,7 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     )
     hugging_face.export(
         config.model,
-        TensorReader([saved.weights_file]).read,
+        saved.weights.read,
         folder,
         saved.tokenizer,
         hugging_face.DTYPES[options.dtype],

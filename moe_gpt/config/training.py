@@ -61,6 +61,8 @@ class CheckpointConfig(Section):
     """Also keep the checkpoint with the lowest mean validation loss of those saved right after an evaluation."""
     keep_every_steps: CountOrZero = 0
     """Also keep checkpoints whose step is a multiple of this; 0 adds none."""
+    format: Literal["auto", "gathered", "sharded"] = "auto"
+    """gathered: rank 0 writes all tensors. sharded: each rank writes its part. auto: sharded from 50 GB on."""
     in_background: Flag = True
     """Write checkpoints while training continues. Training waits for a write only at the end and at a signal."""
 

@@ -26,8 +26,6 @@ from moe_gpt.distributed.layout import Layout, plan_layout
 from moe_gpt.errors import InputError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LONG = datetime.timedelta(days=30)
-"""For what only rank 0 does, such as preparing data."""
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
 
@@ -107,6 +105,11 @@ class Team:
         return self.rank == 0
 
     @property
+    def is_first_of_stage(self) -> bool:
+        """Whether this is the rank that answers for what all ranks of its stage have."""
+        return self.rank % (self.layout.data * self.layout.tensor) == 0
+
+    @property
     def data_rank(self) -> int:
         """Which part of the rows this rank reads, of ``layout.data`` parts."""
         return self.layout.data_rank(self.rank)
@@ -139,6 +142,18 @@ class Team:
         """Return what the action returns here; if it fails on any rank, all raise that error."""
         return action()
 
+    def in_another_thread(self, name: str) -> Team:
+        """Return a team for agreements in another thread, which may come in another order on each rank.
+
+        Args:
+            name: of these agreements, the same on all ranks and new each time.
+        """
+        return self
+
+    def all_of(self, action: Callable[[], Value]) -> list[Value]:
+        """Return what the action returns on each rank: JSON's values. If it fails on any rank, all raise that error."""
+        return [action()]
+
 
 class _Ranks(Team):
     """Several ranks. What only the host knows is agreed by the store, whatever the time that rank 0 takes.
@@ -151,11 +166,11 @@ class _Ranks(Team):
 
     def __init__(self, launch: Launch, store: dist.Store, layout: Layout) -> None:
         self.rank, self.size, self.layout = launch.rank, launch.size, layout
-        self._local_rank, self._store = launch.local_rank, store
+        self._launch, self._store = launch, store
 
     def device(self, device: torch.device) -> torch.device:
         if device.type == "cuda":
-            device = torch.device("cuda", self._local_rank)
+            device = torch.device("cuda", self._launch.local_rank)
             torch.cuda.set_device(device)
         elif device.type != "cpu":
             raise InputError(f"several processes train on cpu or cuda, got --device {device.type}")
@@ -186,16 +201,23 @@ class _Ranks(Team):
         return result[0] if self.is_main else action()
 
     def together(self, action: Callable[[], Value]) -> Value:
+        result: list[Value] = []
+        self.all_of(lambda: result.append(action()))
+        return result[0]
+
+    def in_another_thread(self, name: str) -> Team:
+        other = _Ranks(self._launch, dist.PrefixStore(name, self._store), self.layout)
+        other._agreements = itertools.count()  # type: ignore[misc]
+        return other
+
+    def all_of(self, action: Callable[[], Value]) -> list[Value]:
         number = next(self._agreements)
         keys = [f"agreement/{number}/{rank}" for rank in range(self.size)]
-        result: list[Value] = []
         try:
-            self._published(keys[self.rank], lambda: result.append(action()))
+            self._published(keys[self.rank], action)
         except InputError as error:
             raise error if self.is_main else _ToldByMain(str(error)) from None
-        for key in keys:
-            self._read(key)
-        return result[0]
+        return [self._read(key) for key in keys]
 
     def _published(self, key: str, action: Callable[[], Value]) -> Value:
         try:
@@ -208,7 +230,8 @@ class _Ranks(Team):
         return value
 
     def _read(self, key: str) -> Any:
-        self._store.wait([key], _LONG)
+        while not self._store.check([key]):  # waiting in the store would keep other threads from it
+            time.sleep(0.01)
         found = json.loads(self._store.get(key))
         if "error" in found:
             raise (_ToldByMain if found["is_input"] else OSError)(found["error"])

@@ -5,7 +5,7 @@ Everything is a sum: each rank's loss is its part of the whole batch's, so gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -164,13 +164,50 @@ def own_part(tensor: Tensor, like: Any) -> Tensor:
 
 
 def _cut(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:
+    for dim, (start, length) in enumerate(_spans(tensor.shape, mesh, placements)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def _spans(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Any]) -> list[tuple[int, int]]:
+    """Return start and length of this rank's part along each dimension."""
+    spans = [(0, length) for length in shape]
     for index, placement in enumerate(placements):
         if placement.is_shard():
-            length = tensor.shape[placement.dim]
+            start, length = spans[placement.dim]
             size = -(-length // mesh.size(index))
-            start = min(length, size * mesh.get_local_rank(index))
-            tensor = tensor.narrow(placement.dim, start, min(size, length - start))
-    return tensor
+            offset = min(length, size * mesh.get_local_rank(index))
+            spans[placement.dim] = start + offset, min(size, length - offset)
+    return spans
+
+
+def pieces_of(tensor: Any, like: Any, is_first: bool) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Yield this rank's part of a whole tensor in pieces, each with its offsets, unless another rank has the same.
+
+    Args:
+        tensor: the part, or something that is not cut though its parameter is, such as a count of steps.
+        like: the parameter that says how it is cut.
+        is_first: whether this rank answers for what is not cut at all.
+    """
+    part, mesh, cut = local_part(tensor), getattr(like, "device_mesh", None), cut_of(like)
+    if _is_anothers(part, like, is_first):
+        return
+    starts = [start for start, _ in _spans(like.shape, mesh, like.placements)] if mesh else [0] * part.dim()
+    if cut and part.dim():
+        yield from cut.pieces(part, starts)
+    else:
+        yield tuple(starts[: part.dim()]), part
+
+
+def _is_anothers(part: Tensor, like: Any, is_first: bool) -> bool:
+    """Whether another rank answers for a part. A count of steps is on every rank that has a part of its parameter."""
+    mesh, cut = getattr(like, "device_mesh", None), cut_of(like)
+    ranks = mesh.get_coordinate() if mesh else [not is_first]
+    if not part.dim():
+        return any(ranks) or bool(cut and cut.mesh.get_local_rank())
+    if mesh:
+        ranks = [rank for rank, place in zip(ranks, like.placements, strict=True) if place.is_replicate()]
+    return any(ranks) and not (cut and not mesh)
 
 
 def on_whole(function: Callable[[Tensor], Tensor], part: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ ranks alike: norms, routers, and the keys and values of multi-query attention.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,6 +58,23 @@ class Cut(NamedTuple):
         joined = [torch.cat(of_ranks, self.dim) if segment.is_cut else of_ranks[0]
                   for segment, of_ranks in zip(self.segments, zip(*parts, strict=True), strict=True)]  # fmt: skip
         return torch.cat(joined, self.dim)
+
+    def pieces(self, part: Tensor, starts: Sequence[int]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Yield what this rank answers for, in pieces of one segment each, with their offsets in the whole tensor.
+
+        Args:
+            part: of what this rank holds, a part again, if it is sharded too.
+            starts: where that begins, along each dimension.
+        """
+        rank, own_start, start, dim = self.mesh.get_local_rank(), 0, 0, self.dim
+        for segment, length in zip(self.segments, self._lengths(rank), strict=True):
+            first = max(own_start, starts[dim])
+            n = min(own_start + length, starts[dim] + part.shape[dim]) - first
+            if n > 0 and (segment.is_cut or rank == 0):
+                before = sum(self._shares(segment)[:rank]) if segment.is_cut else 0
+                offsets = [*starts[:dim], start + before + first - own_start, *starts[dim + 1 :]]
+                yield tuple(offsets), part.narrow(dim, first - starts[dim], n)
+            own_start, start = own_start + length, start + segment.length
 
     @property
     def length(self) -> int:

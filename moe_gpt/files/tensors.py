@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from moe_gpt.files.mistaken import cut_off, disguise, odd_name, other_weights, u
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
+
+
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class TensorReader:
@@ -130,13 +134,20 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of_file(cls, name: str, shape: tuple[int, ...], dtype: str) -> TensorSpec:
+        """Return the spec of a tensor in a file, whose type has the format's name."""
+        return cls(name, shape, _DTYPES[dtype])
+
     @property
     def n_bytes(self) -> int:
         """Size of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> FileDigest:
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+) -> FileDigest:
     """Write one file, in order, each tensor read, converted and written before the next is read.
 
     Equal tensors give equal files.
@@ -145,11 +156,12 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec], read: Callable[[str],
         path: of the file.
         specs: names, shapes and types of what is written.
         read: returns a tensor by name, on any device and of any type.
+        metadata: texts for the header.
 
     Raises:
         ValueError: where a tensor has another shape than its spec.
     """
-    return write_file(path, _chunks(specs, read))
+    return write_file(path, _chunks(specs, read, metadata or {}))
 
 
 def write_sharded(
@@ -178,9 +190,9 @@ def write_sharded(
         write_file(folder / INDEX_FILE, [json.dumps(index, indent=2).encode() + b"\n"])
 
 
-def header_of(specs: Iterable[TensorSpec]) -> bytes:
+def header_of(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Return what stands before the data of a file with these tensors: the header and its length."""
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: dict = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for spec in specs:
         start, end = end, end + spec.n_bytes
@@ -190,8 +202,10 @@ def header_of(specs: Iterable[TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _chunks(specs: Sequence[TensorSpec], read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
-    yield header_of(specs)
+def _chunks(
+    specs: Sequence[TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    yield header_of(specs, metadata)
     for spec in specs:
         tensor = read(spec.name).detach().to("cpu", spec.dtype).contiguous()
         if tuple(tensor.shape) != spec.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from ranks import Cases, finish, start, train_cases
 from safetensors.torch import load_file
@@ -21,7 +23,9 @@ from moe_gpt.config import RunConfig
 from moe_gpt.inference.generate import generate
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.checkpoint import load_training_state, take_snapshot
+from moe_gpt.training.saving.listing import verify_checkpoint
 from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
+from moe_gpt.training.saving.write import merge_shards
 from moe_gpt.training.setup import build_state
 
 M = 32
@@ -144,8 +148,11 @@ def pair(values, tmp_path_factory):
     """Two processes that train several cases."""
     folder = tmp_path_factory.mktemp("pair")
     quiet = changed(values, {"train.sample_tokens": 0, "train.record_tokens": 0})
+    shards = changed(quiet, {"checkpoint.format": "sharded"})
     cases: Cases = {
         "zero 3": case(values),
+        "sharded half": case(shards, limits={"max_steps": 3}, folder="sharded"),
+        "sharded": case(shards, resume=True),
         "experts": case(values, "bias", {"expert": 2}),
         "half": case(quiet, limits={"max_steps": 3}, folder="resumed"),
         "resumed": case(quiet, resume=True),
@@ -181,6 +188,24 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(pair):
     assert files(folder / "resumed") == files(folder / "zero 3")
 
 
+def test_shards_are_merged_into_the_bytes_of_a_gathered_checkpoint(pair, tmp_path):
+    """A run with shards resumes, its model is used as any other, and PyTorch's own reader reads them."""
+    folder = pair[0] / "sharded"
+    shards = resolve_checkpoint(folder)
+    assert len(list(shards.glob("model-*-of-00002.safetensors"))) == 2
+    wanted = weights(pair[0] / "zero 3")
+    loaded = dict(load_model(folder).model.named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+    read = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(shards)), no_dist=True)
+    assert all(torch.equal(read[name], tensor) for name, tensor in wanted.items())
+    merged = tmp_path / "run"
+    shutil.copytree(folder, merged)
+    merge_shards(resolve_checkpoint(merged))
+    assert files(merged) == files(pair[0] / "zero 3")
+    verify_checkpoint(resolve_checkpoint(merged))
+
+
 def test_a_checkpoint_does_not_depend_on_the_layout(pair, tmp_path):
     """One process reads what two have written, would write the same bytes again, and goes on with it."""
     folder = pair[0] / "experts"
@@ -203,6 +228,33 @@ def test_samples_and_arrays_are_those_of_one_process(pair, reference):
     own, theirs = (load_file(path / "evaluations" / "step_00000000.safetensors") for path in (folder, alone))
     assert own.keys() == theirs.keys()
     assert all(torch.allclose(own[key].double(), theirs[key].double(), atol=1e-5) for key in own)
+
+
+SHARDED = [
+    (2, "muon", {"zero": 1}),
+    (2, "grouped", {"tensor": 2}),
+    (4, "bias", {"tensor": 2}),
+    (4, "bias", {"expert": 2, "replicate": 2}),
+    (4, "masked", {"tensor": 2, "expert": 2}),
+    (3, "plain", {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "variant", "parallel"), SHARDED)
+def test_shards_of_every_layout_are_merged_into_a_gathered_checkpoint(values, tmp_path, size, variant, parallel):
+    """Byte for byte; and another number of processes resumes from them."""
+    quiet = changed(values, {"train.sample_tokens": 0, "train.record_tokens": 0, "train.micro_batch_tokens": 192})
+    shards = changed(quiet, {"checkpoint.format": "sharded"})
+    stop = {"limits": {"max_steps": 2}}
+    cases = {"gathered": case(quiet, variant, parallel, **stop), "sharded": case(shards, variant, parallel, **stop)}
+    train_cases(cases, size, tmp_path)
+    shutil.copytree(tmp_path / "sharded", tmp_path / "resumed")
+    merge_shards(resolve_checkpoint(tmp_path / "sharded"))
+    assert files(tmp_path / "sharded") == files(tmp_path / "gathered")
+    for name in ("gathered", "resumed"):
+        run_training(RunConfig.from_mapping(changed(quiet, VARIANTS[variant])), tmp_path / name, None, True)
+    assert files(tmp_path / "resumed") == files(tmp_path / "gathered")
 
 
 LAYOUTS = [
@@ -281,9 +333,12 @@ def test_the_same_command_gives_the_same_bytes_and_another_layout_goes_on(values
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_rank_0_is_an_error_of_all_and_no_hang(values, tmp_path):
+@pytest.mark.parametrize("kind", ["gathered", "sharded"])
+def test_a_full_disk_of_one_rank_is_an_error_of_all_and_no_hang(values, tmp_path, kind):
+    """Rank 0 gathers; of shards another rank's disk is full."""
     cases = tmp_path / "cases.json"
-    cases.write_text(json.dumps({"full": case(values, spoil="full disk", limits={"max_steps": 1})}))
+    settings = changed(values, {"checkpoint.format": kind})
+    cases.write_text(json.dumps({"full": case(settings, spoil=f"full disk, {kind}", limits={"max_steps": 1})}))
     here = Path(__file__).resolve().parents[1] / "ranks.py"
     for status, output in finish(start(2, str(here), str(cases))):
         assert status == 0, output

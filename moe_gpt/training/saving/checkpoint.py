@@ -8,7 +8,6 @@ a run and decides which are kept.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,18 +17,19 @@ import torch
 from torch import Tensor
 
 from moe_gpt.config import ModelConfig, RunConfig
-from moe_gpt.config.yaml import parse_yaml, to_yaml
+from moe_gpt.config.yaml import parse_yaml
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.distributed.process import SOLO, Team
 from moe_gpt.distributed.sharding import local_part, own_part, whole, whole_shape
 from moe_gpt.errors import InputError, shown
-from moe_gpt.files.durable import FileDigest, complete_folder, write_file
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
-from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
+from moe_gpt.files.tensors import TensorReader
 from moe_gpt.interop import foreign_tokenizer
 from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.training.saving.manifest import CONFIG, GENERATORS, MANIFEST, OPTIMIZER, STATE, TOKENIZER, WEIGHTS
+from moe_gpt.training.saving.manifest import CONFIG, GENERATORS, OPTIMIZER, STATE, TOKENIZER, WEIGHTS
+from moe_gpt.training.saving.shards import Piece, open_tensors, take_pieces
 from moe_gpt.training.step import TrainState
 
 FORMAT_VERSION = 2
@@ -81,10 +81,10 @@ class RunIdentity(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The changing state of a run at one step."""
+    """The changing state of a run at one step: tensors by name, or the pieces of them that this rank saves."""
 
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: dict[str, Tensor] | list[Piece]
+    optimizer: dict[str, Tensor] | list[Piece]
     generators: dict[str, Tensor]
     progress: dict[str, Any]
     """Plain values for state.json."""
@@ -100,20 +100,24 @@ def take_snapshot(
     score: float | None = None,
     is_scheduled: bool = True,
     copy: bool = False,
-    is_main: bool = True,
+    team: Team = SOLO,
+    in_shards: bool = False,
 ) -> Snapshot:
-    """Return the state of a run. All ranks must call it, because they gather sharded tensors, one after another.
+    """Return the state of a run. All ranks must call it: they gather sharded tensors, one after another, on rank 0.
 
     Args:
         score: mean validation loss, if this step was evaluated.
         is_scheduled: False for a checkpoint made because of an interruption or the end of the run.
         copy: copy every tensor, so that training can go on while the snapshot is written.
-        is_main: whether the snapshot of this rank keeps the tensors.
+        team: the ranks of the run.
+        in_shards: gather nothing; each rank has its own pieces.
     """
 
-    def kept(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def kept(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor] | list[Piece]:
+        if in_shards:
+            return take_pieces(tensors, team.is_first_of_stage, copy)
         gathered = ((name, whole(tensor.detach(), like)) for name, (tensor, like) in tensors.items())
-        return {name: t.to("cpu", copy=copy) for name, t in gathered if is_main}
+        return {name: t.to("cpu", copy=copy) for name, t in gathered if team.is_main}
 
     progress = {
         "step": state.step,
@@ -130,8 +134,8 @@ def take_snapshot(
         for part, tensor in state.optimizer.state.get(parameter, {}).items()
     }
     weights = {name: (tensor, tensor) for name, tensor in model_tensors(state.model).items()}
-    generators = {name: (tensor, tensor) for name, tensor in _generator_states(state).items()}
-    return Snapshot(kept(weights), kept(moved), kept(generators), progress)
+    generators = {name: tensor.cpu() for name, tensor in _generator_states(state).items()}
+    return Snapshot(kept(weights), kept(moved), generators, progress)
 
 
 def _generator_states(state: TrainState) -> dict[str, Tensor]:
@@ -142,40 +146,6 @@ def _generator_states(state: TrainState) -> dict[str, Tensor]:
     if device.type == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
-
-
-def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) -> None:
-    """Write a checkpoint, replacing one of the same name. Equal state gives equal files.
-
-    Raises:
-        OSError: if it cannot be written; the old one is then intact.
-    """
-    with complete_folder(folder, replace=True) as temporary:
-        tensors = {WEIGHTS: snapshot.weights, OPTIMIZER: snapshot.optimizer, GENERATORS: snapshot.generators}
-        written = {name: _write_tensors(temporary / name, values) for name, values in tensors.items()}
-        state = {
-            "format_version": FORMAT_VERSION,
-            **snapshot.progress,
-            "data_fingerprint": identity.data_fingerprint,
-            "environment": identity.environment,
-            "initialised_from": identity.initialised_from,
-            "changes": list(identity.changes),
-            "router": identity.router,
-            "schedule": identity.schedule,
-        }
-        texts = {
-            STATE: json.dumps(state, indent=2),
-            CONFIG: to_yaml(identity.config),
-            TOKENIZER: identity.tokenizer.to_json(),
-        }
-        written |= {name: write_file(temporary / name, [text.encode("utf-8")]) for name, text in texts.items()}
-        manifest = {name: file._asdict() for name, file in written.items()}
-        write_file(temporary / MANIFEST, [json.dumps(manifest, indent=2).encode()])
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> FileDigest:
-    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    return write_tensors(path, specs, tensors.__getitem__)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -224,7 +194,7 @@ def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Rout
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
             safetensors.
     """
-    reader = TensorReader([inside(path, WEIGHTS)])
+    reader = open_tensors(path, WEIGHTS)
     if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
         raise InputError(f"checkpoint {path} is of another model, with {len(reader.names)} tensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
@@ -262,7 +232,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
     """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
     model = state.model
     copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
-    saved = TensorReader([inside(path, OPTIMIZER)])
+    saved = open_tensors(path, OPTIMIZER)
     for name, parameter in model.named_parameters():
         state.optimizer.state.pop(parameter, None)
         parts = state.optimizer.state_shapes(parameter)

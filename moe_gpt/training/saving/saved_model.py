@@ -13,8 +13,8 @@ import torch
 from moe_gpt.config import RunConfig
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.files.inside import inside
 from moe_gpt.files.mistaken import other_weights, unfinished_download
+from moe_gpt.files.tensors import TensorReader
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.saving.checkpoint import (
@@ -34,6 +34,7 @@ from moe_gpt.training.saving.listing import (
 )
 from moe_gpt.training.saving.manifest import FILES_TO_USE_A_MODEL, MANIFEST, WEIGHTS
 from moe_gpt.training.saving.own_code import router_for
+from moe_gpt.training.saving.shards import ShardReader, open_tensors
 
 
 class SavedModel(NamedTuple):
@@ -51,9 +52,9 @@ class SavedModel(NamedTuple):
     """The longest sequence that the model was trained on; None where a user's own schedule chose it."""
 
     @property
-    def weights_file(self) -> Path:
-        """The safetensors file with the weights, by our names."""
-        return inside(self.path, WEIGHTS)
+    def weights(self) -> TensorReader | ShardReader:
+        """Reads the weights by our names."""
+        return open_tensors(self.path, WEIGHTS)
 
     @property
     def run_dir(self) -> Path:

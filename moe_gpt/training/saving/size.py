@@ -27,6 +27,11 @@ class CheckpointBytes(NamedTuple):
 
 def checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
     """Return the size of a checkpoint after a step, exact to the byte."""
+    return CheckpointBytes(*map(_file_bytes, checkpoint_specs(config)))
+
+
+def checkpoint_specs(config: RunConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the tensors of model.safetensors and of optimizer.safetensors, in their order."""
     model = shapes_only(model_of(config))
     optimizer = build_optimizer(model, config.optimizer)
     weights = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in [*model.named_parameters(), *model.named_buffers()]]
@@ -35,7 +40,7 @@ def checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
         for name, parameter in model.named_parameters()
         for part, (shape, dtype) in optimizer.state_shapes(parameter).items()
     ]
-    return CheckpointBytes(_file_bytes(weights), _file_bytes(state))
+    return weights, state
 
 
 def _file_bytes(specs: list[TensorSpec]) -> int:

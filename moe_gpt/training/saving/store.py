@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from moe_gpt.config import CheckpointConfig
 from moe_gpt.distributed.process import SOLO, Team
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import delete_folder, delete_leftovers
-from moe_gpt.training.saving.checkpoint import RunIdentity, read_state, take_snapshot, write_checkpoint
+from moe_gpt.training.saving.checkpoint import RunIdentity, Snapshot, read_state, take_snapshot
 from moe_gpt.training.saving.listing import list_checkpoints, problem_of
+from moe_gpt.training.saving.size import checkpoint_bytes
+from moe_gpt.training.saving.write import write_checkpoint, write_shards
 from moe_gpt.training.step import TrainState
 
 
@@ -94,6 +97,12 @@ def prune(run_dir: Path, config: CheckpointConfig) -> list[Path]:
     return doomed
 
 
+_LARGEST_GATHERED = 50 * 10**9
+"""Bytes of weights and optimizer that rank 0 still writes alone."""
+_numbers = itertools.count()
+"""Numbers the saves of a process, the same on all ranks."""
+
+
 class CheckpointSaver:
     """Saves checkpoints one after another, each after the previous one is on disk.
 
@@ -103,7 +112,7 @@ class CheckpointSaver:
     Args:
         identity: saved with every checkpoint.
         config: says which checkpoints to keep.
-        team: its rank 0 writes.
+        team: its rank 0 writes, or each rank its shard.
     """
 
     def __init__(self, run_dir: Path, identity: RunIdentity, config: CheckpointConfig, team: Team = SOLO) -> None:
@@ -140,27 +149,53 @@ class CheckpointSaver:
         """
         self.wait()
         in_background = self._config.in_background and not wait
-        snapshot = take_snapshot(state, score, is_scheduled, copy=in_background, is_main=self._team.is_main)
+        in_shards = self._writes_shards()
+        snapshot = take_snapshot(state, score, is_scheduled, in_background, self._team, in_shards)
         folder = self._run_dir / "checkpoints" / f"step_{state.step:08d}"
+        team = self._team.in_another_thread(f"save {next(_numbers)}")
+        write = partial(self._write, folder, snapshot, team, in_shards)
+        if in_background and team.is_main:
+            first()
+        if in_background and (team.is_main or in_shards):
+            guarded = partial(self._guarded, write)
+            self._thread = threading.Thread(target=guarded, name="save checkpoint", daemon=True)
+            self._thread.start()
+        elif in_shards:
+            write(first)
+        elif not in_background:
+            team.from_main(lambda: write(first))
 
-        def write() -> None:
+    def _writes_shards(self) -> bool:
+        """Whether each rank writes its own part."""
+        if self._config.format != "auto":
+            return self._config.format == "sharded"
+        return self._team.size > 1 and checkpoint_bytes(self._identity.config).total > _LARGEST_GATHERED
+
+    def _write(
+        self,
+        folder: Path,
+        snapshot: Snapshot,
+        team: Team,
+        in_shards: bool,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write a checkpoint, by all ranks where it has shards, and delete those that are not kept."""
+
+        def prepare() -> None:
+            first()
             folder.parent.mkdir(parents=True, exist_ok=True)
             delete_leftovers(folder.parent, "step_")
+
+        if in_shards:
+            team.from_main(prepare)
+            write_shards(folder, snapshot, self._identity, team)
+        else:
+            prepare()
             write_checkpoint(folder, snapshot, self._identity)
-            self.saved.append(folder)
+        self.saved.append(folder)
+        if team.is_main:
             for path in checkpoints_not_kept(self._run_dir, self._config):  # the newest is kept, and it is good
                 delete_folder(path)
-
-        def begin() -> None:
-            first()
-            write()
-
-        if not in_background:
-            self._team.from_main(begin)
-        elif self._team.is_main:
-            first()
-            self._thread = threading.Thread(target=self._guarded, args=(write,), name="save checkpoint", daemon=True)
-            self._thread.start()
 
     def wait(self) -> None:
         """Wait for the background save, and raise its ``OSError`` if it failed."""

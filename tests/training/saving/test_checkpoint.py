@@ -14,7 +14,7 @@ from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files import durable
 from moe_gpt.files import tensors as tensor_files
-from moe_gpt.training.saving import checkpoint
+from moe_gpt.training.saving import checkpoint, write
 from moe_gpt.training.saving.checkpoint import load_training_state
 from moe_gpt.training.saving.listing import list_checkpoints, verify_checkpoint
 from moe_gpt.training.saving.manifest import FILES, FILES_TO_USE_A_MODEL
@@ -70,7 +70,7 @@ def test_checkpoint_that_fails_half_way_leaves_the_older_ones(tmp_path, monkeypa
         written.append(path)
         return real(path, chunks)
 
-    for module in (checkpoint, tensor_files):
+    for module in (write, tensor_files):
         monkeypatch.setattr(module, "write_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, state, identity, keep_last=1)
