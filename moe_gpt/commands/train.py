@@ -89,7 +89,7 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     from moe_gpt.api.training import fit_budget, prepare, train_to_the_end
     from moe_gpt.model.router import Router
     from moe_gpt.training.loop import Limits
-    from moe_gpt.training.recovery import TrainingStopped
+    from moe_gpt.training.recovery import RankStopped, TrainingStopped
     from moe_gpt.training.saving.own_code import find_router
     from moe_gpt.training.setup import OwnParts
     from moe_gpt.training.summary import describe_run, note_on_schedule
@@ -114,7 +114,7 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     try:
         outcome, display = train_to_the_end(run, limits)
     except TrainingStopped as stopped:
-        _tell(run, f"error: {stopped}")
+        _tell(run, f"error: {stopped}", by_all=isinstance(stopped, RankStopped))
         return 3
     if was_finished:
         print(f"this run is finished; next:\n  {generate_command(run, options.router)}")
@@ -129,8 +129,8 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     return 0
 
 
-def _tell(run: Run, text: str) -> None:
-    if run.team.is_main:
+def _tell(run: Run, text: str, by_all: bool = False) -> None:
+    if run.team.is_main or by_all:
         print(text, file=sys.stderr)
 
 

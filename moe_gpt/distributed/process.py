@@ -94,6 +94,11 @@ def should_tell(error: InputError) -> bool:
     return isinstance(error, _NobodyCame) or (dist.is_initialized() and not isinstance(error, _ToldByMain))
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error of a collective says that another rank is gone or late."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 class Team:
     """The ranks that train together: this one is a process alone."""
 

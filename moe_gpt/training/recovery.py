@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from moe_gpt.distributed.process import is_lost_rank
 from moe_gpt.files.durable import delete_folder
 from moe_gpt.training.records.metrics import Fetched
 from moe_gpt.training.records.run_log import RunFolderGone, RunLog
@@ -26,6 +27,10 @@ from moe_gpt.training.setup import Run
 
 class TrainingStopped(RuntimeError):
     """Training cannot continue. The message has the reason, the newest checkpoint and a remedy. Exit status 3."""
+
+
+class RankStopped(TrainingStopped):
+    """Training cannot continue on this rank, for a reason that the others do not know."""
 
 
 class TooManySkips(Exception):  # noqa: N818 (the loop catches it; nobody else sees it)
@@ -144,19 +149,25 @@ class Recovery:
 
     @contextlib.contextmanager
     def explaining_failures(self) -> Iterator[None]:
-        """Raise ``TrainingStopped`` when memory runs out or the run folder is gone, after saving what can be saved."""
+        """Raise ``TrainingStopped`` when memory runs out, the run folder is gone or another rank does not answer.
+
+        What can be saved is saved before.
+        """
         try:
             yield
         except RunFolderGone as error:
             raise TrainingStopped(self._account_of_no_folder()) from error
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingStopped(self._account_of_no_memory(error)) from error
+            if is_out_of_memory(error):
+                kind = TrainingStopped if self.run.team.size == 1 else RankStopped
+                raise kind(self._account_of_no_memory(error)) from error
+            if self.run.team.size > 1 and is_lost_rank(error):
+                raise RankStopped(self._account_of_lost_rank(error)) from error
+            raise
 
     def _account_of_no_memory(self, error: Exception) -> str:
         state, train = self.state, self.config.train
-        account = f"out of memory in step {state.step + 1} ({' '.join(str(error).split())[:200]})"
+        account = f"{self._rank()}out of memory in step {state.step + 1} ({' '.join(str(error).split())[:200]})"
         advice = f"lower train.micro_batch_tokens (now {train.micro_batch_tokens})"
         if not train.activation_checkpointing:
             advice += " or set train.activation_checkpointing=true"
@@ -168,6 +179,16 @@ class Recovery:
                 self.log.show_and_track(fetched)
                 self.save(None, is_last=True)
         return f"{account}; {advice}, with --resume and --allow-changes train; {self.saved()}"
+
+    def _rank(self) -> str:
+        return f"rank {self.run.team.rank}: " if self.run.team.size > 1 else ""
+
+    def _account_of_lost_rank(self, error: Exception) -> str:
+        account = f"{self._rank()}another rank did not answer in step {self.state.step + 1}"
+        return (
+            f"{account} ({' '.join(str(error).split())[:160]}); {self._newest()}; --resume continues from it, and "
+            "torchrun does so by itself with --max-restarts"
+        )
 
     def _account_of_no_folder(self) -> str:
         account = f"{self.run.run_dir} was removed during training, with its metrics and earlier checkpoints"
@@ -184,6 +205,9 @@ class Recovery:
     def saved(self) -> str:
         """Wait for the save in the background, and describe the checkpoint from which the run can resume."""
         self.wait_for_save()
+        return self._newest()
+
+    def _newest(self) -> str:
         checkpoints = list_checkpoints(self.run.run_dir)
         return f"the newest checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint"
 

@@ -368,3 +368,22 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(values, tmp_path):
 def steps_so_far(run_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of the steps of a run that may have just begun."""
     return steps(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+
+
+@pytest.mark.slow
+def test_a_rank_that_loses_another_says_so_in_a_line(values, tmp_path):
+    """With the newest checkpoint, at once, and with a status that makes torchrun start again."""
+    path, run_dir = tmp_path / "run.yaml", tmp_path / "run"
+    long = changed(values, {"train.sample_tokens": 0, "checkpoint.every_steps": 2})
+    long["schedule"] = {"stages": [{"until_tokens": 10**7, "seq_len": 16, "batch_tokens": 64}]}
+    path.write_text(yaml.safe_dump(long))
+    processes = start(2, "-m", "moe_gpt", "train", str(path), "--run-dir", str(run_dir))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run_dir.exists() and len(steps_so_far(run_dir)) > 3):
+        time.sleep(0.1)
+    processes[1].kill()
+    (status, output), _ = finish(processes, 30)
+    assert status == 3, output
+    assert "error: rank 0: another rank did not answer in step" in output
+    assert "the newest checkpoint is" in output
+    assert "Traceback" not in output
