@@ -18,6 +18,7 @@ ROOMS = (
     "ops",
     "model",
     "data",
+    "scale",
     "measure",
     "inference",
     "interop",

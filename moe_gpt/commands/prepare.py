@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from moe_gpt.commands.options import Switch
+from cyclopts import Group, Parameter
+
+from moe_gpt.commands.options import Switch, Whole, Words, flat
 from moe_gpt.config.yaml import load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.tables import format_table
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
-    from moe_gpt.config import RunConfig
+    from moe_gpt.config import DataConfig, RunConfig
     from moe_gpt.data.prepare import PreparedData
+    from moe_gpt.data.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 256
+_MACHINES = Group.create_ordered("Many machines")
 
 
-def prepare(config: str, *overrides: str, show: Switch = False) -> None:
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Who tokenises."""
+
+    engine: Annotated[Literal["local", "ray", "slurm"] | None, Parameter(group=_MACHINES)] = None
+    """Prepare in tasks, with datatrove: as processes of this machine, on a Ray cluster, or as Slurm jobs."""
+    tasks: Annotated[Whole | None, Parameter(group=_MACHINES)] = None
+    """Tasks for each source; one per core by default, for the engine local only. They do not change the tokens."""
+    engine_option: Annotated[Words, Parameter(group=_MACHINES)] = ()
+    """An argument of datatrove's executor, as KEY=VALUE, such as workers=4, partition=cpu or time=12:00:00."""
+
+    def check(self) -> None:
+        """Raise ``InputError`` if options do not fit each other."""
+        for name in ("tasks", "engine_option") if self.engine is None else ():
+            if getattr(self, name):
+                raise InputError(f"--{name.replace('_', '-')} needs --engine local, ray or slurm")
+        if self.engine in ("ray", "slurm") and self.tasks is None:
+            raise InputError(f"--engine {self.engine} needs --tasks, the number of tasks for each source")
+
+
+def prepare(config: str, *overrides: str, show: Switch = False, options: EngineOptions = EngineOptions()) -> None:
     """Tokenise the text of a config where that is not done yet, and print a table of its sources.
 
     Args:
@@ -25,12 +52,19 @@ def prepare(config: str, *overrides: str, show: Switch = False) -> None:
         overrides: Settings that replace those of the file, as key.path=value.
         show: Also print sequences as training will read them.
     """
+    options.check()
     settings = load_run_config(config, overrides)
 
     from moe_gpt.data.prepare import prepare_data
     from moe_gpt.training.setup import fill_in
 
-    data = prepare_data(settings.data, say=lambda text: print(wrap(text), flush=True))
+    def say(text: str) -> None:
+        print(wrap(text), flush=True)
+
+    tokenizer = prepare_in_tasks(settings.data, options, say) if options.engine else None
+    if options.engine and tokenizer is None:
+        return
+    data = prepare_data(settings.data, tokenizer, say)
     try:
         settings, schedule, shares = fill_in(settings, data, None)
     except InputError:  # the text is there, although the schedule does not fit it
@@ -41,6 +75,31 @@ def prepare(config: str, *overrides: str, show: Switch = False) -> None:
         show_sequences(settings, data, shares)
         for source in filter(lambda source: source.train.lost, data.sources):
             print(wrap(f"\nWARNING: {source.train.lost}"))
+
+
+def prepare_in_tasks(config: DataConfig, options: EngineOptions, say: Callable[[str], None]) -> Tokenizer | None:
+    """Prepare with an engine and print what each step removed; return the tokenizer, or None if Slurm has to end first.
+
+    Raises:
+        InputError: if packages are missing, or a task failed.
+    """
+    from moe_gpt.data.encode import available_cores
+    from moe_gpt.scale.extra import require_packages
+
+    require_packages(str(options.engine), config)
+
+    from moe_gpt.scale.engines import make_engine
+    from moe_gpt.scale.prepare import prepare_at_scale
+
+    engine = make_engine(str(options.engine), options.engine_option)
+    tokenizer, summaries, jobs = prepare_at_scale(config, engine, options.tasks or available_cores(), say)
+    for summary in summaries:
+        print(f"{summary.table()}\n")
+    if jobs:
+        say(
+            f"Slurm jobs {', '.join(jobs)}; repeat this command when they have ended, for the result or for what failed"
+        )
+    return None if jobs else tokenizer
 
 
 def show_sizes(data: PreparedData, show: bool) -> None:

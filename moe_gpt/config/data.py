@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -142,6 +142,25 @@ class SourceConfig(Section):
         return tuple(field.removesuffix(":!None") for field in fields)
 
 
+FILTERS = ("c4_quality", "fineweb_quality", "gopher_quality", "gopher_repetition", "language", "regex")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NearDuplicatesConfig(Section):
+    """Near duplicates within a source, found by datatrove's MinHash; moe-gpt prepare --engine removes them."""
+
+    remove: Flag = False
+    """Keep one document of each group of documents that are nearly the same."""
+    n_grams: Count = 5
+    """Words of the pieces of text that are compared."""
+    buckets: Count = 14
+    """Groups of hashes. Documents that agree in all hashes of a group are near duplicates; more groups find more."""
+    hashes_per_bucket: Count = 8
+    """Hashes of a group; more of them ask for more similarity."""
+    language: NonEmpty = "eng"
+    """Language whose rules cut text into words, as datatrove names it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """What the model reads."""
@@ -157,6 +176,11 @@ class DataConfig(Section):
     """Processes that tokenise a large source; null means one per core, at most 16."""
     cache_dir: str | None = None
     """Folder that keeps tokenised data for later runs; null means moe_gpt in the user's cache folder."""
+    filters: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Filters of datatrove that documents must pass, in order, each with its settings, such as {gopher_quality:
+    {min_doc_words: 20}}; moe-gpt prepare --engine applies them."""
+    near_duplicates: NearDuplicatesConfig = dataclasses.field(default_factory=NearDuplicatesConfig)
+    """Documents that are nearly the same as others of their source."""
     document_masking: Flag = False
     """Keep attention and targets within a document, in training and evaluation."""
     verify_tokens: Flag = True
@@ -168,12 +192,21 @@ class DataConfig(Section):
     """Tokens per source that an evaluation reads, from the start of the held-out part."""
 
     @property
+    def cleaning(self) -> list[Any]:
+        """What removes documents beside the settings of a source; empty if nothing does."""
+        is_on = bool(self.filters) or self.near_duplicates.remove
+        return [list(self.filters.items()), dataclasses.asdict(self.near_duplicates)] if is_on else []
+
+    @property
     def has_weights(self) -> bool:
         """Whether weights set the sources' shares, instead of epochs."""
         return any(source.weight for source in self.sources)
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between the sources."""
+        for name in self.filters:
+            text = f"filters must have names from {', '.join(FILTERS)}, got {name!r}"
+            yield from unless(name in FILTERS, text, "filters")
         names = [source.name for source in self.sources]
         for index, source in enumerate(self.sources):
             key = f"sources.{index}.name"

@@ -112,6 +112,21 @@ def open_bytes(path: Path) -> BinaryIO:
     return _OPENERS.get(path.suffix.lower(), lambda path: open(path, "rb"))(path)
 
 
+def open_span(path: Path, start: int, stop: int) -> BinaryIO:
+    """Open those lines of a file, without compression, that begin at the bytes from ``start`` to before ``stop``."""
+    return io.BufferedReader(_Chunks(_lines_from(path, start, stop)))  # type: ignore[return-value]
+
+
+def _lines_from(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        position = max(0, start - 1)
+        file.seek(position)
+        position += len(file.readline()) if start else 0  # the rest of a line that began before
+        while position < stop and (line := file.readline()):
+            yield line
+            position += len(line)
+
+
 def first_undecodable(path: Path) -> tuple[int, int, int]:
     """Return position and value of the first byte that is not UTF-8, and the number of such bytes."""
     places: list[tuple[int, int]] = []

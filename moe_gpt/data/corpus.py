@@ -65,7 +65,7 @@ def _counted(documents: Iterator[Document], limit: int, progress: ReadingProgres
 def _all_documents(source: SourceConfig, progress: ReadingProgress) -> Iterator[Document]:
     if source.builtin:
         return iterate_builtin(source.builtin)
-    texts = _dataset_texts(source, progress) if source.dataset else _files_texts(source, progress)
+    texts = texts_of_dataset(source, progress) if source.dataset else _files_texts(source, progress)
     return (Document(text, text) for text in texts)
 
 
@@ -151,10 +151,9 @@ def _files_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[st
     sizes = [path.stat().st_size for path in paths]
     n_bytes, n_finished, n_chars = sum(sizes), 0, 0
     bytes_per_char = 1 / 3 if is_compressed(paths[0]) else 1.0
-    as_text = dataclasses.replace(source, text_field="text", template=None)
     for path, size in zip(paths, sizes, strict=True):
         n_chars_before = n_chars
-        for text in _file_texts(as_text if _is_text(source, path) else source, path):
+        for text in texts_of_file(source, path):
             yield text
             n_chars += len(text)
             read = min(size, (n_chars - n_chars_before) * bytes_per_char)
@@ -163,8 +162,19 @@ def _files_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[st
         bytes_per_char = n_finished / n_chars if n_chars else bytes_per_char
 
 
-def _dataset_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[str]:
-    dataset = _open_hub(source)
+def texts_of_dataset(
+    source: SourceConfig, progress: ReadingProgress | None = None, part: int = 0, n_parts: int = 1
+) -> Iterator[str]:
+    """Yield the texts of a dataset, or of one of ``n_parts`` parts that together are the whole, in order.
+
+    A streamed dataset has at most as many parts as files; the others are empty.
+    """
+    progress, dataset, where = progress or ReadingProgress(), _open_hub(source), f"dataset {source.dataset}"
+    if n_parts > 1:
+        n_parts = min(n_parts, getattr(dataset, "num_shards", n_parts))
+        if part >= n_parts:
+            return
+        dataset, where = dataset.shard(n_parts, part, contiguous=True), f"{where}, part {part + 1} of {n_parts}"
     try:
         n_rows = len(dataset)
     except TypeError:  # a streamed one; the hub may know
@@ -175,19 +185,31 @@ def _dataset_texts(source: SourceConfig, progress: ReadingProgress) -> Iterator[
             progress.fraction = min(1.0, index / n_rows) if n_rows else None
             yield Row(f"row {index + 1}", row)
 
-    yield from _read_texts(source, rows(), f"dataset {source.dataset}")
+    yield from _read_texts(source, rows(), where)
 
 
-def _is_text(source: SourceConfig, path: Path) -> bool:
-    """Whether the whole file is one document."""
+def may_be_cut(source: SourceConfig, path: Path) -> bool:
+    """Whether a file can be read from any of its bytes on: JSON lines that are not compressed."""
+    return _kind(source, path) == "lines" and not is_compressed(path)
+
+
+def _kind(source: SourceConfig, path: Path) -> str:
+    """Return the format of a file; of text, the whole file is one document."""
     try:
-        return (source.format if source.format != "auto" else format_of(path)) == "text"
+        return source.format if source.format != "auto" else format_of(path)
     except UnreadableFileError as error:
         raise InputError(f"source {source.name}: {path}: {error}") from None
 
 
-def _file_texts(source: SourceConfig, path: Path) -> Iterator[str]:
-    yield from _read_texts(source, read_rows(path, source.format, _columns(source), source.errors), str(path))
+def texts_of_file(source: SourceConfig, path: Path, span: tuple[int, int] | None = None) -> Iterator[str]:
+    """Yield the texts of a file of a source that are not empty.
+
+    Args:
+        span: only lines that begin at these bytes, for a file that ``may_be_cut``.
+    """
+    if _kind(source, path) == "text":
+        source = dataclasses.replace(source, text_field="text", template=None)
+    yield from _read_texts(source, read_rows(path, source.format, _columns(source), source.errors, span), str(path))
 
 
 def _columns(source: SourceConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from moe_gpt.data.compressed import UnreadableFileError, open_bytes
+from moe_gpt.data.compressed import UnreadableFileError, open_bytes, open_span
 from moe_gpt.data.disguises import begins_with_json_lines, format_of, refuse_disguise
 from moe_gpt.errors import shown
 from moe_gpt.files.inside import parse_json
@@ -32,13 +32,17 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_rows(path: Path, format: str, columns: tuple[str, ...], errors: str) -> Iterator[Row]:
+def read_rows(
+    path: Path, format: str, columns: tuple[str, ...], errors: str, span: tuple[int, int] | None = None
+) -> Iterator[Row]:
     """Yield the rows of a file; of a text, the one row with the column ``text``.
 
     Args:
         format: auto, or one of the values of ``FORMATS``, or text.
         columns: those that are wanted. Others may be left out, and are not decoded.
         errors: strict or replace, for bytes that are not UTF-8.
+        span: only lines that begin at these bytes (start, and the first byte after them). Only for JSON lines in a
+            file that is not compressed.
 
     Raises:
         UnreadableFileError: saying what is wrong with the file.
@@ -46,6 +50,9 @@ def read_rows(path: Path, format: str, columns: tuple[str, ...], errors: str) ->
     """
     kind = format_of(path) if format == "auto" else format
     refuse_disguise(path, kind, is_given=format != "auto")
+    if span:
+        yield from _json_lines_of(path, span, errors)
+        return
     if kind in ("parquet", "arrow"):
         with open_bytes(path) as file:
             if not file.seekable():
@@ -61,10 +68,18 @@ def _text_row(file: io.TextIOWrapper, columns: tuple[str, ...]) -> Iterator[Row]
     yield Row("row 1", {"text": file.read()})
 
 
-def _json_lines(lines: Iterable[str], columns: tuple[str, ...]) -> Iterator[Row]:
+def _json_lines(lines: Iterable[str], columns: tuple[str, ...], where: str = "") -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.isspace():
-            yield Row(f"line {number}", _json_object(line, f"line {number}"))
+            place = f"line {number}{where}"
+            yield Row(place, _json_object(line, place))
+
+
+def _json_lines_of(path: Path, span: tuple[int, int], errors: str) -> Iterator[Row]:
+    start, stop = span
+    encoding, where = ("utf-8", f" after byte {start:,}") if start else ("utf-8-sig", "")
+    with io.TextIOWrapper(open_span(path, start, stop), encoding=encoding, errors=errors) as file:
+        yield from _json_lines(file, (), where)
 
 
 def _json_object(text: str, place: str) -> dict[str, Any]:

@@ -70,16 +70,27 @@ def prepare_data(
         OSError: if the cache cannot be written.
     """
     refuse_in_starting_process()
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    try:
-        tokenizer = tokenizer or _obtain_tokenizer(config, cache, say)
+    with usable_cache(config) as cache:
+        tokenizer = tokenizer or obtain_tokenizer(config, cache, say)
         sources = tuple(_obtain_source(source, config, tokenizer, cache, say) for source in config.sources)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"data.cache_dir={cache} or a file of a source cannot be used: {error}") from error
     return PreparedData(tokenizer, sources)
 
 
-def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None]) -> Tokenizer:
+@contextlib.contextmanager
+def usable_cache(config: DataConfig) -> Iterator[Path]:
+    """Give the folder that keeps tokenised data, and turn errors of its files into ``InputError``."""
+    cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    try:
+        yield cache
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"data.cache_dir={cache} or a file of a source cannot be used: {error}") from error
+
+
+def obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None]) -> Tokenizer:
+    """Return the tokenizer of a config, and train it if it is not in the cache.
+
+    It is trained on text that no filter has seen.
+    """
     wanted = config.tokenizer
     if wanted.file:
         return Tokenizer.load(wanted.file, wanted.end_of_text)
@@ -96,7 +107,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     path = cache / "tokenizers" / f"{key}.json"
     digest = path.with_suffix(".sha256")
     build = functools.partial(_train_tokenizer, config, path, say)
-    _build_once([path, digest], "training the same tokenizer", say, build)
+    build_once([path, digest], "training the same tokenizer", say, build)
     if read_digest(path).sha256 != digest.read_text(encoding="utf-8"):
         raise InputError(f"{path} has changed since it was trained (another SHA-256); delete it to train it again")
     tokenizer = Tokenizer.load(path, wanted.end_of_text)
@@ -108,7 +119,7 @@ def _obtain_tokenizer(config: DataConfig, cache: Path, say: Callable[[str], None
     return tokenizer
 
 
-def _build_once(parts: Sequence[Path], what: str, say: Callable[[str], None], build: Callable[[], None]) -> None:
+def build_once(parts: Sequence[Path], what: str, say: Callable[[str], None], build: Callable[[], None]) -> None:
     """Build a file or folder of the cache unless all its parts exist; other processes wait for the one that builds."""
     path = parts[0]
     if all(part.exists() for part in parts):
@@ -147,16 +158,26 @@ def _sample(source: SourceConfig, validation_fraction: float) -> Iterator[str]:
         yield held_out
 
 
+def store_folder(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, cache: Path) -> Path:
+    """Return the folder of a source's tokens, whose name follows from everything that decides which tokens they are."""
+    fim = (source.fim_rate, source.fim_spm_rate) if source.fim_rate else None
+    key = _fingerprint(
+        describe_origin(source),
+        tokenizer.to_json(),
+        tokenizer.end_of_text,
+        config.validation_fraction,
+        fim,
+        *config.cleaning,
+    )
+    return cache / "tokens" / f"{source.name}-{key}"
+
+
 def _obtain_source(
     source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, cache: Path, say: Callable[[str], None]
 ) -> PreparedSource:
-    fim = (source.fim_rate, source.fim_spm_rate) if source.fim_rate else None
-    key = _fingerprint(
-        describe_origin(source), tokenizer.to_json(), tokenizer.end_of_text, config.validation_fraction, fim
-    )
-    folder = cache / "tokens" / f"{source.name}-{key}"
+    folder = store_folder(source, config, tokenizer, cache)
     build = functools.partial(_tokenise, source, config, tokenizer, folder, say)
-    _build_once([folder], f"tokenising {source.name}", say, build)
+    build_once([folder], f"tokenising {source.name}", say, build)
     verify_store(folder)
     train, validation = (TokenStore(folder, split, check=config.verify_tokens) for split in SPLITS)
     if train.lost:
@@ -167,6 +188,11 @@ def _obtain_source(
 def _tokenise(
     source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]
 ) -> None:
+    if config.cleaning:
+        raise InputError(
+            f"source {source.name} is not prepared yet, and data.filters and data.near_duplicates.remove need "
+            "datatrove; run moe-gpt prepare with this config and --engine local first"
+        )
     say(f"tokenising {source.name}")
     encoder = Encoder(tokenizer, config.validation_fraction, source.fim_rate, source.fim_spm_rate)
     reading = ReadingProgress()

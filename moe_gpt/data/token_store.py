@@ -117,7 +117,7 @@ class TokenStore:
         return document, position - (int(self.document_ends[document - 1]) if document else 0)
 
 
-class _SplitWriter:
+class SplitWriter:
     """Appends documents to one split's file."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, end_of_text_id: int) -> None:
@@ -129,19 +129,30 @@ class _SplitWriter:
 
     @property
     def n_tokens(self) -> int:
+        """Tokens so far, end-of-text included."""
         return self.ends[-1] if self.ends else 0
 
     @property
     def n_documents(self) -> int:
+        """Documents so far."""
         return len(self.ends)
 
     def write(self, ids: np.ndarray, n_bytes: int, n_token_bytes: int) -> None:
+        """Append a document, and end-of-text."""
         np.append(ids, self.end_of_text_id).astype(self.dtype).tofile(self.file)
         self.ends.append(self.n_tokens + len(ids) + 1)
         self.n_bytes += n_bytes
         self.n_token_bytes += n_token_bytes
 
+    def extend(self, tokens: np.ndarray, ends: np.ndarray, n_bytes: int, n_token_bytes: int) -> None:
+        """Append documents that another writer has written: its tokens, the documents' ends, and the bytes of all."""
+        tokens.tofile(self.file)
+        self.ends.frombytes((ends + self.n_tokens).astype(np.int64).tobytes())
+        self.n_bytes += n_bytes
+        self.n_token_bytes += n_token_bytes
+
     def replace(self, tokens: np.ndarray, ends: list[int], share: float, whole: tuple[int, int]) -> None:
+        """Put other tokens and ends in the place of what was written, with this share of all bytes."""
         self.file.seek(0)
         self.file.truncate()
         tokens.tofile(self.file)
@@ -155,6 +166,20 @@ class _SplitWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         return write_file(ends_file, [ends.getbuffer()]).sha256
+
+
+Writers = dict[str, SplitWriter]
+"""The writer of each split."""
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type of token ids in files: two bytes if that is enough."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def open_writers(folder: Path, tokenizer: Tokenizer) -> Writers:
+    """Return writers for both splits of a folder; the caller closes their files."""
+    return {split: SplitWriter(folder, split, dtype_of(tokenizer), tokenizer.end_of_text_id) for split in SPLITS}
 
 
 def build_store(
@@ -179,11 +204,26 @@ def build_store(
         report: called with the number of documents and tokens so far.
         lost: what the tokenizer loses of the text, for those who use the store.
     """
+
+    def write(writers: Writers) -> None:
+        write_documents(encoded, tokenizer.token_bytes(), writers, max_tokens, report)
+
+    write_store(name, write, tokenizer, folder, validation_fraction, lost)
+
+
+def write_store(
+    name: str,
+    write: Callable[[Writers], None],
+    tokenizer: Tokenizer,
+    folder: Path,
+    validation_fraction: float,
+    lost: str | None,
+) -> None:
+    """Do as ``build_store`` does, with a function that writes the documents."""
     with complete_folder(folder) as temporary:
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        writers = {split: _SplitWriter(temporary, split, dtype, tokenizer.end_of_text_id) for split in SPLITS}
+        writers, dtype = open_writers(temporary, tokenizer), dtype_of(tokenizer)
         try:
-            _write_documents(encoded, tokenizer.token_bytes(), writers, max_tokens, report)
+            write(writers)
             _ensure_both_splits(name, writers, validation_fraction)
             _write_meta(temporary, writers, dtype, lost)
         finally:
@@ -191,33 +231,35 @@ def build_store(
                 writer.file.close()
 
 
-def _write_documents(
+def write_documents(
     encoded: Iterable[list[EncodedDocument]],
     token_bytes: np.ndarray,
-    writers: dict[str, _SplitWriter],
+    writers: Writers,
     max_tokens: int | None,
-    report: Callable[[int, int], None],
+    report: Callable[[int, int], None] = lambda n_documents, n_tokens: None,
 ) -> None:
+    """Write documents until both splits together have ``max_tokens`` tokens; the last document may be cut."""
     limit = math.inf if max_tokens is None else max_tokens
     for group in encoded:
         for ids, is_held_out, n_bytes in group:
-            room = limit - _total(writers, "n_tokens")
+            room = limit - total_of(writers, "n_tokens")
             if room < 2:  # a document needs a token and end-of-text
                 return
             kept = ids[: int(min(len(ids), room - 1))]
             n_token_bytes = int(token_bytes[kept].sum())
             n_bytes = n_bytes if len(kept) == len(ids) else min(n_bytes, n_token_bytes)
             writers["validation" if is_held_out else "train"].write(kept, n_bytes, n_token_bytes)
-        report(_total(writers, "n_documents"), _total(writers, "n_tokens"))
+        report(total_of(writers, "n_documents"), total_of(writers, "n_tokens"))
 
 
-def _total(writers: dict[str, _SplitWriter], count: str) -> int:
+def total_of(writers: Writers, count: str) -> int:
+    """Return the sum of a writer's count, such as n_tokens, over both splits."""
     return sum(getattr(writer, count) for writer in writers.values())
 
 
-def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_fraction: float) -> None:
+def _ensure_both_splits(name: str, writers: Writers, validation_fraction: float) -> None:
     """Split by position if the split by document left one side empty."""
-    total = _total(writers, "n_tokens")
+    total = total_of(writers, "n_tokens")
     if not total:
         raise InputError(f"source {name} has no documents with text; add text, or remove the source")
     if not validation_fraction or all(writer.ends for writer in writers.values()):
@@ -231,7 +273,7 @@ def _ensure_both_splits(name: str, writers: dict[str, _SplitWriter], validation_
     _split_at(cut, writers["train" if writers["train"].ends else "validation"], writers)
 
 
-def _split_at(cut: int, full: _SplitWriter, writers: dict[str, _SplitWriter]) -> None:
+def _split_at(cut: int, full: SplitWriter, writers: Writers) -> None:
     """Move the tokens from ``cut`` on to the validation split, and those before it to the training split."""
     total = full.n_tokens
     full.file.seek(0)
@@ -241,7 +283,7 @@ def _split_at(cut: int, full: _SplitWriter, writers: dict[str, _SplitWriter]) ->
     writers["validation"].replace(tokens[cut:], rest, 1 - share, whole)
 
 
-def _write_meta(folder: Path, writers: dict[str, _SplitWriter], dtype: np.dtype, lost: str | None) -> None:
+def _write_meta(folder: Path, writers: Writers, dtype: np.dtype, lost: str | None) -> None:
     digest_of_ends = {split: writer.finish(folder / f"{split}_ends.npy") for split, writer in writers.items()}
     meta = {
         "format_version": FORMAT_VERSION,

@@ -1,0 +1,4 @@
+"""Prepares text on many machines.
+
+Read ``prepare.py`` first.
+"""
