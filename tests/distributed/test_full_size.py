@@ -48,13 +48,14 @@ def planned(config: RunConfig, stage: int) -> dict[str, float]:
     return {key: getattr(shared, key) + getattr(experts, key) for key in shared._fields}
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(63, marks=pytest.mark.slow), N_RANKS - 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 63, N_RANKS - 1])
 @pytest.mark.parametrize(
     "layout",
     [
         ["expert=16"],
-        pytest.param(["tensor=8"], marks=pytest.mark.slow),
-        pytest.param(["tensor=8", "expert=16"], marks=pytest.mark.slow),
+        ["tensor=8"],
+        ["tensor=8", "expert=16"],
     ],
     ids=" ".join,
 )

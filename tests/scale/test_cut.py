@@ -111,6 +111,7 @@ def test_built_in_corpus_is_read_by_the_first_task(monkeypatch):
     assert parts_of(source, 3) == [[f"prose {number}" for number in range(9)], [], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 def test_dataset_in_a_folder(streaming, tmp_path, monkeypatch):
     """A local dataset is cut into parts that are the whole in order; a streamed one into a part for each file."""

@@ -75,6 +75,7 @@ def test_merged_parts_are_the_store_of_one_process(n_parts, limits, fraction, tm
     assert found.seconds == pytest.approx(1.5 * n_parts)
 
 
+@pytest.mark.slow
 def test_every_limit_of_tokens(tmp_path):
     """Each limit cuts at the token at which one process stops, also at the ends of documents and parts."""
     texts, encoder = TEXTS[:6], Encoder(TOKENIZER, 0.0)

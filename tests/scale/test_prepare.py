@@ -70,6 +70,7 @@ def test_the_store_does_not_depend_on_tasks(fraction, tasks, here, tmp_path):
         assert (book.n_read, book.n_documents) == (1, 1)
 
 
+@pytest.mark.slow
 def test_in_processes(tmp_path):
     """Tasks in processes of their own give the same bytes; the folder of parts is gone afterwards."""
     said = []
@@ -145,6 +146,7 @@ def test_filters_and_near_duplicates(n_tasks, here, tmp_path):
     assert "near duplicates" in summary.table()
 
 
+@pytest.mark.slow
 def test_cleaned_stores_do_not_depend_on_tasks(here, tmp_path):
     """With filters and MinHash, too, the bytes are the same for each number of tasks."""
     pytest.importorskip("spacy")
@@ -196,6 +198,7 @@ def test_cleaning_is_part_of_the_stores_name(tmp_path):
     assert prepare.store_folder(source, off, tokenizer, tmp_path).name in names
 
 
+@pytest.mark.slow
 def test_what_a_task_cannot_read_is_said(tmp_path):
     """The error of a task in another process is the error of the command; the tasks before it are kept."""
     write_lines(tmp_path / "a.jsonl", ["fine text"] * 50)
