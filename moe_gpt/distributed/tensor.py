@@ -247,9 +247,9 @@ class _CrossEntropyOfAll(torch.autograd.Function):
 
 def _stacked(vector: Float[Tensor, "N"], mesh: DeviceMesh) -> Float[Tensor, "ranks N"]:
     """Return the vectors of all ranks."""
-    found = vector.new_empty(mesh.size() * len(vector))
-    dist.all_gather_into_tensor(found, vector, group=mesh.get_group())
-    return found.view(mesh.size(), -1)
+    found = [torch.empty_like(vector) for _ in range(mesh.size())]
+    dist.all_gather(found, vector, group=mesh.get_group())
+    return torch.stack(found)
 
 
 class _Gathered(torch.autograd.Function):
