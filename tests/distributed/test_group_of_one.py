@@ -23,6 +23,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request) -> Iterator[str]:
     """A device, and the group of one rank on it."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[request.param]
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     yield request.param
