@@ -2,8 +2,9 @@
 
 A checkpoint is a folder ``step_XXXXXXXX``. Weights, optimizer and random generators are safetensors; the rest is JSON
 and YAML, so nothing needs unpickling. ``manifest.json`` has the size and SHA-256 of every file, which are verified
-before use. The folder appears complete or not at all (``moe_gpt.files.durable``). ``store.py`` lists the checkpoints of
-a run and decides which are kept.
+before use. The folder appears complete or not at all (``moe_gpt.files.durable``). ``write.py`` writes it, with each
+tensor whole or in the pieces of several ranks (``shards.py``). ``listing.py`` finds the checkpoints of a run, and
+``store.py`` decides which are kept.
 """
 
 from __future__ import annotations
