@@ -43,6 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {"model.n_heads": 4, "model.n_kv_heads": 2, "model.tie_embeddings": True}
     | {"data.tokenizer": {"vocab_size": 401}},
     "checkpointing": {"train.activation_checkpointing": True, "model.attention_sharing": 2},
+    "deep": {"model.n_layers": 4, "model.tie_embeddings": True},
+    "uneven": {"model.n_layers": 6, "model.attention_sharing": 2, "train.micro_batch_tokens": 48},  # 3, 3, 2 sequences
+    "deep bias": {"model.n_layers": 4, "model.balance": "bias", "data.document_masking": True}
+    | {"train.activation_checkpointing": True},
+    "deep muon": {"model.n_layers": 4, "model.attention_sharing": 2, "optimizer.name": "muon"},
+    "dense": {"model.n_layers": 4, "model.n_experts": 1, "model.top_k": 1},
 }
 
 
@@ -74,7 +80,8 @@ def reference(values, tmp_path_factory):
     def train(variant: str, n_ranks: int) -> Path:
         run_dir = folder / f"{variant}-{n_ranks}"
         if not run_dir.exists():
-            settings = VARIANTS[variant] | {"train.micro_batch_tokens": M * n_ranks}
+            settings = dict(VARIANTS[variant])
+            settings["train.micro_batch_tokens"] = settings.get("train.micro_batch_tokens", M) * n_ranks
             run_training(RunConfig.from_mapping(changed(values, settings)), run_dir)
         return run_dir
 
@@ -106,16 +113,20 @@ def differences(found: Path, wanted: Path) -> dict[str, float]:
     lines, other_lines = (read_metrics(folder / "metrics.jsonl") for folder in (found, wanted))
     records = [(a, b) for a, b in zip(lines, other_lines, strict=True) if "groups" in a and b["step"] == a["step"]]
     evaluated = [(a, b) for a, b in zip(lines, other_lines, strict=True) if "val/prose/ce_loss" in a]
+    routed = [(a["routing"], b["routing"]) for a, b in records if "routing" in b]  # none if dense
     assert len(records) == N_STEPS
     assert len(evaluated) == 2
     apart = {
         "loss": max(abs(a[key] - b[key]) for a, b in zip(mine, other, strict=True) for key in losses),
         "grad_norm": max(norms),
-        "load": max(np.abs(np.subtract(a["routing"]["load"], b["routing"]["load"])).max() for a, b in records),
+        "load": max((np.abs(np.subtract(a["load"], b["load"])).max() for a, b in routed), default=0.0),
         "observed": max(
-            np.abs(np.subtract(a["routing"][key], b["routing"][key])).max()
-            for a, b in records
-            for key in ("token_entropy", "margin", "largest_logit", "router_z_loss", "load_balancing_loss")
+            (
+                np.abs(np.subtract(a[key], b[key])).max()
+                for a, b in routed
+                for key in ("token_entropy", "margin", "largest_logit", "router_z_loss", "load_balancing_loss")
+            ),
+            default=0.0,
         ),
         "group norms": max(
             abs(a["groups"][group][kind] - value) / max(value, 1e-3)
@@ -139,7 +150,7 @@ LIMITS_IN_BF16 = {"observed": 1e-4, "group norms": 1e-3, "weights": 1e-3}
 
 def is_equal(apart: dict[str, float], variant: str = "plain") -> bool:
     """Whether two runs are equal, but for the order of sums."""
-    limits = LIMITS | (LIMITS_IN_BF16 if variant == "muon" else {})
+    limits = LIMITS | (LIMITS_IN_BF16 if "muon" in variant else {})
     return all(value <= limits[name] for name, value in apart.items())
 
 
@@ -282,6 +293,20 @@ LAYOUTS = [
     (4, "bias", {"tensor": 2}),
     (4, "plain", {"tensor": 2, "expert": 2}),
     (4, "masked", {"tensor": 2, "zero": 1}),
+    (2, "plain", {"pipeline": 2, "pipeline_schedule": "gpipe"}),
+    (2, "deep", {"pipeline": 2}),
+    (2, "deep", {"pipeline": 2, "pipeline_schedule": "interleaved"}),
+    (2, "dense", {"pipeline": 2}),
+    (2, "muon", {"pipeline": 2}),
+    (2, "uneven", {"pipeline": 2}),
+    (3, "uneven", {"pipeline": 3}),
+    (4, "deep", {"pipeline": 4}),
+    (4, "deep", {"pipeline": 2}),
+    (4, "deep", {"pipeline": 2, "tensor": 2}),
+    (4, "deep bias", {"pipeline": 2, "zero": 1}),
+    (4, "deep bias", {"pipeline": 2, "expert": 2}),
+    (4, "deep bias", {"pipeline": 2, "expert": 2, "zero": 1, "pipeline_schedule": "interleaved"}),
+    (4, "plain", {"pipeline": 2, "zero": 0, "pipeline_schedule": "gpipe"}),
 ]
 
 
