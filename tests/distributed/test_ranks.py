@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias": {"model.balance": "bias", "model.tie_embeddings": True, "model.attention_sharing": 2},
     "masked": {"data.document_masking": True, "model.attention_sharing": 2, "model.tie_embeddings": True},
     "muon": {"optimizer.name": "muon"},
+    "tied": {"model.balance": "bias", "model.tie_embeddings": True},
     "grouped": {"model.n_heads": 4, "model.n_kv_heads": 2, "model.tie_embeddings": True}
     | {"data.tokenizer": {"vocab_size": 401}},
     "checkpointing": {"train.activation_checkpointing": True, "model.attention_sharing": 2},
@@ -165,6 +166,7 @@ def pair(values, tmp_path_factory):
         "sharded half": case(shards, limits={"max_steps": 3}, folder="sharded"),
         "sharded": case(shards, resume=True),
         "experts": case(values, "bias", {"expert": 2}),
+        "stages": case(values, "tied", {"pipeline": 2}),
         "half": case(quiet, limits={"max_steps": 3}, folder="resumed"),
         "resumed": case(quiet, resume=True),
         "unbalanced": case(quiet, spoil="local counts", limits={"max_steps": 1}),
@@ -172,11 +174,13 @@ def pair(values, tmp_path_factory):
     return folder, train_cases(cases, 2, folder)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("zero 3", "plain"), ("experts", "bias")])
-def test_two_processes_train_what_one_trains(pair, reference, name, variant):
+@pytest.mark.parametrize(
+    ("name", "variant", "n_data"), [("zero 3", "plain", 2), ("experts", "bias", 2), ("stages", "tied", 1)]
+)
+def test_two_processes_train_what_one_trains(pair, reference, name, variant, n_data):
     folder, ended = pair
     assert ended[name] == "finished"
-    apart = differences(folder / name, reference(variant, 2))
+    apart = differences(folder / name, reference(variant, n_data))
     assert is_equal(apart), apart
 
 
@@ -217,23 +221,25 @@ def test_shards_are_merged_into_the_bytes_of_a_gathered_checkpoint(pair, tmp_pat
     verify_checkpoint(resolve_checkpoint(merged))
 
 
-def test_a_checkpoint_does_not_depend_on_the_layout(pair, tmp_path):
+@pytest.mark.parametrize("name", ["experts", "stages"])
+def test_a_checkpoint_does_not_depend_on_the_layout(pair, name):
     """One process reads what two have written, would write the same bytes again, and goes on with it."""
-    folder = pair[0] / "experts"
+    folder = pair[0] / name
     loaded = load_model(folder)
     assert len(list(generate(loaded.model, [1, 2, 3], 4))) <= 4
     state = build_state(loaded.config, CPU)
     load_training_state(state, loaded.path)
     snapshot = take_snapshot(state)
-    for name, tensors in (("model", snapshot.weights), ("optimizer", snapshot.optimizer)):
-        saved = load_file(loaded.path / f"{name}.safetensors")
+    for file, tensors in (("model", snapshot.weights), ("optimizer", snapshot.optimizer)):
+        saved = load_file(loaded.path / f"{file}.safetensors")
         assert saved.keys() == tensors.keys()
         assert all(torch.equal(saved[key], tensors[key]) for key in saved)
 
 
-def test_samples_and_arrays_are_those_of_one_process(pair, reference):
+@pytest.mark.parametrize(("name", "variant", "n_data"), [("zero 3", "plain", 2), ("stages", "tied", 1)])
+def test_samples_and_arrays_are_those_of_one_process(pair, reference, name, variant, n_data):
     """Before the first step, when weights are equal to the bit."""
-    folder, alone = pair[0] / "zero 3", reference("plain", 2)
+    folder, alone = pair[0] / name, reference(variant, n_data)
     texts = [read_metrics(path / "metrics.jsonl")[0]["samples"] for path in (folder, alone)]
     assert texts[0] == texts[1]
     own, theirs = (load_file(path / "evaluations" / "step_00000000.safetensors") for path in (folder, alone))
@@ -355,6 +361,37 @@ def test_the_same_command_gives_the_same_bytes_and_another_layout_goes_on(values
     run_training(RunConfig.from_mapping(changed(values, {"train.micro_batch_tokens": 192})), alone)
     mine, other = steps(tmp_path / "moved"), steps(alone)
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(mine, other, strict=True)) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["1f1b", "interleaved"])
+def test_a_resumed_pipeline_ends_with_the_bytes_of_an_undisturbed_one(values, tmp_path, order):
+    """So does the same command."""
+    parallel = {"pipeline": 2, "pipeline_schedule": order}
+    cases = {
+        "whole": case(values, "deep", parallel),
+        "again": case(values, "deep", parallel),
+        "half": case(values, "deep", parallel, limits={"max_steps": 3}, folder="resumed"),
+        "resumed": case(values, "deep", parallel, resume=True),
+    }
+    train_cases(cases, 2, tmp_path)
+    assert files(tmp_path / "whole") == files(tmp_path / "again") == files(tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_from_other_layouts_and_they_from_it(values, tmp_path):
+    """Two stages, one process, two stages of two ranks, four stages in two parts, two data ranks."""
+    wide = changed(values, {"train.micro_batch_tokens": 192})
+    interleaved = {"pipeline": 2, "pipeline_schedule": "interleaved"}
+    for size, stop, parallel in ((2, 1, {"pipeline": 2}), (1, 2, {}), (4, 3, {"pipeline": 2}), (2, 4, interleaved)):
+        case_of_layout = case(wide, "deep", parallel, limits={"max_steps": stop}, resume=stop > 1, folder="moved")
+        assert train_cases({"moved": case_of_layout}, size, tmp_path) == {"moved": "max_steps"}
+    train_cases({"moved": case(wide, "deep", {"zero": 1}, resume=True)}, 2, tmp_path)
+    run_training(RunConfig.from_mapping(changed(wide, VARIANTS["deep"])), tmp_path / "alone")
+    mine, other = steps(tmp_path / "moved"), steps(tmp_path / "alone")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(mine, other, strict=True)) < LIMITS["loss"]
+    own, theirs = weights(tmp_path / "moved"), weights(tmp_path / "alone")
+    assert max(float((own[name] - theirs[name]).abs().max()) for name in theirs) < LIMITS["weights"]
 
 
 @pytest.mark.slow
