@@ -149,8 +149,9 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
             "model.capacity_factor must be null here: which tokens are dropped depends on the rows of all ranks",
         ),
         (
-            layout.data > 1 and config.optimizer.state_type == "int8",
-            "optimizer.state_type=int8 needs one process, because its blocks would be cut; use bfloat16",
+            layout.data * layout.tensor > 1 and config.optimizer.state_type == "int8",
+            "optimizer.state_type=int8 needs one process or a pipeline alone, because its blocks would be cut; use "
+            "bfloat16",
         ),
     ):
         if is_wrong:

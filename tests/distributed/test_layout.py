@@ -89,10 +89,13 @@ def test_layers_that_share_an_attention_stay_on_one_stage(parallel, model, layer
     assert [list(stage) for stage in layers_of_stages(config(parallel, **model))] == layers
 
 
-def test_settings_that_need_one_process():
+@pytest.mark.parametrize("axis", ["expert", "tensor"])
+def test_settings_that_need_whole_tensors(axis):
+    """They go with one process, and with a pipeline."""
     for section in ({"optimizer": OptimizerConfig(state_type="int8")}, {"train": TrainConfig(compile=True)}):
-        several = dataclasses.replace(config({"expert": 2}), **section)
+        several = dataclasses.replace(config({axis: 2}), **section)
         assert plan_layout(dataclasses.replace(several, parallel=ParallelConfig()), 1) == Layout()
+        assert plan_layout(dataclasses.replace(several, parallel=ParallelConfig(pipeline=2)), 2).pipeline == 2
         with pytest.raises(InputError):
             plan_layout(several, 2)
 

@@ -313,6 +313,8 @@ LAYOUTS = [
     (4, "deep bias", {"pipeline": 2, "expert": 2}),
     (4, "deep bias", {"pipeline": 2, "expert": 2, "zero": 1, "pipeline_schedule": "interleaved"}),
     (4, "plain", {"pipeline": 2, "zero": 0, "pipeline_schedule": "gpipe"}),
+    (4, "deep", {"pipeline": 2, "replicate": 2}),
+    (8, "deep bias", {"pipeline": 2, "tensor": 2, "expert": 2}),
 ]
 
 
