@@ -197,7 +197,7 @@ def pieces_of(tensor: Any, like: Any, is_first: bool) -> Iterator[tuple[tuple[in
         is_first: whether this rank answers for what is not cut at all.
     """
     part, mesh, cut = local_part(tensor), getattr(like, "device_mesh", None), cut_of(like)
-    if _is_anothers(part, like, is_first):
+    if is_copy(like) or _is_anothers(part, like, is_first):
         return
     starts = [start for start, _ in _spans(like.shape, mesh, like.placements)] if mesh else [0] * part.dim()
     if cut and part.dim():
@@ -208,8 +208,6 @@ def pieces_of(tensor: Any, like: Any, is_first: bool) -> Iterator[tuple[tuple[in
 
 def _is_anothers(part: Tensor, like: Any, is_first: bool) -> bool:
     """Whether another rank answers for a part. A count of steps is on every rank that has a part of its parameter."""
-    if is_copy(like):
-        return True
     mesh, cut = getattr(like, "device_mesh", None), cut_of(like)
     ranks = mesh.get_coordinate() if mesh else [not is_first]
     if not part.dim():
@@ -232,8 +230,10 @@ def square_sum(tensor: Any, parameter: Any) -> Tensor:
         parameter: says which part that is.
     """
     part, mesh = local_part(tensor).float(), getattr(parameter, "device_mesh", None)
-    replicas = [i for i, place in enumerate(parameter.placements) if place.is_replicate()] if mesh else []
-    if is_copy(parameter) or any(mesh.get_local_rank(i) for i in replicas):
+    is_replica = mesh and any(
+        mesh.get_local_rank(i) for i, place in enumerate(parameter.placements) if place.is_replicate()
+    )
+    if is_replica or is_copy(parameter):
         return part.new_zeros(())
     cut = cut_of(parameter)
     if cut:

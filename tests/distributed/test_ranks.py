@@ -254,6 +254,9 @@ SHARDED = [
     (4, "bias", {"expert": 2, "replicate": 2}),
     (4, "masked", {"tensor": 2, "expert": 2}),
     (3, "plain", {}),
+    (2, "tied", {"pipeline": 2}),
+    (4, "deep", {"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved"}),
+    (4, "deep bias", {"pipeline": 2, "expert": 2}),
 ]
 
 
