@@ -65,7 +65,7 @@ def train_cases(cases: Cases, size: int, folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     path = folder / f"cases-{len(list(folder.iterdir()))}.json"
     path.write_text(json.dumps(cases))
-    for status, output in finish(start(size, __file__, str(path))):
+    for status, output in finish(start(size, __file__, str(path)), 60 + 15 * len(cases)):
         assert status == 0, output
     return json.loads(path.with_suffix(".ended").read_text())
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
-from moe_gpt.config.section import Count, Problem, Section, unless
+from moe_gpt.config.section import Count, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,16 +21,10 @@ class ParallelConfig(Section):
     tensor: Count = 1
     """Ranks that share each matrix product: heads, the experts' inner dimension and the vocabulary are cut."""
     pipeline: Count = 1
-    """Stages of consecutive blocks; only 1 so far."""
+    """Ranks that hold consecutive blocks; micro-batches go from one to the next."""
     zero: Literal[0, 1, 2, 3] = 3
     """What is sharded over data ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
     pipeline_schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    """Order of the pipeline's micro-batches."""
+    """Order of micro-batches: all forward, then all backward (gpipe); in turn (1f1b); 1f1b with two parts a rank."""
     timeout_seconds: Count = 600
     """Longest time that a rank waits for another, at the start and in a step."""
-
-    def problems(self) -> Iterator[Problem]:
-        """Yield what is not there yet."""
-        for key in ("pipeline",):
-            text = f"{key} must be 1, got {getattr(self, key)}, because {key} parallelism is not built yet"
-            yield from unless(getattr(self, key) == 1, text, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -131,6 +132,13 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
             "train.compile must be false where parallel.expert or parallel.tensor is above 1",
         ),
         (
+            _stages(config) > _units(model),
+            f"parallel.pipeline={layout.pipeline} with pipeline_schedule={config.parallel.pipeline_schedule} makes "
+            f"{_stages(config)} stages, but only {_units(model)} can be cut from model.n_layers={model.n_layers} with "
+            f"attention_sharing={model.attention_sharing}; pipeline may be at most "
+            f"{max(1, _units(model) * layout.pipeline // _stages(config))}",
+        ),
+        (
             not _can_share(model, layout.tensor),
             f"parallel.tensor={layout.tensor} must divide model.n_heads={model.n_heads}, d_ff={model.d_ff} and, "
             f"if above 1, n_kv_heads={model.n_kv_heads}; it may be "
@@ -141,12 +149,33 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
             "model.capacity_factor must be null here: which tokens are dropped depends on the rows of all ranks",
         ),
         (
-            layout.data > 1 and config.optimizer.state_type == "int8",
-            "optimizer.state_type=int8 needs one process, because its blocks would be cut; use bfloat16",
+            layout.data * layout.tensor > 1 and config.optimizer.state_type == "int8",
+            "optimizer.state_type=int8 needs one process or a pipeline alone, because its blocks would be cut; use "
+            "bfloat16",
         ),
     ):
         if is_wrong:
             yield text
+
+
+def layers_of_stages(config: RunConfig) -> list[range]:
+    """Return the layers of each stage of a pipeline. Rank p of P holds stages p, p + P and so on.
+
+    Layers that share an attention stay together. Where the stages cannot be equal, earlier ones have more.
+    """
+    model, n = config.model, _stages(config)
+    borders = [math.ceil(_units(model) * stage / n) * model.attention_sharing for stage in range(n + 1)]
+    return [range(*ends) for ends in itertools.pairwise(borders)]
+
+
+def _stages(config: RunConfig) -> int:
+    n, order = config.parallel.pipeline, config.parallel.pipeline_schedule
+    return 2 * n if n > 1 and order == "interleaved" else n
+
+
+def _units(model: ModelConfig) -> int:
+    """Return how many stages there can be."""
+    return model.n_layers // model.attention_sharing
 
 
 def _can_share(model: ModelConfig, n: int) -> bool:

@@ -14,7 +14,9 @@ from moe_gpt.model.transformer import MoEGPT
 
 
 def parallelize(model: MoEGPT, config: RunConfig, layout: Layout) -> None:
-    """Share products, spread experts, apply checkpointing and compilation to blocks, and shard all of it, in place.
+    """Share products, cut into stages, spread experts, apply checkpointing and compilation to blocks, and shard.
+
+    All of it is done in place.
 
     Names of parameters stay. The model must have its initial weights, the same on all ranks: so they do not depend on
     the layout.
@@ -22,20 +24,25 @@ def parallelize(model: MoEGPT, config: RunConfig, layout: Layout) -> None:
     if layout.world == 1:
         apply_execution(model, config.train)
         return
+    from moe_gpt.distributed.pipeline import cut_into_stages
     from moe_gpt.distributed.sharding import Meshes, shard, spread_experts
     from moe_gpt.distributed.tensor import share_products
 
     device_type = model.embedding.weight.device.type
     meshes = Meshes(layout, "cpu" if device_type == "meta" else device_type)  # on meta, parts are counted
     cuts = share_products(model, meshes.tensor) if layout.tensor > 1 else {}
+    stages = cut_into_stages(model, config, layout, meshes.pipeline) if layout.pipeline > 1 else [model]
     if layout.expert > 1:
         spread_experts(model, meshes)
     _ignore_profiling()
     apply_execution(model, config.train)
-    if layout.data > 1:
-        shard(model, config, layout, meshes)
+    for stage in stages:
+        if layout.data > 1:
+            shard(stage, config, layout, meshes)
     for name, parameter in model.named_parameters():
         parameter.cut = cuts.get(name)  # type: ignore[attr-defined]
+        # of the first stage's tied matrix
+        parameter.is_copy = name == "embedding.weight" and meshes.pipeline.get_local_rank() > 0  # type: ignore[attr-defined]
 
 
 def apply_execution(model: MoEGPT, config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -127,6 +127,10 @@ class Team:
         """Return the sum of the tensors of all data ranks, which read different rows."""
         return tensor
 
+    def sum_of_stages(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors of all stages; each has zeros for what others know."""
+        return tensor
+
     def sum_of_all(self, tensor: Tensor) -> Tensor:
         """Return the sum of the tensors of all ranks."""
         return tensor
@@ -172,6 +176,8 @@ class _Ranks(Team):
     def __init__(self, launch: Launch, store: dist.Store, layout: Layout) -> None:
         self.rank, self.size, self.layout = launch.rank, launch.size, layout
         self._launch, self._store = launch, store
+        if layout.pipeline > 1:  # now, because all ranks must do it, and later each waits for the stage before it
+            _group(layout, "data"), _group(layout, "pipeline")
 
     def device(self, device: torch.device) -> torch.device:
         if device.type == "cuda":
@@ -183,7 +189,14 @@ class _Ranks(Team):
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone()
-        dist.all_reduce(total, group=_data_group(self.layout))
+        dist.all_reduce(total, group=_group(self.layout, "data"))
+        return total
+
+    def sum_of_stages(self, tensor: Tensor) -> Tensor:
+        if self.layout.pipeline == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=_group(self.layout, "pipeline"))
         return total
 
     def sum_of_all(self, tensor: Tensor) -> Tensor:
@@ -244,12 +257,13 @@ class _Ranks(Team):
 
 
 @functools.cache
-def _data_group(layout: Layout) -> dist.ProcessGroup | None:
-    """Return the group of the ranks that hold the same part of the model as this one; None for all ranks."""
-    if layout.data == layout.world:
+def _group(layout: Layout, kind: Literal["pipeline", "data"]) -> dist.ProcessGroup | None:
+    """Return the group of the ranks that differ from this one only in their stage or data rank; None for all ranks."""
+    size = getattr(layout, kind)
+    if size == layout.world:
         return None
     ranks = torch.arange(layout.world).view(layout.pipeline, layout.data, layout.tensor)
-    mine, _ = dist.new_subgroups_by_enumeration(ranks.movedim(1, 2).reshape(-1, layout.data).tolist())
+    mine, _ = dist.new_subgroups_by_enumeration(ranks.movedim(int(kind == "data"), 2).reshape(-1, size).tolist())
     return mine
 
 

@@ -5,7 +5,7 @@ Everything is a sum: each rank's loss is its part of the whole batch's, so gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,14 +131,21 @@ def before_backward(model: Any, layout: Layout, is_last: bool) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let go of what a forward pass without a backward pass has gathered."""
-    for module in model.modules():
-        if hasattr(module, "set_reshard_after_forward"):
-            module.reshard()  # type: ignore[operator]
+    stages: Any = getattr(model, "stages", None)
+    for part in stages.own if stages else [model]:
+        for module in part.modules():
+            if hasattr(module, "set_reshard_after_forward"):
+                module.reshard()  # type: ignore[operator]
 
 
 def cut_of(parameter: Any) -> Cut | None:
     """Return how ranks that share matrix products have cut a parameter."""
     return getattr(parameter, "cut", None)
+
+
+def is_copy(parameter: Any) -> bool:
+    """Whether a parameter is the last stage's copy of a tied matrix, for which the first stage answers."""
+    return getattr(parameter, "is_copy", False)
 
 
 def local_part(tensor: Any) -> Tensor:
@@ -209,7 +216,7 @@ def pieces_of(tensor: Any, like: Any, is_first: bool) -> Iterator[tuple[tuple[in
         is_first: whether this rank answers for what is not cut at all.
     """
     part, mesh, cut = local_part(tensor), getattr(like, "device_mesh", None), cut_of(like)
-    if _is_anothers(part, like, is_first):
+    if is_copy(like) or _is_anothers(part, like, is_first):
         return
     starts = [start for start, _ in _spans(like.shape, mesh, like.placements)] if mesh else [0] * part.dim()
     if cut and part.dim():
@@ -242,13 +249,28 @@ def square_sum(tensor: Any, parameter: Any) -> Tensor:
         parameter: says which part that is.
     """
     part, mesh = local_part(tensor).float(), getattr(parameter, "device_mesh", None)
-    if mesh and any(mesh.get_local_rank(i) for i, place in enumerate(parameter.placements) if place.is_replicate()):
+    is_replica = mesh and any(
+        mesh.get_local_rank(i) for i, place in enumerate(parameter.placements) if place.is_replicate()
+    )
+    if is_replica or is_copy(parameter):
         return part.new_zeros(())
     cut = cut_of(parameter)
     if cut:
         counts = cut.counts(part.dim()).to(part.device).expand(parameter.shape)
         part = part * (_cut(counts, mesh, parameter.placements) if mesh else counts)
     return torch.linalg.vector_norm(part).square()
+
+
+def gathered(model: MoEGPT, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield whole tensors one after another, on rank 0 those of all stages. All ranks must take them.
+
+    Args:
+        tensors: by name, this rank's parts, and the parameters of which they are parts or have the shape.
+    """
+    stages: Any = getattr(model, "stages", None)
+    counted = {name: pair for name, pair in tensors.items() if not is_copy(pair[1])}
+    own = ((name, whole(tensor.detach(), like)) for name, (tensor, like) in counted.items())
+    return stages.collect(own) if stages else own
 
 
 def whole_copy(model: MoEGPT, is_main: bool) -> MoEGPT | None:
@@ -260,8 +282,7 @@ def whole_copy(model: MoEGPT, is_main: bool) -> MoEGPT | None:
             found = MoEGPT(model.config, model.make_router).to(model.embedding.weight.device)
     own = {} if found is None else {**dict(found.named_parameters()), **dict(found.named_buffers())}
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            values = whole(tensor, tensor)
+        for name, values in gathered(model, {name: (tensor, tensor) for name, tensor in tensors.items()}):
             if own:
                 own[name].copy_(values)
     return found

@@ -19,7 +19,7 @@ from moe_gpt.measure.memory import predict_training_memory_cpu
 from moe_gpt.measure.parameters import model_of
 from moe_gpt.plan.hardware import DIVIDED, Gpu, Parallelism
 from moe_gpt.plan.parameters import counts_of
-from moe_gpt.plan.quantities import PlanSection, plan_section
+from moe_gpt.plan.quantities import Member, PlanSection, plan_section
 from moe_gpt.terminal.numbers import format_value
 
 
@@ -226,7 +226,9 @@ def _section_for_gpus(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> P
             **parts,
             "activations_per_layer": a_layer,
             **last,
-            **{"total": memory.total, "available": gpu.memory_bytes, "fits": fits},
+            "total": memory.total,
+            **_by_stage(model, layout),
+            **{"available": gpu.memory_bytes, "fits": fits},
         },
         {"experts": spread.expert > 1},
         gpu=gpu,
@@ -239,6 +241,17 @@ def _section_for_gpus(model: ModelConfig, layout: TrainingLayout, gpu: Gpu) -> P
         in_flight=min(spread.pipeline - stage, layout.micro_batches),
     )
     return section if fits else dataclasses.replace(section, notes=[*section.notes, *advise(model, layout, gpu)])
+
+
+def _by_stage(model: ModelConfig, layout: TrainingLayout) -> dict[str, Member]:
+    """Return the memory of the first, a middle and the last stage of a pipeline."""
+    last = layout.parallelism.pipeline - 1
+    chosen = {"first": 0, "middle": last // 2, "last": last}
+    return {
+        f"{name}_stage": Member(gpu_memory(model, layout, stage).total, {"which": name, "number": stage})
+        for name, stage in chosen.items()
+        if last and (name != "middle" or 0 < stage < last)
+    }
 
 
 def _section_for_cpu(config: RunConfig, gpu: Gpu) -> PlanSection:

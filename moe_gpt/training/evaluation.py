@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moe_gpt.data.batches import MicroBatch, deal_batch, part_of
 from moe_gpt.data.prepare import PreparedSource
@@ -126,15 +127,12 @@ class Evaluator:
 
     def _evaluate(self, model: MoEGPT, name: str, precision: Precision, team: Team) -> SourceEvaluation:
         rows = self._rows[name]
-        device, length = model.embedding.weight.device, rows.inputs.shape[1]
+        device, length = next(model.parameters()).device, rows.inputs.shape[1]
         nats, counts, tokens_per_expert, n_bytes = np.zeros(length), np.zeros(length, dtype=np.int64), None, 0
         for batch in self._micro_batches(rows, device, team):
             with autocast(device, precision):
                 logits, stats = model(batch.inputs, document_ids=batch.document_ids)
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), batch.targets.flatten(), reduction="none", ignore_index=IGNORED_TARGET
-            )
-            nats += losses.view_as(batch.targets).cpu().double().sum(dim=0).numpy()
+            nats += _nats_by_position(logits, batch.targets)
             is_scored = (batch.targets != IGNORED_TARGET).cpu().numpy()
             counts += is_scored.sum(axis=0)
             n_bytes += int(self._token_bytes[batch.targets.cpu().numpy()[is_scored]].sum())
@@ -142,7 +140,9 @@ class Evaluator:
                 new = stats.tokens_per_expert.cpu().numpy() * (batch.weight > 0)
                 tokens_per_expert = new if tokens_per_expert is None else tokens_per_expert + new
         nats, counts, (n_bytes,) = (_summed(array, team) for array in (nats, counts, np.array([n_bytes])))
-        tokens_per_expert = None if tokens_per_expert is None else _summed(tokens_per_expert, team)
+        nats = team.sum_of_stages(torch.from_numpy(nats)).numpy()
+        if tokens_per_expert is not None:
+            tokens_per_expert = team.sum_of_stages(torch.from_numpy(_summed(tokens_per_expert, team))).numpy()
         return SourceEvaluation(nats, counts, round(n_bytes * self._bytes_per_token_byte[name]), tokens_per_expert)
 
     def slices(self, max_tokens: int) -> dict[str, np.ndarray]:
@@ -154,6 +154,16 @@ class Evaluator:
         per_rank = max(1, self._batch_tokens // length)
         read, n_ranks = partial(part_of, rows), team.layout.data
         return deal_batch(n_rows, per_rank, read, device, self._end, team.data_rank, n_ranks)
+
+
+def _nats_by_position(logits: Tensor | None, targets: Tensor) -> np.ndarray:
+    """Return the summed cross entropy at each position (T,); zeros if another stage has the logits."""
+    if logits is None:
+        return np.zeros(targets.shape[1])
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED_TARGET
+    )
+    return losses.view_as(targets).cpu().double().sum(dim=0).numpy()
 
 
 def _summed(array: np.ndarray, team: Team) -> np.ndarray:

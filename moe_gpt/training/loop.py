@@ -15,6 +15,7 @@ import torch
 
 from moe_gpt.data.batches import MicroBatch, deal_batch
 from moe_gpt.data.stream import Batch
+from moe_gpt.errors import InputError
 from moe_gpt.measure.observation import OBSERVED_TOKENS, RoutingSample, observe_routing
 from moe_gpt.training.callbacks import Callback
 from moe_gpt.training.display import Display
@@ -45,7 +46,8 @@ def pretraining_step(run: Run, plan: StepPlan, should_record: bool) -> StepResul
     n_rows = plan.batch_tokens // plan.seq_len
     micro_batches = list(_deal(run, plan, n_rows))
     if run.team.size > 1 and run.config.model.router_noise:  # other noise for each rank, the same after a resume
-        torch.manual_seed(hash((run.config.train.seed, run.state.step, run.team.data_rank)))
+        stage_and_row = run.team.rank // run.team.layout.tensor
+        torch.manual_seed(hash((run.config.train.seed, run.state.step, stage_and_row)))
     sample = _observe(run, plan, n_rows) if should_record else None
     result = train_step(run.state, micro_batches, plan, run.config, run.precision, should_record, run.team)
     return result._replace(sample=sample)
@@ -103,6 +105,11 @@ def train(
             steps, or the run folder is gone. The message says what is saved.
         KeyboardInterrupt: at a second SIGINT.
     """
+    if take_step is not pretraining_step and run.team.layout.pipeline > 1:
+        raise InputError(
+            f"a step function of your own needs parallel.pipeline=1, got {run.team.layout.pipeline}: no rank has a "
+            "whole model"
+        )
     check_optimizer(run.state.model, run.state.optimizer)
     with stop_signals() as stop, contextlib.closing(RunLog(run, display, callbacks)) as log:
         recovery = Recovery(run, log)

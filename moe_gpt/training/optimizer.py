@@ -174,6 +174,7 @@ def update_expert_bias(model: MoEGPT, tokens_per_expert: Tensor, rate: float | T
         tokens_per_expert: counts (L, E) of the whole batch: all micro-batches and ranks together.
         rate: the paper's u.
     """
-    for layer, counts in zip(model.moe_layers(), tokens_per_expert, strict=True):
-        error = counts.float().mean() - counts.float()
-        layer.router.expert_bias += rate * error.sign()
+    blocks: Any = model.blocks.named_children()
+    for layer, block in blocks:  # of a pipeline's stage only some
+        counts = tokens_per_expert[int(layer)].float()
+        block.feed_forward.router.expert_bias += rate * (counts.mean() - counts).sign()

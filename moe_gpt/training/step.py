@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_gpt.config import LossConfig, RunConfig
 from moe_gpt.data.batches import MicroBatch
+from moe_gpt.distributed.pipeline import add_gradients
 from moe_gpt.distributed.process import SOLO, Team
-from moe_gpt.distributed.sharding import before_backward
 from moe_gpt.measure.observation import RoutingSample
 from moe_gpt.measure.routing import max_violation
 from moe_gpt.model.losses import IGNORED_TARGET, LossTerms, RouterStats, combine_losses
@@ -93,9 +93,13 @@ def accumulate_gradients(
     n_valid_of_each = team.sum(torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]))
     n_valid = n_valid_of_each.sum().clamp(min=1)
     terms_sum, whole = torch.zeros(4, device=device), None
-    for index, (batch, n_together) in enumerate(zip(micro_batches, n_valid_of_each, strict=True), start=1):
+
+    def loss_of(part: MoEGPT, index: int) -> Tensor:
+        """Return the loss of a micro-batch, of a part of the model its share of it."""
+        nonlocal terms_sum, whole
+        batch, n_together = micro_batches[index], n_valid_of_each[index]
         with autocast(device, precision):
-            ce, stats = model.cross_entropy(
+            ce, stats = part.cross_entropy(
                 batch.inputs, batch.targets, batch.document_ids, partial(_sum_counts, team, batch.weight)
             )
         share = n_together / n_valid
@@ -108,12 +112,13 @@ def accumulate_gradients(
             model.config,
             loss_config,
         )
-        before_backward(model, team.layout, is_last=index == len(micro_batches))
-        (terms.loss * share).backward()
         terms_sum += torch.stack(terms).detach() * share
         if stats:
             whole = _add_stats(whole, stats, share)
-    return LossTerms(*team.sum(terms_sum).unbind()), _sum_losses(whole, team)
+        return terms.loss * share
+
+    add_gradients(model, micro_batches, loss_of, team.layout)
+    return LossTerms(*team.sum_of_stages(team.sum(terms_sum)).unbind()), _sum_stats(whole, team)
 
 
 def _sum_counts(team: Team, weight: float, counts: Tensor) -> Tensor:
@@ -128,10 +133,11 @@ def _weighted(stats: RouterStats, weight: float) -> RouterStats:
     )
 
 
-def _sum_losses(stats: RouterStats | None, team: Team) -> RouterStats | None:
-    return stats and stats._replace(
-        load_balancing_loss=team.sum(stats.load_balancing_loss), router_z_loss=team.sum(stats.router_z_loss)
-    )
+def _sum_stats(stats: RouterStats | None, team: Team) -> RouterStats | None:
+    if stats is None:
+        return None
+    of_rows = team.sum(stats.load_balancing_loss), team.sum(stats.router_z_loss)
+    return RouterStats(*map(team.sum_of_stages, (*of_rows, *stats[2:])))
 
 
 def _add_stats(whole: RouterStats | None, stats: RouterStats, share: Tensor) -> RouterStats:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from moe_gpt.measure.flops import stage_tokens, training_flops
 from moe_gpt.measure.memory import needed_memory
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters
+from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import Router
 from moe_gpt.ops.device import describe_device
 from moe_gpt.terminal.numbers import format_value
@@ -20,8 +21,9 @@ def describe_run(run: Run) -> str:
     """Return what will be trained: parameters, data, stages, device and precision."""
     model, counts = run.config.model, count_parameters(run.config.model)
     experts = "dense" if model.is_dense else f"{model.n_experts} experts, top-{model.top_k}, balance by {model.balance}"
-    total = sum(parameter.numel() for parameter in run.state.model.parameters())  # routers of one's own included
     make_router = run.state.model.make_router
+    whole = run.state.model if run.team.size == 1 else shapes_only(model, make_router)
+    total = sum(parameter.numel() for parameter in whole.parameters())  # routers of one's own included
     if make_router is not Router:
         experts += f", routed by {getattr(make_router, '__qualname__', make_router)}"
     lines = [

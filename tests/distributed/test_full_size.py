@@ -56,12 +56,14 @@ def planned(config: RunConfig, stage: int) -> dict[str, float]:
         ["expert=16"],
         ["tensor=8"],
         ["tensor=8", "expert=16"],
+        ["pipeline=8"],
+        ["pipeline=4", "tensor=8"],
     ],
     ids=" ".join,
 )
 def test_every_rank_of_the_reported_model_holds_what_the_plan_says(layout, rank):
     config = load_run_config("gpt4.yaml", [f"parallel.{setting}" for setting in layout])
-    wanted, found = planned(config, 0), held_by(rank, config)
+    wanted, found = planned(config, rank * config.parallel.pipeline // N_RANKS), held_by(rank, config)
     for kind, n_bytes in found.items():
         assert n_bytes == pytest.approx(wanted[kind], rel=1e-3), kind
 

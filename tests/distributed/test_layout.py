@@ -8,9 +8,9 @@ import pytest
 from ranks import free_port
 
 from moe_gpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
-from moe_gpt.distributed.layout import Layout, expert_dim, plan_layout
+from moe_gpt.distributed.layout import Layout, expert_dim, layers_of_stages, plan_layout
 from moe_gpt.distributed.process import SOLO, join, read_launch
-from moe_gpt.errors import ConfigError, InputError
+from moe_gpt.errors import InputError
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -29,6 +29,7 @@ def config(parallel: dict, **model) -> RunConfig:
         ({"expert": 4, "zero": 0}, 4, Layout(4, 4, 4, 0)),
         ({"expert": 3}, 3, Layout(3, 1, 3, 3)),
         ({"tensor": 2, "expert": 2}, 8, Layout(4, 1, 2, 3, 2)),
+        ({"pipeline": 2, "expert": 2, "tensor": 2}, 8, Layout(2, 1, 2, 3, 2, 2)),
     ],
 )
 def test_layouts_that_fit(parallel, world, layout):
@@ -54,6 +55,15 @@ def test_layouts_that_fit(parallel, world, layout):
         ({"tensor": 3}, {"n_heads": 2}, 3, "parallel.tensor=3 must divide model.n_heads=2"),
         ({"tensor": 4}, {"n_heads": 4, "n_kv_heads": 2}, 4, "n_kv_heads=2; it may be 1, 2"),
         ({}, {"capacity_factor": 1.0}, 2, "model.capacity_factor must be null"),
+        (
+            {"pipeline": 4},
+            {"n_layers": 6, "attention_sharing": 2},
+            4,
+            "parallel.pipeline=4 with pipeline_schedule=1f1b makes 4 stages, but only 3 can be cut from "
+            "model.n_layers=6 with attention_sharing=2; pipeline may be at most 3 (4 processes)",
+        ),
+        ({"pipeline": 3, "pipeline_schedule": "interleaved"}, {"n_layers": 4}, 3, "6 stages, but only 4 can be cut"),
+        ({"pipeline": 2, "pipeline_schedule": "interleaved"}, {"n_layers": 1}, 2, "pipeline may be at most 1"),
         ({}, {"n_experts": 16, "d_model": 128, "d_ff": 256}, 120, "cannot be cut into 120 parts"),
     ],
 )
@@ -65,16 +75,27 @@ def test_layouts_that_do_not_fit_are_refused_in_one_line(parallel, model, world,
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("key", ["pipeline"])
-def test_what_is_not_built_is_refused(key):
-    with pytest.raises(ConfigError, match=f"{key} must be 1, got 2"):
-        ParallelConfig(**{key: 2})
+@pytest.mark.parametrize(
+    ("parallel", "model", "layers"),
+    [
+        ({"pipeline": 2}, {"n_layers": 4}, [[0, 1], [2, 3]]),
+        ({"pipeline": 3}, {"n_layers": 4}, [[0, 1], [2], [3]]),
+        ({"pipeline": 2}, {"n_layers": 6, "attention_sharing": 2}, [[0, 1, 2, 3], [4, 5]]),
+        ({"pipeline": 2, "pipeline_schedule": "interleaved"}, {"n_layers": 5}, [[0, 1], [2], [3], [4]]),
+    ],
+)
+def test_layers_that_share_an_attention_stay_on_one_stage(parallel, model, layers):
+    """Every layer is on one stage, and none is empty."""
+    assert [list(stage) for stage in layers_of_stages(config(parallel, **model))] == layers
 
 
-def test_settings_that_need_one_process():
+@pytest.mark.parametrize("axis", ["expert", "tensor"])
+def test_settings_that_need_whole_tensors(axis):
+    """They go with one process, and with a pipeline."""
     for section in ({"optimizer": OptimizerConfig(state_type="int8")}, {"train": TrainConfig(compile=True)}):
-        several = dataclasses.replace(config({"expert": 2}), **section)
+        several = dataclasses.replace(config({axis: 2}), **section)
         assert plan_layout(dataclasses.replace(several, parallel=ParallelConfig()), 1) == Layout()
+        assert plan_layout(dataclasses.replace(several, parallel=ParallelConfig(pipeline=2)), 2).pipeline == 2
         with pytest.raises(InputError):
             plan_layout(several, 2)
 

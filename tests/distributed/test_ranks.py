@@ -40,9 +40,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias": {"model.balance": "bias", "model.tie_embeddings": True, "model.attention_sharing": 2},
     "masked": {"data.document_masking": True, "model.attention_sharing": 2, "model.tie_embeddings": True},
     "muon": {"optimizer.name": "muon"},
+    "tied": {"model.balance": "bias", "model.tie_embeddings": True},
     "grouped": {"model.n_heads": 4, "model.n_kv_heads": 2, "model.tie_embeddings": True}
     | {"data.tokenizer": {"vocab_size": 401}},
     "checkpointing": {"train.activation_checkpointing": True, "model.attention_sharing": 2},
+    "deep": {"model.n_layers": 4, "model.tie_embeddings": True},
+    "uneven": {"model.n_layers": 6, "model.attention_sharing": 2, "train.micro_batch_tokens": 48},  # 3, 3, 2 sequences
+    "deep bias": {"model.n_layers": 4, "model.balance": "bias", "data.document_masking": True}
+    | {"train.activation_checkpointing": True},
+    "deep muon": {"model.n_layers": 4, "model.attention_sharing": 2, "optimizer.name": "muon"},
+    "dense": {"model.n_layers": 4, "model.n_experts": 1, "model.top_k": 1},
 }
 
 
@@ -74,7 +81,8 @@ def reference(values, tmp_path_factory):
     def train(variant: str, n_ranks: int) -> Path:
         run_dir = folder / f"{variant}-{n_ranks}"
         if not run_dir.exists():
-            settings = VARIANTS[variant] | {"train.micro_batch_tokens": M * n_ranks}
+            settings = dict(VARIANTS[variant])
+            settings["train.micro_batch_tokens"] = settings.get("train.micro_batch_tokens", M) * n_ranks
             run_training(RunConfig.from_mapping(changed(values, settings)), run_dir)
         return run_dir
 
@@ -106,16 +114,20 @@ def differences(found: Path, wanted: Path) -> dict[str, float]:
     lines, other_lines = (read_metrics(folder / "metrics.jsonl") for folder in (found, wanted))
     records = [(a, b) for a, b in zip(lines, other_lines, strict=True) if "groups" in a and b["step"] == a["step"]]
     evaluated = [(a, b) for a, b in zip(lines, other_lines, strict=True) if "val/prose/ce_loss" in a]
+    routed = [(a["routing"], b["routing"]) for a, b in records if "routing" in b]  # none if dense
     assert len(records) == N_STEPS
     assert len(evaluated) == 2
     apart = {
         "loss": max(abs(a[key] - b[key]) for a, b in zip(mine, other, strict=True) for key in losses),
         "grad_norm": max(norms),
-        "load": max(np.abs(np.subtract(a["routing"]["load"], b["routing"]["load"])).max() for a, b in records),
+        "load": max((np.abs(np.subtract(a["load"], b["load"])).max() for a, b in routed), default=0.0),
         "observed": max(
-            np.abs(np.subtract(a["routing"][key], b["routing"][key])).max()
-            for a, b in records
-            for key in ("token_entropy", "margin", "largest_logit", "router_z_loss", "load_balancing_loss")
+            (
+                np.abs(np.subtract(a[key], b[key])).max()
+                for a, b in routed
+                for key in ("token_entropy", "margin", "largest_logit", "router_z_loss", "load_balancing_loss")
+            ),
+            default=0.0,
         ),
         "group norms": max(
             abs(a["groups"][group][kind] - value) / max(value, 1e-3)
@@ -139,7 +151,7 @@ LIMITS_IN_BF16 = {"observed": 1e-4, "group norms": 1e-3, "weights": 1e-3}
 
 def is_equal(apart: dict[str, float], variant: str = "plain") -> bool:
     """Whether two runs are equal, but for the order of sums."""
-    limits = LIMITS | (LIMITS_IN_BF16 if variant == "muon" else {})
+    limits = LIMITS | (LIMITS_IN_BF16 if "muon" in variant else {})
     return all(value <= limits[name] for name, value in apart.items())
 
 
@@ -154,6 +166,7 @@ def pair(values, tmp_path_factory):
         "sharded half": case(shards, limits={"max_steps": 3}, folder="sharded"),
         "sharded": case(shards, resume=True),
         "experts": case(values, "bias", {"expert": 2}),
+        "stages": case(values, "tied", {"pipeline": 2}),
         "half": case(quiet, limits={"max_steps": 3}, folder="resumed"),
         "resumed": case(quiet, resume=True),
         "unbalanced": case(quiet, spoil="local counts", limits={"max_steps": 1}),
@@ -161,11 +174,13 @@ def pair(values, tmp_path_factory):
     return folder, train_cases(cases, 2, folder)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("zero 3", "plain"), ("experts", "bias")])
-def test_two_processes_train_what_one_trains(pair, reference, name, variant):
+@pytest.mark.parametrize(
+    ("name", "variant", "n_data"), [("zero 3", "plain", 2), ("experts", "bias", 2), ("stages", "tied", 1)]
+)
+def test_two_processes_train_what_one_trains(pair, reference, name, variant, n_data):
     folder, ended = pair
     assert ended[name] == "finished"
-    apart = differences(folder / name, reference(variant, 2))
+    apart = differences(folder / name, reference(variant, n_data))
     assert is_equal(apart), apart
 
 
@@ -206,23 +221,25 @@ def test_shards_are_merged_into_the_bytes_of_a_gathered_checkpoint(pair, tmp_pat
     verify_checkpoint(resolve_checkpoint(merged))
 
 
-def test_a_checkpoint_does_not_depend_on_the_layout(pair, tmp_path):
+@pytest.mark.parametrize("name", ["experts", "stages"])
+def test_a_checkpoint_does_not_depend_on_the_layout(pair, name):
     """One process reads what two have written, would write the same bytes again, and goes on with it."""
-    folder = pair[0] / "experts"
+    folder = pair[0] / name
     loaded = load_model(folder)
     assert len(list(generate(loaded.model, [1, 2, 3], 4))) <= 4
     state = build_state(loaded.config, CPU)
     load_training_state(state, loaded.path)
     snapshot = take_snapshot(state)
-    for name, tensors in (("model", snapshot.weights), ("optimizer", snapshot.optimizer)):
-        saved = load_file(loaded.path / f"{name}.safetensors")
+    for file, tensors in (("model", snapshot.weights), ("optimizer", snapshot.optimizer)):
+        saved = load_file(loaded.path / f"{file}.safetensors")
         assert saved.keys() == tensors.keys()
         assert all(torch.equal(saved[key], tensors[key]) for key in saved)
 
 
-def test_samples_and_arrays_are_those_of_one_process(pair, reference):
+@pytest.mark.parametrize(("name", "variant", "n_data"), [("zero 3", "plain", 2), ("stages", "tied", 1)])
+def test_samples_and_arrays_are_those_of_one_process(pair, reference, name, variant, n_data):
     """Before the first step, when weights are equal to the bit."""
-    folder, alone = pair[0] / "zero 3", reference("plain", 2)
+    folder, alone = pair[0] / name, reference(variant, n_data)
     texts = [read_metrics(path / "metrics.jsonl")[0]["samples"] for path in (folder, alone)]
     assert texts[0] == texts[1]
     own, theirs = (load_file(path / "evaluations" / "step_00000000.safetensors") for path in (folder, alone))
@@ -237,6 +254,9 @@ SHARDED = [
     (4, "bias", {"expert": 2, "replicate": 2}),
     (4, "masked", {"tensor": 2, "expert": 2}),
     (3, "plain", {}),
+    (2, "tied", {"pipeline": 2}),
+    (4, "deep", {"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved"}),
+    (4, "deep bias", {"pipeline": 2, "expert": 2}),
 ]
 
 
@@ -282,6 +302,22 @@ LAYOUTS = [
     (4, "bias", {"tensor": 2}),
     (4, "plain", {"tensor": 2, "expert": 2}),
     (4, "masked", {"tensor": 2, "zero": 1}),
+    (2, "plain", {"pipeline": 2, "pipeline_schedule": "gpipe"}),
+    (2, "deep", {"pipeline": 2}),
+    (2, "deep", {"pipeline": 2, "pipeline_schedule": "interleaved"}),
+    (2, "dense", {"pipeline": 2}),
+    (2, "muon", {"pipeline": 2}),
+    (2, "uneven", {"pipeline": 2}),
+    (3, "uneven", {"pipeline": 3}),
+    (4, "deep", {"pipeline": 4}),
+    (4, "deep", {"pipeline": 2}),
+    (4, "deep", {"pipeline": 2, "tensor": 2}),
+    (4, "deep bias", {"pipeline": 2, "zero": 1}),
+    (4, "deep bias", {"pipeline": 2, "expert": 2}),
+    (4, "deep bias", {"pipeline": 2, "expert": 2, "zero": 1, "pipeline_schedule": "interleaved"}),
+    (4, "plain", {"pipeline": 2, "zero": 0, "pipeline_schedule": "gpipe"}),
+    (4, "deep", {"pipeline": 2, "replicate": 2}),
+    (8, "deep bias", {"pipeline": 2, "tensor": 2, "expert": 2}),
 ]
 
 
@@ -330,6 +366,37 @@ def test_the_same_command_gives_the_same_bytes_and_another_layout_goes_on(values
     run_training(RunConfig.from_mapping(changed(values, {"train.micro_batch_tokens": 192})), alone)
     mine, other = steps(tmp_path / "moved"), steps(alone)
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(mine, other, strict=True)) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["1f1b", "interleaved"])
+def test_a_resumed_pipeline_ends_with_the_bytes_of_an_undisturbed_one(values, tmp_path, order):
+    """So does the same command."""
+    parallel = {"pipeline": 2, "pipeline_schedule": order}
+    cases = {
+        "whole": case(values, "deep", parallel),
+        "again": case(values, "deep", parallel),
+        "half": case(values, "deep", parallel, limits={"max_steps": 3}, folder="resumed"),
+        "resumed": case(values, "deep", parallel, resume=True),
+    }
+    train_cases(cases, 2, tmp_path)
+    assert files(tmp_path / "whole") == files(tmp_path / "again") == files(tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_a_pipeline_goes_on_from_other_layouts_and_they_from_it(values, tmp_path):
+    """Two stages, one process, two stages of two ranks, four stages in two parts, two data ranks."""
+    wide = changed(values, {"train.micro_batch_tokens": 192})
+    interleaved = {"pipeline": 2, "pipeline_schedule": "interleaved"}
+    for size, stop, parallel in ((2, 1, {"pipeline": 2}), (1, 2, {}), (4, 3, {"pipeline": 2}), (2, 4, interleaved)):
+        case_of_layout = case(wide, "deep", parallel, limits={"max_steps": stop}, resume=stop > 1, folder="moved")
+        assert train_cases({"moved": case_of_layout}, size, tmp_path) == {"moved": "max_steps"}
+    train_cases({"moved": case(wide, "deep", {"zero": 1}, resume=True)}, 2, tmp_path)
+    run_training(RunConfig.from_mapping(changed(wide, VARIANTS["deep"])), tmp_path / "alone")
+    mine, other = steps(tmp_path / "moved"), steps(tmp_path / "alone")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(mine, other, strict=True)) < LIMITS["loss"]
+    own, theirs = weights(tmp_path / "moved"), weights(tmp_path / "alone")
+    assert max(float((own[name] - theirs[name]).abs().max()) for name in theirs) < LIMITS["weights"]
 
 
 @pytest.mark.slow

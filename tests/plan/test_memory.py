@@ -90,6 +90,17 @@ def test_stage_parameters_by_hand():
     assert stage_parameters(MODEL, layout, 1)[:2] == (2 * layer + 80 + 8, 2 * 72)
 
 
+@pytest.mark.parametrize(("pipeline", "names"), [(1, []), (2, ["first", "last"]), (4, ["first", "middle", "last"])])
+def test_each_kind_of_stage_is_told_apart(pipeline, names):
+    """A pipeline of two stages has none in the middle."""
+    spread = Parallelism(4, pipeline=pipeline)
+    found = memory_section(RUN, spread, GPUS["a100-80gb"], recompute=False).values
+    numbers = {"first": 0, "middle": (pipeline - 1) // 2, "last": pipeline - 1}
+    layout = layout_of(parallelism=spread, per_parameter=MIXED_PRECISION)
+    wanted = {f"{name}_stage": gpu_memory(MODEL, layout, numbers[name]).total for name in names}
+    assert {name: value for name, value in found.items() if name.endswith("_stage")} == wanted
+
+
 @pytest.mark.parametrize(("pipeline", "copies"), [(1, 1), (2, 2)])
 def test_stage_parameters_tied_matrices_are_copied_on_both_ends(pipeline, copies):
     """A tied matrix is one on a single stage, and one on each end of a pipeline."""

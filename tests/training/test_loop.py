@@ -13,8 +13,11 @@ from small_runs import CPU, Silent, change, run_training, steps, weights_and_sta
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
+from moe_gpt.distributed.layout import Layout
+from moe_gpt.distributed.process import Team
 from moe_gpt.errors import InputError
 from moe_gpt.training import fits, setup
+from moe_gpt.training.loop import Limits, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
@@ -379,3 +382,13 @@ def test_run_that_cannot_fit_is_warned_of_before_it_is_built(small_config, tmp_p
         setup.set_up_run(small_config, tmp_path, CPU, say=said.append)
     (text,) = [text for text in said if text.startswith("WARNING")]
     assert "1 MB are free; lower train.micro_batch_tokens (now 192), set train.activation_checkpointing=true" in text
+
+
+def test_a_pipeline_takes_no_step_of_ones_own(small_config, tmp_path):
+    """Because its ranks have no whole model, the run is refused before it starts."""
+    team = Team()
+    team.layout = Layout(pipeline=2)
+    run = dataclasses.replace(set_up_run(small_config, tmp_path, CPU, say=lambda text: None), team=team)
+    with pytest.raises(InputError, match="a step function of your own needs parallel.pipeline=1, got 2"):
+        train(run, Limits(), Silent(), lambda run, plan, should_record: None)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -21,7 +21,7 @@ from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.yaml import parse_yaml
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.process import SOLO, Team
-from moe_gpt.distributed.sharding import local_part, own_part, whole, whole_shape
+from moe_gpt.distributed.sharding import gathered, local_part, own_part, whole_shape
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader
@@ -117,8 +117,8 @@ def take_snapshot(
     def kept(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor] | list[Piece]:
         if in_shards:
             return take_pieces(tensors, team.is_first_of_stage, copy)
-        gathered = ((name, whole(tensor.detach(), like)) for name, (tensor, like) in tensors.items())
-        return {name: t.to("cpu", copy=copy) for name, t in gathered if team.is_main}
+        whole = gathered(state.model, tensors)
+        return {name: tensor.to("cpu", copy=copy) for name, tensor in whole if team.is_main}
 
     progress = {
         "step": state.step,
@@ -140,7 +140,7 @@ def take_snapshot(
 
 
 def _generator_states(state: TrainState) -> dict[str, Tensor]:
-    device = state.model.embedding.weight.device
+    device = next(state.model.parameters()).device
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -211,6 +211,8 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
         origin: the source of the weights, for the error.
     """
     own = model_tensors(model)
+    if hasattr(model, "stages"):
+        saved = {name: saved[name] for name in own.keys() & saved.keys()}
     _compare({n: whole_shape(t) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -251,7 +253,7 @@ def load_training_state(state: TrainState, path: Path) -> None:
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]
     state.skips_in_a_row, state.rollbacks = progress["skips_in_a_row"], progress["rollbacks"]
     try:
-        _restore_generators(TensorReader([inside(path, GENERATORS)]), model.embedding.weight.device)
+        _restore_generators(TensorReader([inside(path, GENERATORS)]), next(model.parameters()).device)
     except (KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"checkpoint {path}: {GENERATORS} has no state of random generators: {error}") from None
 

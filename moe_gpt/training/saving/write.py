@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import to_yaml
 from moe_gpt.distributed.process import Team
 from moe_gpt.files.durable import FileDigest, complete_folder, write_file
@@ -40,6 +41,9 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, identity: RunIdentity) ->
     """
     with complete_folder(folder, replace=True) as temporary:
         tensors: Any = {WEIGHTS: snapshot.weights, OPTIMIZER: snapshot.optimizer}
+        if identity.config.parallel.pipeline > 1:  # they came stage by stage
+            for name, order in _orders(identity.config).items():
+                tensors[name] = {each: tensors[name][each] for each in sorted(tensors[name], key=order)}
         written = {name: _write_tensors(temporary / name, values) for name, values in tensors.items()}
         _write_the_rest(temporary, snapshot, identity, written)
 
@@ -70,17 +74,26 @@ def merge_shards(folder: Path) -> None:
     Raises:
         OSError: if it cannot be written; the shards are then intact.
     """
-    in_order = dict(zip((WEIGHTS, OPTIMIZER), checkpoint_specs(read_config(folder)), strict=True))
     with complete_folder(folder, replace=True) as temporary:
         written = {}
-        for name, specs_in_order in in_order.items():
-            reader, places = open_tensors(folder, name), {spec.name: i for i, spec in enumerate(specs_in_order)}
-            names = sorted(reader.names, key=lambda each: places.get(each, len(places)))
+        for name, order in _orders(read_config(folder)).items():
+            reader = open_tensors(folder, name)
+            names = sorted(reader.names, key=order)
             specs = [TensorSpec.of_file(each, reader.shape(each), reader.dtype(each)) for each in names]
             written[name] = write_tensors(temporary / name, specs, reader.read)
         for name in (GENERATORS, STATE, CONFIG, TOKENIZER):
             written[name] = write_file(temporary / name, [(folder / name).read_bytes()])
         _write_manifest(temporary, written)
+
+
+def _orders(config: RunConfig) -> dict[str, Callable[[str], int]]:
+    """Return, for each file, the place of each tensor of one process; those of a user's router come last."""
+
+    def order(specs: Sequence[TensorSpec]) -> Callable[[str], int]:
+        places = {spec.name: place for place, spec in enumerate(specs)}
+        return lambda name: places.get(name, len(places))
+
+    return dict(zip((WEIGHTS, OPTIMIZER), map(order, checkpoint_specs(config)), strict=True))
 
 
 def _write_own_shards(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, FileDigest]:
