@@ -86,7 +86,7 @@ def shard(model: MoEGPT, config: RunConfig, layout: Layout, meshes: Meshes) -> N
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply first
-            if model.embedding.weight.device.type == "cpu":
+            if meshes.everything.device_type == "cpu":
                 module.set_custom_reduce_scatter(_ExchangeAndAdd())  # type: ignore[arg-type]
 
 
