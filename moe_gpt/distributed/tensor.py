@@ -248,7 +248,8 @@ class _CrossEntropyOfAll(torch.autograd.Function):
 def _stacked(vector: Float[Tensor, "N"], mesh: DeviceMesh) -> Float[Tensor, "ranks N"]:
     """Return the vectors of all ranks."""
     found = vector.new_empty(mesh.size() * len(vector))
-    dist.all_gather_into_tensor(found, vector, group=mesh.get_group())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(found, vector, group=mesh.get_group())
     return found.view(mesh.size(), -1)
 
 
