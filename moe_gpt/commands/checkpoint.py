@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from moe_gpt.commands.options import Switch, Whole, WholeOrZero, flat
+
+_WAIT = "wait until it ends"
 
 
 def find_checkpoints(run: Path) -> list[Path]:
@@ -80,6 +83,7 @@ def merge(checkpoint: Path) -> None:
         checkpoint: A checkpoint, or a run folder for its newest one.
     """
     from moe_gpt.training.saving.manifest import FILES, WEIGHTS, files_of
+    from moe_gpt.training.saving.run_folder import hold
     from moe_gpt.training.saving.saved_model import verified
     from moe_gpt.training.saving.write import merge_shards
 
@@ -88,7 +92,9 @@ def merge(checkpoint: Path) -> None:
     if shards == [WEIGHTS]:
         print(f"{path} has no shards; nothing to do")
         return
-    merge_shards(path)
+    is_of_run = path.absolute().parent.name == "checkpoints"
+    with hold(path.absolute().parents[1], _WAIT) if is_of_run else contextlib.nullcontext():
+        merge_shards(path)
     print(f"{path}: {len(shards)} shards are one file now")
 
 
@@ -122,7 +128,7 @@ def prune(run: Path, *, options: PruneOptions = PruneOptions()) -> None:
     if options.dry_run:
         gone, verb = store.prunable_checkpoints(run, config), "would delete"
     else:
-        with hold(run):
+        with hold(run, _WAIT):
             gone, verb = store.prune(run, config), "deleted"
     for path in gone:
         print(f"{verb} {path}")

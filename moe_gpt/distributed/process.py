@@ -5,6 +5,7 @@ A process alone has a ``Team`` of one, which makes no group and changes nothing.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import itertools
@@ -26,6 +27,9 @@ from moe_gpt.distributed.layout import Layout, plan_layout
 from moe_gpt.errors import InputError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SECONDS_FOR_THREADS = 0.3
+"""Threads of gloo let go of the last collective's tensors after it has ended, for which they need the interpreter. A
+process whose interpreter ends before that is aborted."""
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
 
@@ -298,6 +302,7 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+        atexit.register(time.sleep, _SECONDS_FOR_THREADS)
     except (RuntimeError, ValueError, OSError) as error:
         raise _NobodyCame(
             f"the {launch.size} processes of RANK={launch.rank} WORLD_SIZE={launch.size} "

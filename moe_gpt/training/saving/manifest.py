@@ -20,7 +20,8 @@ WEIGHTS, OPTIMIZER, GENERATORS = "model.safetensors", "optimizer.safetensors", "
 STATE, CONFIG, TOKENIZER = "state.json", "config.yaml", "tokenizer.json"
 FILES = (WEIGHTS, OPTIMIZER, GENERATORS, STATE, CONFIG, TOKENIZER)
 FILES_TO_USE_A_MODEL = (WEIGHTS, STATE, CONFIG, TOKENIZER)
-_LARGEST_MANIFEST = 1_000_000
+_LARGEST_MANIFEST = 10_000_000
+"""Bytes; each rank that saves shards adds some 310."""
 
 
 def shard_name(name: str, rank: int, n_ranks: int) -> str:
@@ -31,7 +32,8 @@ def shard_name(name: str, rank: int, n_ranks: int) -> str:
 
 def files_of(path: Path, names: tuple[str, ...]) -> list[str]:
     """Return the files of a checkpoint that hold what ``names`` says; several for tensors of several ranks."""
-    return [file for name in names for file in _files_of(read_manifest(path), name)]
+    manifest = read_manifest(path)
+    return [file for name in names for file in _files_of(manifest, name)]
 
 
 def verify_files(path: Path, names: tuple[str, ...]) -> None:
@@ -61,6 +63,8 @@ def read_manifest(path: Path) -> dict[str, FileDigest]:
     """Return size and digest of every file."""
     try:
         values = json.loads(inside(path, MANIFEST, at_most=_LARGEST_MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it must be an object, got {type(values).__name__}")
         if set(values) != {file for name in FILES for file in _files_of(values, name)}:
             raise ValueError(f"the manifest must list {', '.join(FILES)}, got {', '.join(map(str, values))[:200]}")
         return {name: _digest(**values[name]) for name in values}

@@ -99,15 +99,19 @@ def check_checkpoints_are_there(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(run_dir: Path) -> Iterator[None]:
-    """Lock a run folder, or raise ``InputError`` if another process holds it. A process that dies frees its lock."""
+def hold(run_dir: Path, advice: str = "choose another --run-dir") -> Iterator[None]:
+    """Lock a run folder, or raise ``InputError`` if another process holds it. A process that dies frees its lock.
+
+    Args:
+        advice: ends the error.
+    """
     for name in (".lock", "metrics.jsonl", "events.jsonl"):  # written also where they are links
         inside(run_dir, name)
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise InputError(f"{run_dir} is in use by another training process; choose another --run-dir") from None
+        raise InputError(f"{run_dir} is in use by another training process; {advice}") from None
     try:
         yield
     finally:
