@@ -20,7 +20,7 @@ from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.optimizer import Optimizer
 from moe_gpt.training.records import metrics
 from moe_gpt.training.recovery import TrainingStopped
-from moe_gpt.training.saving import checkpoint
+from moe_gpt.training.saving import write
 from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.saved_model import load_model
 
@@ -40,7 +40,7 @@ def full_disk(monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return real(path, chunks)
 
-    for module in (durable, checkpoint, tensor_files):
+    for module in (durable, write, tensor_files):
         monkeypatch.setattr(module, "write_file", write_file)
     return disk
 
