@@ -299,10 +299,12 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
     try:
         if has_agent or launch.rank:
             _find_store(launch, time.monotonic() + timeout_seconds)
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store = _of_this_attempt(next(dist.rendezvous("env://", timeout=timeout))[0], launch)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
         atexit.register(time.sleep, _SECONDS_FOR_THREADS)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise _NobodyCame(
             f"the {launch.size} processes of RANK={launch.rank} WORLD_SIZE={launch.size} "
@@ -313,6 +315,22 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
     finally:
         notice.cancel()
     return dist.PrefixStore("moe_gpt", store)
+
+
+def _of_this_attempt(store: dist.Store, launch: Launch) -> dist.Store:
+    """Return a store without the keys of earlier attempts; all attempts share the one that torchrun keeps.
+
+    Only where torchrun runs on one node do all ranks have the same number of the attempt.
+    """
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "any"
+    found = dist.PrefixStore(f"attempt {attempt} of {launch.size} ranks", store)
+    if found.add(f"rank {launch.rank}", 1) > 1:
+        raise _NobodyCame(
+            "torchrun's store has keys of an earlier attempt, with which ranks could disagree; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of every torchrun, and start again with --resume"
+        )
+    return found
 
 
 def _find_store(launch: Launch, deadline: float) -> None:

@@ -24,7 +24,7 @@ from moe_gpt.config.data import NearDuplicatesConfig
 from moe_gpt.data.document import Document
 from moe_gpt.data.encode import EncodedDocument, Encoder
 from moe_gpt.data.tokenizer import in_groups
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 from moe_gpt.files.durable import replace_file
 from moe_gpt.scale.cut import Piece, read_part
 from moe_gpt.scale.parts import write_part
@@ -142,10 +142,12 @@ def make_filters(wanted: dict[str, dict[str, Any]]) -> list[PipelineStep]:
 
 
 def _make_filter(name: str, settings: dict[str, Any]) -> PipelineStep:
-    known = [key for key in inspect.signature(_FILTERS[name]).parameters if key != "exclusion_writer"]
-    for key in settings:
+    known = {k: p.default for k, p in inspect.signature(_FILTERS[name]).parameters.items() if k != "exclusion_writer"}
+    for key, value in settings.items():
         if key not in known:
             raise InputError(f"data.filters.{name}.{key} is no setting of the filter; it has {', '.join(known)}")
+        if isinstance(known[key], int | float) and not isinstance(value, int | float | None):
+            raise InputError(f"data.filters.{name}.{key} must be like {known[key]}, its default, got {shown(value)}")
     try:
         return _FILTERS[name](**settings)
     except Exception as error:  # of datatrove, or of a pattern

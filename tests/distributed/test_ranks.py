@@ -6,6 +6,8 @@ import copy
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from ranks import Cases, finish, start, train_cases
+from ranks import Cases, finish, free_port, start, train_cases, variables
 from safetensors.torch import load_file
 from small_runs import CPU, run_training, steps
 
@@ -478,3 +480,33 @@ def test_a_process_may_end_right_after_a_collective(values):
     pairs = [start(2, "-c", _LAST_COLLECTIVE.format(values=values)) for _ in range(6)]
     ended = [result for pair in pairs for result in finish(pair)]
     assert [status for status, _ in ended] == [0] * 12, ended
+
+
+_AGREEMENT = """
+import os, time
+time.sleep(3 * (os.environ["RANK"] == "0"))  # the others find what is in the store already
+from moe_gpt.config import RunConfig
+from moe_gpt.distributed.process import join, leave
+
+print(join(RunConfig.from_mapping({values})).from_main(lambda: "rank 0 is in attempt " + os.environ["ATTEMPT"]))
+leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_ranks_that_torchrun_started_again_do_not_read_the_agreements_of_before(values, n_nodes):
+    """With the store that torchrun shares with the ranks of all attempts; on several nodes they refuse it."""
+    store = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True)
+    of_torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": str(n_nodes)}
+    for attempt in ("0", "1"):
+        own = of_torchrun | {"TORCHELASTIC_RESTART_COUNT": attempt, "ATTEMPT": attempt}
+        words = [sys.executable, "-c", _AGREEMENT.format(values=values)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ended = finish(
+            [subprocess.Popen(words, env=variables(rank, 2, store.port) | own, **pipes) for rank in range(2)]
+        )
+        wanted = f"rank 0 is in attempt {attempt}"
+        if attempt == "1" and n_nodes > 1:
+            wanted = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        assert all(wanted in output for _, output in ended), ended

@@ -198,6 +198,15 @@ def test_cleaning_is_part_of_the_stores_name(tmp_path):
     assert prepare.store_folder(source, off, tokenizer, tmp_path).name in names
 
 
+def test_filter_settings_of_another_kind_are_refused():
+    """datatrove itself fails in the first task, with an error that does not name the setting."""
+    from moe_gpt.scale.steps import make_filters
+
+    assert len(make_filters({"gopher_quality": {"min_doc_words": None, "max_non_alpha_words_ratio": 1}})) == 1
+    with pytest.raises(InputError, match=r"data\.filters\.gopher_quality\.min_doc_words must be like 50.*got 'x'"):
+        make_filters({"gopher_quality": {"min_doc_words": "x"}})
+
+
 @pytest.mark.slow
 def test_what_a_task_cannot_read_is_said(tmp_path):
     """The error of a task in another process is the error of the command; the tasks before it are kept."""
