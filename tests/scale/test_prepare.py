@@ -199,7 +199,7 @@ def test_cleaning_is_part_of_the_stores_name(tmp_path):
 
 
 def test_filter_settings_of_another_kind_are_refused():
-    """datatrove itself fails in the first task, with an error that does not name the setting."""
+    """Datatrove itself fails in the first task, with an error that does not name the setting."""
     from moe_gpt.scale.steps import make_filters
 
     assert len(make_filters({"gopher_quality": {"min_doc_words": None, "max_non_alpha_words_ratio": 1}})) == 1
