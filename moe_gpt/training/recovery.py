@@ -9,6 +9,7 @@ restarted about 100 steps before a spike and skipped the data around it.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -186,8 +187,8 @@ class Recovery:
     def _account_of_lost_rank(self, error: Exception) -> str:
         account = f"{self._rank()}another rank did not answer in step {self.state.step + 1}"
         return (
-            f"{account} ({' '.join(str(error).split())[:160]}); {self._newest()}; --resume continues from it, and "
-            "torchrun does so by itself with --max-restarts"
+            f"{account} ({_first_sentence(error)}); {self._newest()}; --resume continues from it, and torchrun does so by "
+            "itself with --max-restarts"
         )
 
     def _account_of_no_folder(self) -> str:
@@ -213,6 +214,12 @@ class Recovery:
 
     def _warn(self, kind: str, text: str) -> None:
         self.log.warn(Finding(kind, self.state.step, text))
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return what an error of a collective says, without the place in PyTorch's source that it begins with."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", " ".join(str(error).split()))
+    return text.split(". ")[0][:160]
 
 
 def _count(number: int, what: str) -> str:
