@@ -187,8 +187,8 @@ class Recovery:
     def _account_of_lost_rank(self, error: Exception) -> str:
         account = f"{self._rank()}another rank did not answer in step {self.state.step + 1}"
         return (
-            f"{account} ({_first_sentence(error)}); {self._newest()}; --resume continues from it, and torchrun does so by "
-            "itself with --max-restarts"
+            f"{account} ({_first_sentence(error)}); {self._newest()}; --resume continues from it, and torchrun does so "
+            "by itself with --max-restarts"
         )
 
     def _account_of_no_folder(self) -> str:
