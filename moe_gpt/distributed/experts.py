@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_gpt import ops
+from moe_gpt.distributed.linked import linked
 from moe_gpt.ops import dispatch
 from moe_gpt.ops.device import compute_dtype
 
@@ -41,9 +43,11 @@ class Exchange:
         to_each = [sum(part) for part in self._parts(counts[self._rank])]
         mine = [self._parts(row)[self._rank] for row in counts]
         from_each = [sum(part) for part in mine]
-        arrived = _Swap.apply(rows, from_each, to_each, self._group)
+        here = partial(_swap, n_in=from_each, n_out=to_each, group=self._group)
+        home = partial(_swap, n_in=to_each, n_out=from_each, group=self._group)
+        arrived = linked(rows, here, home)
         answers = _answers(arrived, mine, gate_up.to_local(), down.to_local())
-        returned = _Swap.apply(answers.to(rows.dtype), to_each, from_each, self._group)
+        returned = linked(answers.to(rows.dtype), home, here)
         return dispatch.combine_rows(returned, expert_weights, plan)
 
     def _counts_of_all(self, segment_ends: Int[Tensor, "E"]) -> list[list[int]]:
@@ -72,19 +76,6 @@ def _answers(
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     weights = torch.ones(experts.shape, device=rows.device)
     return ops.mix_experts(rows, experts, weights, gate_up, down)[:-1]
-
-
-class _Swap(torch.autograd.Function):
-    """Send consecutive rows to one rank after another; gradients go the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, n_in: list[int], n_out: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.n_in, ctx.n_out, ctx.group = n_in, n_out, group
-        return _swap(rows, n_in, n_out, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _swap(grad, ctx.n_out, ctx.n_in, ctx.group), None, None, None
 
 
 def _swap(rows: Tensor, n_in: list[int], n_out: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -248,17 +248,9 @@ def square_sum(tensor: Any, parameter: Any) -> Tensor:
         tensor: a parameter, or its gradient or its change.
         parameter: says which part that is.
     """
-    part, mesh = local_part(tensor).float(), getattr(parameter, "device_mesh", None)
-    is_replica = mesh and any(
-        mesh.get_local_rank(i) for i, place in enumerate(parameter.placements) if place.is_replicate()
-    )
-    if is_replica or is_copy(parameter):
-        return part.new_zeros(())
-    cut = cut_of(parameter)
-    if cut:
-        counts = cut.counts(part.dim()).to(part.device).expand(parameter.shape)
-        part = part * (_cut(counts, mesh, parameter.placements) if mesh else counts)
-    return torch.linalg.vector_norm(part).square()
+    pieces = [piece for _, piece in pieces_of(tensor, parameter, is_first=True)]
+    squares = [torch.linalg.vector_norm(piece.float()).square() for piece in pieces]
+    return sum(squares, local_part(tensor).new_zeros((), dtype=torch.float32))
 
 
 def gathered(model: MoEGPT, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,7 @@ ranks alike: norms, routers, and the keys and values of multi-query attention.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_gpt import ops
+from moe_gpt.distributed.linked import linked
 from moe_gpt.model.attention import Attention
 from moe_gpt.model.experts import Experts, FeedForward
 from moe_gpt.model.losses import CrossEntropy
@@ -80,13 +80,6 @@ class Cut(NamedTuple):
     def length(self) -> int:
         """Rows of the whole parameter along ``dim``."""
         return sum(segment.length for segment in self.segments)
-
-    def counts(self, n_dims: int) -> Tensor:
-        """Return, for each row of this rank's part along ``dim``, 1.0, or 0.0 if rank 0 has the same row."""
-        rank = self.mesh.get_local_rank()
-        ones = [torch.full((n,), float(s.is_cut or rank == 0))
-                for s, n in zip(self.segments, self._lengths(rank), strict=True)]  # fmt: skip
-        return torch.cat(ones).view([-1 if dim == self.dim else 1 for dim in range(n_dims)])
 
     def _shares(self, segment: Segment) -> list[int]:
         """Return what of a segment each rank holds; the first ones hold one more where it does not divide."""
@@ -190,7 +183,7 @@ def _share_vocabulary(model: MoEGPT, cut: Cut) -> None:
     """Let each rank embed and score its tokens of the vocabulary."""
     mesh, rank = cut.mesh, cut.mesh.get_local_rank()
     lengths = [cut._lengths(r)[0] for r in range(mesh.size())]
-    first = list(itertools.accumulate(lengths, initial=0))[rank]
+    first, along_last = sum(lengths[:rank]), cut._replace(dim=-1)
 
     def embed(tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         own, is_here = _within(tokens, first, lengths[rank])
@@ -204,7 +197,7 @@ def _share_vocabulary(model: MoEGPT, cut: Cut) -> None:
     model.embedding.forward = embed  # type: ignore[method-assign, assignment]
     model.score = score  # type: ignore[method-assign, assignment]
     model.output.register_forward_pre_hook(lambda _, arguments: (_same(arguments[0], mesh),))
-    model.output.register_forward_hook(lambda _, arguments, logits: _Gathered.apply(logits, cut._replace(dim=-1)))
+    model.output.register_forward_hook(lambda _, arguments, logits: linked(logits, along_last.join, along_last.part))
 
 
 def _within(tokens: Tensor, first: int, n: int) -> tuple[Tensor, Tensor]:
@@ -252,46 +245,14 @@ def _stacked(vector: Float[Tensor, "N"], mesh: DeviceMesh) -> Float[Tensor, "ran
     return torch.stack(found)
 
 
-class _Gathered(torch.autograd.Function):
-    """Join the parts of all ranks; the gradient of a whole is the same on all of them, and each takes its part."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, cut: Cut) -> Tensor:
-        ctx.cut = cut
-        return cut.join(part)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.cut.part(grad), None
+def _same(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return what all ranks have alike; its gradients come from the work of all."""
+    return linked(tensor, lambda x: x.view_as(x), partial(_sum, mesh=mesh))
 
 
-class _Same(torch.autograd.Function):
-    """What all ranks have alike; its gradients come from the work of all."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.mesh), None
-
-
-class _Added(torch.autograd.Function):
-    """The sum of what ranks have computed; each one's gradient is that of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-        return _sum(tensor, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-_same: Callable[[Tensor, DeviceMesh], Tensor] = _Same.apply
-_added: Callable[[Tensor, DeviceMesh], Tensor] = _Added.apply
+def _added(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return the sum of what ranks have computed; each one's gradient is that of the sum."""
+    return linked(tensor, partial(_sum, mesh=mesh), lambda grad: grad)
 
 
 def _sum(tensor: Tensor, mesh: DeviceMesh) -> Tensor:

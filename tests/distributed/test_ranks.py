@@ -419,19 +419,26 @@ def test_a_full_disk_of_one_rank_is_an_error_of_all_and_no_hang(values, tmp_path
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(values, tmp_path):
     """The checkpoint is good, and the command ends as for one process; a resume goes on from it."""
-    path, run_dir = tmp_path / "run.yaml", tmp_path / "run"
-    long = changed(values, {"train.sample_tokens": 0, "checkpoint.every_steps": 0})
-    long["schedule"] = {"stages": [{"until_tokens": 10**7, "seq_len": 16, "batch_tokens": 64}]}
-    path.write_text(yaml.safe_dump(long))
-    processes = start(2, "-m", "moe_gpt", "train", str(path), "--run-dir", str(run_dir))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (run_dir.exists() and len(steps_so_far(run_dir)) > 3):
-        time.sleep(0.1)
+    run_dir = tmp_path / "run"
+    processes = in_the_middle(values, run_dir, save_every=0)
     processes[1].send_signal(signal.SIGTERM)
     (status, output), (other, _) = finish(processes)
     assert (status, other) == (143, 143), output
     assert f"SIGTERM: saved step {load_model(run_dir).step}" in output
     assert steps_so_far(run_dir)[-1]["step"] == load_model(run_dir).step
+
+
+def in_the_middle(values: dict, run_dir: Path, save_every: int) -> list[subprocess.Popen]:
+    """Start two ranks of a long run, and return them after some steps."""
+    path = run_dir.with_suffix(".yaml")
+    long = changed(values, {"train.sample_tokens": 0, "checkpoint.every_steps": save_every})
+    long["schedule"] = {"stages": [{"until_tokens": 10**7, "seq_len": 16, "batch_tokens": 64}]}
+    path.write_text(yaml.safe_dump(long))
+    processes = start(2, "-m", "moe_gpt", "train", str(path), "--run-dir", str(run_dir))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(steps_so_far(run_dir)) < 4:
+        time.sleep(0.1)
+    return processes
 
 
 def steps_so_far(run_dir: Path) -> list[dict[str, Any]]:
@@ -442,14 +449,8 @@ def steps_so_far(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_rank_that_loses_another_says_so_in_a_line(values, tmp_path):
     """With the newest checkpoint, at once, and with a status that makes torchrun start again."""
-    path, run_dir = tmp_path / "run.yaml", tmp_path / "run"
-    long = changed(values, {"train.sample_tokens": 0, "checkpoint.every_steps": 2})
-    long["schedule"] = {"stages": [{"until_tokens": 10**7, "seq_len": 16, "batch_tokens": 64}]}
-    path.write_text(yaml.safe_dump(long))
-    processes = start(2, "-m", "moe_gpt", "train", str(path), "--run-dir", str(run_dir))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (run_dir.exists() and len(steps_so_far(run_dir)) > 3):
-        time.sleep(0.1)
+    run_dir = tmp_path / "run"
+    processes = in_the_middle(values, run_dir, save_every=2)
     processes[1].kill()
     (status, output), _ = finish(processes, 30)
     assert status == 3, output

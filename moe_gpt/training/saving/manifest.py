@@ -42,7 +42,8 @@ def verify_files(path: Path, names: tuple[str, ...]) -> None:
     Raises:
         InputError: naming the checkpoint and the file that is missing, changed or foreign.
     """
-    manifest, files = read_manifest(path), files_of(path, names)
+    manifest = read_manifest(path)
+    files = [file for name in names for file in _files_of(manifest, name)]
     for file in files:
         _check_size(path, file, manifest[file].bytes)
     for file in files:
