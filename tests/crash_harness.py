@@ -129,7 +129,7 @@ def _slow_and_deadly_disk(die_at_call: int | None) -> None:
 def outcome(run_dir: Path) -> tuple[list[dict], dict[str, bytes]]:
     """What a run left: metrics without the speed, and the files of every checkpoint."""
     metrics = [
-        {key: value for key, value in line.items() if key != "tokens_per_second"}
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "cpu_seconds")}
         for line in read_metrics(run_dir / "metrics.jsonl")
     ]
     files = {

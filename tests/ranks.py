@@ -74,11 +74,13 @@ def _train(config: RunConfig, run_dir: Path, case: dict[str, Any]) -> str:
     from small_runs import CPU
 
     from moe_gpt.api.training import train_to_the_end
+    from moe_gpt.post_training.stages import stage_of
     from moe_gpt.training.loop import Limits
     from moe_gpt.training.setup import NOTHING_OWN, OwnParts, set_up_run
 
     own = OwnParts(make_router=EvenRouter) if case.get("volumes") else NOTHING_OWN
-    run = set_up_run(config, run_dir, CPU, resume=case.get("resume", False), say=lambda text: None, own=own)
+    start = {"resume": case.get("resume", False), "init_from": case.get("init_from")}
+    run = set_up_run(config, run_dir, CPU, **start, say=lambda text: None, own=own, stage=stage_of(config))
     with counting_bytes() if case.get("volumes") else contextlib.nullcontext({}) as sent:
         ended = train_to_the_end(run, Limits(**case.get("limits", {})))[0]
     if sent and run.team.is_main:
@@ -109,7 +111,8 @@ def counting_bytes() -> Iterator[dict[str, float]]:
             given = [*arguments, *options.values()]
             n = dist.get_world_size(next((a for a in given if isinstance(a, dist.ProcessGroup)), None))
             whole = max(a.nbytes for a in given if isinstance(a, torch.Tensor))
-            sent[kind] = sent.get(kind, 0) + whole * (n - 1) / n * (2 if kind == "all_reduce" else 1)
+            shares = {"send": 1, "all_reduce": 2 * (n - 1) / n}
+            sent[kind] = sent.get(kind, 0) + whole * shares.get(kind, (n - 1) / n)
             return real(*arguments, **options)
 
         return call
@@ -126,6 +129,8 @@ def counting_bytes() -> Iterator[dict[str, float]]:
             "all_gather": ("all_gather_single", "all_gather_into_tensor"),
             "reduce_scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
             "all_reduce": ("all_reduce",),
+            "broadcast": ("broadcast",),
+            "send": ("isend",),
             "all_to_all": ("all_to_all_single",),
         },
     )

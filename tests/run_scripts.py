@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -45,3 +46,14 @@ def script_in_a_process(name: str, *arguments: object) -> subprocess.CompletedPr
     """Run a script as the command line does."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def kill_after(n_checkpoints: int, run_dir: Path, name: str, *words: object) -> None:
+    """Start a script, and kill it once its run folder has so many checkpoints."""
+    script = [sys.executable, ROOT / "scripts" / f"{name}.py", *words, "--run-dir", run_dir]
+    process = subprocess.Popen(list(map(str, script)), stdout=subprocess.DEVNULL)
+    while len(list(run_dir.glob("checkpoints/step_*/manifest.json"))) < n_checkpoints:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()

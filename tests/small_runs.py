@@ -11,11 +11,12 @@ import torch
 
 from moe_gpt.config import RunConfig
 from moe_gpt.training.display import Silent
-from moe_gpt.training.loop import Limits, pretraining_step, train
+from moe_gpt.training.loop import Limits, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.saving.saved_model import resolve_checkpoint
 from moe_gpt.training.setup import Run, set_up_run
+from moe_gpt.training.stage import PRETRAINING
 
 CPU = torch.device("cpu")
 
@@ -27,12 +28,13 @@ def run_training(
     resume=False,
     init_from=None,
     allow_changes=(),
-    take_step=pretraining_step,
+    take_step=None,
     callbacks=(),
+    stage=PRETRAINING,
     **limits,
 ) -> tuple[Run, str]:
     """Train in a folder; return the run and how it ended."""
-    run = set_up_run(config, run_dir, CPU, resume, init_from, allow_changes, say=lambda text: None)
+    run = set_up_run(config, run_dir, CPU, resume, init_from, allow_changes, say=lambda text: None, stage=stage)
     with open_run_folder(run_dir, run.identity, run.resumed_from, run.damaged):
         outcome = train(run, Limits(**limits), display or Silent(), take_step, callbacks)
     return run, outcome

@@ -24,10 +24,13 @@ ROOMS = (
     "interop",
     "distributed",
     "training",
+    "post_training",
+    "serving",
     "plan",
     "report",
     "bench",
     "api",
+    "studies",
     "commands",
 )
 """From the ground up. A new room takes its place here in the commit that adds it."""

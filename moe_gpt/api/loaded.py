@@ -18,20 +18,27 @@ from moe_gpt.data.corpus import iterate_documents
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside
-from moe_gpt.inference.generate import SamplingConfig, generate
-from moe_gpt.interop import hugging_face
+from moe_gpt.inference.generate import generate
+from moe_gpt.inference.quantised import kind_of, quantise, weight_bytes
+from moe_gpt.inference.sampling import SamplingConfig
+from moe_gpt.inference.speculation import Draft
+from moe_gpt.interop import hugging_face, quantised_folder
 from moe_gpt.interop.foreign_tokenizer import ANOTHER_KIND
+from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast, pick_device, pick_precision, tune_process
+from moe_gpt.terminal.numbers import format_value
 from moe_gpt.training.evaluation import Score
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.score_text import score_documents
-from moe_gpt.training.setup import Run
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+    from moe_gpt.post_training.chat import Message
+    from moe_gpt.post_training.tools import Tool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,13 @@ class LanguageModel:
     """Compute type."""
     trained_length: int | None = None
     """The longest sequence that the model was trained on; None where nobody recorded it."""
+
+    @property
+    def setting(self) -> str:
+        """Where and how the model computes, in a line."""
+        line, kind = f"{self.path}, {self.model.embedding.weight.device}, {self.precision}", kind_of(self.model)
+        n_bytes = format_value(weight_bytes(self.model), "bytes")
+        return f"{line}; {kind} weights with bf16 activations, {n_bytes} in all" if kind else line
 
     @property
     def context(self) -> int:
@@ -134,13 +148,35 @@ class LanguageModel:
         new = self.continue_ids(ids, max_new_tokens, sampling, seed, context)
         return self.require_tokenizer().decode_stream(new, context=ids)
 
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[str | Tool] | None = None,
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """Return the answer to messages, without special tokens; see ``moe_gpt.api.chatting.answer``."""
+        from moe_gpt.api.chatting import answer
+
+        require(Count, max_new_tokens=max_new_tokens)
+        require(Seed, seed=seed)
+        return answer(self, messages, tools or (), max_new_tokens, SamplingConfig(temperature=temperature), seed)
+
     def continue_ids(
-        self, ids: Sequence[int], max_new_tokens: int, sampling: SamplingConfig, seed: int, context: int | None = None
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        seed: int,
+        context: int | None = None,
+        draft: Draft | None = None,
     ) -> Iterator[int]:
         """Yield the ids of new tokens that continue the given ids; see ``moe_gpt.generate``."""
         end = self.require_tokenizer().end_of_text_id
         limit = self.context if context is None else context
-        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision, limit)
+        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision, limit, draft)
 
     def encode(self, text: str, bos: bool = False, special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, as the model reads them. Warns where the tokenizer loses some of the text."""
@@ -256,7 +292,7 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         """Return path, size and vocabulary in a line."""
-        n_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        n_parameters = count_parameters(self.config).total
         experts = "dense" if self.config.is_dense else f"{self.config.n_experts} experts"
         return f"LanguageModel({str(self.path)!r}, {n_parameters:,} parameters, {experts})"
 
@@ -284,8 +320,9 @@ def load(
     make_router: MakeRouter | None = None,
     precision: str | None = None,
     max_seq_len: int | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
-    """Load a run (its newest checkpoint), a checkpoint, or a Hugging Face folder of Mixtral, Mistral or Llama.
+    """Load a run (its newest checkpoint), a checkpoint, or a folder: quantised, or Mixtral, Mistral or Llama.
 
     Args:
         path: the folder.
@@ -293,26 +330,48 @@ def load(
         make_router: your own router, if the model was trained with one.
         precision: auto, bf16 or fp32; by default fp32 on a CPU, else auto.
         max_seq_len: the context in tokens to use instead of the model's own.
+        quantize: int8 or int4, for weights in fewer bits, whose products take bf16 (docs/quantised.md).
 
     Raises:
         FileNotFoundError: where there is no model.
-        InputError: where the model is damaged, or ``make_router`` is not the router of its training.
+        InputError: where the model is damaged or quantised twice, or ``make_router`` is not that of its training.
     """
     if max_seq_len is not None:
         require(Count, max_seq_len=max_seq_len)
     place = pick_device(device)
     tune_process(place)
     chosen = pick_precision(precision or ("fp32" if place.type == "cpu" else "auto"), place)
-    if hugging_face.is_model_folder(path):
+    loaded = _load(Path(path), place, chosen, max_seq_len, make_router)
+    if quantize is not None:
+        quantise(loaded.model, quantize)
+    return loaded
+
+
+def _load(
+    path: Path, place: torch.device, chosen: Precision, max_seq_len: int | None, make_router: MakeRouter | None
+) -> LanguageModel:
+    is_quantised = quantised_folder.is_quantised_folder(path)
+    if is_quantised or hugging_face.is_model_folder(path):
         if make_router is not None:
-            raise InputError(f"{path} is a Hugging Face folder, whose routers are Mixtral's; leave make_router out")
-        return _load_hugging_face(Path(path), place, chosen, max_seq_len)
+            kind = "folder of quantised weights" if is_quantised else "Hugging Face folder"
+            raise InputError(f"{path} is a {kind}, whose routers are Mixtral's; leave make_router out")
+        return (_load_quantised if is_quantised else _load_hugging_face)(path, place, chosen, max_seq_len)
     run = load_model(path, place, make_router)
-    if max_seq_len:
-        run.model.config = dataclasses.replace(run.model.config, max_seq_len=max_seq_len)
+    _set_context(run.model, max_seq_len)
     return LanguageModel(
         run.model, run.tokenizer, run.path, run.config, precision=chosen, trained_length=run.trained_length
     )
+
+
+def _set_context(model: MoEGPT, max_seq_len: int | None) -> None:
+    if max_seq_len:
+        model.config = dataclasses.replace(model.config, max_seq_len=max_seq_len)
+
+
+def _load_quantised(path: Path, place: torch.device, chosen: Precision, max_seq_len: int | None) -> LanguageModel:
+    model, tokenizer, settings = quantised_folder.load(path)
+    _set_context(model, max_seq_len)
+    return LanguageModel(model.to(place), tokenizer, path, None, settings.text_start, chosen, settings.trained_length)
 
 
 def _load_hugging_face(path: Path, place: torch.device, chosen: Precision, max_seq_len: int | None) -> LanguageModel:
@@ -321,22 +380,3 @@ def _load_hugging_face(path: Path, place: torch.device, chosen: Precision, max_s
     found = hugging_face.load_with_tokenizer(path, place, max_seq_len)
     start = tuple(found.text_start)
     return LanguageModel(found.model, found.tokenizer, found.path, text_start=start, precision=chosen)
-
-
-def save(model: MoEGPT | LanguageModel | Run, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a model as a Hugging Face folder, Mixtral or Llama, which ``load`` and transformers read.
-
-    Args:
-        model: a ``MoEGPT``, or the result of ``load`` or ``train``, which has a tokenizer.
-        folder: new or empty.
-        tokenizer: tokenizer of a ``MoEGPT``; a folder without one loads as a model that cannot read text.
-
-    Raises:
-        InputError: for a model with your own router, because a Mixtral would compute something else.
-    """
-    if isinstance(model, LanguageModel):
-        hugging_face.save(model.model, folder, tokenizer or model.tokenizer)
-    elif isinstance(model, Run):
-        hugging_face.save(model.state.model, folder, tokenizer or model.data.tokenizer)
-    else:
-        hugging_face.save(model, folder, tokenizer)

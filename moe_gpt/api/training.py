@@ -14,6 +14,7 @@ from moe_gpt.config.yaml import find_config, load_run_config
 from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.ops.device import pick_device
+from moe_gpt.post_training.stages import stage_of
 from moe_gpt.training.callbacks import Callback, check_callbacks
 from moe_gpt.training.display import Display, Silent, TerminalDisplay
 from moe_gpt.training.loop import Limits, Outcome
@@ -107,7 +108,8 @@ def prepare(
         run_dir = run_dir or Path("runs") / find_config(str(config)).stem
     start = str(init_from) if init_from else None
     chosen = pick_device(device)
-    return set_up_run(settings, Path(run_dir), chosen, resume, start, allow_changes, say, own, fit_steps)
+    stage = stage_of(settings)
+    return set_up_run(settings, Path(run_dir), chosen, resume, start, allow_changes, say, own, fit_steps, stage)
 
 
 def fit_budget(fit_schedule: bool, max_steps: int | None) -> int | None:

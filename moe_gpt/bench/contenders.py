@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from functools import partial
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from moe_gpt.config import (
 from moe_gpt.errors import InputError
 from moe_gpt.measure.parameters import model_of
 from moe_gpt.ops.device import Precision, autocast, tune_process
+
+if TYPE_CHECKING:
+    from moe_gpt.model.transformer import MoEGPT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,6 @@ class Ours(Contender):
     """
 
     def __init__(self, workload: Workload, is_dense: bool = False, parallel: ParallelConfig = _ALONE) -> None:
-        from moe_gpt.distributed.parallelize import parallelize
         from moe_gpt.distributed.process import join
         from moe_gpt.training.setup import build_state
 
@@ -138,9 +140,15 @@ class Ours(Contender):
         )
         schedule = ScheduleConfig(stages=(stage,), warmup_tokens=0)
         self._config = config = RunConfig(model=model, schedule=schedule, train=train, parallel=parallel)
-        self._team = team = join(config)
-        self._state = build_state(config, self.device, adapt=lambda model: parallelize(model, config, team.layout))
+        self._team = join(config)
+        self._state = build_state(config, self.device, adapt=self._parallelized)
         self._state.model.train()
+
+    def _parallelized(self, model: MoEGPT) -> MoEGPT:
+        from moe_gpt.distributed.parallelize import parallelize
+
+        parallelize(model, self._config, self._team.layout)
+        return model
 
     def compute_gradients(self, tokens: Tensor) -> None:
         """Go forward and backward as ``train_step`` does."""

@@ -22,7 +22,8 @@ from moe_gpt.data.prepare import prepare_data
 from moe_gpt.data.stream import TrainingStream
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.ops.device import pick_precision
-from moe_gpt.training.setup import build_stream, fill_in
+from moe_gpt.training.setup import fill_in
+from moe_gpt.training.stage import build_stream
 
 _STREAM_BATCHES = 200
 _TRAIN_STEPS = 8

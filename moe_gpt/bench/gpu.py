@@ -27,6 +27,10 @@ from moe_gpt.bench.stages import Stage, run_stages, tabulate_stages
 from moe_gpt.config.yaml import parse_yaml
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import replace_file
+from moe_gpt.inference.engine import Engine
+from moe_gpt.inference.request import Request
+from moe_gpt.inference.sampling import SamplingConfig
+from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops import Visible, cuda
 from moe_gpt.ops.device import Precision, describe_device, pick_device, pick_precision
 from moe_gpt.plan.hardware import Parallelism, gpu_of
@@ -188,6 +192,27 @@ def decode(setup: Setup, folder: Path, shape: str) -> Iterator[Result]:
         what = setup.workload(shape), batch_size, setup.sizes["new_tokens"]
         make, show = functools.partial(generate.make_decoder, *what), functools.partial(generate.result_of, *what)
         yield from _each(setup, generate.NAMES, make, show)
+
+
+def serve(setup: Setup, folder: Path, shape: str) -> Iterator[Result]:
+    """Yield the speed of the engine with as many requests at once as ``decode`` has sequences."""
+    work, n_new = setup.workload(shape), setup.sizes["new_tokens"]
+    model = MoEGPT(work.model).to(setup.device)
+    for n_rows in setup.sizes["batch_sizes"]:
+        engine = Engine(model, n_rows=n_rows, context=generate.PROMPT_TOKENS + n_new, precision=setup.precision)
+        warm_up, measured = (timed(setup.device, functools.partial(_serve, engine, n_rows, n_new)) for _ in range(2))
+        yield {"name": f"engine/{n_rows} rows", "tokens_per_second": n_rows * n_new / measured, "first": warm_up}
+
+
+def _serve(engine: Engine, n_requests: int, n_new: int) -> None:
+    """Answer requests with random prompts; raise what failed."""
+    vocab_size = engine.model.embedding.num_embeddings
+    for _ in range(n_requests):
+        prompt = torch.randint(vocab_size, (generate.PROMPT_TOKENS,)).tolist()
+        engine.add(Request(prompt=prompt, max_new_tokens=n_new, sampling=SamplingConfig(temperature=0)))
+    for event in engine.run():
+        if event.finish == "error":
+            raise RuntimeError(event.error)
 
 
 def profile(setup: Setup, folder: Path, shape: str) -> Iterator[Result]:

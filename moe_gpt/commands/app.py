@@ -23,7 +23,10 @@ from moe_gpt.terminal.wrapping import terminal_width, wrap
 _READER_GONE = 128 + 13
 COMMANDS = {
     "train": "Train a model.",
+    "finetune": "Make an assistant of a trained model: fine-tuning on conversations.",
     "generate": "Continue a prompt.",
+    "chat": "Talk to a model that was fine-tuned for it.",
+    "serve": "Answer requests over HTTP, many at once, with a page for browsers.",
     "evaluate": "Measure loss, perplexity and bits per byte of held-out text or of files.",
     "prepare": "Tokenise the text of a config, and print a table of its sources.",
     "export": "Write a model as a Hugging Face folder.",
@@ -38,10 +41,18 @@ FAMILIES = {
         "merge": "Turn the shards of several ranks into the files that one process would have written, in place.",
         "prune": "Delete the checkpoints that the run's settings, or the options given here, do not keep.",
     },
+    "study": {
+        "run": "Train the runs of a study that are not finished, several at once, and print its tables.",
+        "show": "Print the tables: arms, comparisons with intervals, the law.",
+        "list": "Print the runs with their states, or one ordinary command for each.",
+        "predict": "Predict the held-out run from the finished ladder.",
+        "coordinates": "Measure how activations grow with the width, with and without muP.",
+    },
     "bench": {
         "train": "Compare the time of whole optimizer steps with other libraries, in turns.",
         "layer": "Compare the time of one mixture-of-experts layer with a dense layer, for three kinds of routing.",
         "generate": "Compare the speed of decoding with that of transformers on the exported model.",
+        "serve": "Compare serving with decoding one by one, in batches and with transformers; measure the server.",
         "scaling": "Measure how time and memory grow with experts, width, sequences and their length.",
         "data": "Compare two speeds: preparing text against datasets.map, and reading the stream against training.",
         "loop": "Measure the time to the first step, and the time that a run spends outside its steps.",
@@ -53,12 +64,18 @@ FAMILIES = {
 """The functions of one file."""
 FAMILY_HELP = {
     "checkpoint": "List, verify, merge or prune the checkpoints of a run.",
+    "study": "Compare arms over seeds, with intervals, from one YAML file.",
     "bench": "Compare speed and memory with the libraries that users would otherwise choose.",
 }
+_TRAINING = (
+    "exit status: 0 finished or stopped by a limit, 2 bad input, 3 training could not continue (the message "
+    "has the reason and the newest checkpoint), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM"
+)
 EPILOGUES = {
-    "train": "exit status: 0 finished or stopped by a limit, 2 bad input, 3 training could not continue (the message "
-    "has the reason and the newest checkpoint), 129, 130 or 143 saved and stopped by SIGHUP, SIGINT or SIGTERM",
+    "train": _TRAINING,
+    "finetune": _TRAINING,
     "checkpoint": "exit status: 0 done, 1 verify found a damaged checkpoint, 2 bad input",
+    "study": "exit status: 0 done, 1 a run failed, 2 bad input, 130 interrupted (the same command continues)",
     "bench": "Machines are noisy, so compare only times of one call.",
     "plan": "The reported GPT-4: moe-gpt plan gpt4.yaml --n-gpus 25000 --tensor 8 --pipeline 15 --mfu 0.34 --price 1",
 }
@@ -88,7 +105,7 @@ def make_app() -> cyclopts.App:
     for family, members in FAMILIES.items():
         part = cyclopts.App(name=family, help=FAMILY_HELP[family], help_epilogue=EPILOGUES[family])
         for name, text in members.items():
-            function = "show" if name == "list" else name  # list is Python's
+            function = "list_" if name == "list" else name  # list is Python's
             part.command(f"moe_gpt.commands.{family}:{function}", name=name, help=text)
         app.command(part)
     app.register_install_completion_command()
@@ -109,7 +126,7 @@ def _call(words: Sequence[str]) -> int | None:
         status = make_app()(words, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:
         raise InputError(_as_line(error)) from None
-    if list(words[:1]) == ["train"] and {"--help", "-h"} & set(words):
+    if words[:1] and words[0] in ("train", "finetune") and {"--help", "-h"} & set(words):
         from moe_gpt.commands.options import describe_settings
 
         print("\nkeys of a config, for the YAML file and for key.path=value:", *describe_settings(), sep="\n")

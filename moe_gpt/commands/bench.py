@@ -150,19 +150,50 @@ def devices(*, processes: Whole = 2, parallel: str = "zero=1", warmup: Whole = 8
     _report(options.json, functools.partial(bench_devices, work, settings, processes, *turns, warmup=warmup))
 
 
-def generate(*, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, options: Shaped = Shaped()) -> None:
+def generate(
+    *, batch_sizes: str = "1,8,64", new_tokens: Whole = 64, quantize: Switch = False, options: Shaped = Shaped()
+) -> None:
     """Measure decoding against transformers on the exported model; on a CPU in float32 by default, as generate does.
 
     Args:
         batch_sizes: Batch sizes, comma-separated.
         new_tokens: Tokens to decode.
+        quantize: Measure bfloat16, int8 and int4 weights instead of transformers.
     """
-    from moe_gpt.bench.generate import bench_generate
+    from moe_gpt.bench.generate import NAMES, QUANTISED, bench_generate
 
     sizes = [_count("--batch-sizes", text) for text in batch_sizes.split(",")]
     if options.precision == "auto" and options.place()[0].type == "cpu":
         options = dataclasses.replace(options, precision="fp32")
-    _report(options.json, functools.partial(bench_generate, options.workload(), sizes, new_tokens, options.rounds))
+    measure = functools.partial(bench_generate, options.workload(), sizes, new_tokens, options.rounds)
+    _report(options.json, functools.partial(measure, names=QUANTISED if quantize else NAMES))
+
+
+def serve(
+    run: str,
+    *,
+    only: str = "engine,server,experts,speculation",
+    draft: str | None = None,
+    rounds: Whole = 5,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Measure serving a run: the engine, the server, the experts that a pass reads, and speculation.
+
+    Args:
+        run: A run or a checkpoint, whose held-out text gives the prompts.
+        only: Parts to measure, comma-separated.
+        draft: A run with the same tokenizer, whose model guesses tokens.
+        rounds: Turns that each contender gets.
+        json: Write machine and results into this file, too.
+        plot: Draw the experts that a pass reads into this file, .svg or .png.
+    """
+    from moe_gpt.bench import serve as bench
+
+    parts = [part for part in only.split(",") if part]
+    results = _report(json, functools.partial(bench.bench_serve, run, parts, draft, rounds))
+    if plot:
+        bench.plot(results, plot)
 
 
 def scaling(*, axes: str | None = None, plot: Path | None = None, options: Measurement = Measurement()) -> None:

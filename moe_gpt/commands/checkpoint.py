@@ -26,7 +26,7 @@ def find_checkpoints(run: Path) -> list[Path]:
     return checkpoints
 
 
-def show(run: Path) -> None:
+def list_(run: Path) -> None:
     """Show each checkpoint's step, tokens, size and validation loss; the files' contents are not checked.
 
     Args:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from moe_gpt.commands.generate import warn_of_context
-from moe_gpt.commands.options import AboveZero, Device, Precision, Switch, Whole, Words, flat
+from moe_gpt.commands.generate import load_as_told, warn_of_context
+from moe_gpt.commands.options import AboveZero, Device, Precision, Quantize, Switch, Whole, Words, flat
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FILES, HELD_OUT, PLACE = (Group.create_ordered(name) for name in ("Files", "The run's held-out text", "Model"))
 _OF_FILES = ("stride", "text_field", "errors", "format", "max_seq_len")
-_OF_HELD_OUT = ("by_position", "rope_theta", "max_tokens")
+_OF_HELD_OUT = ("by_position", "rope_theta", "max_tokens", "retrieval")
 
 
 @flat
@@ -46,12 +46,16 @@ class EvaluateOptions:
     """Base of the rotary frequencies; the run's by default."""
     max_tokens: Annotated[Whole | None, Parameter(group=HELD_OUT)] = None
     """Tokens to score of each source; data.validation_tokens of the run by default."""
+    retrieval: Annotated[Switch, Parameter(group=HELD_OUT)] = False
+    """Ask what functions of held-out modules do, with and without a search in docstrings; needs '.[search]'."""
     context: Annotated[Whole | None, Parameter(group=PLACE)] = None
     """Length of the sequences; by default the longest that the run was trained on."""
     router: Annotated[str | None, Parameter(group=PLACE)] = None
     """Your own router, as FILE.py:NAME, if the model was trained with one."""
     precision: Annotated[Precision, Parameter(group=PLACE)] = "auto"
     """Compute type."""
+    quantize: Annotated[Quantize | None, Parameter(group=PLACE)] = None
+    """Weights in fewer bits: int8, int4. Their products take bf16; --precision is for the rest (docs/quantised.md)."""
     device: Annotated[Device, Parameter(group=PLACE)] = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
@@ -71,23 +75,31 @@ def evaluate(model: str, *, options: EvaluateOptions = EvaluateOptions()) -> Non
     """Print a table with the loss of each source of a run, or of each of the files.
 
     Args:
-        model: A run folder (its newest checkpoint) or a checkpoint; with --files also a Hugging Face folder.
+        model: A run folder (its newest checkpoint) or a checkpoint; with --files also what generate takes besides.
     """
     options.check()
 
-    from moe_gpt.api.loaded import load
-    from moe_gpt.interop.hugging_face import is_model_folder
-    from moe_gpt.training.saving.own_code import find_router
     from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
-    if not options.files and is_model_folder(model):
-        resolve_checkpoint(model)  # its error names --files
-    make_router = find_router(options.router) if options.router else None
-    loaded = load(
-        model, options.device, make_router=make_router, precision=options.precision, max_seq_len=options.max_seq_len
-    )
-    note(f"{loaded.path}, {loaded.model.embedding.weight.device}, {loaded.precision}")
-    print(score_files(loaded, options) if options.files else score_held_out(loaded, options))
+    if not options.files:
+        resolve_checkpoint(model)  # says what other folders are
+    loaded = load_as_told(model, options)
+    score = score_files if options.files else ask_with_search if options.retrieval else score_held_out
+    print(score(loaded, options))
+
+
+def ask_with_search(loaded: LanguageModel, options: EvaluateOptions) -> str:
+    """Return a table of how good answers about functions are with and without a search."""
+    from moe_gpt.post_training.retrieval import score_retrieval
+    from moe_gpt.post_training.starting import held_out_fraction, require_marks
+    from moe_gpt.terminal.tables import format_table
+
+    config, tokenizer = loaded.run_config, loaded.require_tokenizer()
+    assert config, "a run has a config"
+    require_marks(tokenizer, "questions on functions")
+    scores = score_retrieval(loaded.model, tokenizer, held_out_fraction(config.data), loaded.precision)
+    rows = [(name, f"{s.n:,}", f"{s.score:.3f} ± {s.standard_error:.3f}") for name, s in scores.items()]
+    return format_table(("score", "n", "mean ± standard error"), rows)
 
 
 def _require_held_out_text(config: RunConfig) -> None:
@@ -100,7 +112,7 @@ def score_held_out(loaded: LanguageModel, options: EvaluateOptions) -> str:
     from moe_gpt.data.prepare import prepare_data
     from moe_gpt.training.evaluation import format_positions, format_scores
     from moe_gpt.training.saving.checkpoint import read_state
-    from moe_gpt.training.setup import build_evaluator
+    from moe_gpt.training.stage import build_evaluator
 
     config, model = loaded.run_config, loaded.model
     assert config, "a run has a config"

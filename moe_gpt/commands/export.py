@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from moe_gpt.commands.next_command import command_line
-from moe_gpt.commands.options import flat
+from moe_gpt.commands.options import Quantize, Switch, flat
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
@@ -24,6 +24,10 @@ class ExportOptions:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in the files."""
+    quantize: Quantize | None = None
+    """Write a folder of weights in fewer bits, int8 or int4, that only moe_gpt reads (docs/quantised.md)."""
+    adapters: Switch = False
+    """Write a run's adapters alone, as a folder of PEFT (docs/from-base-to-chat.md)."""
     license: str = "unknown"
     """License identifier for the model card, such as apache-2.0."""
 
@@ -35,29 +39,29 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     open them without moe_gpt (docs/running-elsewhere.md).
 
     Args:
-        model: A run folder (its newest checkpoint) or a checkpoint.
+        model: A run folder (its newest checkpoint) or a checkpoint; with --quantize also a Hugging Face folder.
         folder: The folder to write, new or empty.
     """
     if not re.fullmatch(r"[A-Za-z0-9.+-]+", options.license):
         raise InputError(f"--license must be an identifier such as apache-2.0, got {options.license!r}")
+    if options.quantize or options.adapters:
+        (export_adapters if options.adapters else export_quantised)(model, folder, options)
+        return
 
     from moe_gpt.interop import hugging_face
     from moe_gpt.interop.model_card import Training, model_card
+    from moe_gpt.post_training.chat import TEMPLATE, TRAINING_TEMPLATE, TURN_END, can_chat
     from moe_gpt.training.records.metrics import scores_at
     from moe_gpt.training.saving.saved_model import describe_model, open_checkpoint
 
     saved = open_checkpoint(model)
     config = saved.config
-    if saved.router:
-        raise InputError(hugging_face.own_router_text(saved.router["name"]))
-    training = Training(
-        config,
-        saved.step,
-        saved.tokens_seen,
-        scores_at(saved.run_dir / "metrics.jsonl", saved.step),
-        describe_model(saved.initialised_from) if saved.initialised_from else None,
-        saved.trained_length,
-    )
+    is_chat = can_chat(config.stage, saved.tokenizer)
+    chat = hugging_face.Chat(TEMPLATE, TRAINING_TEMPLATE, TURN_END) if is_chat else None
+    _require_model_of_text(saved)
+    scores = scores_at(saved.run_dir / "metrics.jsonl", saved.step)
+    origin = describe_model(saved.initialised_from) if saved.initialised_from else None
+    training = Training(config, saved.step, saved.tokens_seen, scores, origin, saved.trained_length)
     hugging_face.export(
         config.model,
         saved.weights.read,
@@ -67,14 +71,92 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
         config.loss.load_balancing_loss_weight,
         model_card(folder.absolute().name, training, options.dtype, options.license),
         keep_template=False,
+        chat=chat,
     )
     architecture = "LlamaForCausalLM" if config.model.is_dense else "MixtralForCausalLM"
-    n_bytes = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{saved.path} -> {folder}: {architecture}, {options.dtype}, {n_bytes / 1e6:,.1f} MB")
+    print(f"{saved.path} -> {folder}: {architecture}, {options.dtype}, {_megabytes(folder)}")
     for note in notes(saved):
         print(wrap(f"note: {note}"))
-    print(f"next:\n  {command_line('generate', folder, '--prompt', 'def ')}")
+    print(f"next:\n  {_next_command(folder, is_chat)}")
     print(f"or, in Python with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def _next_command(folder: Path, is_chat: bool) -> str:
+    return command_line("chat", folder) if is_chat else command_line("generate", folder, "--prompt", "def ")
+
+
+def _require_model_of_text(saved: SavedModel) -> None:
+    """Raise ``InputError`` for a model that other programs cannot run: with a router of one's own, or of rewards."""
+    from moe_gpt.interop import hugging_face
+
+    if saved.router:
+        raise InputError(hugging_face.own_router_text(saved.router["name"]))
+    if saved.config.reward:
+        raise InputError(
+            f"{saved.path} is a reward model: it scores answers (rl.reward_model), and has no text to export"
+        )
+
+
+def export_quantised(model: str, folder: Path, options: ExportOptions) -> None:
+    """Write a model as a folder of quantised weights, and print how to use it."""
+    from moe_gpt.api.loaded import load
+    from moe_gpt.interop import quantised_folder
+    from moe_gpt.post_training.chat import TEMPLATE, can_chat
+
+    if (options.dtype, options.license) != (ExportOptions.dtype, ExportOptions.license):
+        raise InputError("--dtype and --license are for a Hugging Face folder; leave them out with --quantize")
+    loaded = load(model, "cpu", precision="fp32")
+    settings = quantised_folder.Settings(
+        kind=options.quantize,  # type: ignore[arg-type]
+        model=loaded.config,
+        end_of_text=loaded.tokenizer.end_of_text if loaded.tokenizer else None,
+        text_start=loaded.text_start,
+        trained_length=loaded.trained_length,
+    )
+    config, tokenizer = loaded.run_config, loaded.tokenizer
+    template = TEMPLATE if config and tokenizer and can_chat(config.stage, tokenizer) else None
+    quantised_folder.save(folder, loaded.model, settings, tokenizer, loaded.path, template)
+    print(f"{loaded.path} -> {folder}: {options.quantize}, {_megabytes(folder)}, for moe_gpt alone")
+    print(f"next:\n  {_next_command(folder, template is not None)}")
+
+
+def export_adapters(model: str, folder: Path, options: ExportOptions) -> None:
+    """Write a run's adapters as a folder of PEFT, and print how to use it."""
+    from moe_gpt.post_training.peft_folder import save_adapters
+    from moe_gpt.training.saving.saved_model import load_adapted, open_checkpoint
+
+    if options != ExportOptions(adapters=True):
+        raise InputError("--dtype, --license and --quantize are for whole models; leave them out with --adapters")
+    saved = open_checkpoint(model)
+    if saved.config.adapters is None:
+        raise InputError(f"{saved.path} has no adapters; leave --adapters out")
+    _require_model_of_text(saved)
+    if others := list(_learned_beside_adapters(saved)):
+        raise InputError(
+            f"{saved.path} learned more than its adapters: {', '.join(others)}; leave --adapters out, and they are "
+            "merged into an export of the whole model"
+        )
+    save_adapters(load_adapted(saved), folder)
+    print(f"{saved.path} -> {folder}: adapters of rank {saved.config.adapters.rank}, {_megabytes(folder)}")
+    print(f"next:\n  {command_line('export', saved.initialised_from, 'BASE')}")
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('BASE'), {str(folder)!r})"
+    print(f"then, in Python with peft and transformers: {load}")
+
+
+def _learned_beside_adapters(saved: SavedModel) -> Iterator[str]:
+    """Yield what a folder of adapters would lack."""
+    from moe_gpt.training.saving.initial_weights import open_initial_weights
+
+    config = saved.config
+    yield from config.adapters.also_train if config.adapters else ()
+    if config.model.balance == "bias":
+        yield "the balancing bias"
+    if open_initial_weights(str(saved.initialised_from), None).model.vocab_size != config.model.vocab_size:
+        yield "rows of new special tokens"
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:,.1f} MB"
 
 
 def notes(saved: SavedModel) -> Iterator[str]:

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from moe_gpt.commands.options import Device, Precision, Switch, Whole, WholeOrZero, flat, read_as
+from moe_gpt.commands.options import Device, Precision, Quantize, Switch, Whole, WholeOrZero, flat, read_as
+from moe_gpt.commands.speculation import NO_SPECULATION, SpeculationOptions, make_draft
 from moe_gpt.config.section import AtMostOne, NonNegative, Seed
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
     from moe_gpt.api.loaded import LanguageModel
+    from moe_gpt.commands.evaluate import EvaluateOptions
+    from moe_gpt.commands.serve import ServeOptions
+    from moe_gpt.inference.speculation import Draft
 
 PROMPT, SAMPLING, PLACE = (Group.create_ordered(name) for name in ("Prompt", "Sampling", "Model"))
 _LONGEST_PROMPT = 10_000_000  # a device such as /dev/zero has no end
@@ -24,7 +28,33 @@ _LONGEST_PROMPT = 10_000_000  # a device such as /dev/zero has no end
 
 @flat
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class SampledModelOptions:
+    """How to sample, and where and how the model computes."""
+
+    top_k: Annotated[WholeOrZero, Parameter(group=SAMPLING)] = 0
+    """Sample from this many most likely tokens; 0 samples from all."""
+    top_p: Annotated[AtMostOne, read_as(AtMostOne), Parameter(group=SAMPLING)] = 1.0
+    """Sample from the most likely tokens that together have this probability."""
+    seed: Annotated[Seed, read_as(Seed), Parameter(group=SAMPLING)] = 0
+    """Seed of the sampling."""
+    max_seq_len: Annotated[Whole | None, Parameter(group=PLACE)] = None
+    """Context in tokens to use instead of the model's own."""
+    router: Annotated[str | None, Parameter(group=PLACE)] = None
+    """Your own router, as FILE.py:NAME, if the model was trained with one."""
+    precision: Annotated[Precision | None, Parameter(group=PLACE)] = None
+    """Compute type; fp32 on a CPU, else auto, by default."""
+    quantize: Annotated[Quantize | None, Parameter(group=PLACE)] = None
+    """Weights in fewer bits: int8, int4. Their products take bf16; --precision is for the rest (docs/quantised.md)."""
+    device: Annotated[Device, Parameter(group=PLACE)] = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+
+
+DEFAULTS = SampledModelOptions()
+
+
+@flat
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(SampledModelOptions):
     """Prompt, sampling, router and device."""
 
     prompt: Annotated[str | None, Parameter(group=PROMPT)] = None
@@ -45,45 +75,46 @@ class GenerateOptions:
     """Positions of prompt and continuation together; by default the longest sequence that the run was trained on."""
     temperature: Annotated[NonNegative, read_as(NonNegative), Parameter(group=SAMPLING)] = 0.8
     """Divisor of the logits; 0 chooses the most likely token each time."""
-    top_k: Annotated[WholeOrZero, Parameter(group=SAMPLING)] = 0
-    """Sample from this many most likely tokens; 0 samples from all."""
-    top_p: Annotated[AtMostOne, read_as(AtMostOne), Parameter(group=SAMPLING)] = 1.0
-    """Sample from the most likely tokens that together have this probability."""
-    seed: Annotated[Seed, read_as(Seed), Parameter(group=SAMPLING)] = 0
-    """Seed of the sampling."""
-    max_seq_len: Annotated[Whole | None, Parameter(group=PLACE)] = None
-    """Context in tokens to use instead of the model's own."""
-    router: Annotated[str | None, Parameter(group=PLACE)] = None
-    """Your own router, as FILE.py:NAME, if the model was trained with one."""
-    precision: Annotated[Precision | None, Parameter(group=PLACE)] = None
-    """Compute type; fp32 on a CPU, else auto, by default."""
-    device: Annotated[Device, Parameter(group=PLACE)] = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
 
 
-def generate(model: str, *, options: GenerateOptions = GenerateOptions()) -> None:
+def generate(
+    model: str,
+    *,
+    options: GenerateOptions = GenerateOptions(),
+    speculation: SpeculationOptions = NO_SPECULATION,
+) -> None:
     """Write a prompt and its continuation by a model to stdout.
 
     Args:
-        model: A run folder (its newest checkpoint), a checkpoint, or a Hugging Face folder (Mixtral, Mistral, Llama).
+        model: A run (its newest checkpoint), a checkpoint, or a folder: quantised, or Mixtral, Mistral or Llama.
     """
     prompt = find_prompt(options)
 
-    from moe_gpt.api.loaded import load
-    from moe_gpt.training.saving.own_code import find_router
-
-    make_router = find_router(options.router) if options.router else None
-    loaded = load(
-        model, options.device, make_router=make_router, precision=options.precision, max_seq_len=options.max_seq_len
-    )
-    device = loaded.model.embedding.weight.device
-    print(f"{loaded.path}, {device}, {loaded.precision}", file=sys.stderr)
+    loaded = load_as_told(model, options)
+    draft = make_draft(speculation, loaded, 1)
     if prompt is not None or not sys.stdin.isatty():
-        write_samples(loaded, prompt or "", options)
+        write_samples(loaded, prompt or "", options, draft)
         return
     print("type a prompt and press return; an empty line ends", file=sys.stderr)
     while prompt := sys.stdin.readline().rstrip("\n"):
-        write_samples(loaded, prompt, options)
+        write_samples(loaded, prompt, options, draft)
+
+
+def load_as_told(model: str, options: SampledModelOptions | EvaluateOptions | ServeOptions) -> LanguageModel:
+    """Load the model of a command, and say on stderr where and how it computes."""
+    from moe_gpt.api.loaded import load
+    from moe_gpt.training.saving.own_code import find_router
+
+    loaded = load(
+        model,
+        options.device,
+        make_router=find_router(options.router) if options.router else None,
+        precision=options.precision,
+        max_seq_len=options.max_seq_len,
+        quantize=options.quantize,
+    )
+    print(wrap(loaded.setting), file=sys.stderr)
+    return loaded
 
 
 def find_prompt(options: GenerateOptions) -> str | None:
@@ -106,16 +137,16 @@ def find_prompt(options: GenerateOptions) -> str | None:
     return text
 
 
-def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions) -> None:
+def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions, draft: Draft | None = None) -> None:
     """Write the prompt with each continuation of it, as it is made."""
-    from moe_gpt.inference.generate import SamplingConfig
+    from moe_gpt.inference.sampling import SamplingConfig
 
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     ids, limit = loaded.encode(prompt, options.bos, options.special_tokens), options.context or loaded.context
     _warn_of_the_prompt(loaded, prompt, options)
     for index in range(options.samples):
         written = list(ids)
-        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index, limit)
+        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index, limit, draft)
         pieces = loaded.require_tokenizer().decode_stream(_remember(new, written), context=ids)
         first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
         if options.samples > 1:

@@ -21,6 +21,7 @@ from moe_gpt.config.section import (
     default_of,
     expectation,
     field_docs,
+    is_list,
     section_in,
 )
 from moe_gpt.terminal.wrapping import wrap
@@ -49,6 +50,7 @@ Words = Annotated[tuple[str, ...], Parameter(negative="", show_default=False)]
 Device = str
 """auto, cpu, cuda, cuda:1 and so on, mps; ``pick_device`` checks it."""
 Precision = Literal["auto", "bf16", "fp32"]
+Quantize = Literal["int8", "int4"]
 flat = Parameter(name="*")
 """For a dataclass of options: its fields are flags of their own."""
 
@@ -63,7 +65,7 @@ def describe_settings(section: type[Section] = RunConfig, prefix: str = "") -> I
             shown = "required" if default is dataclasses.MISSING else json.dumps(default)
             yield wrap(f"  {key} ({shown}): {doc} [{expectation(annotation)}]")
             continue
-        if inner is not annotation:
+        if is_list(annotation):
             key, doc = f"{key}.0", f"{doc} A list: 0, 1, ..."
         yield wrap(f"\n{key}: {doc}")
         yield from describe_settings(inner, f"{key}.")

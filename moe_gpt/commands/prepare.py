@@ -134,7 +134,7 @@ def describe_sources(data: PreparedData, shares: list[float], total_tokens: int)
 def show_sequences(config: RunConfig, data: PreparedData, shares: list[float]) -> None:
     """Print the first sequence of every stage, and of the middle of the run, with the place it comes from."""
     from moe_gpt.training.schedule import Schedule
-    from moe_gpt.training.setup import build_stream
+    from moe_gpt.training.stage import build_stream
 
     schedule = Schedule(config.schedule, config.optimizer, 0)
     stream = build_stream(config, data, shares)

@@ -58,22 +58,30 @@ class TrainOptions:
     """Where to train: auto, cpu, cuda, cuda:1, mps."""
 
 
-def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) -> int:
+NO_OPTIONS = TrainOptions()
+
+
+def train(config: str, *overrides: str, options: TrainOptions = NO_OPTIONS) -> int:
     """Train a mixture-of-experts decoder, save it, and print scores and samples.
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny.yaml.
         overrides: Settings that replace those of the file, as key.path=value.
     """
+    return run_command("train", config, overrides, options)
+
+
+def run_command(command: str, config: str, overrides: Sequence[str], options: TrainOptions) -> int:
+    """Run ``train`` or ``finetune`` on one rank; return the exit status."""
     from moe_gpt.distributed.process import is_another_rank, leave, should_tell
 
     if not is_another_rank():
         with lasting_output():
-            status = _train(config, overrides, options)
+            status = _train(command, config, overrides, options)
     else:  # rank 0 says the same
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             try:
-                status = _train(config, overrides, options)
+                status = _train(command, config, overrides, options)
             except InputError as error:
                 if should_tell(error):
                     raise
@@ -85,8 +93,9 @@ def train(config: str, *overrides: str, options: TrainOptions = TrainOptions()) 
     return status
 
 
-def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
+def _train(command: str, config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     from moe_gpt.api.training import fit_budget, prepare, train_to_the_end
+    from moe_gpt.commands.finetune import check_command, score_after, score_before
     from moe_gpt.model.router import Router
     from moe_gpt.training.loop import Limits
     from moe_gpt.training.recovery import RankStopped, TrainingStopped
@@ -95,6 +104,7 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     from moe_gpt.training.summary import describe_run, note_on_schedule
 
     limits = Limits(options.max_steps, options.max_minutes)
+    check_command(command, config, overrides)
     run = prepare(
         config,
         overrides,
@@ -111,20 +121,23 @@ def _train(config: str, overrides: Sequence[str], options: TrainOptions) -> int:
     if note := note_on_schedule(run, limits):
         print(wrap(note, " " * 11), flush=True)
     was_finished = run.is_finished
+    score_before(run)
     try:
         outcome, display = train_to_the_end(run, limits)
     except TrainingStopped as stopped:
         _tell(run, f"error: {stopped}", by_all=isinstance(stopped, RankStopped))
         return 3
     if was_finished:
-        print(f"this run is finished; next:\n  {generate_command(run, options.router)}")
+        score_after(run, run.whole_model())
+        print(f"this run is finished; next:\n  {next_commands(run, options.router)[0]}")
         return 0
     if outcome in EXIT_STATUS:
-        _tell(run, f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated('train', '--resume')}")
+        _tell(run, f"{outcome}: saved step {run.state.step}; continue with:\n  {repeated(command, '--resume')}")
         return EXIT_STATUS[outcome]
     model = run.whole_model()
     if model:
         print(display.summary())
+        score_after(run, model)
         say_what_came_out(run, outcome, model, options.router)
     return 0
 
@@ -136,20 +149,30 @@ def _tell(run: Run, text: str, by_all: bool = False) -> None:
 
 def say_what_came_out(run: Run, outcome: str, model: MoEGPT, router: str | None) -> None:
     """Print samples and the reason of a stop, write the report, and print the next commands."""
+    from moe_gpt.report.routed_text import show_controls
     from moe_gpt.training.records.samples import generate_samples
     from moe_gpt.training.saving.saved_model import resolve_checkpoint
 
-    for name, text in generate_samples(run, 120, model):
-        print(f"--- {name} ---\n{text}\n")
+    for name, text in () if run.config.stage else generate_samples(run, 120, model):
+        shown = "\t".join(map(show_controls, text.split("\t")))  # an untrained model writes terminal codes too
+        print(f"--- {name} ---\n{shown}\n")
     if run.resumed_from == resolve_checkpoint(run.run_dir):
         print(f"the run is already at step {run.state.step}; nothing was trained")
     elif outcome != "finished":
         print(wrap(f"stopped by {outcome} at step {run.state.step}; to continue, add --resume and a later limit"))
     if run.config.train.report:
         write_page(run.run_dir)
+    print("next:", *next_commands(run, router), sep="\n  ")
+
+
+def next_commands(run: Run, router: str | None) -> list[str]:
+    """Return commands that use a run."""
+    from moe_gpt.commands.finetune import next_after_stage
+
+    if run.config.stage:
+        return next_after_stage(run)
     files = [] if run.config.data.validation_fraction else ["--files", "FILE"]
-    evaluate = command_line("evaluate", run.run_dir, *files, *_router(router))
-    print(f"next:\n  {generate_command(run, router)}\n  {evaluate}")
+    return [generate_command(run, router), command_line("evaluate", run.run_dir, *files, *_router(router))]
 
 
 def _router(router: str | None) -> list[str]:

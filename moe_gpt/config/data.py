@@ -17,6 +17,12 @@ VocabularySize = Annotated[Count, Field(ge=257, le=10**7, title="a whole number 
 
 Portion = Annotated[Positive, Field(le=1e9, title="a number above 0 and at most 10^9")]
 
+PACKAGES = (
+    "torch", "sympy", "pandas", "numpy", "matplotlib", "networkx", "fonttools", "datasets", "huggingface_hub",
+    "pygments", "rich", "pydantic", "fsspec",
+)  # fmt: skip
+"""Installed wherever moe_gpt is."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Section):
@@ -56,8 +62,11 @@ class SourceConfig(Section):
 
     name: Name
     """Name of the source in metrics and folders: letters, digits, - and _."""
-    builtin: Literal["prose", "code"] | None = None
-    """Text that ships with Python: its documentation (prose) or the source code of its standard library (code)."""
+    builtin: Literal["prose", "code", "packages"] | None = None
+    """Text that ships with Python: its documentation (prose) or the source code of its standard library (code); or the
+    source code of installed packages."""
+    packages: tuple[str, ...] = PACKAGES
+    """Of builtin packages: their names; the default has large ones that moe_gpt needs itself."""
     files: str | tuple[str, ...] | None = None
     """Paths or globs of .jsonl, .json, .parquet, .csv, .tsv or UTF-8 text (one document per file); also as .gz, .zst,
     .xz or .bz2."""
@@ -111,6 +120,7 @@ class SourceConfig(Section):
         for keys, has_effect, what in (
             (("subset", "split", "revision", "streaming"), self.dataset, "for a dataset: source only"),
             (("text_field", "template"), not self.builtin, "not for a builtin source"),
+            (("packages",), self.builtin == "packages", "for builtin: packages only"),
             (("errors", "format"), self.files, "for a files: source only"),
         ):
             for key in keys:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moe_gpt.config.mup import MupBase
 from moe_gpt.config.section import Count, Flag, NonNegative, Positive, Problem, Section, divides, unless
 
 _MOST_NUMBERS = 2**60
@@ -61,6 +62,8 @@ class ModelConfig(Section):
     """Added to the mean square in RMSNorm."""
     init_std: Positive = 0.02
     """Standard deviation of the initial weights; projections into the residual use init_std / sqrt(2 n_layers)."""
+    mup_base: MupBase | None = None
+    """The shape for which the learning rate was tuned: muP carries it over to this shape. null scales nothing."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield impossible shapes."""
@@ -70,6 +73,8 @@ class ModelConfig(Section):
         yield from unless(self.head_dim % 2 == 0, text, "head_dim")
         text = f"top_k cannot exceed n_experts={self.n_experts}, got top_k={self.top_k}; lower top_k or raise n_experts"
         yield from unless(self.top_k <= self.n_experts, text, "top_k", "n_experts")
+        text = "tie_embeddings must be false with mup_base: one matrix cannot have the scales of embedding and output"
+        yield from unless(not (self.tie_embeddings and self.mup_base), text, "tie_embeddings", "mup_base")
         text = (
             f"normalize_topk must be false for top_k=1 of n_experts={self.n_experts}, got true: a single weight "
             "rescaled to 1 gives the router no gradient"

@@ -10,9 +10,13 @@ from typing import Literal
 from moe_gpt.config.data import DataConfig
 from moe_gpt.config.model import ModelConfig
 from moe_gpt.config.parallel import ParallelConfig
+from moe_gpt.config.post_training import AdaptersConfig, DpoConfig, RewardConfig, RlConfig, SftConfig
 from moe_gpt.config.schedule import OptimizerConfig, ScheduleConfig
 from moe_gpt.config.section import Problem, Section, unless
 from moe_gpt.config.training import CheckpointConfig, FaultConfig, LossConfig, TrainConfig
+
+STAGES = ("sft", "reward", "dpo", "rl")
+"""The sections of the stages after pre-training; a run is at most one of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,13 +43,30 @@ class RunConfig(Section):
     """How the run is spread over processes."""
     tracking: Literal["none", "tensorboard", "wandb"] = "none"
     """Service that also gets the metrics; tensorboard needs the extra moe_gpt[track], wandb the package wandb."""
+    sft: SftConfig | None = None
+    """Supervised fine-tuning on conversations (moe-gpt finetune)."""
+    reward: RewardConfig | None = None
+    """A reward model from pairs of answers (moe-gpt finetune)."""
+    dpo: DpoConfig | None = None
+    """Direct preference optimisation on pairs of answers (moe-gpt finetune)."""
+    rl: RlConfig | None = None
+    """Reinforcement of answers that get a reward (moe-gpt finetune)."""
+    adapters: AdaptersConfig | None = None
+    """Low-rank adapters (LoRA) beside one of the four sections above."""
+
+    @property
+    def stage(self) -> str | None:
+        """The section of the stage after pre-training that this run is; None for pre-training."""
+        return next((name for name in STAGES if getattr(self, name)), None)
 
     def problems(self) -> Iterator[Problem]:
         """Yield contradictions between sections."""
-        limits = {
-            "model.max_seq_len": self.model.max_seq_len,
-            "train.micro_batch_tokens": self.train.micro_batch_tokens,
-        }
+        given = [name for name in STAGES if getattr(self, name)]
+        text = f"{', '.join(STAGES)}: a run is one stage, got the sections {' and '.join(given)}; give one"
+        yield from unless(len(given) < 2, text, *given)
+        limits = {"train.micro_batch_tokens": self.train.micro_batch_tokens}
+        if not self.stage:  # a later stage takes the model's shape from --init-from
+            limits["model.max_seq_len"] = self.model.max_seq_len
         stages = self.schedule.stages
         for (index, stage), (limit_key, limit) in itertools.product(enumerate(stages), limits.items()):
             key = f"schedule.stages.{index}.seq_len"
@@ -53,4 +74,28 @@ class RunConfig(Section):
             yield from unless(stage.seq_len <= limit, text, key, limit_key)
         key = f"schedule.stages.{len(stages) - 1}.until_tokens"
         text = f"{key} is required when sources have weights, because weights do not set the length of a run"
-        yield from unless(stages[-1].until_tokens is not None or not self.data.has_weights, text, key)
+        yield from unless(
+            bool(self.stage) or stages[-1].until_tokens is not None or not self.data.has_weights, text, key
+        )
+        text = "optimizer.name must be adamw with model.mup_base, whose scales are Adam's, got muon"
+        yield from unless(
+            not self.model.mup_base or self.optimizer.name == "adamw", text, "optimizer.name", "model.mup_base"
+        )
+        yield from self._row_problems()
+        yield from self._adapter_problems()
+
+    def _row_problems(self) -> Iterator[Problem]:
+        """Yield sequences that are no rows of conversations."""
+        for index, stage in enumerate(self.schedule.stages if self.sft else ()):
+            key, row_tokens = f"schedule.stages.{index}.seq_len", self.sft.row_tokens  # type: ignore[union-attr]
+            text = f"{key} must be sft.row_tokens={row_tokens}, got {stage.seq_len}, because rows are served whole"
+            yield from unless(stage.seq_len == row_tokens, text, key, "sft.row_tokens")
+
+    def _adapter_problems(self) -> Iterator[Problem]:
+        """Yield adapters in pre-training, and beside another choice of what learns."""
+        fits = self.adapters is None or bool(self.stage)
+        text = f"adapters: they are for the stages of moe-gpt finetune; give a section {', '.join(STAGES)} too"
+        yield from unless(fits, text, "adapters")
+        fits = self.adapters is None or self.train.train_only is None
+        text = "adapters and train.train_only exclude each other; use adapters.also_train beside adapters"
+        yield from unless(fits, text, "adapters", "train.train_only")

@@ -96,6 +96,16 @@ def divides(section: Section, part: str, whole: str) -> Iterator[Problem]:
         yield Problem((whole, part), f"{text}; choose one of {divisors(total)} for {part}")
 
 
+def regular_expressions(section: Section, field: str) -> Iterator[Problem]:
+    """Yield the entries of a list, which may be None, that are no regular expressions."""
+    for index, pattern in enumerate(getattr(section, field) or ()):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            key = f"{field}.{index}"
+            yield Problem((key,), f"{key} must be a regular expression, got {pattern!r}: {error}")
+
+
 def one_of(section: Section, *keys: str, needed: bool = False) -> Iterator[Problem]:
     """Yield a problem if more than one of the keys is given, or none although one is needed."""
     given = [f"{key}={getattr(section, key)!r}" for key in keys if getattr(section, key)]
@@ -190,10 +200,15 @@ def _stand_in(field: dataclasses.Field, annotation: Any, key: str) -> Any:
 
 
 def _check(annotation: Any, value: Any, key: str) -> tuple[Any, list[Problem]]:
-    """Check one value: a section by recursion, a list of sections entry by entry, anything else by pydantic."""
+    """Check one value: a section by recursion, several sections one by one, anything else by pydantic."""
     section = section_in(annotation)
     if section is not None:
-        return _build(section, value, key) if section is annotation else _check_list(annotation, section, value, key)
+        if is_list(annotation):
+            return _check_list(annotation, section, value, key)
+        if typing.get_origin(annotation) is dict:
+            return _check_mapping(annotation, section, value, key)
+        is_left_out = value is None and annotation is not section  # it may be null
+        return (None, []) if is_left_out else _build(section, value, key)
     try:
         return _adapter(annotation).validate_python(value), []
     except ValidationError:
@@ -206,6 +221,14 @@ def _check_list(annotation: Any, section: type[Section], value: Any, key: str) -
     entries = [_build(section, entry, f"{key}.{index}") for index, entry in enumerate(value)]
     sections, problems = zip(*entries, strict=True)
     return sections, list(itertools.chain(*problems))
+
+
+def _check_mapping(annotation: Any, section: type[Section], value: Any, key: str) -> tuple[Any, list[Problem]]:
+    if not isinstance(value, Mapping) or not value:
+        return None, [_unfit(annotation, value, key)]
+    entries = {name: _build(section, entry, f"{key}.{name}") for name, entry in value.items()}
+    problems = [problem for _, found in entries.values() for problem in found]
+    return {name: entry for name, (entry, _) in entries.items()}, problems
 
 
 def _contradictions(section: Section, prefix: str, problems: list[Problem]) -> list[Problem]:
@@ -239,7 +262,7 @@ def _sections(annotations: dict[str, Any]) -> Iterator[tuple[str, type[Section]]
     for field, annotation in annotations.items():
         inside = section_in(annotation)
         if inside:
-            yield field if inside is annotation else f"{field}.0", inside
+            yield f"{field}.0" if is_list(annotation) else field, inside
 
 
 @cache
@@ -248,10 +271,15 @@ def _adapter(annotation: Any) -> TypeAdapter:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """Return the type of section that a field holds, alone or in a list; None if it holds plain values."""
+    """Return the type of section that a field holds, alone, in a list or by names; None if it holds plain values."""
     while arguments := typing.get_args(annotation):
-        annotation = arguments[0]
+        annotation = arguments[-1 if typing.get_origin(annotation) is dict else 0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def is_list(annotation: Any) -> bool:
+    """Return whether a field holds a list, not one value."""
+    return typing.get_origin(annotation) is tuple
 
 
 @functools.cache
@@ -302,6 +330,6 @@ def _list(members: tuple) -> str:
 _WORDS = {bool: "true or false", str: "text", float: "a number", int: "a whole number", type(None): "null"}
 _CONTAINERS: dict[Any, Callable[[tuple], str]] = {
     tuple: _list,
-    dict: lambda _: "a mapping",
+    dict: lambda members: f"a mapping{' with at least one entry' * bool(section_in(members[-1]))}",
     typing.Literal: lambda choices: "one of " * (len(choices) > 1) + ", ".join(map(str, choices)),
 }

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
-from moe_gpt.config.section import Count, CountOrZero, Flag, NonNegative, Positive, Section, Seed, Share
+from moe_gpt.config.section import (
+    Count,
+    CountOrZero,
+    Flag,
+    NonNegative,
+    Positive,
+    Problem,
+    Section,
+    Seed,
+    Share,
+    regular_expressions,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,13 @@ class TrainConfig(Section):
     """Tokens generated after each source's prompt at every evaluation; 0 generates none."""
     report: Flag = True
     """Write report.html at the end."""
+    train_only: tuple[str, ...] | None = None
+    """Regular expressions: only parameters whose names match one of them learn, such as ["attention"]; null means
+    all."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield patterns that are no regular expressions."""
+        yield from regular_expressions(self, "train_only")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class MicroBatch(NamedTuple):
     """A number for each position, the same within a document; None if documents are not kept apart."""
     weight: float = 1.0
     """This rank's share of the rows of a micro-batch that several ranks make together."""
+    valid_mask: Tensor | None = None
+    """False for padding (B, T); None if there is none."""
 
 
 def keep_documents_apart(inputs: Tensor, targets: Tensor, end_of_text_id: int) -> MicroBatch:
@@ -79,9 +81,12 @@ def deal_batch(
         rows = read(first, n_together, rank, n_ranks)
         weight = len(rows.inputs) / n_together
         if not len(rows.inputs):
-            rows = Batch(*(np.full((1, rows.inputs.shape[1]), value) for value in (0, IGNORED_TARGET)))
+            shape = 1, rows.inputs.shape[1]
+            is_text = None if rows.is_text is None else np.full(shape, False)
+            rows = Batch(np.full(shape, 0), np.full(shape, IGNORED_TARGET), is_text)
         (micro_batch,) = split_batch(rows, rows.inputs.size, device, end_of_text_id)
-        yield micro_batch._replace(weight=weight)
+        valid_mask = None if rows.is_text is None else torch.from_numpy(rows.is_text).to(device, non_blocking=True)
+        yield micro_batch._replace(weight=weight, valid_mask=valid_mask)
 
 
 def part_of(batch: Batch, first: int, n_rows: int, rank: int, n_ranks: int) -> Batch:

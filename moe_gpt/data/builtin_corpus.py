@@ -53,16 +53,20 @@ def iterate_builtin(kind: str) -> Iterator[Document]:
     """Yield the documents of ``prose`` or ``code``, in a fixed order."""
     if kind == "prose":
         yield from _reference_topics()
+    for module, source, tree in parsed_modules():
+        text = collect_docstrings(tree, module) if kind == "prose" else remove_docstrings(source, tree)
+        if text.strip():
+            yield Document(text, module)
+
+
+def parsed_modules() -> Iterator[tuple[str, bytes, ast.Module]]:
+    """Yield the name of each module of the standard library, its source and its syntax tree."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in source_files():
         source = path.read_bytes()
         tree = _parse(source)
-        if tree is None:
-            continue
-        module = ".".join(path.relative_to(root).with_suffix("").parts)
-        text = collect_docstrings(tree, module) if kind == "prose" else remove_docstrings(source, tree)
-        if text.strip():
-            yield Document(text, module)
+        if tree is not None:
+            yield ".".join(path.relative_to(root).with_suffix("").parts), source, tree
 
 
 def _parse(source: bytes) -> ast.Module | None:
@@ -87,7 +91,7 @@ def _reference_topics() -> Iterator[Document]:
         yield Document(topics[name].strip() + "\n", f"topic {name}")
 
 
-def _documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+def documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
     """Yield each module, class and function with a docstring, and its dotted name within the module."""
     stack: list[tuple[ast.AST, str]] = [(tree, "")]
     while stack:
@@ -102,7 +106,7 @@ def _documented_nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 def collect_docstrings(tree: ast.Module, module: str) -> str:
     """Return all docstrings of a module in source order, each under the dotted name of its object."""
     parts = []
-    for node, name in _documented_nodes(tree):
+    for node, name in documented_nodes(tree):
         text = inspect.cleandoc(node.body[0].value.value).strip()  # type: ignore[attr-defined]
         if text:
             parts.append(f"{module}{name}\n\n{text}\n")
@@ -123,7 +127,7 @@ def remove_docstrings(source: bytes, tree: ast.Module) -> str:
 def _edits(source: bytes, tree: ast.Module) -> Iterator[tuple[int, int, bytes]]:
     """Yield the byte range of each docstring, and its replacement."""
     line_starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
-    for node, _ in _documented_nodes(tree):
+    for node, _ in documented_nodes(tree):
         body = node.body  # type: ignore[attr-defined]
         start = line_starts[body[0].lineno - 1] + body[0].col_offset
         end = line_starts[body[0].end_lineno - 1] + body[0].end_col_offset

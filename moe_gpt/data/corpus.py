@@ -24,6 +24,7 @@ from moe_gpt.data.disguises import format_of
 from moe_gpt.data.document import Document
 from moe_gpt.data.folders import check_folder, saved_split
 from moe_gpt.data.local_files import Row, read_rows
+from moe_gpt.data.package_corpus import iterate_packages, package_files, versions_of
 from moe_gpt.errors import InputError, shown
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -63,6 +64,8 @@ def _counted(documents: Iterator[Document], limit: int, progress: ReadingProgres
 
 
 def _all_documents(source: SourceConfig, progress: ReadingProgress) -> Iterator[Document]:
+    if source.builtin == "packages":
+        return iterate_packages(source.packages)
     if source.builtin:
         return iterate_builtin(source.builtin)
     texts = texts_of_dataset(source, progress) if source.dataset else _files_texts(source, progress)
@@ -88,11 +91,15 @@ def describe_origin(source: SourceConfig) -> dict[str, Any]:
     """Return what identifies a source's text without reading it: settings, and the sizes and times of files."""
     origin: dict[str, Any] = {key: getattr(source, key) for key in _ORIGIN}
     origin["python"] = platform.python_version() if source.builtin else None
+    if source.builtin == "packages":
+        origin["packages"] = versions_of(source.packages)
     origin["stat"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _local_files(source)]
     return origin
 
 
 def _local_files(source: SourceConfig) -> list[Path]:
+    if source.builtin == "packages":
+        return [path for _, path in package_files(source.packages)]
     if source.builtin:
         return source_files()
     if source.files:
@@ -169,7 +176,7 @@ def texts_of_dataset(
 
     A streamed dataset has at most as many parts as files; the others are empty.
     """
-    progress, dataset, where = progress or ReadingProgress(), _open_hub(source), f"dataset {source.dataset}"
+    progress, dataset, where = progress or ReadingProgress(), open_dataset(source), f"dataset {source.dataset}"
     if n_parts > 1:
         n_parts = min(n_parts, getattr(dataset, "num_shards", n_parts))
         if part >= n_parts:
@@ -216,7 +223,12 @@ def _columns(source: SourceConfig) -> tuple[str, ...]:
     return (source.text_field,) if source.template is None else source.template_fields
 
 
-def _open_hub(source: SourceConfig) -> Any:
+def open_dataset(source: SourceConfig) -> Any:
+    """Return the rows of a source's dataset, with the columns that the source reads.
+
+    Raises:
+        InputError: naming the source and the dataset, where it cannot be opened or lacks a column.
+    """
     path = Path(str(source.dataset))
     if path.is_file():
         raise InputError(f"source {source.name}: dataset={source.dataset!r} is a file; write files: {source.dataset}")

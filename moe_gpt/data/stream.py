@@ -51,6 +51,8 @@ class Batch(NamedTuple):
 
     inputs: np.ndarray
     targets: np.ndarray
+    is_text: np.ndarray | None = None
+    """False for padding, (n_sequences, seq_len); None if there is none."""
 
 
 class Location(NamedTuple):
@@ -78,6 +80,15 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
+def in_passes(places: np.ndarray, n_items: int, seed: int) -> np.ndarray:
+    """Return the item at each place of an endless order: each of n once in a pass, in another order in every pass."""
+    items = np.empty_like(places)
+    for number in np.unique(places // n_items).tolist():
+        mine = places // n_items == number
+        items[mine] = permute(places[mine] % n_items, n_items, key_of(seed, number))
+    return items
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """Scramble 64 bits (the finaliser of SplitMix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -85,11 +96,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*parts: int) -> int:
+def key_of(*parts: int) -> int:
+    """Return a key for ``permute`` that follows from some numbers."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:16], "big")
 
 
-def _check_batch(tokens_seen: int, seq_len: int, batch_tokens: int, rank: int, n_ranks: int) -> None:
+def check_batch(tokens_seen: int, seq_len: int, batch_tokens: int, rank: int, n_ranks: int) -> None:
+    """Raise ``ValueError`` for a batch that no stream has."""
     if seq_len < 1 or batch_tokens % seq_len:
         raise ValueError(f"batch_tokens must be a multiple of seq_len={seq_len}, got {batch_tokens}")
     if tokens_seen < 0 or batch_tokens < 1:
@@ -122,7 +135,7 @@ class TrainingStream:
         Each data-parallel rank gets a contiguous part of the sequences. The parts of all ranks in order are the whole
         batch, and their sizes differ by at most one sequence.
         """
-        _check_batch(tokens_seen, seq_len, batch_tokens, rank, n_ranks)
+        check_batch(tokens_seen, seq_len, batch_tokens, rank, n_ranks)
         n_sequences = batch_tokens // seq_len
         first, last = (n_sequences * r // n_ranks for r in (rank, rank + 1))
         tokens_seen, batch_tokens = tokens_seen + first * seq_len, (last - first) * seq_len
@@ -180,9 +193,9 @@ class TrainingStream:
             chunk = (offset - head) // U
             is_whole = (chunk >= 0) & (chunk < n_chunks)
             if is_whole.any():
-                shuffled = permute(chunk[is_whole], n_chunks, _key(self._seed, index, int(e)))
+                shuffled = permute(chunk[is_whole], n_chunks, key_of(self._seed, index, int(e)))
                 offset[is_whole] = head + shuffled * U + (offset[is_whole] - head) % U
-            rotation = _key(self._seed, index, int(e), 1) % n
+            rotation = key_of(self._seed, index, int(e), 1) % n
             place[mine] = (offset + rotation) % n
         return epoch, place
 

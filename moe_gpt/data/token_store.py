@@ -313,6 +313,12 @@ def _digests(folder: Path) -> dict[str, Any]:
     return {"digest": whole.hexdigest(), "digest_of_blocks": of_blocks}
 
 
+def block_digests(data: bytes) -> bytes:
+    """Return the SHA-256 of each block of a file's contents, for ``CheckedTokens``."""
+    starts = range(0, len(data), _BLOCK_BYTES)
+    return b"".join(hashlib.sha256(data[start : start + _BLOCK_BYTES]).digest() for start in starts)
+
+
 def verify_store(folder: Path) -> None:
     """Raise ``InputError`` if a store's files are damaged. Its tokens are checked when they are read."""
     try:

@@ -205,16 +205,12 @@ class Tokenizer:
         Args:
             context: ids before them that are already shown; some decoders drop the space of the first token.
         """
-        context = list(context)
-        pending: list[int] = []
+        text = TextDecoder(self, context)
         for token in ids:
-            pending.append(token)
-            text = self.decode(context + pending)
-            if not text.endswith("\ufffd"):
-                yield text[len(self.decode(context)) :]
-                context, pending = pending, []
-        if pending:
-            yield self.decode(context + pending)[len(self.decode(context)) :]
+            if piece := text.push(token):
+                yield piece
+        if piece := text.finish():
+            yield piece
 
     def token_bytes(self) -> np.ndarray:
         """Return the bytes of text of each id, (V,) int64; special tokens have none.
@@ -230,9 +226,56 @@ class Tokenizer:
         lengths[list(self.special_tokens().values())] = 0
         return lengths
 
+    def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """Return a tokenizer that has these special tokens too; new ones get the ids after the last one.
+
+        Raises:
+            InputError: where the library numbers them otherwise, because the ids have gaps.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens])
+        grown = Tokenizer(backend, self.end_of_text)
+        missing = [token for token in tokens if self.special_id(token) is None]
+        ids = [index for token in missing if (index := grown.special_tokens()[token]) >= self.vocab_size]
+        if ids != list(range(self.vocab_size, self.vocab_size + len(ids))):
+            raise InputError(f"the tokenizer must have ids without gaps to get {', '.join(missing)}, got the ids {ids}")
+        return grown
+
+    def without_added_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """Return a tokenizer without those of the tokens that were added to its vocabulary."""
+        values = json.loads(self.to_json())
+        words = values["model"].get("vocab", ())
+        kept = [each for each in values["added_tokens"] if each["content"] not in tokens or each["content"] in words]
+        text = json.dumps(values | {"added_tokens": kept})
+        return Tokenizer(tokenizers.Tokenizer.from_str(text), self.end_of_text)
+
     def to_json(self) -> str:
         """Return the contents of a ``tokenizer.json``."""
         return self._backend.to_str(pretty=True)
+
+
+class TextDecoder:
+    """Turns ids that arrive one by one into text; ``Tokenizer.decode_stream`` explains what it holds back."""
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer, self._context, self._pending = tokenizer, list(context), list[int]()
+
+    def push(self, token: int) -> str:
+        """Return the text that a token completes; nothing while a character is incomplete."""
+        self._pending.append(token)
+        text = self._text_of_pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """Return what was held back; incomplete bytes become replacement characters."""
+        return self._text_of_pending() if self._pending else ""
+
+    def _text_of_pending(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
 
 
 def _with_small_ids(path: str | Path) -> bytes:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
@@ -12,9 +9,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_gpt import ops
+from moe_gpt.distributed.cut import Cut, Segment, keep_parts, of_all_ranks
 from moe_gpt.distributed.linked import linked
+from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops import dispatch
 from moe_gpt.ops.device import compute_dtype
+
+
+def spread_experts(model: MoEGPT, mesh: DeviceMesh) -> dict[str, Cut]:
+    """Leave each rank its share of every layer's experts, and let their tokens be exchanged, in place.
+
+    Returns:
+        how each parameter is cut, by name.
+    """
+    n_experts = model.config.n_experts
+    cut = Cut(mesh, 0, (Segment(n_experts),))
+    cuts = {name: cut for name, _ in model.named_parameters() if ".experts." in name}
+    keep_parts(model, cuts)
+    for layer in model.moe_layers():
+        layer.experts.mix = Exchange(mesh, n_experts)  # type: ignore[method-assign, assignment]
+    return cuts
 
 
 class Exchange:
@@ -24,7 +38,7 @@ class Exchange:
     """
 
     def __init__(self, mesh: DeviceMesh, n_experts: int) -> None:
-        self._group, self._rank, self._n_experts = mesh.get_group(), mesh.get_local_rank(), n_experts
+        self._mesh, self._rank, self._n_experts = mesh, mesh.get_local_rank(), n_experts
         self._per_rank = -(-n_experts // mesh.size())
 
     def __call__(
@@ -32,30 +46,22 @@ class Exchange:
         x: Float[Tensor, "N D"],
         expert_indices: Int[Tensor, "N K"],
         expert_weights: Float[Tensor, "N K"],
-        gate_up: Any,
-        down: Any,
+        gate_up: Float[Tensor, "own F2 D"],
+        down: Float[Tensor, "own D F"],
     ) -> Float[Tensor, "N D"]:
-        """Return each token's weighted sum over its experts' answers. ``gate_up`` and ``down`` are DTensors."""
+        """Return each token's weighted sum over its experts' answers."""
         x = x.to(compute_dtype(x))
         plan = dispatch.plan_dispatch(expert_indices, self._n_experts, alignment=1)
         rows = dispatch.dispatch_tokens(x, plan)  # N·K, sorted by expert
-        counts = self._counts_of_all(plan.segment_ends)
-        to_each = [sum(part) for part in self._parts(counts[self._rank])]
+        lengths = plan.segment_ends.diff(prepend=plan.segment_ends.new_zeros(1))
+        counts = torch.stack(of_all_ranks(lengths, self._mesh)).tolist()  # rows that each rank has for each expert
+        to_each = list(map(sum, self._parts(counts[self._rank])))
         mine = [self._parts(row)[self._rank] for row in counts]
-        from_each = [sum(part) for part in mine]
-        here = partial(_swap, n_in=from_each, n_out=to_each, group=self._group)
-        home = partial(_swap, n_in=to_each, n_out=from_each, group=self._group)
-        arrived = linked(rows, here, home)
-        answers = _answers(arrived, mine, gate_up.to_local(), down.to_local())
-        returned = linked(answers.to(rows.dtype), home, here)
+        from_each = list(map(sum, mine))
+        arrived = _sent(rows, to_each, from_each, self._mesh)
+        answers = _answers(arrived, mine, gate_up, down)
+        returned = _sent(answers.to(rows.dtype), from_each, to_each, self._mesh)
         return dispatch.combine_rows(returned, expert_weights, plan)
-
-    def _counts_of_all(self, segment_ends: Int[Tensor, "E"]) -> list[list[int]]:
-        """Return how many rows each rank has for each expert."""
-        counts = segment_ends.diff(prepend=segment_ends.new_zeros(1))
-        of_each = [torch.empty_like(counts) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(of_each, counts, self._group)
-        return torch.stack(of_each).tolist()
 
     def _parts(self, by_expert: list[int]) -> list[list[int]]:
         """Cut what belongs to the experts, in order, into what belongs to each rank."""
@@ -78,7 +84,12 @@ def _answers(
     return ops.mix_experts(rows, experts, weights, gate_up, down)[:-1]
 
 
-def _swap(rows: Tensor, n_in: list[int], n_out: list[int], group: dist.ProcessGroup) -> Tensor:
-    arrived = rows.new_empty(sum(n_in), rows.shape[1])
-    dist.all_to_all_single(arrived, rows.contiguous(), n_in, n_out, group)
-    return arrived
+def _sent(rows: Tensor, n_out: list[int], n_in: list[int], mesh: DeviceMesh) -> Tensor:
+    """Return what all ranks have sent here; gradients go the way back."""
+
+    def swap(rows: Tensor, n_out: list[int], n_in: list[int]) -> Tensor:
+        arrived = rows.new_empty(sum(n_in), rows.shape[1])
+        dist.all_to_all_single(arrived, rows.contiguous(), n_in, n_out, mesh.get_group())
+        return arrived
+
+    return linked(rows, lambda x: swap(x, n_out, n_in), lambda grad: swap(grad, n_in, n_out))

@@ -35,10 +35,6 @@ class Layout(NamedTuple):
         """All ranks."""
         return self.data * self.tensor * self.pipeline
 
-    def data_rank(self, rank: int) -> int:
-        """Return which part of the data a rank reads."""
-        return rank // self.tensor % self.data
-
     @property
     def shards(self) -> int:
         """Ranks over which one copy of the model, without its experts if they are spread, is sharded."""
@@ -46,18 +42,19 @@ class Layout(NamedTuple):
 
     @property
     def expert_shards(self) -> int:
-        """Ranks over which one rank's share of the experts is sharded, where experts are spread."""
+        """Ranks over which one rank's share of the experts is sharded."""
         return self.shards // self.expert if self.zero else 1
 
     def shown(self) -> str:
         """Return the layout in words."""
-        parts = [f"{self.world} processes"]
-        parts += [f"{self.pipeline} stages"] * (self.pipeline > 1) + [f"products over {self.tensor}"] * (
-            self.tensor > 1
+        parts = (
+            (f"{self.pipeline} stages", self.pipeline),
+            (f"products over {self.tensor}", self.tensor),
+            (f"ZeRO {self.zero}", self.data),
+            (f"{self.replicate} copies", self.replicate * (self.zero > 0)),
+            (f"experts over {self.expert}", self.expert),
         )
-        parts += [f"ZeRO {self.zero}"] * (self.data > 1)
-        parts += [f"{self.replicate} copies"] * (self.zero > 0 and self.replicate > 1)
-        return ", ".join(parts + [f"experts over {self.expert}"] * (self.expert > 1))
+        return ", ".join([f"{self.world} processes", *(text for text, n in parts if n > 1)])
 
 
 def plan_layout(config: RunConfig, world: int) -> Layout:
@@ -66,17 +63,20 @@ def plan_layout(config: RunConfig, world: int) -> Layout:
     Raises:
         InputError: in one line, with the numbers that do not fit and those that would.
     """
-    wanted = config.parallel
-    data = _data_ranks(config, world)
-    for key in ("replicate", "expert"):
-        _check_divides(config, key, data)
-    replicate = data if wanted.zero == 0 else wanted.replicate
-    layout = Layout(data, replicate, wanted.expert, wanted.zero, wanted.tensor, wanted.pipeline)
-    if wanted.zero and layout.shards % layout.expert:
-        raise InputError(
-            f"parallel.replicate x parallel.expert must divide the number of data ranks, got {wanted.replicate} x "
-            f"{wanted.expert} for {data}; with that replicate, expert may be {divisors(layout.shards)}"
-        )
+    wanted, data = config.parallel, _data_ranks(config, world)
+    copies = data if wanted.zero == 0 else wanted.replicate
+    layout = Layout(data, copies, wanted.expert, wanted.zero, wanted.tensor, wanted.pipeline)
+    for key, number, n in (
+        ("replicate", wanted.replicate, data),
+        ("expert", wanted.expert, layout.shards if wanted.zero else data),
+    ):
+        if n % number:
+            over = f" / replicate={copies}" if n < data else ""
+            how = f"; start torchrun with --nproc-per-node {number}" if data == 1 else ""
+            raise InputError(
+                f"parallel.{key} must divide the number of data ranks{over}, got {number} for {n}; it may be "
+                f"{divisors(n)}{how}"
+            )
     for problem in _impossible(config, layout):
         raise InputError(f"{problem} ({_processes(world)})")
     return layout
@@ -90,32 +90,20 @@ def _data_ranks(config: RunConfig, world: int) -> int:
     """Return how many ranks share the rows: all processes over those that share products and stages."""
     wanted = config.parallel
     others = wanted.tensor * wanted.pipeline
-    needed = others * (1 if wanted.data == "auto" else wanted.data)
-    fits = world % others == 0 if wanted.data == "auto" else world == needed
-    if not fits:
+    data = world // others if wanted.data == "auto" else wanted.data
+    if data * others != world:
         product = f"parallel.data={wanted.data} x tensor={wanted.tensor} x pipeline={wanted.pipeline}"
-        times = "a multiple of " if wanted.data == "auto" else ""
+        needed, times = (others, "a multiple of ") if wanted.data == "auto" else (data * others, "")
         raise InputError(
             f"{product} needs {times}{_processes(needed)}, got {world}; start torchrun with --nproc-per-node {needed}, "
             "or change these settings"
         )
-    return world // others
-
-
-def _check_divides(config: RunConfig, key: str, data: int) -> None:
-    number = getattr(config.parallel, key)
-    if data % number:
-        how = f"; start torchrun with --nproc-per-node {number}" if data == 1 else ""
-        raise InputError(
-            f"parallel.{key} must divide the number of data ranks, got {number} for {data}; it may be "
-            f"{divisors(data)}{how}"
-        )
+    return data
 
 
 def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
     """Yield what these ranks cannot do."""
-    model, n = config.model, layout.expert
-    parts = layout.expert_shards if n > 1 else layout.shards
+    model, n, parts = config.model, layout.expert, layout.expert_shards
     for is_wrong, text in (
         (
             not _fits(model.n_experts, n),
@@ -125,7 +113,8 @@ def _impossible(config: RunConfig, layout: Layout) -> Iterator[str]:
         (
             model.n_experts > 1 and expert_dim(config, layout) is None,
             f"model.n_experts={model.n_experts}, d_model={model.d_model} and d_ff={model.d_ff} cannot be cut into "
-            f"{parts} parts of which the largest is at most {_MOST_UNEVEN} times the mean; change parallel.replicate",
+            f"{parts} parts of which the largest is at most {_MOST_UNEVEN} times the mean; "
+            "set parallel.zero=1, or change parallel.replicate",
         ),
         (
             layout.expert * layout.tensor > 1 and config.train.compile,
@@ -201,14 +190,13 @@ def expert_dim(config: RunConfig, layout: Layout) -> int | None:
     """Return the dimension along which both stacks (E, 2F, D) and (E, D, F) are sharded; None if none will do.
 
     The experts themselves come first, then an inner dimension, both if they divide, then the experts unevenly. Where
-    experts are spread, only an inner dimension will do.
+    experts are spread, only an inner dimension will do. Below ZeRO 2 anything will do, because nothing is cut.
     """
-    model, parts = config.model, layout.expert_shards if layout.expert > 1 else layout.shards
+    model, parts = config.model, layout.expert_shards
+    if layout.zero < 2:
+        return 0
     d_ff = model.d_ff // layout.tensor
-    lengths = {0: (model.n_experts,), 1: (2 * d_ff, model.d_model), 2: (model.d_model, d_ff)}
-    if layout.expert > 1:
-        del lengths[0]
-    even = [dim for dim, sizes in lengths.items() if not any(size % parts for size in sizes)]
-    if even:
-        return even[0]
-    return 0 if 0 in lengths and _is_even(model.n_experts, parts) else None
+    lengths = {0: model.n_experts} if layout.expert == 1 else {}
+    lengths |= {1: math.gcd(2 * d_ff, model.d_model), 2: math.gcd(d_ff, model.d_model)}
+    uneven = 0 if 0 in lengths and _is_even(model.n_experts, parts) else None
+    return next((dim for dim, length in lengths.items() if length % parts == 0), uneven)

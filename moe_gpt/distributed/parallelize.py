@@ -24,25 +24,21 @@ def parallelize(model: MoEGPT, config: RunConfig, layout: Layout) -> None:
     if layout.world == 1:
         apply_execution(model, config.train)
         return
+    from moe_gpt.distributed.experts import spread_experts
     from moe_gpt.distributed.pipeline import cut_into_stages
-    from moe_gpt.distributed.sharding import Meshes, shard, spread_experts
+    from moe_gpt.distributed.sharding import Meshes, note_holdings, shard
     from moe_gpt.distributed.tensor import share_products
 
     device_type = model.embedding.weight.device.type
     meshes = Meshes(layout, "cpu" if device_type == "meta" else device_type)  # on meta, parts are counted
-    cuts = share_products(model, meshes.tensor) if layout.tensor > 1 else {}
+    products = share_products(model, meshes.tensor) if layout.tensor > 1 else {}
     stages = cut_into_stages(model, config, layout, meshes.pipeline) if layout.pipeline > 1 else [model]
-    if layout.expert > 1:
-        spread_experts(model, meshes)
-    _ignore_profiling()
+    spread = spread_experts(model, meshes.expert) if layout.expert > 1 else {}
     apply_execution(model, config.train)
-    for stage in stages:
-        if layout.data > 1:
+    if layout.data > 1 and layout.zero > 1:
+        for stage in stages:
             shard(stage, config, layout, meshes)
-    for name, parameter in model.named_parameters():
-        parameter.cut = cuts.get(name)  # type: ignore[attr-defined]
-        # of the first stage's tied matrix
-        parameter.is_copy = name == "embedding.weight" and meshes.pipeline.get_local_rank() > 0  # type: ignore[attr-defined]
+    note_holdings(model, meshes, products, spread)
 
 
 def apply_execution(model: MoEGPT, config: TrainConfig) -> None:
@@ -75,13 +71,3 @@ def _checkpointed(forward: Callable) -> Callable:
         return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts)
 
     return run
-
-
-def _ignore_profiling() -> None:
-    """Let checkpointed regions contain units of FSDP2, whose marks for the profiler are computed anew and not kept."""
-    from torch.utils.checkpoint import SAC_IGNORED_OPS
-
-    profiler = torch.ops.profiler
-    SAC_IGNORED_OPS.update(
-        {profiler._record_function_enter_new.default, profiler._record_function_exit._RecordFunction}
-    )

@@ -9,7 +9,7 @@ import functools
 import itertools
 import logging
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_gpt.config import RunConfig
 from moe_gpt.data.batches import MicroBatch
+from moe_gpt.distributed.cut import add_over_ranks, joined_shape, local_part, whole
 from moe_gpt.distributed.layout import Layout, layers_of_stages
-from moe_gpt.distributed.sharding import before_backward, local_part
+from moe_gpt.distributed.sharding import before_backward
 from moe_gpt.distributed.stage import Stage, leave
 from moe_gpt.model.losses import RouterStats
 from moe_gpt.model.router import Routing
@@ -41,11 +42,14 @@ def add_gradients(model: Any, micro_batches: Sequence[MicroBatch], loss_of: Loss
     """Add the gradients of all micro-batches to ``.grad``."""
     if layout.pipeline > 1:
         model.stages.add_gradients(micro_batches, loss_of)
-        return
-    for index in range(len(micro_batches)):
-        loss = loss_of(model, index)
-        before_backward(model, layout, is_last=index == len(micro_batches) - 1)
-        loss.backward()
+    else:
+        for index in range(len(micro_batches)):
+            loss = loss_of(model, index)
+            before_backward(model, layout, is_last=index == len(micro_batches) - 1)
+            loss.backward()
+    add_over_ranks(model.parameters())
+    if layout.pipeline > 1:
+        model.stages.add_gradients_of_tied()
 
 
 class _Call(nn.Module):
@@ -89,8 +93,6 @@ class Stages:
                 )
             except RuntimeError as error:
                 raise error.__cause__ or error from None  # PyTorch wraps what a stage has raised
-        if self._whole.config.tie_embeddings and self._rank in (0, self._size - 1):
-            self._add_gradient_of_other_end(local_part(self._whole.embedding.weight.grad))
 
     def _of_one_size(self, micro_batches: Sequence[MicroBatch]) -> Iterator[list[int]]:
         """Cut the numbers of micro-batches into parts of one size, on all data ranks alike."""
@@ -138,9 +140,13 @@ class Stages:
         self._n_left[stage.number] -= 1
         before_backward(stage, self._layout, is_last=self._n_left[stage.number] == 0)
 
-    def _add_gradient_of_other_end(self, own: Tensor) -> None:
+    def add_gradients_of_tied(self) -> None:
         """Add the gradients of a tied matrix on the first and the last stage."""
-        other, peer = torch.empty_like(own), self._size - 1 - self._rank
+        if not self._whole.config.tie_embeddings or self._rank not in (0, self._size - 1):
+            return
+        weight = self._whole.embedding.weight
+        own, peer = local_part(weight.grad, weight), self._size - 1 - self._rank
+        other = torch.empty_like(own)
         both = ((dist.isend, own), (dist.irecv, other))
         for work in dist.batch_isend_irecv([dist.P2POp(do, x, group=self._group, group_peer=peer) for do, x in both]):
             work.wait()
@@ -179,29 +185,24 @@ class Stages:
         parts = ChainMap(*of_all)
         return [Routing(*(part.to(tokens.device) for part in parts[layer])) for layer in sorted(parts)]
 
-    def collect(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield own tensors, and on rank 0 then those of the other stages."""
+    def collect(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Do what ``gathered`` does: yield own tensors, and on rank 0 those of the other stages, too."""
+        copies = ("embedding.",) * (self._rank > 0)  # a tied matrix comes from the first stage
+        own = {name: pair for name, pair in tensors.items() if not name.startswith(copies)}
+        of_all: list[Any] = [None] * self._size
+        described = {name: (joined_shape(*pair), pair[0].dtype) for name, pair in own.items()}
+        dist.all_gather_object(of_all, described, group=self._group)
         meets_main = dist.get_rank() % (self._layout.data * self._layout.tensor) == 0
-        for sender in range(self._size):
-            if sender == self._rank:
-                for name, tensor in own:
-                    yield name, tensor
-                    if meets_main and sender:
-                        dist.send_object_list([name, tensor.shape, tensor.dtype], group=self._group, group_dst=0)
-                        dist.send(tensor.contiguous(), group=self._group, group_dst=0)
-                if meets_main and sender:
-                    dist.send_object_list([None] * 3, group=self._group, group_dst=0)
-            elif meets_main and not self._rank:
-                yield from self._received(sender)
+        for name, pair in own.items():
+            tensor = whole(*pair)
+            if self._rank and meets_main:
+                dist.send(tensor.contiguous(), group=self._group, group_dst=0)
+            yield name, tensor
+        for sender in range(1, self._size * (dist.get_rank() == 0)):
+            yield from self._arriving(sender, of_all[sender])
 
-    def _received(self, sender: int) -> Iterator[tuple[str, Tensor]]:
-        device = next(self._whole.parameters()).device
-        while True:
-            header: list[Any] = [None] * 3
-            dist.recv_object_list(header, group=self._group, group_src=sender)
-            name, shape, dtype = header
-            if name is None:
-                return
-            tensor = torch.empty(shape, dtype=dtype, device=device)
+    def _arriving(self, sender: int, described: Mapping[str, tuple]) -> Iterator[tuple[str, Tensor]]:
+        for name, (shape, dtype) in described.items():
+            tensor = torch.empty(shape, dtype=dtype, device=next(self._whole.parameters()).device)
             dist.recv(tensor, group=self._group, group_src=sender)
             yield name, tensor

@@ -1,11 +1,13 @@
 """The processes of a run: what torchrun's variables say, the group, and how its ranks agree.
 
-A process alone has a ``Team`` of one, which makes no group and changes nothing.
+A process alone makes no group.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import copy
 import datetime
 import functools
 import itertools
@@ -15,12 +17,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe_gpt.config import RunConfig
 from moe_gpt.distributed.layout import Layout, plan_layout
@@ -30,6 +33,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_FOR_THREADS = 0.3
 """Threads of gloo let go of the last collective's tensors after it has ended, for which they need the interpreter. A
 process whose interpreter ends before that is aborted."""
+_AGREEMENTS = itertools.count()
 Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
 
@@ -52,23 +56,17 @@ class Launch(NamedTuple):
     port: int
 
 
-def read_launch(variables: Mapping[str, str]) -> Launch | None:
-    """Return what the variables say; None for a process alone, also where Slurm's variables are set.
+ALONE = Launch(0, 1, 0, "", 0)
+
+
+def read_launch(variables: Mapping[str, str]) -> Launch:
+    """Return what the variables say; ``ALONE`` without them, also where Slurm's are set.
 
     Raises:
         InputError: naming the variable that is missing or wrong.
     """
-    if "RANK" not in variables and "WORLD_SIZE" not in variables:
-        return None
-    _check_all_given(variables)
-    rank, size, port = (_number(variables, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if rank >= size:
-        raise InputError(f"RANK must be below WORLD_SIZE={size}, got {rank}; start with torchrun, or unset both")
-    local_rank = _number(variables, "LOCAL_RANK") if "LOCAL_RANK" in variables else rank
-    return Launch(rank, size, local_rank, variables["MASTER_ADDR"], port)
-
-
-def _check_all_given(variables: Mapping[str, str]) -> None:
+    if not {"RANK", "WORLD_SIZE"} & variables.keys():
+        return ALONE
     given = [f"{name}={variables[name]}" for name in _VARIABLES if name in variables]
     missing = [name for name in _VARIABLES if name not in variables]
     if missing:
@@ -76,6 +74,11 @@ def _check_all_given(variables: Mapping[str, str]) -> None:
             f"{' '.join(given)} is set in the environment without {', '.join(missing)}; start with torchrun, which "
             "sets all of them, or unset them for a single process"
         )
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    rank, size, local_rank, port = (_number({"LOCAL_RANK": variables["RANK"], **variables}, name) for name in numbers)
+    if rank >= size:
+        raise InputError(f"RANK must be below WORLD_SIZE={size}, got {rank}; start with torchrun, or unset both")
+    return Launch(rank, size, local_rank, variables["MASTER_ADDR"], port)
 
 
 def _number(variables: Mapping[str, str], name: str) -> int:
@@ -86,11 +89,9 @@ def _number(variables: Mapping[str, str], name: str) -> int:
 
 def is_another_rank() -> bool:
     """Whether this process is one of several and not the one that prints."""
-    try:
-        launch = read_launch(os.environ)
-    except InputError:
-        return False
-    return launch is not None and launch.rank > 0
+    with contextlib.suppress(InputError):
+        return read_launch(os.environ).rank > 0
+    return False
 
 
 def should_tell(error: InputError) -> bool:
@@ -104,9 +105,18 @@ def is_lost_rank(error: Exception) -> bool:
 
 
 class Team:
-    """The ranks that train together: this one is a process alone."""
+    """Ranks that train together.
 
-    rank, size, layout = 0, 1, Layout()
+    What only the host knows is agreed by the store, whatever the time that rank 0 takes. Agreements are numbered for
+    the whole life of the process, because the store keeps them.
+    """
+
+    def __init__(self, launch: Launch, layout: Layout, store: Any) -> None:
+        self.rank, self.size, self.layout = launch.rank, launch.size, layout
+        self._launch, self._store, self._agreements = launch, store, _AGREEMENTS
+        if store:
+            ranks = torch.arange(layout.world).view(layout.pipeline, layout.data, layout.tensor)
+            self._mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("pipeline", "data", "tensor"))
 
     @property
     def is_main(self) -> bool:
@@ -114,76 +124,12 @@ class Team:
         return self.rank == 0
 
     @property
-    def is_first_of_stage(self) -> bool:
-        """Whether this is the rank that answers for what all ranks of its stage have."""
-        return self.rank % (self.layout.data * self.layout.tensor) == 0
-
-    @property
     def data_rank(self) -> int:
         """Which part of the rows this rank reads, of ``layout.data`` parts."""
-        return self.layout.data_rank(self.rank)
+        return self.rank // self.layout.tensor % self.layout.data
 
     def device(self, device: torch.device) -> torch.device:
         """Return this rank's device of that kind."""
-        return device
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the tensors of all data ranks, which read different rows."""
-        return tensor
-
-    def sum_of_stages(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the tensors of all stages; each has zeros for what others know."""
-        return tensor
-
-    def sum_of_all(self, tensor: Tensor) -> Tensor:
-        """Return the sum of the tensors of all ranks."""
-        return tensor
-
-    def largest(self, numbers: list[Number]) -> list[Number]:
-        """Return the largest of all ranks' numbers at each place; the host knows them, so no device is waited for."""
-        return numbers
-
-    def from_main(self, action: Callable[[], Value]) -> Value:
-        """Return what the action returns on rank 0, which alone does it: JSON's values. All raise its error."""
-        return action()
-
-    def main_first(self, action: Callable[[], Value]) -> Value:
-        """Return what the action returns here; the other ranks wait until rank 0 has done it."""
-        return action()
-
-    def together(self, action: Callable[[], Value]) -> Value:
-        """Return what the action returns here; if it fails on any rank, all raise that error."""
-        return action()
-
-    def in_another_thread(self, name: str) -> Team:
-        """Return a team for agreements in another thread, which may come in another order on each rank.
-
-        Args:
-            name: of these agreements, the same on all ranks and new each time.
-        """
-        return self
-
-    def all_of(self, action: Callable[[], Value]) -> list[Value]:
-        """Return what the action returns on each rank: JSON's values. If it fails on any rank, all raise that error."""
-        return [action()]
-
-
-class _Ranks(Team):
-    """Several ranks. What only the host knows is agreed by the store, whatever the time that rank 0 takes.
-
-    ``Team`` says what the methods do.
-    """
-
-    _agreements = itertools.count()
-    """Numbers them, for the whole life of the process, because the store keeps them."""
-
-    def __init__(self, launch: Launch, store: dist.Store, layout: Layout) -> None:
-        self.rank, self.size, self.layout = launch.rank, launch.size, layout
-        self._launch, self._store = launch, store
-        if layout.pipeline > 1:  # now, because all ranks must do it, and later each waits for the stage before it
-            _group(layout, "data"), _group(layout, "pipeline")
-
-    def device(self, device: torch.device) -> torch.device:
         if device.type == "cuda":
             device = torch.device("cuda", self._launch.local_rank)
             torch.cuda.set_device(device)
@@ -191,65 +137,63 @@ class _Ranks(Team):
             raise InputError(f"several processes train on cpu or cuda, got --device {device.type}")
         return device
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        total = tensor.detach().clone()
-        dist.all_reduce(total, group=_group(self.layout, "data"))
-        return total
-
-    def sum_of_stages(self, tensor: Tensor) -> Tensor:
-        if self.layout.pipeline == 1:
+    def sum(self, tensor: Tensor, over: Literal["data", "pipeline", "world"] = "data") -> Tensor:
+        """Return the sum over data ranks, which read different rows, over a pipeline's stages, or over all ranks."""
+        if getattr(self.layout, over) == 1:
             return tensor
         total = tensor.detach().clone()
-        dist.all_reduce(total, group=_group(self.layout, "pipeline"))
-        return total
-
-    def sum_of_all(self, tensor: Tensor) -> Tensor:
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=None if over == "world" else self._mesh.get_group(over))
         return total
 
     def largest(self, numbers: list[Number]) -> list[Number]:
+        """Return the largest of all ranks' numbers at each place; the host knows them, so no device is waited for."""
         found = torch.tensor(numbers)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
     def from_main(self, action: Callable[[], Value]) -> Value:
-        key = f"agreement/{next(self._agreements)}"
-        return self._published(key, action) if self.is_main else self._read(key)
+        """Return what the action returns on rank 0, which alone does it: JSON's values. All raise its error."""
+        return self.all_of(action, by=[0])[0]
 
     def main_first(self, action: Callable[[], Value]) -> Value:
+        """Return what the action returns here; the other ranks wait until rank 0 has done it."""
         result: list[Value] = []
         self.from_main(lambda: result.append(action()))
         return result[0] if self.is_main else action()
 
+    def all_of(self, action: Callable[[], Value], by: Sequence[int] = ()) -> list[Value]:
+        """Return what the action returns on each of some ranks, by default on all: JSON's values.
+
+        If it fails on any of them, all ranks raise that error.
+        """
+        number, ranks = next(self._agreements), by or range(self.size)
+        if self.rank in ranks:
+            self._publish(f"agreement/{number}/{self.rank}", action)
+        return [self._read(f"agreement/{number}/{rank}") for rank in ranks]
+
     def together(self, action: Callable[[], Value]) -> Value:
+        """Return what the action returns here; if it fails on any rank, all raise that error."""
         result: list[Value] = []
         self.all_of(lambda: result.append(action()))
         return result[0]
 
     def in_another_thread(self, name: str) -> Team:
-        other = _Ranks(self._launch, dist.PrefixStore(name, self._store), self.layout)
-        other._agreements = itertools.count()  # type: ignore[misc]
+        """Return a team for agreements in another thread, in any order on each rank. Its name must be new each time."""
+        other = copy.copy(self)
+        other._agreements = itertools.count()
+        other._store = dist.PrefixStore(name, self._store)
         return other
 
-    def all_of(self, action: Callable[[], Value]) -> list[Value]:
-        number = next(self._agreements)
-        keys = [f"agreement/{number}/{rank}" for rank in range(self.size)]
-        try:
-            self._published(keys[self.rank], action)
-        except InputError as error:
-            raise error if self.is_main else _ToldByMain(str(error)) from None
-        return [self._read(key) for key in keys]
-
-    def _published(self, key: str, action: Callable[[], Value]) -> Value:
+    def _publish(self, key: str, action: Callable[[], Any]) -> None:
         try:
             value = action()
         except Exception as error:
-            where = f"rank {self.rank}: " if self.rank else ""
-            self._store.set(key, json.dumps({"error": f"{where}{error}", "is_input": isinstance(error, InputError)}))
+            where, is_input = f"rank {self.rank}: " if self.rank else "", isinstance(error, InputError)
+            self._store.set(key, json.dumps({"error": f"{where}{error}", "is_input": is_input}))
+            if is_input and self.rank:
+                raise _ToldByMain(str(error)) from None
             raise
         self._store.set(key, json.dumps({"value": value}, default=str))
-        return value
 
     def _read(self, key: str) -> Any:
         while not self._store.check([key]):  # waiting in the store would keep other threads from it
@@ -260,18 +204,29 @@ class _Ranks(Team):
         return found["value"]
 
 
-@functools.cache
-def _group(layout: Layout, kind: Literal["pipeline", "data"]) -> dist.ProcessGroup | None:
-    """Return the group of the ranks that differ from this one only in their stage or data rank; None for all ranks."""
-    size = getattr(layout, kind)
-    if size == layout.world:
-        return None
-    ranks = torch.arange(layout.world).view(layout.pipeline, layout.data, layout.tensor)
-    mine, _ = dist.new_subgroups_by_enumeration(ranks.movedim(int(kind == "data"), 2).reshape(-1, size).tolist())
-    return mine
+class _Alone(Team):
+    """A process alone, which has nobody to ask. ``Team`` says what the methods do."""
+
+    def __init__(self) -> None:
+        super().__init__(ALONE, Layout(), None)
+
+    def device(self, device: torch.device) -> torch.device:
+        return device
+
+    def sum(self, tensor: Tensor, over: Literal["data", "pipeline", "world"] = "data") -> Tensor:
+        return tensor
+
+    def largest(self, numbers: list[Number]) -> list[Number]:
+        return numbers
+
+    def all_of(self, action: Callable[[], Value], by: Sequence[int] = ()) -> list[Value]:
+        return [action()]
+
+    def in_another_thread(self, name: str) -> Team:
+        return self
 
 
-SOLO = Team()
+SOLO = _Alone()
 
 
 def join(config: RunConfig) -> Team:
@@ -282,10 +237,10 @@ def join(config: RunConfig) -> Team:
             ``parallel.timeout_seconds``.
     """
     launch = read_launch(os.environ)
-    layout = plan_layout(config, launch.size if launch else 1)
-    if launch is None or launch.size == 1:
+    layout = plan_layout(config, launch.size)
+    if launch.size == 1:
         return SOLO
-    return _Ranks(launch, _meet(launch, config.parallel.timeout_seconds), layout)
+    return Team(launch, layout, _meet(launch, config.parallel.timeout_seconds))
 
 
 @functools.cache
@@ -303,9 +258,7 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
         atexit.register(time.sleep, _SECONDS_FOR_THREADS)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         raise _NobodyCame(
             f"the {launch.size} processes of RANK={launch.rank} WORLD_SIZE={launch.size} "
             f"MASTER_ADDR={launch.address} MASTER_PORT={launch.port} did not meet within "
@@ -318,11 +271,8 @@ def _meet(launch: Launch, timeout_seconds: int) -> dist.Store:
 
 
 def _of_this_attempt(store: dist.Store, launch: Launch) -> dist.Store:
-    """Return a store without the keys of earlier attempts; all attempts share the one that torchrun keeps.
-
-    Only where torchrun runs on one node do all ranks have the same number of the attempt.
-    """
-    is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    """Return a store without the keys of earlier attempts; all attempts share the one that torchrun keeps."""
+    is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # else ranks may have other numbers of the attempt
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_one_node else "any"
     found = dist.PrefixStore(f"attempt {attempt} of {launch.size} ranks", store)
     if found.add(f"rank {launch.rank}", 1) > 1:

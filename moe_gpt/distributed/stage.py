@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from moe_gpt.distributed.linked import linked
 from moe_gpt.model.losses import IGNORED_TARGET, CrossEntropy, RouterStats
 from moe_gpt.model.transformer import MoEGPT
 
@@ -45,11 +45,12 @@ class Stage(MoEGPT):
         self.leaving: Any = None
         """The hidden states for the next stage; in a backward pass their gradient."""
         has_matrix = self.is_first or (self.is_last and self.config.tie_embeddings)
-        self.embedding = whole.embedding if has_matrix else _nothing()
+        self.embedding: Any = whole.embedding if has_matrix else _Nothing()
         self.blocks = nn.ModuleList()
         for layer in self.layers:
             self.blocks.add_module(str(layer), whole.blocks[layer])
-        self.final_norm, self.output = (whole.final_norm, whole.output) if self.is_last else (_nothing(), _nothing())
+        self.final_norm: Any = whole.final_norm if self.is_last else _Nothing()
+        self.output: Any = whole.output if self.is_last else _Nothing()
         self._join_others(whole.score)
 
     def _join_others(self, score: Callable[..., CrossEntropy]) -> None:
@@ -65,7 +66,10 @@ class Stage(MoEGPT):
         return hidden
 
     def _score_of_next(self, hidden: Tensor, weight: None, targets: Tensor) -> CrossEntropy:
-        return CrossEntropy(_CrossEntropyOfNext.apply(hidden, self), (targets != IGNORED_TARGET).sum())
+        """Return 0, this stage's part of the cross entropy; the hidden states' gradient comes from the next stage."""
+        shape = hidden.shape
+        zero = linked(hidden, lambda x: x.new_zeros((), dtype=torch.float32), lambda _: self.leaving.view(shape))
+        return CrossEntropy(zero, (targets != IGNORED_TARGET).sum())
 
     def _stats(self, *arguments: Any, **options: Any) -> RouterStats | None:
         """Return the statistics of all layers."""
@@ -74,39 +78,14 @@ class Stage(MoEGPT):
         return stats and RouterStats(*(F.pad(part, (0, 0) * (part.dim() - 1) + around) for part in stats))
 
 
-def _nothing() -> Any:
-    return _Nothing()
-
-
 def leave(loss: Tensor, stage: Stage) -> Tensor:
-    """Return the hidden states that leave a stage. Their gradient is that of the stage's loss and of all later ones."""
-    return _Leaving.apply(loss, stage)
+    """Return the hidden states that leave a stage. Their gradient is that of the stage's loss and of all later ones.
 
+    It waits in the stage for the cross entropy of the next stages, which is behind the stage's own loss.
+    """
 
-class _CrossEntropyOfNext(torch.autograd.Function):
-    """0, this stage's part of the cross entropy; the gradient of the hidden states comes from the next stage."""
+    def keep(grad: Tensor) -> Tensor:
+        stage.leaving = grad
+        return grad.new_ones(())
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, stage: Stage) -> Tensor:
-        ctx.stage, ctx.shape = stage, hidden.shape
-        return hidden.new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.stage.leaving.view(ctx.shape), None
-
-
-class _Leaving(torch.autograd.Function):
-    """Hidden states that leave. Backward, their gradient waits for ``_CrossEntropyOfNext``, behind the stage's loss."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, stage: Stage) -> Tensor:
-        ctx.stage = stage
-        return stage.leaving
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.stage.leaving = grad
-        return grad.new_ones(()), None
+    return linked(loss, lambda _: stage.leaving, keep)

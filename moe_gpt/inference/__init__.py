@@ -1,4 +1,4 @@
-"""Generates tokens.
+"""Generates tokens, for many requests at once.
 
 Read ``generate.py`` first.
 """

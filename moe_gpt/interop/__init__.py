@@ -1,4 +1,5 @@
 """Reads and writes Hugging Face folders.
 
-Exported Mixtral and Llama folders work in transformers, vLLM and llama.cpp. Read ``hugging_face.py`` first.
+Exported Mixtral and Llama folders work in transformers, vLLM and llama.cpp. Folders of quantised weights are
+our own. Read ``hugging_face.py`` first.
 """

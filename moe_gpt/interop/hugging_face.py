@@ -6,6 +6,7 @@ llama.cpp's converter read without moe_gpt. An imported folder becomes a ``MoEGP
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from moe_gpt.files.durable import complete_folder, filled_folder, write_file
 from moe_gpt.files.inside import read_json
 from moe_gpt.files.mistaken import odd_name
 from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
+from moe_gpt.inference.quantised import kind_of
 from moe_gpt.interop.foreign_tokenizer import check_vocabulary, load_tokenizer
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
 from moe_gpt.measure.shapes import shapes_only
@@ -30,7 +32,8 @@ from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PADDING = "<|padding|>"
+PADDINGS = ("<|pad|>", "<|padding|>")
+"""Names of the token of padding."""
 _READABLE_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
@@ -42,6 +45,17 @@ class LoadedFolder(NamedTuple):
     text_start: list[int]
     """Ids that the tokenizer's template puts before every text, such as Llama's <s>; none for models trained here."""
     path: Path
+
+
+class Chat(NamedTuple):
+    """How a model that chats is written, for programs that read its folder."""
+
+    template: str
+    """The Jinja template of a conversation."""
+    training_template: str
+    """The same with the tag ``generation``, which gives the mask of the answers. Some programs cannot read it."""
+    turn_end: str
+    """The token that ends an answer."""
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -74,11 +88,12 @@ def load(folder: str | Path, max_seq_len: int | None = None, dtype: torch.dtype 
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, part in table.items():
-            part.of(own[part.name]).copy_(_finite(reader.read(name), f"{folder}: {name}"))
+            part.of(own[part.name]).copy_(finite(reader.read(name), f"{folder}: {name}"))
     return model.eval()
 
 
-def _finite(tensor: Tensor, name: str) -> Tensor:
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """Return the tensor; raise ``InputError`` for values that are not finite."""
     if not torch.isfinite(tensor).all():
         raise InputError(f"{name} has values that are not finite")
     return tensor
@@ -216,22 +231,29 @@ def save(
         load_balancing_loss_weight: ours, translated into ``router_aux_loss_coef``.
 
     Raises:
-        InputError: for a user's router; for settings that Mixtral lacks (``normalize_topk: false``, or
-            ``balance: bias`` after the bias has moved); for a tokenizer with more tokens than the model; for weights
-            that are not finite; for a folder that is not empty or cannot be written.
+        InputError: for a user's router or quantised weights; for settings that Mixtral lacks
+            (``normalize_topk: false``, or ``balance: bias`` after the bias has moved); for a tokenizer with more tokens
+            than the model; for weights that are not finite; for a folder that is not empty or cannot be written.
         ValueError: for another dtype.
     """
+    require_exportable(model)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    export(model.config, own.__getitem__, folder, tokenizer, dtype, load_balancing_loss_weight)
+
+
+def require_exportable(model: MoEGPT) -> None:
+    """Raise ``InputError`` for a user's router and for quantised weights."""
+    if kind := kind_of(model):
+        raise InputError(f"the model's weights are {kind} already; export the model that they were made from")
     for layer in model.moe_layers():
         if type(layer.router) is not Router:
             raise InputError(own_router_text(type(layer.router).__qualname__))
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    export(model.config, own.__getitem__, folder, tokenizer, dtype, load_balancing_loss_weight)
 
 
 def own_router_text(name: str) -> str:
     """Say why a model with a user's router cannot be exported."""
     return (
-        f"a model with the router {name} cannot be exported: a Mixtral always has a linear top-k router, so it would "
+        f"a model with the router {name} cannot be exported: the folder always has a linear top-k router, so it would "
         "compute another function"
     )
 
@@ -245,6 +267,7 @@ def export(
     load_balancing_loss_weight: float,
     model_card: str | None = None,
     keep_template: bool = True,
+    chat: Chat | None = None,
 ) -> None:
     """Write a folder as ``save`` does, but from weights that are read one tensor at a time.
 
@@ -255,6 +278,7 @@ def export(
         model_card: contents of README.md, if given.
         keep_template: keep the tokenizer's template, which puts tokens such as Llama's <s> around a text. Training here
             does not add them, so a model that was trained here works best without the template.
+        chat: how conversations are written, for a model that chats.
     """
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
@@ -262,15 +286,22 @@ def export(
     _check_biases(config, read)
     name = str(dtype).removeprefix("torch.")
     settings |= {"torch_dtype": name, "dtype": name, **_token_ids(config, tokenizer, keep_template)}
+    with new_folder(folder) as temporary:
+        _write_weights(temporary, config, read, dtype)
+        write_json(temporary / "config.json", settings)
+        if tokenizer:
+            _write_tokenizer(temporary, tokenizer, settings, keep_template, chat)
+        if model_card:
+            write_file(temporary / "README.md", [model_card.encode("utf-8")])
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Fill a folder, new or empty, that appears complete or not at all; raise ``InputError`` where that cannot be."""
     try:
         path = _new_or_empty(folder)
         with filled_folder(path) if path.exists() else complete_folder(path) as temporary:
-            _write_weights(temporary, config, read, dtype)
-            _write_json(temporary / "config.json", settings)
-            if tokenizer:
-                _write_tokenizer(temporary, tokenizer, settings, keep_template)
-            if model_card:
-                write_file(temporary / "README.md", [model_card.encode("utf-8")])
+            yield temporary
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
 
@@ -288,7 +319,7 @@ def _write_weights(folder: Path, config: ModelConfig, read: Callable[[str], Tens
     table = tensor_table(config)
 
     def read_slice(name: str) -> Tensor:
-        return _finite(table[name].of(read(table[name].name)), table[name].name)
+        return finite(table[name].of(read(table[name].name)), table[name].name)
 
     shapes = _shapes(shapes_only(config), table)
     write_sharded(folder, [TensorSpec(name, shape, dtype) for name, shape in shapes.items()], read_slice)
@@ -319,16 +350,25 @@ def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
         )
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], keep_template: bool) -> None:
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], keep_template: bool, chat: Chat | None
+) -> None:
     """Write the tokenizer as a class that old and new versions of transformers know."""
     values = json.loads(tokenizer.to_json())
     if not keep_template and any(tokenizer.template()):
         values["post_processor"] = None
-    _write_json(folder / "tokenizer.json", values)
-    pad = PADDING if tokenizer.special_id(PADDING) is not None else tokenizer.end_of_text
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, settings, pad))
-    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
-    _write_json(folder / "generation_config.json", ids | {"pad_token_id": tokenizer.special_id(pad)})
+    write_json(folder / "tokenizer.json", values)
+    special = tokenizer.special_tokens()
+    pad = next((token for token in PADDINGS if token in special), tokenizer.end_of_text)
+    values = _tokenizer_config(tokenizer, settings, pad)
+    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": special.get(pad)}
+    if chat:
+        values |= {"eos_token": chat.turn_end, "chat_template": chat.template}
+        ids["eos_token_id"] = [special[chat.turn_end], tokenizer.end_of_text_id]
+        write_file(folder / "chat_template.jinja", [chat.template.encode()])
+        write_file(folder / "chat_template_training.jinja", [chat.training_template.encode()])
+    write_json(folder / "tokenizer_config.json", values)
+    write_json(folder / "generation_config.json", ids)
 
 
 def _tokenizer_config(tokenizer: Tokenizer, settings: dict[str, Any], pad: str) -> dict[str, Any]:
@@ -347,5 +387,6 @@ def _tokenizer_config(tokenizer: Tokenizer, settings: dict[str, Any], pad: str) 
     }
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a mapping as indented JSON."""
     write_file(path, [json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8"), b"\n"])

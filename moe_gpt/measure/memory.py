@@ -86,7 +86,12 @@ def _alive(config: RunConfig, stage: StageConfig, counts: ParameterCounts) -> in
 
 
 def _state_bytes(config: RunConfig, counts: ParameterCounts) -> int:
-    """Return what the optimizer's running means take: two of each number; of what Muon moves, one."""
+    """Return what the optimizer's running means take: two of each number; of what Muon moves, one.
+
+    With adapters they are small; the adapted weights, which the backward pass needs, count instead.
+    """
+    if config.adapters:
+        return _FLOAT * counts.total
     n_ends = counts.embedding * (1 if model_of(config).tie_embeddings else 2)
     n_means = 2 * counts.total - (counts.total - n_ends) * (config.optimizer.name == "muon")
     return round({"float32": 4, "bfloat16": 2, "int8": 1 + _FLOAT / 256}[config.optimizer.state_type] * n_means)

@@ -5,6 +5,8 @@ With ``end_of_text_id`` documents are kept apart, as in training with ``data.doc
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -65,17 +67,30 @@ def cross_entropy_gradients(
     """Return what routers and experts would learn from cross entropy on (B, T) tokens; ``.grad`` stays as it is."""
     layers, device = model.moe_layers(), model.embedding.weight.device
     (batch,) = split_batch(Batch(inputs, targets), inputs.size, device, end_of_text_id)
-    with evaluating(model), torch.enable_grad(), autocast(device, precision), without_compiler():
+    with evaluating(model), _thawed(model), torch.enable_grad(), autocast(device, precision), without_compiler():
         ce, _ = model.cross_entropy(batch.inputs, batch.targets, batch.document_ids)
-    modules = [layer.router for layer in layers] + [layer.experts for layer in layers]
-    parameters = [list(module.parameters()) for module in modules]
-    flat = [parameter for group in parameters for parameter in group]
-    gradients = iter(torch.autograd.grad(ce.total / ce.n_valid, flat, allow_unused=True))
+        modules = [layer.router for layer in layers] + [layer.experts for layer in layers]
+        parameters = [list(module.parameters()) for module in modules]
+        flat = [parameter for group in parameters for parameter in group]
+        gradients = iter(torch.autograd.grad(ce.total / ce.n_valid, flat, allow_unused=True))
     norms = []
     for group in parameters:
         parts = [gradient.float().norm() for _, gradient in zip(group, gradients, strict=False) if gradient is not None]
         norms.append(float(torch.stack(parts).norm()) if parts else 0.0)
     return Gradients(np.array(norms[: len(layers)]), np.array(norms[len(layers) :]))
+
+
+@contextlib.contextmanager
+def _thawed(model: MoEGPT) -> Iterator[None]:
+    """Let all parameters take gradients for a while, frozen ones too."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @torch.inference_mode()

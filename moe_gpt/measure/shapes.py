@@ -14,13 +14,15 @@ from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 
 
-def shapes_only(config: ModelConfig, make_router: MakeRouter = Router) -> MoEGPT:
+def shapes_only(
+    config: ModelConfig, make_router: MakeRouter = Router, kind: Callable[[ModelConfig, MakeRouter], MoEGPT] = MoEGPT
+) -> MoEGPT:
     """Return a model on the meta device: no memory and no time for weights, whatever the size.
 
     Where ``config.vocab_size`` is None the embedding has one row.
     """
     with torch.device("meta"), _NothingDrawn():
-        return MoEGPT(config if config.vocab_size else dataclasses.replace(config, vocab_size=1), make_router)
+        return kind(config if config.vocab_size else dataclasses.replace(config, vocab_size=1), make_router)
 
 
 class _NothingDrawn(TorchFunctionMode):

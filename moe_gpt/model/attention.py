@@ -7,23 +7,13 @@ serves all three. Rotary positions (arXiv 2104.09864) use the half-split layout 
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_gpt import ops
 from moe_gpt.config import ModelConfig
 from moe_gpt.model.cache import KVCache
-
-
-def rotary_angles(
-    positions: Int[Tensor, "#B T"], head_dim: int, rope_theta: float
-) -> tuple[Float[Tensor, "#B T 1 {head_dim}//2"], Float[Tensor, "#B T 1 {head_dim}//2"]]:
-    """Return cosine and sine of each position's angles, one set for all heads, in float32 (RoFormer, eq. 15)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * rope_theta**-exponents
-    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
 class Attention(nn.Module):
@@ -52,7 +42,7 @@ class Attention(nn.Module):
 
         Args:
             x: normalised residual stream.
-            rotary: cosine and sine from ``rotary_angles`` for the positions of x.
+            rotary: cosine and sine from ``ops.rotary_angles`` for the positions of x.
             visible: which keys each query may see.
             cache: has keys and values of earlier positions; those of x are written into it. None keeps nothing.
             cache_layer: index, in the cache, of the layer that calls; several layers may share this attention.

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe_gpt import ops
-from moe_gpt.config import ModelConfig
-from moe_gpt.model.attention import Attention, rotary_angles
-from moe_gpt.model.cache import KVCache
+from moe_gpt.config import ModelConfig, scales_of
+from moe_gpt.model.attention import Attention
+from moe_gpt.model.cache import KVCache, place_tokens
 from moe_gpt.model.experts import FeedForward
 from moe_gpt.model.losses import CrossEntropy, RouterStats, SumCounts, cross_entropy_from_hidden, router_stats
 from moe_gpt.model.moe import MoE
@@ -109,9 +109,9 @@ class MoEGPT(nn.Module):
 
         Each module below, a user's router too, draws its own if it has a method ``init_weights(std, residual_std)``.
         Matrices are normal with ``init_std``, and norms are 1. The two projections into the residual stream of each
-        block are divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2).
-        At the start, the logits have the variance d_model · init_std², because the last hidden states are normalised.
-        The loss starts above ln V by about half this variance.
+        block are divided by sqrt(2 · n_layers), so that the stream's variance does not grow with depth (GPT-2). With
+        ``mup_base``, matrices are then scaled as muP says.
+        The first logits have the variance d_model · init_std², and the loss starts above ln V by half of it.
         Call it again after materialising a model built on the meta device.
         """
         if self.config.tie_embeddings:  # materialising a meta model unties them
@@ -124,6 +124,8 @@ class MoEGPT(nn.Module):
             init_weights: Callable[[float, float], None] | None = getattr(module, "init_weights", None)
             if module is not self and init_weights:
                 init_weights(std, std / math.sqrt(2 * self.config.n_layers))
+        for name, parameter in self.named_parameters():
+            parameter.mul_(scales_of(self.config, name).std)
 
     def forward(
         self,
@@ -161,15 +163,16 @@ class MoEGPT(nn.Module):
         targets: Int[Tensor, "B T"],
         document_ids: Int[Tensor, "B T"] | None = None,
         sum_counts: SumCounts | None = None,
+        valid_mask: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[CrossEntropy, RouterStats | None]:
         """Return the summed loss at the targets and the routers' statistics, without the logits of all tokens.
 
         It equals ``losses.cross_entropy`` of ``forward``'s logits, but needs no memory of tokens times vocabulary.
-        ``router_stats`` explains ``sum_counts``.
+        ``router_stats`` explains ``sum_counts`` and ``valid_mask``, which is for the statistics alone.
         """
         hidden, routings = self.hidden_states(tokens, document_ids=document_ids)
         ce = self.score(hidden.flatten(0, 1), self.output.weight, targets.flatten())
-        return ce, self._stats(routings, sum_counts=sum_counts)
+        return ce, self._stats(routings, valid_mask, sum_counts)
 
     def routings(self, tokens: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None) -> list[Routing]:
         """Return one routing of ``tokens.flatten()`` for each layer, none if dense."""
@@ -187,21 +190,14 @@ class MoEGPT(nn.Module):
         The states are normalised. There is one routing of ``tokens.flatten()`` for each layer, none if dense.
         Arguments and errors are those of ``forward``.
         """
-        if document_ids is not None and (valid_mask is not None or cache is not None):
-            raise ValueError("document_ids are for whole sequences without padding and without a cache")
-        T, past, limit = tokens.shape[1], cache.length if cache else 0, self.config.max_seq_len
-        if past + T > limit:
-            raise ValueError(f"a sequence may have at most max_seq_len={limit} tokens, got {past + T}")
-        visible = ops.prepare(ops.Visible(past, valid_mask, document_ids), T, tokens.device)  # once, for all layers
-        positions = visible.positions(T, tokens.device)
-        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        visible, rotary = place_tokens(tokens, self.config, valid_mask, cache, document_ids)  # once, for all layers
         x, routings = self.embedding(tokens), []
         for layer, block in enumerate(self.blocks):
             x, routing = block(x, rotary, visible, cache, layer)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
-            cache.length += T  # only now, because every layer writes at the same positions
+            cache.advance(tokens.shape[1])
         return self.final_norm(x), routings
 
     def moe_layers(self) -> list[MoE]:

@@ -8,6 +8,7 @@ outputs. ``loss`` computes the loss without storing all logits. Read ``plain.py`
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -15,23 +16,30 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_gpt.errors import InputError
-from moe_gpt.ops import cpu, cpu_attention, cuda, dispatch, loss, plain
+from moe_gpt.ops import alone, cpu, cpu_attention, cuda, dispatch, loss, mkl, plain, ragged
 from moe_gpt.ops.device import compute_dtype, without_autocast
-from moe_gpt.ops.plain import IGNORED_TARGET
+from moe_gpt.ops.plain import IGNORED_TARGET, rotary_angles
+from moe_gpt.ops.ragged import KEY_BLOCK, RowGroup, RowPlan
 from moe_gpt.ops.visible import Visible
 
 __all__ = [
     "IGNORED_TARGET",
+    "KEY_BLOCK",
     "Linear",
+    "RowGroup",
+    "RowPlan",
     "Visible",
+    "as_if_alone",
     "attend",
     "largest_indices",
+    "is_alone",
     "linear",
     "linear_cross_entropy",
     "mix_experts",
     "prepare",
     "require_indices",
     "rms_norm",
+    "rotary_angles",
     "rotate",
     "swiglu",
     "using",
@@ -67,6 +75,34 @@ def using(way: str) -> Iterator[None]:
         _chosen.way = before
 
 
+class _Thread(threading.local):
+    """What holds for one thread: a server's must not change the numbers of another, nor the other way round."""
+
+    is_alone = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def as_if_alone() -> Iterator[None]:
+    """Make each token's numbers, in this thread, independent of the tokens beside it: the way of ``alone``.
+
+    It changes what float32 on a CPU computes; nothing where a compiler looks on.
+    """
+    before, _thread.is_alone = _thread.is_alone, True
+    try:
+        with mkl.products:
+            yield
+    finally:
+        _thread.is_alone = before
+
+
+def is_alone() -> bool:
+    """Whether ``as_if_alone`` holds."""
+    return not torch.compiler.is_compiling() and _thread.is_alone
+
+
 def _is_plain() -> bool:
     return _chosen.way == "plain"
 
@@ -76,6 +112,8 @@ def _is_on_cpu(device: torch.device) -> bool:
 
 
 def _takes_custom_gradient(x: Tensor) -> bool:
+    if is_alone():
+        return False
     return cpu.is_worth_it(x) if _chosen.way is None else _chosen.way == "cpu"
 
 
@@ -95,6 +133,8 @@ def require_indices(indices: Tensor, end: int, subject: str) -> None:
 
 def linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
     """Return x Wᵀ in autocast's type: ``plain.linear``."""
+    if is_alone():
+        return alone.linear(x, weight)
     if _is_plain() or not cpu.is_one_row(x) or compute_dtype(x) != x.dtype:
         return plain.linear(x, weight)
     return cpu.multiply_one_row(x, weight)
@@ -128,7 +168,7 @@ def swiglu(gate_up: Float[Tensor, "*batch gate_and_up"]) -> Float[Tensor, "*batc
 
 def prepare(visible: Visible, n_queries: int, device: torch.device) -> Visible:
     """Give a ``Visible`` the form in which ``attend`` wants it: once a forward pass, for all layers."""
-    if visible.is_causal(n_queries) or _is_plain():
+    if visible.rows is not None or visible.is_causal(n_queries) or _is_plain():
         return visible
     if visible.document_ids is not None:
         if _is_on_cpu(device) and n_queries > cpu_attention.LONGEST_BY_MATRIX:
@@ -152,6 +192,8 @@ def attend(
         values: beside the keys.
         visible: from ``prepare``.
     """
+    if visible.rows is not None:
+        return ragged.attend(queries, keys, values, visible.rows)
     if _is_plain():
         return plain.attend(queries, keys, values, visible.matrix(queries.shape[2], queries.device))
     if _is_on_cpu(queries.device):
@@ -174,6 +216,8 @@ def mix_experts(
     """Return each token's weighted sum over its experts' answers, in the weights' type: ``plain.mix_experts``."""
     if _is_plain():
         return plain.mix_experts(x, expert_indices, expert_weights, gate_up, down)
+    if is_alone():
+        return alone.mix_experts(x, expert_indices, expert_weights, gate_up, down)
     x = x.to(compute_dtype(x))
     if _is_on_cpu(x.device) and cpu.are_few(expert_indices):
         return cpu.mix_few_tokens(x, expert_indices, expert_weights, gate_up, down)

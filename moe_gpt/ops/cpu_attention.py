@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_gpt.ops import gradients
+from moe_gpt.ops import gradients, mkl
 
 QUERY_BLOCK = 64
 """Queries at a time in ``attend_in_query_blocks``."""
@@ -63,7 +61,7 @@ def attend(
         return attend_per_document(queries, keys, values, form)
     if form is None and queries.shape[2] == 1:  # it sees everything, so the heads that share keys can be its rows
         rows = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[3])
-        with _products_by_mkl():
+        with mkl.products:  # of a single query they are small, and take oneDNN three times as long
             return F.scaled_dot_product_attention(rows, keys, values).reshape(queries.shape)
     if keys.shape[2] > LONGEST_BY_PRODUCTS:
         return F.scaled_dot_product_attention(
@@ -72,17 +70,6 @@ def attend(
     if form is None and queries.shape[2] == keys.shape[2] and use_custom_gradient:
         return attend_in_query_blocks(queries, keys, values)
     return attend_by_products(queries, keys, values, form)
-
-
-@contextlib.contextmanager
-def _products_by_mkl() -> Iterator[None]:
-    """Let MKL make the few small float32 products of a single query, which take oneDNN three times as long."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,6 +23,15 @@ def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: floa
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
+def rotary_angles(
+    positions: Int[Tensor, "#B T"], head_dim: int, rope_theta: float
+) -> tuple[Float[Tensor, "#B T 1 {head_dim}//2"], Float[Tensor, "#B T 1 {head_dim}//2"]]:
+    """Return cosine and sine of each position's angles, one set for all heads, in float32 (RoFormer, eq. 15)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * rope_theta**-exponents
+    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+
+
 def rotate(x: Float[Tensor, "B T heads Dh"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads Dh"]:
     """Turn each pair (x[i], x[i + Dh/2]) by its position's angle (RoFormer, eq. 34), in float32, in x's type."""
     first, second = x.float().chunk(2, dim=-1)

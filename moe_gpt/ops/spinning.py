@@ -11,6 +11,7 @@ system takes a core away, and adds idle threads of OpenMP while that happens oft
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -32,10 +33,13 @@ class IdleThreads:
         self._threads: list[threading.Thread] = []
 
     def add(self) -> None:
-        """Start as many as it takes, in threads of Python, each of which has as many of OpenMP as torch uses."""
+        """Start as many as it takes, in threads of Python, each of which has as many of OpenMP as torch uses.
+
+        Where torch has come to use one thread, OpenMP has none that could spin.
+        """
         self._end.clear()
         team, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-        while team + len(self._threads) * (team - 1) <= cores:
+        while team > 1 and team + len(self._threads) * (team - 1) <= cores:
             is_there = threading.Event()
             self._threads.append(threading.Thread(target=self._be_there, args=(is_there,), daemon=True))
             self._threads[-1].start()
@@ -90,11 +94,16 @@ class Watch:
         self._before = now
 
 
-def _watch() -> None:
+def _watch(is_over: threading.Event) -> None:
     watch = Watch()
-    while True:
-        time.sleep(_SECONDS)
+    while not is_over.wait(_SECONDS):
         watch.look()
+    watch.idle.remove()
+
+
+def _end(is_over: threading.Event, thread: threading.Thread) -> None:
+    is_over.set()
+    thread.join()  # the interpreter ends a thread inside torch by aborting the process
 
 
 _started = threading.Lock()
@@ -104,4 +113,7 @@ def spin_less_when_crowded() -> None:
     """Start the watching thread, once a process; not where there is no libgomp, or where the user set how to wait."""
     is_ours = "GOMP_SPINCOUNT" in os.environ and "OMP_WAIT_POLICY" not in os.environ
     if sys.platform == "linux" and is_ours and torch.get_num_threads() > 1 and _started.acquire(blocking=False):
-        threading.Thread(target=_watch, name="spinning", daemon=True).start()
+        is_over = threading.Event()
+        thread = threading.Thread(target=_watch, args=(is_over,), name="spinning", daemon=True)
+        thread.start()
+        atexit.register(_end, is_over, thread)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moe_gpt.ops.ragged import RowPlan
+
 
 class Visible(NamedTuple):
     """Queries are the last T of S = past + T positions; each sees itself and what comes before it.
@@ -21,6 +23,8 @@ class Visible(NamedTuple):
     """False for padding; it covers the cached positions too."""
     document_ids: Int[Tensor, "B T"] | None = None
     """A number for each position, the same within a document; for whole sequences without padding or cache."""
+    rows: RowPlan | None = None
+    """Where the tokens belong to different rows of a cache, which tokens to which; it replaces all of the above."""
     form: Any = None
     """The mask as ``ops.prepare`` made it for the implementation in use. None where ``is_causal`` holds, and under
     ``using("plain")``, which makes the mask in every layer."""
@@ -45,6 +49,8 @@ class Visible(NamedTuple):
 
     def positions(self, n_queries: int, device: torch.device) -> Int[Tensor, "#B T"]:
         """Return each query's position: from the start of its document, or among the valid ones."""
+        if self.rows is not None:
+            return self.rows.positions
         if self.document_ids is not None:
             return positions_within(self.document_ids)
         if self.valid_mask is not None:

@@ -152,12 +152,24 @@ def _strongest_pairs(layer: int, lift: np.ndarray) -> list[tuple[int, str, float
 
 def draw_domains(run: RunRecords) -> Picture:
     """Draw each source's share of every expert, grouped bars by layer."""
-    sources, counts = run.counts_by_source()
+    return draw_shares("domains", *run.counts_by_source(), unit="% of the source")
+
+
+def draw_shares(name: str, sources: Sequence[str], counts: np.ndarray, unit: str, **facts: Any) -> Picture:
+    """Draw what share of its assignments each expert gets, grouped bars by layer.
+
+    Args:
+        name: of the picture, in picture_words.yaml.
+        sources: what the bars of a group are called.
+        counts: assignments of each (n_sources, L, E).
+        unit: of the vertical axes.
+        facts: what the picture's words are about, besides the shares.
+    """
     shares = 100 * routing.domain_shares(counts)  # (n_sources, L, E)
     n_sources, n_layers, n_experts = shares.shape
     is_small = n_experts * n_sources <= 64
     most, n_columns, n_ticks = (pictures.MOST_LAYERS, 2, 6) if is_small else (pictures.MOST_LAYERS // 2, 1, 17)
-    layout = (n_layers, most, n_columns, (0.6, 1.45), "% of the source", _EXPERTS)
+    layout = (n_layers, most, n_columns, (0.6, 1.45), unit, _EXPERTS)
     with pictures.by_layer(*layout) as (figure, panels, layers):
         rows, differences = [], []
         for layer, axes in panels.items():
@@ -169,7 +181,8 @@ def draw_domains(run: RunRecords) -> Picture:
             differences.append((layer, expert, list(zip(sources, shares[:, layer, expert], strict=True))))
         pictures.legend_below(figure, pictures.labelled(panels[0]))
         table = Table(("layer", "expert", *(f"{source} (%)" for source in sources)), rows)
-        return pictures.finish(figure, "domains", table, differences=differences, n_experts=n_experts, **layers)
+        facts |= {"differences": differences, "n_experts": n_experts, **layers}
+        return pictures.finish(figure, name, table, **facts)
 
 
 def _draw_bars(axes: Axes, shares: dict[str, np.ndarray]) -> None:

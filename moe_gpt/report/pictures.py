@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import html
 import io
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,8 @@ COLOURS: list[str] = _STYLE["colours"]
 INK: str = _STYLE["ink"]
 """What text and axes are drawn with."""
 _GRID = "#dddddd"  # on white; a page has its own
+_TEXT_BREAKS_AFTER = 10
+"""Characters of the narrowest column of texts, which break anywhere."""
 MOST_LAYERS = 8
 """Layers drawn as lines or panels; of more, so many are shown, evenly spread."""
 WIDTH = 5.6
@@ -45,17 +49,20 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     title: str = ""
+    has_texts: bool = False
+    """Whether cells are texts of prompts and answers, whose line ends are shown."""
 
     @classmethod
-    def of(cls, columns: Mapping[str, Iterable[Any]], title: str = "") -> Table:
+    def of(cls, columns: Mapping[str, Iterable[Any]], title: str = "", has_texts: bool = False) -> Table:
         """Return the table of equally long columns by their headings."""
-        return cls(tuple(columns), list(zip(*columns.values(), strict=True)), title)
+        return cls(tuple(columns), list(zip(*columns.values(), strict=True)), title, has_texts)
 
     @property
     def n_characters(self) -> int:
         """About how many characters it is wide at least: a line cannot break within a word or a number."""
         words = [[len(word) for cell in column for word in format_number(cell).split()] for column in self._whole()]
-        return sum(max(lengths, default=0) + 2 for lengths in words)
+        longest = _TEXT_BREAKS_AFTER if self.has_texts else sys.maxsize
+        return sum(min(max(lengths, default=0), longest) + 2 for lengths in words)
 
     def _whole(self) -> list[tuple[Any, ...]]:
         """Return the columns with their headings."""
@@ -190,6 +197,7 @@ def draw_panels(
     heights: tuple[float, float],
     adjust: Callable[[Axes], Any] = lambda axes: None,
     table: Table | None = None,
+    over: str = "tokens seen",
     **facts: Any,
 ) -> Picture:
     """Draw panels of lines, which share a legend.
@@ -201,24 +209,26 @@ def draw_panels(
         heights: inches besides the rows, and of a row.
         adjust: what else is done to each panel.
         table: the numbers; by default some of each panel.
+        over: what the horizontal axis has.
         facts: what the picture's words are about, besides ``panels``.
     """
     titles, units = zip(*((panel.title, panel.unit) for panel in drawn), strict=True)
-    with panels(titles, units, n_columns, heights, count_axis, sharex=True) as (figure, grid):
+    label_x = functools.partial(count_axis, label=over)
+    with panels(titles, units, n_columns, heights, label_x, sharex=True) as (figure, grid):
         for axes, panel in zip(grid, drawn, strict=True):
             draw_lines(axes, panel.lines)
             adjust(axes)
         legend_below(figure, labelled(grid[0]))
-        return finish(figure, name, table or _table_of_panels(drawn), panels=drawn, **facts)
+        return finish(figure, name, table or _table_of_panels(drawn, over), panels=drawn, **facts)
 
 
-def _table_of_panels(drawn: Sequence[Panel]) -> Table:
+def _table_of_panels(drawn: Sequence[Panel], over: str) -> Table:
     rows = []
     for panel in drawn:
         found = [dict(zip(*line, strict=True)) for line in panel.lines.values()]
         tokens = sorted(set().union(*found))
         rows += [(panel.name, tokens[at], *(line.get(tokens[at]) for line in found)) for at in spread(len(tokens), 12)]
-    return Table(("quantity", "tokens seen", *drawn[0].lines), rows)
+    return Table(("quantity", over, *drawn[0].lines), rows)
 
 
 def legend_below(figure: Figure, lines: Mapping[str, Any]) -> None:

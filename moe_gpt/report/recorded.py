@@ -6,12 +6,13 @@ What a picture or an answer needs is asked of these two classes. They raise ``No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from moe_gpt.config.run import STAGES
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.measure.health import Gradients
 from moe_gpt.measure.metric_names import MetricName, scored_sources
@@ -91,15 +92,34 @@ class RunRecords:
     """What is missing or could not be read, in words."""
     is_training: bool = False
     """Whether a process was training it when it was read."""
+    stage_scores: dict[str, Any] = field(default_factory=dict)
+    """What scores.json has, of a stage after pre-training."""
+    stage_routing: dict[str, Slice] = field(default_factory=dict)
+    """The experts of the same held-out prompts and answers, ``before`` and ``after`` the stage."""
 
     def section(self, key: str) -> dict[str, Any]:
         """Return a section of the config."""
         return section_of(self.config, key)
 
     @property
+    def stage(self) -> str | None:
+        """The stage after pre-training that the run is; None for pre-training."""
+        return next((name for name in STAGES if self.section(name)), None)
+
+    @property
     def is_dense(self) -> bool:
         """Whether the config has a single feed-forward network in each layer."""
         return self.section("model").get("n_experts") == 1
+
+    @property
+    def shows_experts(self) -> bool:
+        """Whether evaluations count what experts get: a reward model, which predicts no tokens, has no evaluations."""
+        return not self.is_dense and self.stage != "reward"
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps record norms and routing: those that learn from rewards or pairs do not."""
+        return self.stage in (None, "sft")
 
     @property
     def stages(self) -> list[dict[str, Any]]:

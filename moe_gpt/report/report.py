@@ -40,7 +40,7 @@ class Section:
     parts: dict[str, list] = field(default_factory=lambda: collections.defaultdict(list))
     """What it has, by the names that report.html.jinja uses; ``missing`` says what could not be shown, and why."""
 
-    def add(self, part: str, find: Callable[[RunRecords], Any], run: RunRecords) -> None:
+    def add(self, part: str, find: Callable[[Any], Any], run: RunRecords | list[RunRecords]) -> None:
         """Add what ``find`` returns, one thing or a list, to a part, or why it is missing."""
         what = find.__name__.removeprefix("draw_").strip("_").replace("_", " ")
         found, reason = attempt(what, find, run)
@@ -68,7 +68,11 @@ def write_report(runs: Sequence[RunRecords], path: Path, renew_seconds: int = 0)
         raise InputError("a report takes at least one run, got none")
     runs = tell_apart(runs)
     sections = list(_sections_of_several(runs) if len(runs) > 1 else _sections_of(runs[0]))
-    title = f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}"
+    write_page(f"Run{'s' * (len(runs) > 1)} {', '.join(run.name for run in runs)}", sections, path, renew_seconds)
+
+
+def write_page(title: str, sections: Sequence[Section], path: Path, renew_seconds: int = 0) -> None:
+    """Write a page of sections, and their pictures; arguments and errors are those of ``write_report``."""
     facts = {"title": title, "sections": sections, "renew_seconds": renew_seconds, "glossary": Glossary()}
     page = _template().render(facts)
     for picture in itertools.chain(*(section.parts["pictures"] for section in sections)):
@@ -101,11 +105,16 @@ def _spread_over(values: Sequence[Any], limit: int) -> list[Any]:
 
 def _sections_of(run: RunRecords) -> Iterator[Section]:
     """Yield the sections of one run, as words.yaml describes them."""
-    has = {None: True, "dense": run.is_dense, "experts": not run.is_dense, "config": bool(run.config)}
+    has = {None: True, "dense": run.is_dense, "experts": run.shows_experts, "config": bool(run.config)}
+    has |= {"tuned": run.stage is not None, "text": run.stage != "reward", "rl": run.stage == "rl"}
+    has |= {"pairs": run.stage in ("reward", "dpo"), "tuned_experts": run.stage is not None and not run.is_dense}
+    has |= {"records": run.records_steps, "sampled": not run.stage or bool(run.section("train").get("sample_tokens"))}
     for name, told in words()["sections"].items():
         if has[told.get("only")]:
             section = Section(name, told["title"])
-            for part, place in told.get("has", ()):
+            for part, place, *needed in told.get("has", ()):
+                if not all(has[condition] for condition in needed):
+                    continue
                 module, _, function = place.partition(".")
                 section.add(part, getattr(importlib.import_module(f"moe_gpt.report.{module}"), function), run)
             section.parts["text"] += paragraphs(told.get("text", ""), has=section.parts)
@@ -117,16 +126,31 @@ def _sections_of_several(runs: Sequence[RunRecords]) -> Iterator[Section]:
     from moe_gpt.report.comparison.compare import compare_runs
 
     found = compare_runs(runs)
-    yield _section("comparison", "At the end", tables=[found.final.turned()], notes=found.notes)
-    yield _section("curves", "Curves", pictures=found.pictures)
-    yield _section("differences", found.differences.title, tables=[found.differences])
+    yield make_section("comparison", "At the end", tables=[found.final.turned()], notes=found.notes)
+    yield from _tuning_of(runs)
+    yield make_section("curves", "Curves", pictures=found.pictures)
+    yield make_section("differences", found.differences.title, tables=[found.differences])
     for number, run in enumerate(runs, 1):
-        section = _section(f"run-{number}", f"Run {run.name}", findings=summarise(run, is_compared=True))
+        section = make_section(f"run-{number}", f"Run {run.name}", findings=summarise(run, is_compared=True))
         section.add("tables", validation_table, run)
         yield section
 
 
-def _section(name: str, title: str, **parts: list) -> Section:
+def _tuning_of(runs: Sequence[RunRecords]) -> Iterator[Section]:
+    """Yield what stages after pre-training changed, where there are any."""
+    from moe_gpt.report import tuning
+
+    tuned = [run for run in runs if run.stage]
+    finders = {"tuning": tuning.tables_of_scores, "reinforcement": tuning.draw_reinforcement}
+    for name, find in {**finders, "preferences": tuning.draw_preferences}.items():
+        section = Section(name, words()["sections"][name]["title"])
+        section.add("tables" if name == "tuning" else "pictures", find, tuned)
+        if any(section.parts.values()):
+            yield section
+
+
+def make_section(name: str, title: str, **parts: list) -> Section:
+    """Return a section with some parts."""
     section = Section(name, title)
     section.parts.update(parts)
     return section

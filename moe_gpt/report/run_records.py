@@ -22,7 +22,7 @@ from safetensors.numpy import load
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.files.inside import LARGEST_YAML, inside
+from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.json_lines import FoundLines, read_json_lines
 from moe_gpt.interop.foreign_tokenizer import read_tokenizer
 from moe_gpt.measure.health import Gradients
@@ -98,6 +98,8 @@ class _Reader:
             tokenizer_digest=digest,
             notes=self.notes,
             is_training=is_training(self.folder),
+            stage_scores=self.stage_scores(),
+            stage_routing=self.stage_routing(),
         )
         if lines:
             self.notes += _notes_on_gaps(run)
@@ -126,6 +128,21 @@ class _Reader:
             self.notes.append("config.yaml: data.sources is no list of sections")
             del config["data"]["sources"]
         return config
+
+    def stage_scores(self) -> dict[str, Any]:
+        """Return the scores before and after a stage; none of a run that has none."""
+        is_there = (self.folder / "scores.json").exists()
+        return self.noted("", _load_json, "scores.json", otherwise={}) if is_there else {}
+
+    def stage_routing(self) -> dict[str, Slice]:
+        """Return the experts before and after a stage, where they are recorded."""
+        files = {time: f"routing_{time}.safetensors" for time in ("before", "after")}
+        found = {
+            time: self.noted("", _load_slice, name, otherwise=None)
+            for time, name in files.items()
+            if (self.folder / name).exists()
+        }
+        return {time: part for time, part in found.items() if part}
 
     def lines(self, name: str, *counts: str) -> list[dict[str, Any]]:
         """Return the lines that have each of ``counts`` as an integer, and numbers where a report draws them."""
@@ -164,15 +181,24 @@ def _load_yaml(path: Path) -> Any:
     return yaml.safe_load(inside(path.parent, path.name, at_most=LARGEST_YAML).read_text(encoding="utf-8"))
 
 
+def _load_json(path: Path) -> dict[str, Any]:
+    return read_json(path.parent, path.name)
+
+
 def _notes_on_gaps(run: RunRecords) -> list[str]:
     without = sorted({line["step"] for line in run.evaluations} - {arrays.step for arrays in run.arrays})
     every = run.section("train").get("record_every_steps", "not set")
     return paragraphs(words()["reading"], run=run, without=without, every=every)
 
 
+def _load_slice(path: Path) -> Slice | None:
+    arrays = load(path.read_bytes())
+    return Slice(arrays["tokens"], arrays["choices"]) if {"tokens", "choices"} <= arrays.keys() else None
+
+
 def _load_arrays(path: Path) -> EvaluationArrays | None:
     arrays, by_kind = load(path.read_bytes()), collections.defaultdict[str, dict[str, np.ndarray]](dict)
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):  # safetensors gives them in any order
         source, _, kind = name.rpartition("/")
         by_kind[kind][source] = array
     choices = by_kind["choices"]

@@ -19,7 +19,7 @@ from moe_gpt.measure import routing
 from moe_gpt.measure.health import find_problems, recorded_window
 from moe_gpt.report.missing import attempt, need
 from moe_gpt.report.pictures import Table
-from moe_gpt.report.recorded import EvaluationArrays, RunRecords
+from moe_gpt.report.recorded import EvaluationArrays, RunRecords, section_of
 from moe_gpt.report.words import paragraphs, say, words
 from moe_gpt.terminal.numbers import format_number
 
@@ -46,11 +46,12 @@ def summarise(run: RunRecords, is_compared: bool = False) -> list[Finding]:
         run: as recorded.
         is_compared: whether other runs are beside it, which say whether experts were worth it.
     """
-    questions = {"trained": _what_was_trained, "learned": _whether_it_learned}
-    if not run.is_dense:
+    questions: dict[str, Callable[[RunRecords], Facts]] = {"trained": _what_was_trained}
+    questions |= {"tuned": _what_the_stage_changed} if run.stage else {"learned": _whether_it_learned}
+    if run.shows_experts:
         questions |= {"used": _whether_experts_are_used, "differ": _whether_experts_differ}
-        questions |= {"healthy": _whether_the_router_is_healthy}
-        questions |= {} if is_compared else {"worth": _whether_it_was_worth_it}
+        questions |= {"healthy": _whether_the_router_is_healthy} if run.records_steps else {}
+        questions |= {} if is_compared or run.stage else {"worth": _whether_it_was_worth_it}
     questions |= {"wrong": _what_went_wrong}
     return [_find(name, find, run) for name, find in questions.items()]
 
@@ -90,6 +91,13 @@ def known_settings(section: type[SectionType], values: dict[str, Any]) -> Sectio
     return section.from_mapping({key: values[key] for key in section.__dataclass_fields__ if key in values})
 
 
+def _what_the_stage_changed(run: RunRecords) -> Facts:
+    before, after = (section_of(run.stage_scores, time) for time in ("before", "after"))
+    need(after, "there are no scores: an unfinished run has none, nor has a run that learns from files alone")
+    task = next(iter(after))
+    return {"task": task, "before": section_of(before, task), "after": after[task], "meaning": words()["tasks"]}
+
+
 def _whether_it_learned(run: RunRecords) -> Facts:
     scores = run.all_scores()
     need(scores, "there is no evaluation")
@@ -123,7 +131,8 @@ def _whether_experts_are_used(run: RunRecords) -> Facts:
 
 def _time_of(arrays: EvaluationArrays, run: RunRecords) -> Facts:
     """Return the step of an evaluation, and from which step on its routing is judged."""
-    needed = known_settings(FaultConfig, run.section("faults")).routing_window
+    window = known_settings(FaultConfig, run.section("faults")).routing_window
+    needed = 0 if run.stage else window  # a later stage begins with trained routers
     return {"step": arrays.step, "needed": needed, "is_early": arrays.step < needed}
 
 

@@ -64,11 +64,11 @@ class TerminalDisplay(Display):
         speed = self._tokens / self._seconds if self._seconds else line["tokens_per_second"]
         end = round(min(self._end, tokens_seen + speed * max(0.0, self._deadline - time.monotonic())))
         left = datetime.timedelta(seconds=round((end - tokens_seen) / speed))
-        ce_loss = "skipped" if line["ce_loss"] is None else f"{line['ce_loss']:.3f}"
-        note = f"{format_count(speed)} tokens/s, {left} left, ce_loss {ce_loss}"
+        learned = _learned(line)
+        note = f"{format_count(speed)} tokens/s, {left} left, {learned}"
         text = (
             f"step {line['step']}: {format_count(tokens_seen)} of {format_count(end)} tokens, {speed:,.0f} tokens/s, "
-            f"{left} left\n    ce_loss {ce_loss}, lr {line['lr']:.2e}, {line['batch_tokens']:,} tokens a step in "
+            f"{left} left\n    {learned}, lr {line['lr']:.2e}, {line['batch_tokens']:,} tokens a step in "
             f"sequences of {line['seq_len']}"
         )
         self._bar.update(tokens_seen, note, text, end)
@@ -99,3 +99,12 @@ class TerminalDisplay(Display):
     def summary(self) -> str:
         """Return the last evaluation as a table; empty if there was none."""
         return "\n" + format_scores(self._scores) + "\n" if self._scores else ""
+
+
+_MEASURES = (("reward", "kl"), ("pair_accuracy",), ("ce_loss",))
+"""What tells people how a stage gets on; the first of them that its lines have."""
+
+
+def _learned(line: dict[str, Any]) -> str:
+    keys = next(keys for keys in _MEASURES if keys[0] in line)
+    return ", ".join(f"{key} {'skipped' if line[key] is None else format(line[key], '.3f')}" for key in keys)

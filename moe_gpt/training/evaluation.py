@@ -140,9 +140,9 @@ class Evaluator:
                 new = stats.tokens_per_expert.cpu().numpy() * (batch.weight > 0)
                 tokens_per_expert = new if tokens_per_expert is None else tokens_per_expert + new
         nats, counts, (n_bytes,) = (_summed(array, team) for array in (nats, counts, np.array([n_bytes])))
-        nats = team.sum_of_stages(torch.from_numpy(nats)).numpy()
+        nats = team.sum(torch.from_numpy(nats), "pipeline").numpy()
         if tokens_per_expert is not None:
-            tokens_per_expert = team.sum_of_stages(torch.from_numpy(_summed(tokens_per_expert, team))).numpy()
+            tokens_per_expert = team.sum(torch.from_numpy(_summed(tokens_per_expert, team)), "pipeline").numpy()
         return SourceEvaluation(nats, counts, round(n_bytes * self._bytes_per_token_byte[name]), tokens_per_expert)
 
     def slices(self, max_tokens: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 
@@ -25,6 +25,7 @@ from moe_gpt.training.recovery import Recovery, TooManySkips, past_skipped
 from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.setup import Run
 from moe_gpt.training.signals import StopRequest, StopSignalName, stop_signals
+from moe_gpt.training.stage import Stream
 from moe_gpt.training.step import StepResult, train_step
 
 Outcome = Literal["finished", "max_steps", "max_minutes", "callback", "SIGINT", "SIGTERM", "SIGHUP"]
@@ -55,13 +56,14 @@ def pretraining_step(run: Run, plan: StepPlan, should_record: bool) -> StepResul
 
 def _deal(run: Run, plan: StepPlan, n_rows: int) -> Iterator[MicroBatch]:
     """Yield this rank's part of each micro-batch of the first rows of a step."""
+    stream = cast(Stream, run.stream)
 
     def read(first: int, n: int, rank: int, n_ranks: int) -> Batch:
         start = run.state.tokens_seen + first * plan.seq_len
-        return run.stream.batch(start, plan.seq_len, n * plan.seq_len, rank, n_ranks)
+        return stream.batch(start, plan.seq_len, n * plan.seq_len, rank, n_ranks)
 
     return deal_batch(
-        n_rows, _rows_per_rank(run, plan), read, run.device, run.document_end_id,
+        n_rows, _rows_per_rank(run, plan), read, run.device, run.stream_end_id,
         run.team.data_rank, run.team.layout.data,
     )  # fmt: skip
 
@@ -87,7 +89,7 @@ def train(
     run: Run,
     limits: Limits,
     display: Display,
-    take_step: StepFunction = pretraining_step,
+    take_step: StepFunction | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train until the schedule ends, a limit is reached or a signal arrives, save, and return why training stopped.
@@ -96,7 +98,9 @@ def train(
 
     Args:
         display: shows what happens.
-        take_step: your own optimizer step, for another batch or another loss.
+        take_step: your own optimizer step, for another batch or another loss; by default that of the run's stage. On
+            several ranks with ZeRO 0 or 1 it must call ``add_over_ranks`` after its last backward pass;
+            ``accumulate_gradients`` does.
         callbacks: called as the run goes on; any of them can stop it.
 
     Raises:
@@ -105,6 +109,7 @@ def train(
             steps, or the run folder is gone. The message says what is saved.
         KeyboardInterrupt: at a second SIGINT.
     """
+    take_step = take_step or run.stage.take_step or pretraining_step
     if take_step is not pretraining_step and run.team.layout.pipeline > 1:
         raise InputError(
             f"a step function of your own needs parallel.pipeline=1, got {run.team.layout.pipeline}: no rank has a "

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_gpt.distributed.sharding import local_part, on_whole, whole_shape
+from moe_gpt.distributed.cut import local_part, on_whole, whole_shape
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5

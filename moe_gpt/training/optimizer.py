@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from moe_gpt.config import OptimizerConfig
-from moe_gpt.distributed.sharding import local_part, whole_shape
+from moe_gpt.config import OptimizerConfig, Scales, scales_of
+from moe_gpt.distributed.cut import gather_moved, local_part, whole_shape
 from moe_gpt.errors import InputError
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.training.moments import kept_type, n_blocks, pack, unpack
@@ -20,6 +20,7 @@ from moe_gpt.training.records.norms import group_of
 _SQUARE = "exp_avg_sq"
 _MEANS = {"adamw": ("exp_avg", _SQUARE), "muon": ("momentum",)}
 _FOR_MUON = ("attention", "experts", "feed_forward")
+Group = dict[str, Any]
 
 
 class Optimizer:
@@ -30,11 +31,12 @@ class Optimizer:
     its state in float32. Of a sharded parameter each rank moves its part, and keeps the state of that part.
 
     Args:
-        groups: each has ``params``, ``weight_decay`` and ``method``: adamw or muon.
+        groups: each has ``params``, ``weight_decay``, ``method`` (adamw or muon) and ``scales``, by which its learning
+            rate and eps are multiplied.
         config: the rest.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(self, groups: list[Group], config: OptimizerConfig) -> None:
         self.param_groups, self.config = groups, config
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """The running means of each parameter that has moved, by name, in the form in which they are kept."""
@@ -67,7 +69,8 @@ class Optimizer:
         take_step = {"adamw": self._take_adamw_step, "muon": self._take_muon_step}
         for group in self.param_groups:
             for part in self._parts(group["params"]):
-                take_step[group["method"]](part, group["weight_decay"], scale, skipped)
+                take_step[group["method"]](part, group, scale, skipped)
+            gather_moved(group["params"])
 
     def _parts(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         """Yield those that move together: one at a time where each is in float32 only while it moves."""
@@ -75,28 +78,28 @@ class Optimizer:
         size = max(1, len(moving)) if self.config.state_type == "float32" else 1
         yield from (moving[start : start + size] for start in range(0, len(moving), size))
 
-    def _take_adamw_step(self, moving: list[Tensor], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
+    def _take_adamw_step(self, moving: list[Tensor], group: Group, scale: Tensor, skipped: Tensor) -> None:
         means = [self._means(parameter, "adamw") for parameter in moving]
         steps = [self.state[p].setdefault("step", torch.zeros((), device=p.device)) for p in moving]
-        gradients: list[Any] = [local_part(parameter.grad) for parameter in moving]
+        gradients: list[Any] = [local_part(parameter.grad, parameter) for parameter in moving]
         parts, config, clipping = list(map(local_part, moving)), self.config, _clipping(gradients, scale, skipped)
         if clipping is None:
             return
         adamw(
             parts, gradients, [mean[0] for mean in means], [mean[1] for mean in means], [], steps,
-            fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=self.lr,
-            weight_decay=weight_decay, eps=config.eps, maximize=False, **clipping,
+            fused=True, amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=self.lr * group["scales"].lr,
+            weight_decay=group["weight_decay"], eps=config.eps * group["scales"].eps, maximize=False, **clipping,
         )  # fmt: skip
         for parameter, mean in zip(moving, means, strict=True):
             self._keep(parameter, "adamw", mean)
 
-    def _take_muon_step(self, moving: list[Any], weight_decay: float, scale: Tensor, skipped: Tensor) -> None:
+    def _take_muon_step(self, moving: list[Any], group: Group, scale: Tensor, skipped: Tensor) -> None:
         for parameter in moving:
             means = self._means(parameter, "muon")
             # where the step is skipped, the mean moves nowhere
-            gradient = torch.where(skipped.bool(), means[0], local_part(parameter.grad) / scale)
+            gradient = torch.where(skipped.bool(), means[0], local_part(parameter.grad, parameter) / scale)
             lr = self.lr * (1 - skipped)
-            move_along_momentum(parameter, gradient, means[0], lr, weight_decay, self.config.momentum)
+            move_along_momentum(parameter, gradient, means[0], lr, group["weight_decay"], self.config.momentum)
             self._keep(parameter, "muon", means)
 
     def _means(self, parameter: Tensor, method: str) -> list[Tensor]:
@@ -130,29 +133,29 @@ def _clipping(gradients: list[Any], scale: Tensor, skipped: Tensor) -> dict[str,
     return {}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: MoEGPT, config: OptimizerConfig) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
     Weight decay applies to attention, experts, router and output matrices; not to norms and not to the embedding
     (a tied output matrix counts as the embedding). With ``name: muon``, attention and experts take Muon's steps, the
     rest AdamW's. The balancing bias is a buffer, so the optimizer never sees it.
+
+    With ``mup_base``, parameters with the same scales are a group. Their decay is divided by the scale of their
+    learning rate, so that a step shrinks all by lr · weight_decay (arXiv 2510.19093).
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": config.weight_decay, "method": "adamw"},
-        {"params": [], "weight_decay": 0.0, "method": "adamw"},
-    ]
-    if config.name == "muon":
-        groups.append({"params": [], "weight_decay": config.weight_decay, "method": "muon"})
+    groups: dict[tuple[str, bool, Scales], Group] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_exempt = parameter.dim() < 2 or id(parameter) in embeddings
-            groups[2 if _takes_muon(name, parameter, config) else is_exempt]["params"].append(parameter)
-    return Optimizer(groups, config)
+            scales, method = scales_of(model.config, name), _method(name, parameter, config)
+            decays = parameter.dim() > 1 and id(parameter) not in embeddings
+            group = {"weight_decay": config.weight_decay / scales.lr * decays, "method": method, "scales": scales}
+            groups.setdefault((method, decays, scales), {"params": [], **group})["params"].append(parameter)
+    return Optimizer([groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))], config)
 
 
-def _takes_muon(name: str, parameter: Tensor, config: OptimizerConfig) -> bool:
-    return config.name == "muon" and parameter.dim() >= 2 and group_of(name) in _FOR_MUON
+def _method(name: str, parameter: Tensor, config: OptimizerConfig) -> str:
+    return config.name if parameter.dim() >= 2 and group_of(name) in _FOR_MUON else "adamw"
 
 
 def check_optimizer(model: MoEGPT, optimizer: Optimizer) -> None:

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moe_gpt.config import DataConfig, RunConfig
-from moe_gpt.data.prepare import PreparedData, prepare_data
-from moe_gpt.data.stream import TrainingStream
-from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.config import RunConfig
+from moe_gpt.data.prepare import PreparedData
 from moe_gpt.distributed.parallelize import parallelize
 from moe_gpt.distributed.process import SOLO, Team, join
 from moe_gpt.distributed.sharding import whole_copy
@@ -22,6 +20,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import Precision, pick_precision, tune_process
+from moe_gpt.training.adapters import let_learn
 from moe_gpt.training.evaluation import Evaluator
 from moe_gpt.training.fits import refuse_full_size, warn_of_memory
 from moe_gpt.training.optimizer import build_optimizer
@@ -39,7 +38,8 @@ from moe_gpt.training.saving.initial_weights import InitialWeights, check_fits, 
 from moe_gpt.training.saving.listing import Damaged, find_good_checkpoint
 from moe_gpt.training.saving.own_code import describe_source
 from moe_gpt.training.saving.run_folder import check_folder
-from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, chunk_tokens, fit_schedule, rounded_ends
+from moe_gpt.training.schedule import OwnSchedule, Schedule, StepSchedule, fit_schedule, rounded_ends
+from moe_gpt.training.stage import PRETRAINING, Material, Order, Stage, Start, build_evaluator
 from moe_gpt.training.step import TrainState
 
 
@@ -53,7 +53,7 @@ class Run:
     precision: Precision
     data: PreparedData
     schedule: Schedule
-    stream: TrainingStream
+    stream: Order
     evaluator: Evaluator
     state: TrainState
     identity: RunIdentity
@@ -65,6 +65,10 @@ class Run:
     """Settings, data and environment that changed since that checkpoint."""
     passes: dict[str, float]
     """How often the whole schedule visits each source's training tokens."""
+    material: Material
+    """What the run learns from."""
+    stage: Stage = PRETRAINING
+    """What the run does."""
     team: Team = SOLO
     """The ranks that train together."""
 
@@ -75,8 +79,13 @@ class Run:
 
     @property
     def document_end_id(self) -> int | None:
-        """The id that ends a document, if attention must not cross it; else None."""
+        """The id that ends a document of held-out text, if attention must not cross it; else None."""
         return self.data.tokenizer.end_of_text_id if self.config.data.document_masking else None
+
+    @property
+    def stream_end_id(self) -> int | None:
+        """The id that ends a document of the stream, if attention must not cross it; else None."""
+        return self.document_end_id if self.material.end_id is None else self.material.end_id
 
     def whole_model(self) -> MoEGPT | None:
         """Return the model, of several ranks a whole copy on rank 0 and None on the others; all must call it."""
@@ -103,21 +112,6 @@ class OwnParts(NamedTuple):
 NOTHING_OWN = OwnParts()
 
 
-class Start(NamedTuple):
-    """What a run begins with, from its run folder or ``--init-from``."""
-
-    saved: Path | None = None
-    """The checkpoint to resume from."""
-    damaged: Sequence[Damaged] = ()
-    """Newer checkpoints that cannot be used."""
-    initial: InitialWeights | None = None
-    """A trained model to start with."""
-    tokenizer: Tokenizer | None = None
-    """The tokenizer of either of them."""
-    vocab_size: int | None = None
-    """The vocabulary of either of them."""
-
-
 def set_up_run(
     config: RunConfig,
     run_dir: Path,
@@ -128,6 +122,7 @@ def set_up_run(
     say: Callable[[str], None] = print,
     own: OwnParts = NOTHING_OWN,
     fit_steps: int | None = None,
+    stage: Stage = PRETRAINING,
 ) -> Run:
     """Prepare data, build the model, and restore a checkpoint if there is one. Nothing is written to the run folder.
 
@@ -139,6 +134,7 @@ def set_up_run(
         say: shows slow steps, damaged checkpoints, and differences that do not stop the run.
         own: a user's router or schedule.
         fit_steps: shrink the schedule to this many optimizer steps.
+        stage: what the run does.
 
     Raises:
         InputError: if the folder holds a run and ``resume`` is false; if settings, data or weights do not fit
@@ -150,7 +146,9 @@ def set_up_run(
         say = _nowhere
     team.from_main(lambda: check_folder(run_dir, resume))
     start = team.together(lambda: find_start(config, run_dir, init_from, say, own.make_router, team))
-    return team.together(lambda: assemble(config, run_dir, device, start, allow_changes, say, own, fit_steps, team))
+    config, start = team.together(lambda: stage.settle(config, start, say))
+    parts = (run_dir, device, start, allow_changes, say, own, fit_steps, team, stage)
+    return team.together(lambda: assemble(config, *parts))
 
 
 def _nowhere(text: str) -> None:
@@ -175,9 +173,8 @@ def find_start(
         return Start(saved, damaged, tokenizer=tokenizer, vocab_size=config.model.vocab_size)
     if not init_from:
         return Start()
-    initial = open_initial_weights(init_from, config.model.max_seq_len, make_router)
-    check_fits(initial, config)
-    _say_what_differs(initial, config, say)
+    max_seq_len = None if config.stage else config.model.max_seq_len
+    initial = open_initial_weights(init_from, max_seq_len, make_router)
     return Start(initial=initial, tokenizer=initial.tokenizer, vocab_size=initial.model.vocab_size)
 
 
@@ -191,20 +188,23 @@ def assemble(
     own: OwnParts = NOTHING_OWN,
     fit_steps: int | None = None,
     team: Team = SOLO,
+    stage: Stage = PRETRAINING,
 ) -> Run:
     """Prepare data, check what changed since the checkpoint, build the model and restore or copy its weights.
 
     Arguments and errors are those of ``set_up_run``.
     """
     device = team.device(device)
+    _check_start(start, config, say)
     refuse_full_size(config, device)
-    data = team.main_first(lambda: prepare_data(config.data, start.tokenizer, say))
-    config, table, shares = fill_in(config, data, start.vocab_size, fit_steps)
+    material = team.main_first(lambda: stage.prepare(config, start, say))
+    data, shares = material.data, material.shares(config.data)
+    config, table, shares = fill_in(config, data, start.vocab_size, fit_steps, shares)
     schedule = _followed(own, table, config.model.max_seq_len, say)
     precision = pick_precision(config.train.precision, device, config.model.d_model)
     tune_process(device, config.train.deterministic)
     environment = describe_environment(device, precision, team.size)
-    identity = RunIdentity(config, data.tokenizer, data.fingerprint, environment)._replace(**own.describe())
+    identity = RunIdentity(config, data.tokenizer, dict(material.fingerprint), environment)._replace(**own.describe())
     identity, changes = _with_history(identity, start, allow_changes, say)
     require_tracker(config.tracking)
     if team.size == 1:
@@ -216,27 +216,38 @@ def assemble(
         precision=precision,
         data=data,
         schedule=schedule,
-        stream=build_stream(config, data, shares),
+        stream=material.stream(config, shares),
         evaluator=build_evaluator(config, data),
-        state=_state_of_rank(config, device, own, start, team),
+        state=_state_of_rank(config, device, own, start, team, stage),
         identity=identity,
         resumed_from=start.saved,
         damaged=start.damaged,
         changes=changes,
-        passes=_passes(data, shares, schedule.total_tokens),
+        passes=material.passes(shares, schedule.total_tokens),
+        material=material,
+        stage=stage,
         team=team,
     )
 
 
-def _state_of_rank(config: RunConfig, device: torch.device, own: OwnParts, start: Start, team: Team) -> TrainState:
+def _state_of_rank(
+    config: RunConfig, device: torch.device, own: OwnParts, start: Start, team: Team, stage: Stage
+) -> TrainState:
     """Return this rank's part of model and optimizer, with initial, copied or restored weights."""
+    kinds: list[type[MoEGPT]] = []
 
-    def adapt(model: MoEGPT) -> None:
+    def adapt(model: MoEGPT) -> MoEGPT:
         if start.initial:
             start.initial.copy_into(model)
+        before = {(name, parameter.shape) for name, parameter in model.named_parameters()}
+        model = stage.transform(config, model)
+        kinds.append(type(model))
+        let_learn(model, config, [name for name, p in model.named_parameters() if (name, p.shape) not in before])
         parallelize(model, config, team.layout)
+        return model
 
     state = build_state(config, device, own.make_router, adapt)
+    state.kind = kinds[0]
     if start.saved:
         load_training_state(state, start.saved)
     return state
@@ -249,14 +260,6 @@ def _followed(own: OwnParts, table: Schedule, max_seq_len: int, say: Callable[[s
     for note in rounded_ends(table):
         say(f"note: {note}")
     return table
-
-
-def _passes(data: PreparedData, shares: Sequence[float], total_tokens: int) -> dict[str, float]:
-    """Return how often a whole schedule visits each source's training tokens."""
-    return {
-        source.config.name: total_tokens * share / sum(shares) / len(source.train)
-        for source, share in zip(data.sources, shares, strict=True)
-    }
 
 
 def _with_history(
@@ -272,6 +275,12 @@ def _with_history(
     changes = check_changes(find_changes(read_config(start.saved), before, identity), allow_changes, say)
     history = (*before["changes"], *({"after_step": before["step"], **change} for change in changes))
     return identity._replace(initialised_from=before["initialised_from"], changes=history), changes
+
+
+def _check_start(start: Start, config: RunConfig, say: Callable[[str], None]) -> None:
+    if start.initial:
+        check_fits(start.initial, config)
+        _say_what_differs(start.initial, config, say)
 
 
 def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[[str], None]) -> None:
@@ -305,35 +314,15 @@ def _newest_good_checkpoint(run_dir: Path, say: Callable[[str], None], damaged: 
     return str(saved) if saved else None
 
 
-def build_evaluator(
-    config: RunConfig, data: PreparedData, max_tokens: int | None = None, seq_len: int | None = None
-) -> Evaluator:
-    """Return the evaluation of a run's held-out text, in sequences of ``seq_len`` or of the run's longest length."""
-    return Evaluator(
-        data.sources,
-        data.tokenizer,
-        seq_len=seq_len or max(stage.seq_len for stage in config.schedule.stages),
-        max_tokens=max_tokens or config.data.validation_tokens,
-        batch_tokens=config.train.micro_batch_tokens,
-        keeps_documents_apart=config.data.document_masking,
-    )
-
-
-def build_stream(config: RunConfig, data: PreparedData, shares: Sequence[float]) -> TrainingStream:
-    """Return the run's stream of tokens; its chunks hold whole sequences of every stage."""
-    unit = chunk_tokens(config.schedule.stages)
-    return TrainingStream([source.train for source in data.sources], shares, config.train.seed, unit)
-
-
 def build_state(
     config: RunConfig,
     device: torch.device,
     make_router: MakeRouter = Router,
-    adapt: Callable[[MoEGPT], None] = lambda model: None,
+    adapt: Callable[[MoEGPT], MoEGPT] = lambda model: model,
 ) -> TrainState:
     """Return a new model and optimizer. The seed gives the same initial weights on every device.
 
-    ``adapt`` changes the model before the optimizer is made for its parameters.
+    ``adapt`` changes or replaces the model before the optimizer is made for its parameters.
     """
     if isinstance(make_router, nn.Module):
         raise InputError(
@@ -345,7 +334,7 @@ def build_state(
         raise InputError("model.balance=bias needs a router with a buffer expert_bias; or use balance=loss or none")
     if make_router is not Router:
         _try_routers(model, device)
-    adapt(model)
+    model = adapt(model)
     return TrainState(model, build_optimizer(model, config.optimizer))
 
 
@@ -358,15 +347,20 @@ def _try_routers(model: MoEGPT, device: torch.device) -> None:
 
 
 def fill_in(
-    config: RunConfig, data: PreparedData, vocab_size: int | None, fit_steps: int | None = None
+    config: RunConfig,
+    data: PreparedData,
+    vocab_size: int | None,
+    fit_steps: int | None = None,
+    shares: list[float] | None = None,
 ) -> tuple[RunConfig, Schedule, list[float]]:
     """Fill in what follows from the data; return the config, its schedule, and each source's share of the tokens.
 
     Args:
         vocab_size: the vocabulary of the initial weights; used if the config has none.
         fit_steps: shrink the schedule to this many optimizer steps.
+        shares: of the sources; those of their text by default.
     """
-    shares = _shares(data, config.data)
+    shares = shares or Material(data).shares(config.data)
     vocab_size = config.model.vocab_size or vocab_size or data.tokenizer.vocab_size
     if vocab_size < data.tokenizer.vocab_size:
         raise InputError(
@@ -384,10 +378,3 @@ def fill_in(
         schedule=dataclasses.replace(config.schedule, stages=tuple(stages)),
     )
     return config, schedule, shares
-
-
-def _shares(data: PreparedData, config: DataConfig) -> list[float]:
-    """Return each source's share of the mixture: its weight, or else the tokens of its passes."""
-    if config.has_weights:
-        return [source.config.weight or 0.0 for source in data.sources]
-    return [source.config.passes * len(source.train) for source in data.sources]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -23,6 +23,9 @@ from moe_gpt.training.optimizer import Optimizer, update_expert_bias
 from moe_gpt.training.records.norms import copy_trained, global_norm, gradient_norms, parameter_norms, update_norms
 from moe_gpt.training.schedule import StepPlan
 
+_LEAST_SHARE = 1e-30
+"""So that a micro-batch without tokens does not divide by 0."""
+
 
 @dataclass
 class TrainState:
@@ -38,6 +41,8 @@ class TrainState:
     """Non-finite steps in a row, up to the last step whose metrics were read."""
     rollbacks: int = 0
     """How often the run went back to a checkpoint."""
+    kind: type[MoEGPT] = MoEGPT
+    """The model's class before it was parallelized."""
     is_updating: bool = False
     """True while the optimizer writes; an error at that time leaves some weights old and some new."""
 
@@ -69,6 +74,8 @@ class StepResult(NamedTuple):
     """By group of parameters (``records.norms``), if they were asked for."""
     sample: RoutingSample | None = None
     """How the routers handled the first micro-batch, if the step is recorded in full."""
+    extras: Mapping[str, float] = {}
+    """What else a step of your own reports; its line of ``metrics.jsonl`` has these keys too."""
 
 
 def accumulate_gradients(
@@ -80,11 +87,10 @@ def accumulate_gradients(
 ) -> tuple[LossTerms, RouterStats | None]:
     """Add the gradients of a whole batch to ``.grad``.
 
-    Cross entropy is summed and divided by the valid tokens of the whole batch, so it does not depend on how the batch
-    is cut. The auxiliary terms of each micro-batch are weighted by its share of the valid tokens.
-
-    Several ranks do the same micro-batch at the same time, each with its rows. Each one's loss is its part of a sum
-    over all of them, and the balancing loss takes the shares of experts in all their rows.
+    Cross entropy is summed and divided by the valid targets of the whole batch, so it does not depend on how the batch
+    is cut. The auxiliary terms of each micro-batch are weighted by its share of the tokens that are no padding.
+    Several ranks do the same micro-batch at the same time, each with its rows. Each one's loss is its part of a sum,
+    and the balancing loss takes the shares of experts in all their rows.
 
     Returns:
         the loss terms of the whole batch, and its router statistics by layer (None for a dense model).
@@ -92,6 +98,7 @@ def accumulate_gradients(
     device = micro_batches[0].inputs.device
     n_valid_of_each = team.sum(torch.stack([(batch.targets != IGNORED_TARGET).sum() for batch in micro_batches]))
     n_valid = n_valid_of_each.sum().clamp(min=1)
+    shares = _shares_of_tokens(micro_batches, n_valid_of_each, team)
     terms_sum, whole = torch.zeros(4, device=device), None
 
     def loss_of(part: MoEGPT, index: int) -> Tensor:
@@ -99,14 +106,16 @@ def accumulate_gradients(
         nonlocal terms_sum, whole
         batch, n_together = micro_batches[index], n_valid_of_each[index]
         with autocast(device, precision):
+            sum_counts = partial(_sum_counts, team, batch.weight)
             ce, stats = part.cross_entropy(
-                batch.inputs, batch.targets, batch.document_ids, partial(_sum_counts, team, batch.weight)
+                batch.inputs, batch.targets, batch.document_ids, sum_counts, batch.valid_mask
             )
-        share = n_together / n_valid
+        share = shares[index]
         if stats:
             stats = _weighted(stats, batch.weight)
         terms = combine_losses(
-            ce.total / n_together.clamp(min=1),
+            # the last factor is 1 where every token has a target
+            ce.total / n_together.clamp(min=1) * (n_together / n_valid / share.clamp(min=_LEAST_SHARE)),
             stats.load_balancing_loss if stats else None,
             stats.router_z_loss if stats else None,
             model.config,
@@ -118,7 +127,14 @@ def accumulate_gradients(
         return terms.loss * share
 
     add_gradients(model, micro_batches, loss_of, team.layout)
-    return LossTerms(*team.sum_of_stages(team.sum(terms_sum)).unbind()), _sum_stats(whole, team)
+    return LossTerms(*team.sum(team.sum(terms_sum), "pipeline").unbind()), _sum_stats(whole, team)
+
+
+def _shares_of_tokens(micro_batches: Sequence[MicroBatch], n_valid: Tensor, team: Team) -> Tensor:
+    """Return the share of the batch's tokens that each micro-batch of all ranks has (n,)."""
+    masks = [batch.valid_mask for batch in micro_batches if batch.valid_mask is not None]
+    n_tokens = team.sum(torch.stack([mask.sum() for mask in masks])) if masks else n_valid
+    return n_tokens / n_tokens.sum().clamp(min=1)
 
 
 def _sum_counts(team: Team, weight: float, counts: Tensor) -> Tensor:
@@ -137,7 +153,7 @@ def _sum_stats(stats: RouterStats | None, team: Team) -> RouterStats | None:
     if stats is None:
         return None
     of_rows = team.sum(stats.load_balancing_loss), team.sum(stats.router_z_loss)
-    return RouterStats(*map(team.sum_of_stages, (*of_rows, *stats[2:])))
+    return RouterStats(*(team.sum(part, "pipeline") for part in (*of_rows, *stats[2:])))
 
 
 def _add_stats(whole: RouterStats | None, stats: RouterStats, share: Tensor) -> RouterStats:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
 
 from moe_gpt.measure.flops import stage_tokens, training_flops
 from moe_gpt.measure.memory import needed_memory
 from moe_gpt.measure.parameters import ParameterCounts, count_parameters
 from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import Router
+from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import describe_device
 from moe_gpt.terminal.numbers import format_value
+from moe_gpt.training.adapters import adapters_of
 from moe_gpt.training.loop import Limits
 from moe_gpt.training.saving.size import checkpoint_bytes
 from moe_gpt.training.schedule import OwnSchedule, tokens_after
@@ -23,16 +27,16 @@ def describe_run(run: Run) -> str:
     experts = "dense" if model.is_dense else f"{model.n_experts} experts, top-{model.top_k}, balance by {model.balance}"
     make_router = run.state.model.make_router
     whole = run.state.model if run.team.size == 1 else shapes_only(model, make_router)
-    total = sum(parameter.numel() for parameter in whole.parameters())  # routers of one's own included
+    total = _size(whole.parameters()) - _size(_parts_of_adapters(whole))  # routers of one's own included
     if make_router is not Router:
         experts += f", routed by {getattr(make_router, '__qualname__', make_router)}"
     lines = [
         f"model      {total:,} parameters, {counts.active + total - counts.total:,} active per token; "
         f"{model.n_layers} layers of width {model.d_model}, {model.n_heads} query heads on {model.n_kv_heads} key-value"
         f", {experts}",
+        *_learning(whole),
         f"data       vocabulary {run.data.tokenizer.vocab_size:,}",
-        *_sources(run),
-        *_without_validation(run),
+        *run.material.describe(run),
         f"schedule   {run.schedule.total_tokens:,} tokens{_big_epochs(run)}",
         *_stages(run),
         _cost(run, counts),
@@ -44,24 +48,23 @@ def describe_run(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _parts_of_adapters(model: MoEGPT) -> list[Tensor]:
+    return [part for adapter in adapters_of(model).values() for part in adapter.parameters()]
+
+
+def _learning(model: MoEGPT) -> Iterator[str]:
+    """Yield how many parameters learn, where some do not."""
+    learning, in_adapters = _size(p for p in model.parameters() if p.requires_grad), _size(_parts_of_adapters(model))
+    if learning < _size(model.parameters()):
+        yield f"           {learning:,} parameters learn, {in_adapters:,} of them in adapters; the others are frozen"
+
+
 def _ranks(run: Run) -> str:
     return f"; {run.team.layout.shown()}" if run.team.size > 1 else ""
-
-
-def _sources(run: Run) -> Iterator[str]:
-    for source in run.data.sources:
-        name = source.config.name
-        held_out = f"{len(source.validation):,} held-out tokens" if len(source.validation) else "no held-out tokens"
-        yield (
-            f"           {name}: {len(source.train):,} training and {held_out}; "
-            f"this run reads the training tokens {run.passes[name]:.2f} times"
-        )
-
-
-def _without_validation(run: Run) -> Iterator[str]:
-    if not run.config.data.validation_fraction:
-        yield "note       all text is for training (data.validation_fraction=0), so there is no validation loss;"
-        yield "           moe-gpt evaluate RUN --files measures the loss of other text"
 
 
 def _stages(run: Run) -> Iterator[str]:
@@ -75,8 +78,8 @@ def _stages(run: Run) -> Iterator[str]:
 
 
 def _big_epochs(run: Run) -> str:
-    """Return how many big epochs the schedule is; empty if sources have weights instead of epochs."""
-    if run.config.data.has_weights:
+    """Return how many big epochs the schedule is; empty if sources have weights, and after pre-training."""
+    if run.config.data.has_weights or run.config.stage:
         return ""
     big_epoch = sum(source.config.passes * len(source.train) for source in run.data.sources)
     return f", {run.schedule.total_tokens / big_epoch:.2f} big epochs"

@@ -15,7 +15,9 @@ from run_scripts import command, script
 from moe_gpt.commands.app import COMMANDS, FAMILIES, run_main
 from moe_gpt.commands.next_command import command_line, repeated
 from moe_gpt.commands.options import describe_settings
-from moe_gpt.config import RunConfig
+from moe_gpt.config import AdaptersConfig, ConversationSourceConfig, MupBase, RunConfig, SftConfig
+from moe_gpt.config.post_training import DpoConfig, PairsConfig, PromptsConfig, RewardConfig, RlConfig, RuleConfig
+from moe_gpt.config.run import STAGES
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.report.words import say
@@ -139,7 +141,7 @@ def test_every_command_of_the_list_can_be_called():
     for family, members in FAMILIES.items():
         module = importlib.import_module(f"moe_gpt.commands.{family}")
         for name in members:
-            assert callable(getattr(module, "show" if name == "list" else name))
+            assert callable(getattr(module, "list_" if name == "list" else name))
 
 
 def test_version_is_the_package_s():
@@ -147,6 +149,22 @@ def test_version_is_the_package_s():
     import moe_gpt
 
     assert command("--version").stdout == f"{moe_gpt.__version__}\n"
+
+
+def with_every_section() -> dict:
+    """Return a plain config that has the sections that may be left out; a run has one of them."""
+    pairs = PairsConfig(builtin="lines")
+    stages = {
+        "sft": SftConfig(sources=(ConversationSourceConfig(name="a", builtin="functions"),)),
+        "reward": RewardConfig(pairs=pairs),
+        "dpo": DpoConfig(pairs=pairs),
+        "rl": RlConfig(prompts=PromptsConfig(builtin="lines"), rewards=(RuleConfig(rule="parses"),)),
+    }
+    assert stages.keys() == set(STAGES)
+    sections = stages | {"adapters": AdaptersConfig()}
+    values = to_plain(RunConfig()) | {name: to_plain(section) for name, section in sections.items()}
+    values["model"]["mup_base"] = to_plain(MupBase(d_model=64, d_ff=64, n_layers=2))
+    return values
 
 
 def keys_of(values: dict, prefix: str = "") -> list[str]:
@@ -163,7 +181,7 @@ def test_describe_settings_lists_every_key(monkeypatch):
     """Every key of a config has one entry: its dotted name, its default, its meaning and what it may be."""
     monkeypatch.setenv("COLUMNS", "1000")
     lines = list(describe_settings())
-    keys = keys_of(to_plain(RunConfig()))
+    keys = keys_of(with_every_section())
     assert len(keys) > 50
     for key in keys:
         (line,) = [line for line in lines if line.startswith(f"  {key} (")]
@@ -217,7 +235,7 @@ def test_train_help_lists_every_key_without_importing_torch():
     """``train.py --help`` names every key of a config and stays quick: torch is not imported."""
     result = python("-X", "importtime", "scripts/train.py", "--help")
     assert result.returncode == 0
-    assert [key for key in keys_of(to_plain(RunConfig())) if f"  {key} (" not in result.stdout] == []
+    assert [key for key in keys_of(with_every_section()) if f"  {key} (" not in result.stdout] == []
     imported = set(re.findall(r"\|\s+(\S+)$", result.stderr, flags=re.MULTILINE))
     assert "moe_gpt.config" in imported
     assert "torch" not in imported

@@ -24,7 +24,7 @@ from moe_gpt.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from moe_gpt.config.section import annotations_of, expectation, section_in
+from moe_gpt.config.section import annotations_of, expectation, is_list, section_in
 from moe_gpt.config.yaml import CONFIGS, find_config, load_run_config, to_plain, to_yaml
 from moe_gpt.errors import ConfigError
 from moe_gpt.model.transformer import MoEGPT
@@ -519,7 +519,7 @@ def _numbers(section: type, prefix: str = "") -> Iterator[str]:
     for name, annotation in annotations_of(section).items():
         inside = section_in(annotation)
         if inside:
-            yield from _numbers(inside, f"{prefix}{name}." + "0." * (inside is not annotation))
+            yield from _numbers(inside, f"{prefix}{name}." + "0." * is_list(annotation))
         elif "whole" in expectation(annotation):
             yield prefix + name
 
@@ -529,6 +529,7 @@ def _numbers(section: type, prefix: str = "") -> Iterator[str]:
 def test_whole_numbers_that_eight_bytes_do_not_hold_are_refused(problems, key, number):
     """For every key; torch, numpy and itertools would fail at them later."""
     text = "schedule: {stages: [{seq_len: 8, batch_tokens: 8}]}\ndata: {sources: [{name: a, builtin: code}]}"
+    text += "\nsft: {sources: [{name: a, builtin: functions}]}"
     assert any(re.match(rf"{key} must be .*, got {number}$", line) for line in problems(text, f"{key}={number}"))
 
 

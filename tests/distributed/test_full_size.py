@@ -7,9 +7,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_gpt.config import RunConfig
 from moe_gpt.config.yaml import load_run_config
+from moe_gpt.distributed.cut import local_part
 from moe_gpt.distributed.layout import plan_layout
 from moe_gpt.distributed.parallelize import parallelize
-from moe_gpt.distributed.sharding import local_part
 from moe_gpt.errors import InputError
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.plan.hardware import Parallelism

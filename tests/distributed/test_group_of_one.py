@@ -12,8 +12,10 @@ from ranks import free_port
 from tiny_models import tiny_config
 
 from moe_gpt.config import ModelConfig, ParallelConfig, RunConfig
+from moe_gpt.distributed.cut import Flat, Holding, add_over_ranks, gather_moved, local_part
+from moe_gpt.distributed.experts import spread_experts
 from moe_gpt.distributed.layout import Layout
-from moe_gpt.distributed.sharding import Meshes, cut_of, shard, spread_experts, whole
+from moe_gpt.distributed.sharding import Meshes, shard
 from moe_gpt.distributed.tensor import share_products
 from moe_gpt.model.transformer import MoEGPT
 
@@ -36,27 +38,31 @@ def gradients(model: MoEGPT, tokens: torch.Tensor) -> tuple[float, dict[str, tor
     ce, stats = model.cross_entropy(tokens[:, :-1], tokens[:, 1:].contiguous())
     loss = ce.total + stats.load_balancing_loss.sum()
     loss.backward()
-    return loss.item(), {name: whole(p.grad, p).cpu() for name, p in model.named_parameters()}
+    add_over_ranks(model.parameters())
+    gather_moved(model.parameters())
+    return loss.item(), {name: local_part(p.grad).cpu() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("kind", "zero"), [("plain", 0), ("plain", 1), ("plain", 3), ("tensor", 3), ("experts", 3)])
+@pytest.mark.parametrize(
+    ("kind", "zero"), [("plain", 0), ("plain", 1), ("fsdp", 2), ("fsdp", 3), ("products", 1), ("experts", 1)]
+)
 def test_a_group_of_one_rank_trains_as_no_group(device, kind, zero):
-    """Sharded, with shared products, and with experts whose tokens are exchanged."""
+    """With plain sums, with FSDP2, with shared products, and with experts whose tokens are exchanged."""
     config: ModelConfig = tiny_config(max_seq_len=256)
     torch.manual_seed(0)
     alone = MoEGPT(config).to(device)
     grouped = copy.deepcopy(alone)
-    run, layout = RunConfig(model=config, parallel=ParallelConfig(zero=zero)), Layout(zero=zero)
-    meshes = Meshes(layout, device)
-    cuts = share_products(grouped, meshes.tensor) if kind == "tensor" else {}
-    if kind == "experts":
-        meshes.experts = meshes.everything
-        spread_experts(grouped, meshes)
+    run, meshes = RunConfig(model=config, parallel=ParallelConfig(zero=zero)), Meshes(Layout(zero=zero), device)
+    if kind == "products":
+        share_products(grouped, meshes.tensor)
+    elif kind == "experts":
+        spread_experts(grouped, meshes.tensor)
+    elif kind == "fsdp":
+        shard(grouped, run, Layout(zero=zero), meshes)
     else:
-        shard(grouped, run, layout, meshes)
-    for name, parameter in grouped.named_parameters():
-        parameter.cut = cuts.get(name)
-    assert (cut_of(grouped.embedding.weight) is not None) == (kind == "tensor")
+        for parameter in grouped.parameters():
+            mesh, shape = meshes.tensor, tuple(parameter.shape)
+            parameter.holding = Holding(shape, moves=Flat(mesh, shape)) if zero else Holding(shape, copies=mesh)
     tokens = torch.randint(config.vocab_size, (2, 17), device=device)
     (loss, wanted), (other, found) = gradients(alone, tokens), gradients(grouped, tokens)
     assert other == pytest.approx(loss, rel=1e-6)

@@ -9,7 +9,7 @@ from ranks import free_port
 
 from moe_gpt.config import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from moe_gpt.distributed.layout import Layout, expert_dim, layers_of_stages, plan_layout
-from moe_gpt.distributed.process import SOLO, join, read_launch
+from moe_gpt.distributed.process import ALONE, SOLO, join, read_launch
 from moe_gpt.errors import InputError
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -27,6 +27,7 @@ def config(parallel: dict, **model) -> RunConfig:
         ({"data": 4, "zero": 0}, 4, Layout(4, 4, 1, 0)),
         ({"replicate": 2, "expert": 2, "zero": 2}, 4, Layout(4, 2, 2, 2)),
         ({"expert": 4, "zero": 0}, 4, Layout(4, 4, 4, 0)),
+        ({"zero": 1}, 7, Layout(7, 1, 1, 1)),
         ({"expert": 3}, 3, Layout(3, 1, 3, 3)),
         ({"tensor": 2, "expert": 2}, 8, Layout(4, 1, 2, 3, 2)),
         ({"pipeline": 2, "expert": 2, "tensor": 2}, 8, Layout(2, 1, 2, 3, 2, 2)),
@@ -48,7 +49,7 @@ def test_layouts_that_fit(parallel, world, layout):
         ({"expert": 2}, {}, 1, "got 2 for 1; it may be 1; start torchrun with --nproc-per-node 2"),
         ({"expert": 2}, {}, 5, "got 2 for 5; it may be 1, 5"),
         ({"replicate": 3}, {}, 4, "parallel.replicate must divide the number of data ranks, got 3 for 4"),
-        ({"replicate": 2, "expert": 4}, {}, 4, "got 2 x 4 for 4; with that replicate, expert may be 1, 2"),
+        ({"replicate": 2, "expert": 4}, {}, 4, "data ranks / replicate=2, got 4 for 2; it may be 1, 2"),
         ({"expert": 8}, {"n_experts": 4}, 8, "parallel.expert=8 does not fit model.n_experts=4"),
         ({"expert": 3}, {"n_experts": 4}, 3, "it may be 1 (3 processes)"),
         ({"tensor": 3}, {}, 4, "tensor=3 x pipeline=1 needs a multiple of 3 processes, got 4"),
@@ -119,7 +120,7 @@ def test_stacked_experts_are_cut_evenly_where_they_can_be(parallel, model, world
 
 def test_a_launch_is_read_from_torchruns_variables():
     assert read_launch(TORCHRUN) == (1, 4, 1, "localhost", 29500)
-    assert read_launch({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "MASTER_ADDR": "node01"}) is None
+    assert read_launch({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "MASTER_ADDR": "node01"}) is ALONE
 
 
 @pytest.mark.parametrize(

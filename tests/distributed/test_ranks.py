@@ -147,8 +147,9 @@ def differences(found: Path, wanted: Path) -> dict[str, float]:
 
 LIMITS = {"loss": 5e-6, "grad_norm": 1e-5, "load": 0, "observed": 2e-5, "group norms": 2e-5}
 LIMITS |= {"validation": 5e-6, "bytes": 5e-6, "weights": 1e-5}
-LIMITS_IN_BF16 = {"observed": 1e-4, "group norms": 1e-3, "weights": 1e-3}
-"""Muon's directions are computed in bfloat16, where the last bit of a gradient can turn the last bit of a direction."""
+LIMITS_IN_BF16 = {"grad_norm": 1e-4, "observed": 1e-4, "group norms": 1e-3, "weights": 1e-3}
+"""Muon's directions are computed in bfloat16, where the last bit of a gradient can turn the last bit of a direction.
+The next gradients are then those of other weights (their norm: 1.2e-5 apart on an Intel processor with AMX)."""
 
 
 def is_equal(apart: dict[str, float], variant: str = "plain") -> bool:
@@ -256,6 +257,7 @@ SHARDED = [
     (4, "bias", {"expert": 2, "replicate": 2}),
     (4, "masked", {"tensor": 2, "expert": 2}),
     (3, "plain", {}),
+    (3, "bias", {"zero": 1}),
     (2, "tied", {"pipeline": 2}),
     (4, "deep", {"pipeline": 2, "tensor": 2, "pipeline_schedule": "interleaved"}),
     (4, "deep bias", {"pipeline": 2, "expert": 2}),

@@ -15,14 +15,18 @@ M, T = 2048, 64
 SIZES = {"n_layers": 4, "d_model": 128, "n_heads": 4, "head_dim": 16, "d_ff": 64, "n_experts": 8, "init_std": 0.02}
 LAYOUTS = {
     "zero=0": {"all_reduce": ["gradient_all_reduce"]},
-    "zero=1": {"all_to_all": ["gradient_reduce_scatter"], "all_gather": ["weight_all_gather"]},
-    "zero=2": {"all_to_all": ["gradient_reduce_scatter"], "all_gather": ["weight_all_gather"]},
-    "zero=3": {"all_to_all": ["gradient_reduce_scatter"], "all_gather": ["weight_all_gather"]},
-    "expert=2": {"all_to_all": ["gradient_reduce_scatter", "expert_all_to_all"], "all_gather": ["weight_all_gather"]},
+    "zero=1": {"send": ["gradient_reduce_scatter"], "broadcast": ["weight_all_gather"]},
+    "zero=2": {"send": ["gradient_reduce_scatter"], "all_gather": ["weight_all_gather"]},
+    "zero=3": {"send": ["gradient_reduce_scatter"], "all_gather": ["weight_all_gather"]},
+    "expert=2": {
+        "send": ["gradient_reduce_scatter"],
+        "all_to_all": ["expert_all_to_all"],
+        "all_gather": ["weight_all_gather"],
+    },
     "tensor=2": {"all_reduce": ["tensor_all_reduce"]},
 }
-"""Of each layout: collectives, and the planner's kinds of traffic that they carry. On a CPU, the reduce-scatter is an
-exchange of which each rank adds what it gets."""
+"""Of each layout: collectives, and the planner's kinds of traffic that they carry. On a CPU, each rank sends the others
+the gradients that they add up. In ZeRO 1 it then broadcasts the weights that it has moved."""
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,14 @@
 """Generation: the cache changes nothing, sampling by hand, seeds, where it stops, what it refuses."""
 
-import math
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from moe_gpt import ops
 from moe_gpt.config import ModelConfig
-from moe_gpt.errors import ConfigError, InputError
-from moe_gpt.inference.generate import SamplingConfig, generate, next_token_probs
+from moe_gpt.errors import InputError
+from moe_gpt.inference.generate import generate
+from moe_gpt.inference.sampling import SamplingConfig, next_token_probs
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT
 
@@ -96,7 +95,7 @@ def test_generate_draws_from_next_token_probs():
     """Over many seeds the first token's frequencies are its probabilities."""
     model, sampling = tiny_model().eval(), SamplingConfig(temperature=2.0, top_k=5)
     with torch.no_grad():
-        probs = next_token_probs(model(torch.tensor([PROMPT])).logits[0, -1], sampling)
+        probs = next_token_probs(model(torch.tensor([PROMPT])).logits[:, -1], [sampling])[0]
     draws = [next(generate(model, PROMPT, 1, sampling, seed=seed)) for seed in range(400)]
     frequencies = torch.bincount(torch.tensor(draws), minlength=61) / 400
     assert_close(frequencies, probs, atol=0.1, rtol=0)  # four standard errors of 400 draws
@@ -160,67 +159,3 @@ def test_generate_runs_in_bf16(converted):
     """Generation works under autocast and with a model converted to bf16."""
     model = tiny_model().bfloat16() if converted else tiny_model()
     assert len(list(generate(model, PROMPT, 4, precision="fp32" if converted else "bf16"))) == 4
-
-
-LOGITS = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
-
-
-@pytest.mark.parametrize(
-    ("sampling", "expected"),
-    [
-        ({"temperature": 1}, [0.1, 0.4, 0.2, 0.3]),
-        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # probabilities squared
-        ({"temperature": 0}, [0, 1, 0, 0]),
-        ({"temperature": 0, "top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),
-        ({"temperature": 1, "top_k": 1}, [0, 1, 0, 0]),
-        ({"temperature": 1, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
-        ({"temperature": 1, "top_k": 4}, [0.1, 0.4, 0.2, 0.3]),
-        ({"temperature": 1, "top_k": 99}, [0.1, 0.4, 0.2, 0.3]),
-        ({"temperature": 1, "top_p": 0.01}, [0, 1, 0, 0]),
-        ({"temperature": 1, "top_p": 0.39}, [0, 1, 0, 0]),
-        ({"temperature": 1, "top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
-        ({"temperature": 1, "top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
-        ({"temperature": 1, "top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),  # top-k first: 4/7 reach 0.5 alone
-        ({"temperature": 0.5, "top_p": 0.5}, [0, 1, 0, 0]),  # temperature first: 16/30 reach 0.5 alone
-    ],
-    ids=str,
-)
-def test_next_token_probs_by_hand(sampling, expected):
-    """Temperature, then top-k, then top-p, on probabilities .1, .4, .2, .3."""
-    probs = next_token_probs(torch.tensor(LOGITS), SamplingConfig(**sampling))
-    assert_close(probs, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)  # float32 rounding
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_next_token_probs_keeps_top_k_tokens_of_a_tie(top_k):
-    """top_k keeps exactly that many tokens where several are equally likely (in bf16 they often are)."""
-    probs = next_token_probs(torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]), SamplingConfig(temperature=1, top_k=top_k))
-    assert (probs > 0).sum() == top_k
-
-
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40])
-def test_next_token_probs_of_a_tiny_temperature_is_greedy(temperature):
-    """Towards temperature 0 the most likely token gets everything, without overflow."""
-    probs = next_token_probs(torch.tensor([1.0, 5.0, 4.0]), SamplingConfig(temperature=temperature))
-    assert probs.tolist() == [0, 1, 0]
-
-
-def test_next_token_probs_of_bf16_logits_are_float32():
-    """Probabilities are computed in float32 whatever the logits are."""
-    probs = next_token_probs(torch.randn(50).bfloat16(), SamplingConfig(temperature=0.7, top_p=0.9))
-    assert probs.dtype == torch.float32
-    assert_close(probs.sum(), torch.tensor(1.0), atol=1e-6, rtol=0)  # float32 rounding
-
-
-@pytest.mark.parametrize(("key", "value"), [("top_p", 1.5), ("top_p", 0), ("temperature", -1), ("top_k", -1)])
-def test_sampling_config_refuses_what_is_impossible(key, value):
-    """An impossible setting is refused by name and value."""
-    with pytest.raises(ConfigError, match=rf"{key} must be .*{value}"):
-        SamplingConfig(**{key: value})
-
-
-@pytest.mark.parametrize("settings", [{"top_p": 1e-300}, {"temperature": 1e-310}, {"top_p": 1e-46, "top_k": 3}])
-def test_extreme_settings_choose_the_most_likely_token(settings):
-    """Whatever float32 makes of the number."""
-    probs = next_token_probs(torch.tensor([0.0, 3.0, 1.0]), SamplingConfig(**settings))
-    assert probs.tolist() == [0.0, 1.0, 0.0]

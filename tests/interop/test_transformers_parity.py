@@ -31,7 +31,10 @@ from torch import Tensor, nn
 
 from moe_gpt.data.tokenizer import END_OF_TEXT, train_tokenizer
 from moe_gpt.files import tensors as tensor_files
-from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.inference.engine import Engine
+from moe_gpt.inference.generate import generate
+from moe_gpt.inference.request import Request
+from moe_gpt.inference.sampling import SamplingConfig
 from moe_gpt.interop import hugging_face
 from moe_gpt.interop.mixtral_layout import tensor_table
 from moe_gpt.model.losses import cross_entropy
@@ -183,7 +186,10 @@ def test_cross_entropy_and_every_gradient_agree(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_generation_with_cache_agrees(shape):
-    """64 tokens after prompts of three lengths, which transformers pads on the left and we run one by one."""
+    """64 tokens after prompts of three lengths, which transformers pads on the left.
+
+    ``generate`` runs them one by one, the engine together in one batch without padding.
+    """
     ours, theirs = pair(shape)
     tokens, valid = left_padded([9, 3, 6])
     made = theirs.generate(
@@ -195,9 +201,13 @@ def test_greedy_generation_with_cache_agrees(shape):
         pad_token_id=0,
         eos_token_id=VOCAB_SIZE + 1,  # never
     )
-    for prompt, is_valid, their_row in zip(tokens, valid, made, strict=True):
-        greedy = SamplingConfig(temperature=0)
-        assert list(generate(ours, prompt[is_valid].tolist(), 64, greedy)) == their_row[tokens.shape[1] :].tolist()
+    greedy, theirs_by_row = SamplingConfig(temperature=0), made[:, tokens.shape[1] :].tolist()
+    prompts = [prompt[is_valid].tolist() for prompt, is_valid in zip(tokens, valid, strict=True)]
+    assert [list(generate(ours, prompt, 64, greedy)) for prompt in prompts] == theirs_by_row
+    engine = Engine(ours, n_rows=3)
+    ids = [engine.add(Request(prompt=prompt, max_new_tokens=64, sampling=greedy)) for prompt in prompts]
+    events = list(engine.run())
+    assert [[event.token for event in events if event.request_id == each] for each in ids] == theirs_by_row
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,9 +8,9 @@ from tiny_models import tiny_config
 from torch.testing import assert_close
 
 from moe_gpt import ops
-from moe_gpt.model.attention import Attention, rotary_angles
+from moe_gpt.model.attention import Attention
 from moe_gpt.model.cache import KVCache
-from moe_gpt.ops import Visible, rotate
+from moe_gpt.ops import Visible, rotary_angles, rotate
 
 CAUSAL = Visible()
 
@@ -163,11 +163,11 @@ def test_kv_cache_returns_everything_written_so_far():
 
 
 def test_kv_cache_says_what_does_not_fit():
-    """Writing beyond the capacity raises with both numbers."""
+    """Positions beyond the capacity raise with both numbers."""
     cache = KVCache(tiny_config(), 1, 5, torch.device("cpu"), torch.float32)
     cache.length = 4
     with pytest.raises(ValueError, match="room for 5 positions, got 6"):
-        cache.write(0, torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8))
+        cache.visible(2)
     assert cache.capacity == 5
 
 

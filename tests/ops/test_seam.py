@@ -10,7 +10,8 @@ import torch
 from tiny_models import VARIANTS, gradients_of, random_tokens, tiny_model, training_loss
 
 from moe_gpt import ops
-from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.inference.generate import generate
+from moe_gpt.inference.sampling import SamplingConfig
 
 MODEL = Path(ops.__file__).parents[1] / "model"
 

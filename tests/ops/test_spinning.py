@@ -38,6 +38,14 @@ def test_idle_threads_exceed_the_cores(monkeypatch):
         assert threading.active_count() == before
 
 
+def test_one_thread_needs_no_idle_ones(monkeypatch):
+    """A process may come down to one thread after the watch began; it then has nobody to wait for."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    idle = IdleThreads()
+    idle.add()
+    assert not idle
+
+
 @linux
 def test_watch_adds_threads_when_it_is_crowded_and_removes_them_when_it_is_quiet(monkeypatch):
     """By what happened since the last look."""

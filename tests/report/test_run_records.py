@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, load_file, save
 from small_runs import change, run_training
 
 from moe_gpt.config import RunConfig
 from moe_gpt.errors import InputError
+from moe_gpt.report import run_records
 from moe_gpt.report.report import write_report
 from moe_gpt.report.run_records import read_run
 
@@ -154,6 +157,35 @@ def test_arrays_that_do_not_belong_are_left_out(run_dir):
         run.notes[0] == "step_00000026.safetensors is of another model, and left out: it has not 2 layers of 4 experts"
     )
     assert run.notes[1].startswith("no arrays of the evaluations after steps 26")
+
+
+def test_sources_have_the_same_order_in_every_evaluation(run_dir, monkeypatch):
+    """Whatever order safetensors gives: else saturation would compare tokens of one source with those of another."""
+    orders = itertools.cycle([sorted, functools.partial(sorted, reverse=True)])
+    monkeypatch.setattr(run_records, "load", lambda data: dict(next(orders)(load(data).items())))
+    arrays = read_run(run_dir).arrays
+    assert (
+        len({tuple(found.slices) for found in arrays}) == len({tuple(found.tokens_per_expert) for found in arrays}) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        (None, "", []),
+        ("scores.json", '{"before": {', ["scores.json cannot be read"]),
+        ("scores.json", "[1]", ["scores.json cannot be read"]),
+    ],
+)
+def test_scores_of_a_stage_are_read_where_there_are_any(run_dir, name, content, note):
+    """A run of pre-training has none, which is no gap; damaged ones are one note."""
+    if name:
+        (run_dir / name).write_text(content, encoding="utf-8")
+    run = read_run(run_dir)
+    assert run.stage_scores == {}
+    assert [text.partition(":")[0] for text in run.notes] == note
+    (run_dir / "scores.json").write_text('{"stage": "rl", "after": {}}', encoding="utf-8")
+    assert read_run(run_dir).stage_scores == {"stage": "rl", "after": {}}
 
 
 @pytest.mark.parametrize(

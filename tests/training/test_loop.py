@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,21 +15,32 @@ from small_runs import CPU, Silent, change, run_training, steps, weights_and_sta
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import validation_rows
 from moe_gpt.distributed.layout import Layout
-from moe_gpt.distributed.process import Team
+from moe_gpt.distributed.process import SOLO
 from moe_gpt.errors import InputError
 from moe_gpt.training import fits, setup
-from moe_gpt.training.loop import Limits, train
+from moe_gpt.training.loop import Limits, pretraining_step, train
 from moe_gpt.training.records.metrics import read_metrics
 from moe_gpt.training.saving.listing import list_checkpoints
 from moe_gpt.training.saving.run_folder import open_run_folder
 from moe_gpt.training.saving.saved_model import load_model
-from moe_gpt.training.setup import build_evaluator, set_up_run
+from moe_gpt.training.setup import set_up_run
 from moe_gpt.training.signals import stop_signals
+from moe_gpt.training.stage import build_evaluator
 
 
 def step_lines(run_dir) -> list[dict]:
     lines = [line for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "cpu_seconds")} for line in lines]
+
+
+def test_what_a_step_of_its_own_reports_is_in_the_log(small_config, tmp_path):
+    """Keys of the line stay what they are."""
+
+    def take_step(run, plan, should_record):
+        return pretraining_step(run, plan, should_record)._replace(extras={"reward": 0.5, "step": -1})
+
+    run_training(small_config, tmp_path, max_steps=2, take_step=take_step)
+    assert [(line["step"], line["reward"]) for line in step_lines(tmp_path)] == [(1, 0.5), (2, 0.5)]
 
 
 def test_run_writes_what_it_promises(small_config, tmp_path):
@@ -386,7 +398,7 @@ def test_run_that_cannot_fit_is_warned_of_before_it_is_built(small_config, tmp_p
 
 def test_a_pipeline_takes_no_step_of_ones_own(small_config, tmp_path):
     """Because its ranks have no whole model, the run is refused before it starts."""
-    team = Team()
+    team = copy.copy(SOLO)
     team.layout = Layout(pipeline=2)
     run = dataclasses.replace(set_up_run(small_config, tmp_path, CPU, say=lambda text: None), team=team)
     with pytest.raises(InputError, match="a step function of your own needs parallel.pipeline=1, got 2"):

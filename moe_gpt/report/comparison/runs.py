@@ -24,6 +24,8 @@ from moe_gpt.report.recorded import RunRecords
 from moe_gpt.report.words import say, words
 
 _COLUMNS = ("tokens_seen", "batch_tokens", "seq_len", "tokens_per_second")
+_CPU = "cpu_seconds"
+"""Another column, which older runs lack."""
 _MAY_DIFFER_IN_GROUP = re.compile(
     r"train\.(seed|log_every_steps|eval_every_steps|record_\w+|sample_tokens)|tracking|checkpoint\..*"
     r"|data\.(cache_dir|verify_tokens|sources\.\d+\.prompt)"
@@ -64,17 +66,19 @@ class ComparedRun:
     @functools.cached_property
     def steps(self) -> dict[str, np.ndarray]:
         """The columns of the steps that have all of them."""
-        values = [[line.get(key) for key in _COLUMNS] for line in self.records.steps]
-        rows = np.array(values, dtype=float).reshape(-1, len(_COLUMNS))  # what is not there becomes nan
-        return dict(zip(_COLUMNS, rows[(rows > 0).all(axis=1)].T, strict=True))
+        values = [[line.get(key) for key in (*_COLUMNS, _CPU)] for line in self.records.steps]
+        rows = np.array(values, dtype=float).reshape(-1, len(_COLUMNS) + 1)  # what is not there becomes nan
+        return dict(zip((*_COLUMNS, _CPU), rows[(rows[:, :-1] > 0).all(axis=1)].T, strict=True))
 
     @functools.cached_property
     def sums(self) -> dict[str, np.ndarray]:
-        """What the steps until each one cost together: ``seconds``, and ``flops`` where the model is known."""
+        """What the steps until each one cost together: ``seconds``, ``cpu_seconds`` and ``flops``, where known."""
         tokens, lengths = self.steps["batch_tokens"], self.steps["seq_len"]
         if not len(tokens):
             return {}
         sums = {"seconds": np.cumsum(tokens / self.steps["tokens_per_second"])}
+        if not np.isnan(self.steps[_CPU]).any():
+            sums[_CPU] = np.cumsum(self.steps[_CPU])
         if isinstance(self.model, ModelConfig):
             different, places = np.unique(lengths, return_inverse=True)
             per_token = np.array([count_flops(self.model, int(length)).training for length in different], dtype=float)

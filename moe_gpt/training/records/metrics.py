@@ -120,28 +120,30 @@ class MetricsLog(JsonLines):
     def add(self, step: int, tokens_seen: int, plan: StepPlan, result: StepResult) -> None:
         """Remember a step without fetching from the device. A step with norms is recorded in full."""
         place = {"step": step, "tokens_seen": tokens_seen}
-        self._pending.append(({**place, **plan._asdict()}, result.metrics))
+        self._pending.append(({**result.extras, **place, **plan._asdict()}, result.metrics))
         if result.norms is not None:
             self._recorded.append((place, result))
 
-    def fetch(self, started_at: float) -> Fetched:
+    def fetch(self, started_at: float, cpu_at: float) -> Fetched:
         """Fetch the metrics of the steps since the last call, append their lines, and return them.
 
-        Every line has the mean ``tokens_per_second`` of these steps, because single steps are not timed on the device.
+        Every line has the mean ``tokens_per_second`` and ``cpu_seconds`` of these steps, because single steps are not
+        timed on the device.
 
         Args:
             started_at: time.perf_counter() when the first of the steps began. The clock stops when the device has
                 delivered the values, so work that was still queued there counts.
+            cpu_at: time.process_time() then.
         """
         if not self._pending:
             return Fetched([], [])
         lines, metrics = map(list, zip(*self._pending, strict=True))
         values = torch.stack([torch.stack(step).float() for step in metrics]).tolist()
-        seconds = time.perf_counter() - started_at
+        seconds, cpu_seconds = time.perf_counter() - started_at, (time.process_time() - cpu_at) / len(lines)
         n_tokens = sum(line["batch_tokens"] for line in lines)
         for line, row in zip(lines, values, strict=True):
             line.update(zip(StepMetrics._fields, row, strict=True), tokens_per_second=n_tokens / max(seconds, 1e-9))
-            line["skipped"] = bool(line["skipped"])
+            line |= {"skipped": bool(line["skipped"]), "cpu_seconds": cpu_seconds}
             self.append(line)
         records = [_record(*recorded) for recorded in self._recorded]
         for record in records:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_gpt.distributed.cut import square_sum
 from moe_gpt.distributed.process import SOLO, Team
-from moe_gpt.distributed.sharding import square_sum
 
 _GROUPS = (
     ("norms", r"norm\.weight$"),
@@ -39,10 +39,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def global_norm(model: nn.Module, team: Team = SOLO) -> Tensor:
     """Return the L2 norm of all gradients of the model, of those on other ranks too."""
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if team.size == 1:
-        return total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-    return team.sum_of_all(torch.stack([square_sum(p.grad, p) for p in trained]).sum()).sqrt()
+        return total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    squares = [square_sum(p.grad, p) for p in model.parameters() if p.grad is not None]
+    return team.sum(torch.stack(squares).sum(), "world").sqrt()
 
 
 def gradient_norms(model: nn.Module, team: Team = SOLO) -> dict[str, Tensor]:
@@ -90,5 +90,5 @@ def _norms_of_ranks(groups: Mapping[str, Sequence[tuple[Tensor, nn.Parameter]]],
     """Return the norm of each group that any rank has."""
     names = [name for name, _ in _GROUPS] + [_OTHER]
     sums = [(sum(square_sum(*pair) for pair in groups.get(name, ())), len(groups.get(name, ()))) for name in names]
-    totals = team.sum_of_all(torch.tensor(sums))
+    totals = team.sum(torch.tensor(sums), "world")
     return {name: square.sqrt() for name, (square, n) in zip(names, totals, strict=True) if n}

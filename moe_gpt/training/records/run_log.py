@@ -60,7 +60,7 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Measure the speed of the next steps from now on."""
-        self.group_started_at = time.perf_counter()
+        self.group_started_at, self.group_cpu_at = time.perf_counter(), time.process_time()
 
     def rewind(self, step: int) -> None:
         """Remove everything after a step, because it is done again."""
@@ -106,7 +106,7 @@ class RunLog:
 
     def fetch(self) -> Fetched:
         """Fetch and write the metrics of the steps since the last call; record skipped steps and loss spikes."""
-        fetched = self.metrics.fetch(self.group_started_at)
+        fetched = self.metrics.fetch(self.group_started_at, self.group_cpu_at)
         self.restart_clock()
         for line in fetched.steps:
             if line["skipped"]:
@@ -141,7 +141,7 @@ class RunLog:
 
     def record_skip(self, line: dict[str, Any]) -> None:
         """Record where the data of a non-finite step came from."""
-        start, names = line["tokens_seen"] - line["batch_tokens"], [s.config.name for s in self.run.data.sources]
+        start, names = line["tokens_seen"] - line["batch_tokens"], self.run.material.names
         starts = range(start, line["tokens_seen"], line["seq_len"])
         places = [self.run.stream.locate(place) for place in starts[:_MOST_PLACES]]
         self.record(

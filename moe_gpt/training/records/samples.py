@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_gpt.errors import InputError
-from moe_gpt.inference.generate import SamplingConfig, generate
+from moe_gpt.inference.generate import generate
+from moe_gpt.inference.sampling import SamplingConfig
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import without_compiler
 from moe_gpt.training.setup import Run

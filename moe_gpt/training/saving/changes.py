@@ -37,11 +37,11 @@ _MAY_DIFFER = (
     "faults.dead_expert_load",
     "faults.collapsed_share",
 )
-_ROOMS_THAT_COMPUTE = ("config", "data", "distributed", "model", "ops", "training")
+_ROOMS_THAT_COMPUTE = ("config", "data", "distributed", "model", "ops", "post_training", "training")
 _NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
 _SHAPE = ["vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts"]
 _SHAPE += ["balance", "attention_sharing", "tie_embeddings"]
-_FIXED = ("data.tokenizer.", "optimizer.name", "optimizer.state_type", *(f"model.{key}" for key in _SHAPE))
+_FIXED = ("adapters.", "data.tokenizer.", "optimizer.name", "optimizer.state_type", *(f"model.{key}" for key in _SHAPE))
 """Settings that the saved weights, running means and tokens depend on. No permission can change them."""
 
 
@@ -107,7 +107,7 @@ def _code_digests() -> dict[str, str]:
 def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity: RunIdentity) -> list[Change]:
     """Compare a checkpoint's config and ``state.json`` with the process that resumes it."""
     return [
-        *_changed_settings(saved_config, identity.config),
+        *changed_settings(saved_config, identity.config),
         *_changed_data(saved_state["data_fingerprint"], identity.data_fingerprint),
         *_changed_environment(saved_state["environment"], identity.environment),
         *_changed_own_code("router", saved_state.get("router"), identity.router),
@@ -115,10 +115,17 @@ def find_changes(saved_config: RunConfig, saved_state: dict[str, Any], identity:
     ]
 
 
-def _changed_settings(saved: RunConfig, wanted: RunConfig) -> Iterator[Change]:
-    old, new = flatten(to_plain(saved)), flatten(to_plain(wanted))
+def settings_that_matter(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that can change the results of a run, by their dotted keys."""
+    settings = flatten(to_plain(config))
+    return {k: value for k, value in settings.items() if not k.startswith(_MAY_DIFFER) and not k.endswith(".prompt")}
+
+
+def changed_settings(saved: RunConfig, wanted: RunConfig) -> Iterator[Change]:
+    """Yield the settings that can change the results of a run and are not those that were saved."""
+    old, new = settings_that_matter(saved), settings_that_matter(wanted)
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(_MAY_DIFFER) and not key.endswith(".prompt"):
+        if old.get(key) != new.get(key):
             yield Change(key, old.get(key), new.get(key), needs_permission=True)
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from moe_gpt.config import ModelConfig, RunConfig
 from moe_gpt.config.yaml import parse_yaml
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.distributed.cut import gather_moved, local_part, own_part, whole_shape
 from moe_gpt.distributed.process import SOLO, Team
-from moe_gpt.distributed.sharding import gathered, local_part, own_part, whole_shape
+from moe_gpt.distributed.sharding import gathered
 from moe_gpt.errors import InputError, shown
 from moe_gpt.files.inside import LARGEST_YAML, inside, read_json
 from moe_gpt.files.tensors import TensorReader
@@ -29,9 +30,13 @@ from moe_gpt.interop import foreign_tokenizer
 from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.training.adapters import acting_tensors, adapters_of, parts_of_adapted, tensors_of
 from moe_gpt.training.saving.manifest import CONFIG, GENERATORS, OPTIMIZER, STATE, TOKENIZER, WEIGHTS
 from moe_gpt.training.saving.shards import Piece, open_tensors, take_pieces
 from moe_gpt.training.step import TrainState
+
+_VALUE_MODEL, _SCALE = "value.", "output.std"
+"""Of names: a tensor of the value model beside a policy; the scale of a reward model's scores."""
 
 FORMAT_VERSION = 2
 UPCYCLED = " (dense, every expert as its feed-forward network)"
@@ -91,11 +96,6 @@ class Snapshot(NamedTuple):
     """Plain values for state.json."""
 
 
-def model_tensors(model: MoEGPT) -> dict[str, Tensor]:
-    """Return every parameter and buffer by name; a shared one appears once, under its first name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def take_snapshot(
     state: TrainState,
     score: float | None = None,
@@ -116,7 +116,7 @@ def take_snapshot(
 
     def kept(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor] | list[Piece]:
         if in_shards:
-            return take_pieces(tensors, team.is_first_of_stage, copy)
+            return take_pieces(tensors, copy)
         whole = gathered(state.model, tensors)
         return {name: tensor.to("cpu", copy=copy) for name, tensor in whole if team.is_main}
 
@@ -129,12 +129,13 @@ def take_snapshot(
         "score": score,
         "is_scheduled": is_scheduled,
     }
-    moved = {
+    moved: dict[str, tuple[Tensor, Tensor]] = {
         f"{name}.{part}": (tensor, parameter)
         for name, parameter in state.model.named_parameters()
         for part, tensor in state.optimizer.state.get(parameter, {}).items()
     }
-    weights = {name: (tensor, tensor) for name, tensor in model_tensors(state.model).items()}
+    moved |= {name: (local_part(tensor), tensor) for name, tensor in parts_of_adapted(state.model).items()}
+    weights = {name: (local_part(tensor), tensor) for name, tensor in acting_tensors(state.model).items()}
     generators = {name: tensor.cpu() for name, tensor in _generator_states(state).items()}
     return Snapshot(kept(weights), kept(moved), generators, progress)
 
@@ -186,10 +187,13 @@ def read_tokenizer(path: Path, end_of_text: str) -> Tokenizer:
     return foreign_tokenizer.read_tokenizer(inside(path, TOKENIZER), end_of_text)
 
 
-def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Router) -> dict[str, Tensor]:
+def read_weights(
+    path: Path, config: ModelConfig, make_router: MakeRouter = Router, kind: type[MoEGPT] = MoEGPT
+) -> dict[str, Tensor]:
     """Return a checkpoint's weights by name, after comparing their names and shapes with the config.
 
-    Memory is allocated only after this comparison, so a wrong config cannot exhaust it.
+    Memory is allocated only after this comparison, so a wrong config cannot exhaust it. Of a policy with a value model
+    beside it, an ordinary model (``kind``) gets the policy.
 
     Raises:
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
@@ -198,9 +202,15 @@ def read_weights(path: Path, config: ModelConfig, make_router: MakeRouter = Rout
     reader = open_tensors(path, WEIGHTS)
     if config.n_layers > len(reader.names):  # the shapes of an absurd number of layers would take long to list
         raise InputError(f"checkpoint {path} is of another model, with {len(reader.names)} tensors")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(shapes_only(config, make_router)).items()}
-    _compare(shapes, {name: reader.shape(name) for name in reader.names}, f"checkpoint {path}")
-    return {name: reader.read(name) for name in reader.names}
+    own = tensors_of(shapes_only(config, make_router, kind))
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    names = [name for name in reader.names if kind is not MoEGPT or not name.startswith(_VALUE_MODEL)]
+    if _SCALE in set(names) - own.keys():
+        raise InputError(
+            f"checkpoint {path} is of a reward model: it scores answers (rl.reward_model), and has no text"
+        )
+    _compare(shapes, {name: reader.shape(name) for name in names}, f"checkpoint {path}")
+    return {name: reader.read(name) for name in names}
 
 
 def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> None:
@@ -210,13 +220,28 @@ def copy_weights(model: MoEGPT, saved: Mapping[str, Tensor], origin: str) -> Non
         saved: every parameter and buffer by name.
         origin: the source of the weights, for the error.
     """
-    own = model_tensors(model)
+    own = tensors_of(model)
     if hasattr(model, "stages"):
         saved = {name: saved[name] for name in own.keys() & saved.keys()}
     _compare({n: whole_shape(t) for n, t in own.items()}, {n: tuple(t.shape) for n, t in saved.items()}, origin)
     with torch.no_grad():
         for name, tensor in own.items():
             local_part(tensor).copy_(own_part(saved[name], tensor))
+    gather_moved(own.values())
+
+
+def load_weights(model: MoEGPT, path: Path, kind: type[MoEGPT] = MoEGPT) -> None:
+    """Copy a checkpoint's weights into a model, which may have the adapters that the checkpoint's run has.
+
+    Args:
+        kind: the model's class before it was parallelized.
+    """
+    weights = read_weights(path, model.config, model.make_router, kind)
+    if parts := parts_of_adapted(model):
+        saved, adapted = open_tensors(path, OPTIMIZER), adapters_of(model)
+        weights = {name: tensor for name, tensor in weights.items() if name not in adapted}
+        weights |= {name: saved.read(name) for name in parts if name in saved.names}
+    copy_weights(model, weights, f"checkpoint {path}")
 
 
 def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], origin: str) -> None:
@@ -231,13 +256,13 @@ def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...
         raise InputError(f"{origin} is of another model: {'; '.join(sorted(problems)[:5])}")
 
 
-def load_training_state(state: TrainState, path: Path) -> None:
-    """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
-    model = state.model
-    copy_weights(model, read_weights(path, model.config, model.make_router), f"checkpoint {path}")
+def _load_moments(state: TrainState, path: Path) -> None:
+    """Restore the optimizer's state of every parameter that it trains."""
     saved = open_tensors(path, OPTIMIZER)
-    for name, parameter in model.named_parameters():
+    for name, parameter in state.model.named_parameters():
         state.optimizer.state.pop(parameter, None)
+        if id(parameter) not in state.optimizer.methods:  # it is frozen
+            continue
         parts = state.optimizer.state_shapes(parameter)
         if any(f"{name}.{part}" in saved.names for part in parts):
             shapes = {f"{name}.{part}": shape for part, (shape, _) in parts.items()}
@@ -248,6 +273,13 @@ def load_training_state(state: TrainState, path: Path) -> None:
                 part: _part_of(saved.read(f"{name}.{part}"), parameter).to(parameter.device, dtype, copy=True)
                 for part, (_, dtype) in parts.items()
             }
+
+
+def load_training_state(state: TrainState, path: Path) -> None:
+    """Restore weights, optimizer, progress and random generators from a verified checkpoint."""
+    model = state.model
+    load_weights(model, path, state.kind)
+    _load_moments(state, path)
     progress = read_state(path)
     state.step, state.tokens_seen = progress["step"], progress["tokens_seen"]
     state.skipped_windows = [(start, end) for start, end in progress["skipped_windows"]]

@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_gpt.config import ModelConfig, RunConfig, TokenizerConfig
+from moe_gpt.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
 from moe_gpt.model.router import MakeRouter, Router
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.training.adapters import tensors_of
 from moe_gpt.training.saving.checkpoint import (
     copy_weights,
-    model_tensors,
     read_config,
     read_state,
     read_tokenizer,
@@ -35,7 +35,7 @@ from moe_gpt.training.saving.saved_model import verified
 from moe_gpt.training.saving.upcycle import starts_as_same_function, upcycle
 
 _ANY_CONTEXT = ("max_seq_len", "rope_theta")
-_TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std")
+_TRAINING_ONLY = ("router_noise", "capacity_factor", "bias_update_rate", "init_std", "mup_base")
 _ROUTING = ("n_experts", "top_k", "normalize_topk", "balance")
 
 
@@ -51,6 +51,8 @@ class InitialWeights(NamedTuple):
     """Returns the weights by our names."""
     make_router: MakeRouter = Router
     """The class of their routers."""
+    data: DataConfig | None = None
+    """The text that they were trained on; None where nobody recorded it."""
 
     def is_upcycled_into(self, config: ModelConfig) -> bool:
         """Whether these weights are dense and the config is not, so that every expert starts as a copy."""
@@ -65,7 +67,7 @@ class InitialWeights(NamedTuple):
         tensors = self.read()
         if self.is_upcycled_into(model.config):
             tensors = upcycle(tensors, model.config)
-        own, is_new = model_tensors(model), ".router.expert_bias"
+        own, is_new = tensors_of(model), ".router.expert_bias"
         if self.model.is_dense or model.make_router is not self.make_router:
             tensors, is_new = _without_routers(tensors), ".router."
         tensors |= {name: own[name] for name in own.keys() - tensors.keys() if is_new in name}
@@ -76,11 +78,13 @@ def _without_routers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if ".router." not in name}
 
 
-def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRouter | None = None) -> InitialWeights:
+def open_initial_weights(
+    path: str | Path, max_seq_len: int | None, make_router: MakeRouter | None = None
+) -> InitialWeights:
     """Open the run folder, checkpoint or Hugging Face folder of ``--init-from``.
 
     Args:
-        max_seq_len: the longest context that the new run uses.
+        max_seq_len: the longest context that the new run uses; None takes a folder's own.
         make_router: the user's router that the model was trained with, if any.
 
     Raises:
@@ -95,7 +99,7 @@ def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRo
             model=hugging_face.check(folder, max_seq_len),
             tokenizer=tokenizer,
             tokenizer_config=TokenizerConfig(file=str(folder / "tokenizer.json"), end_of_text=tokenizer.end_of_text),
-            read=lambda: model_tensors(hugging_face.load(folder, max_seq_len)),
+            read=lambda: tensors_of(hugging_face.load(folder, max_seq_len)),
         )
     checkpoint = verified(path, FILES)
     config, router = read_config(checkpoint), read_state(checkpoint)["router"]
@@ -107,6 +111,7 @@ def open_initial_weights(path: str | Path, max_seq_len: int, make_router: MakeRo
         tokenizer_config=config.data.tokenizer,
         read=lambda: read_weights(checkpoint, config.model, make_router),
         make_router=make_router,
+        data=config.data,
     )
 
 

@@ -15,11 +15,14 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.files.mistaken import other_weights, unfinished_download
 from moe_gpt.files.tensors import TensorReader
+from moe_gpt.interop.quantised_folder import is_quantised_folder
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.training.adapters import let_learn
 from moe_gpt.training.saving.checkpoint import (
     UPCYCLED,
     copy_weights,
+    load_weights,
     read_config,
     read_state,
     read_tokenizer,
@@ -91,6 +94,8 @@ def _what_is_there(path: Path) -> str:
     """Say what a path has instead of a checkpoint, and what to give."""
     if (path / "config.json").is_file():
         return f"{path} is a Hugging Face folder; give a run folder or one of its checkpoints"
+    if is_quantised_folder(path):
+        return f"{path} is a folder of quantised weights; give a run folder or one of its checkpoints"
     runs = [str(run) for run in sorted(path.glob("*")) if list_checkpoints(run)][:5]
     runs += map(str, sorted(path.glob("snapshots/*")))  # of the cache of Hugging Face
     if runs:
@@ -177,3 +182,16 @@ def load_model(
     copy_weights(model, weights, f"checkpoint {saved.path}")
     model = model.to(device).eval()
     return LoadedRun(model, saved.tokenizer, saved.config, saved.step, saved.path, saved.trained_length)
+
+
+def load_adapted(saved: SavedModel) -> MoEGPT:
+    """Return the model of a run with adapters, not merged.
+
+    Raises:
+        InputError: where the checkpoint is damaged.
+    """
+    verify_checkpoint(saved.path)
+    model = MoEGPT(saved.config.model)
+    let_learn(model, saved.config)
+    load_weights(model, saved.path)
+    return model

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moe_gpt.distributed.sharding import pieces_of
+from moe_gpt.distributed.cut import pieces_of
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import FileDigest
 from moe_gpt.files.inside import inside
@@ -37,18 +37,17 @@ class Piece(NamedTuple):
     tensor: Tensor
 
 
-def take_pieces(tensors: Mapping[str, tuple[Tensor, Tensor]], is_first: bool, copy: bool) -> list[Piece]:
+def take_pieces(tensors: Mapping[str, tuple[Tensor, Tensor]], copy: bool) -> list[Piece]:
     """Return what this rank saves of tensors, on the CPU.
 
     Args:
-        tensors: by name, each with the parameter that says how it is cut.
-        is_first: whether this rank saves what all ranks of its stage have.
+        tensors: by name, ``local_part`` of parameters or things of their shape, and the parameters.
         copy: copy every piece, so that training can go on while it is written.
     """
     return [
         Piece(name, offsets, piece.to("cpu", copy=copy))
-        for name, (tensor, like) in tensors.items()
-        for offsets, piece in pieces_of(tensor.detach(), like, is_first)
+        for name, (part, like) in tensors.items()
+        for offsets, piece in pieces_of(part.detach(), like)
     ]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from torch import Tensor
 
 from moe_gpt.config import RunConfig
 from moe_gpt.files.tensors import TensorSpec, header_of
 from moe_gpt.measure.parameters import model_of
 from moe_gpt.measure.shapes import shapes_only
+from moe_gpt.training.adapters import acting_tensors, let_learn, parts_of_adapted
 from moe_gpt.training.optimizer import build_optimizer
 
 
@@ -33,14 +37,19 @@ def checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
 def checkpoint_specs(config: RunConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Return the tensors of model.safetensors and of optimizer.safetensors, in their order."""
     model = shapes_only(model_of(config))
+    let_learn(model, config)
     optimizer = build_optimizer(model, config.optimizer)
-    weights = [TensorSpec(n, tuple(t.shape), t.dtype) for n, t in [*model.named_parameters(), *model.named_buffers()]]
     state = [
         TensorSpec(f"{name}.{part}", shape, dtype)
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
         for part, (shape, dtype) in optimizer.state_shapes(parameter).items()
     ]
-    return weights, state
+    return _specs(acting_tensors(model)), [*state, *_specs(parts_of_adapted(model))]
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
 
 
 def _file_bytes(specs: list[TensorSpec]) -> int:

@@ -28,13 +28,14 @@ def test_log_writes_steps_in_groups(tmp_path):
     log.add(1, 64, PLAN, result(3.0))
     log.add(2, 128, PLAN, result(2.0))
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    fetched = log.fetch(time.perf_counter() - 2.0)
+    fetched = log.fetch(time.perf_counter() - 2.0, time.process_time() - 1.0)
     log.write()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["tokens_seen"], line["loss"]) for line in lines] == [(1, 64, 3.0), (2, 128, 2.0)]
     assert fetched.steps == lines
     assert fetched.records == []
     assert lines[0]["tokens_per_second"] == pytest.approx(64, rel=0.05)
+    assert sum(line["cpu_seconds"] for line in lines) == pytest.approx(1.0, rel=0.1)
     log.close()
 
 
@@ -42,7 +43,7 @@ def test_log_writes_null_for_what_is_not_finite(tmp_path):
     """Every line is JSON that any reader takes; a skipped step says so."""
     log = MetricsLog(tmp_path / "metrics.jsonl", -1)
     log.add(1, 64, PLAN, result(float("nan"), skipped=1.0))
-    log.fetch(time.perf_counter())
+    log.fetch(time.perf_counter(), time.process_time())
     log.write()
     log.close()
 
@@ -69,12 +70,12 @@ def test_log_goes_back(tmp_path):
     log = MetricsLog(path, -1)
     for step in (1, 2, 3):
         log.add(step, 64 * step, PLAN, result(3.0))
-    log.fetch(time.perf_counter())
+    log.fetch(time.perf_counter(), time.process_time())
     log.write()
     log.add(4, 256, PLAN, result(3.0))
     log.rewind(2)
     log.add(3, 192, PLAN, result(2.0))
-    log.fetch(time.perf_counter())
+    log.fetch(time.perf_counter(), time.process_time())
     log.write()
     log.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 3.0), (2, 3.0), (3, 2.0)]

@@ -1,0 +1,4 @@
+"""Serves a model over HTTP, with a page.
+
+Read ``server.py`` first.
+"""
