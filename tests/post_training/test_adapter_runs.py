@@ -13,6 +13,7 @@ from tiny_models import random_tokens
 
 from moe_gpt.api.saving import save
 from moe_gpt.commands.export import ExportOptions, export
+from moe_gpt.commands.next_command import command_line
 from moe_gpt.config import RunConfig
 from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
@@ -248,7 +249,7 @@ def test_exports_are_merged(second, tmp_path):
 def test_adapters_are_exported_alone(chat_run, second, tmp_path, capsys):
     """On top of the base they make the run's model, and the next command exports that base."""
     export(str(second[1]), tmp_path / "folder", options=ExportOptions(adapters=True))
-    assert f"moe-gpt export {resolve_checkpoint(chat_run)} BASE" in capsys.readouterr().out.replace("\n  ", " ")
+    assert command_line("export", resolve_checkpoint(chat_run), "BASE") in capsys.readouterr().out
     model = load_model(chat_run).model
     load_adapters(model, tmp_path / "folder")
     assert logits(model).equal(logits(load_model(second[1]).model))
