@@ -50,19 +50,19 @@ WORDS = [
     "+",
     "1",
 ]
-N_BODIES = 2000
+BODIES_A_MINUTE = 100
 """Requests that clients choose from: each is computed alone once, however many answers it got."""
 
 
 class Load:
     """The clients, and what they saw."""
 
-    def __init__(self, service: Service, url: str, seed: int) -> None:
+    def __init__(self, service: Service, url: str, seed: int, n_bodies: int) -> None:
         self.service, self.url, self.rng = service, url, random.Random(seed)
         self.seen: collections.Counter[str] = collections.Counter()
         self.answers: list[tuple[dict[str, Any], str]] = []
         self.wrong: list[str] = []
-        self._bodies = [self._make_body() for _ in range(N_BODIES)]
+        self._bodies = [self._make_body() for _ in range(n_bodies)]
 
     def body(self) -> dict[str, Any]:
         """Return one of the requests."""
@@ -176,7 +176,7 @@ def main() -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     service = make_service({"n_rows": 16, "max_waiting": 40})
     with serve(service) as url:
-        load = Load(service, url, options.seed)
+        load = Load(service, url, options.seed, 200 + round(BODIES_A_MINUTE * options.minutes))
         asyncio.run(load.run(60 * options.minutes))
         deadline = time.monotonic() + 1
         while not service.live.engine.is_idle and time.monotonic() < deadline:
