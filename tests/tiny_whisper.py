@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 END, START = "<|endoftext|>", "<|startoftranscript|>"
 
 
-def save_tiny_whisper(folder: Path, max_length: int = 16, **changes: object) -> Path:
+def save_tiny_whisper(folder: Path, languages: tuple[str, ...] = (), **changes: object) -> Path:
     """Save it with letters as tokens; it takes 2 seconds at once, and its text has no sense."""
     vocab = {token: number for number, token in enumerate([END, START, *"abcdefghijklmnopqrstuvwxyz "])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=END))
@@ -25,7 +25,9 @@ def save_tiny_whisper(folder: Path, max_length: int = 16, **changes: object) -> 
     model = transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(**tokens, **sizes, **limits, **quiet)
     )
-    model.generation_config = transformers.GenerationConfig(**tokens, max_length=max_length)
+    model.generation_config = transformers.GenerationConfig(**tokens, max_length=16)
+    if languages:
+        model.generation_config.lang_to_id = {f"<|{name}|>": 2 + number for number, name in enumerate(languages)}
     model.save_pretrained(folder)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END

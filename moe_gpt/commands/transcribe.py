@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,7 @@ def transcribe(*sounds: Path, options: TranscribeOptions) -> int:
         raise InputError("SOUNDS is missing; give sound files or a folder of them")
     try:
         from moe_gpt.speech.recogniser import Recogniser
-        from moe_gpt.speech.transcribe import Transcript, find_sounds, transcribe_files
+        from moe_gpt.speech.transcribe import find_sounds, open_transcript, transcribe_files
     except ImportError as error:
         raise InputError(
             f"transcribe needs {error.name}, which is not installed: pip install 'moe_gpt[senses]'"
@@ -51,22 +52,19 @@ def transcribe(*sounds: Path, options: TranscribeOptions) -> int:
     from moe_gpt.terminal.progress import ProgressBar
 
     paths = find_sounds(sounds)
-    transcript = Transcript(options.out, str(options.model))
-    hears = Recogniser(options.model, pick_device(options.device), options.language)
-    bar = ProgressBar("transcribing", total=len(paths))
+    with open_transcript(options.out, str(options.model)) as transcript:
+        hears = Recogniser(options.model, pick_device(options.device), options.language)
+        bar = ProgressBar("transcribing", total=len(paths))
 
-    def tick(done: int) -> None:
-        text = f"{done:,} of {len(paths):,} files"
-        bar.update(done, text, text)
+        def tick(done: int) -> None:
+            text = f"{done:,} of {len(paths):,} files"
+            bar.update(done, text, text)
 
-    try:
-        outcome = transcribe_files(paths, hears, transcript, bar.warn, tick)
-    finally:
-        bar.close()
+        with contextlib.closing(bar):
+            outcome = transcribe_files(paths, hears, transcript, bar.warn, tick)
     kept = f", {outcome.kept:,} were there already" if outcome.kept else ""
     print(wrap(f"{outcome.done:,} files transcribed into {options.out}{kept}; {len(outcome.failed):,} failed"))
-    if outcome.done or outcome.kept:
-        print(f"next:\n  {command_line('train', 'tiny.yaml', source_of(options.out))}")
+    print(*[f"next:\n  {command_line('train', 'tiny.yaml', source_of(options.out))}\n"] * bool(transcript.rows), end="")
     return 1 if outcome.failed else 0
 
 

@@ -37,20 +37,19 @@ class Clips(NamedTuple):
     sounds: list[Samples]
 
 
-def say_all(said: Sequence[Said], synthesiser: Synthesiser, rng: np.random.Generator | None = None) -> Clips:
-    """Return sentences, said in their order; the ones that the model's window cannot hold are left out.
+def say_all(said: Sequence[Said], synthesiser: Synthesiser) -> Clips:
+    """Return sentences, said in their order; the ones that the model's window cannot hold are left out."""
+    clips = [(each.text, synthesiser.say(*each)) for each in said]
+    fitting = [(text, sound) for text, sound in clips if len(sound) <= SECONDS * RATE]
+    return Clips([text for text, _ in fitting], [sound for _, sound in fitting])
 
-    Args:
-        said: sentences with their speakers.
-        synthesiser: the one of this process.
-        rng: decides which clips have the band of a telephone.
-    """
-    sounds = [synthesiser.say(*each) for each in said]
-    fits = [number for number, sound in enumerate(sounds) if len(sound) <= SECONDS * RATE]
-    clips = Clips([said[number].text for number in fits], [sounds[number] for number in fits])
-    if rng is None:
-        return clips
-    return clips._replace(sounds=[narrow(sound) if rng.random() < NARROW_SHARE else sound for sound in clips.sounds])
+
+def with_telephones(clips: Clips, rng: np.random.Generator) -> Clips:
+    """Return clips of which a random part has the band of a telephone."""
+    is_narrow = rng.random(len(clips.sounds)) < NARROW_SHARE
+    return clips._replace(
+        sounds=[narrow(sound) if so else sound for sound, so in zip(clips.sounds, is_narrow, strict=True)]
+    )
 
 
 def join_digits(folder: Path, rng: np.random.Generator, n: int = 100) -> Clips:
@@ -146,7 +145,7 @@ def train(
     rng, synthesiser = np.random.default_rng(seed), Synthesiser()
     variants, new_variants = split_variants(synthesiser.variants(), rng)
     say(f"saying {n_clips:,} sentences with {len(ACCENTS) * len(variants)} voices")
-    taught = say_all(draw(rng, n_clips, ACCENTS, variants, held_out=False), synthesiser, rng)
+    taught = with_telephones(say_all(draw(rng, n_clips, ACCENTS, variants, held_out=False), synthesiser), rng)
     places = {
         "known_voices": (ACCENTS, variants),
         "new_voices": (ACCENTS, new_variants),

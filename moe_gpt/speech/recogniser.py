@@ -41,11 +41,7 @@ class Recogniser:
         self.folder, self._device = Path(folder), device or torch.device("cpu")
         self._model, self._tokenizer, self._extractor = _load(self.folder)
         self._model.to(self._device).eval()
-        self._options: dict[str, Any] = {}
-        if language is not None:
-            if not getattr(self._model.generation_config, "lang_to_id", None):
-                raise InputError(f"{folder} is not a model of several languages; leave out --language")
-            self._options = {"language": language, "task": "transcribe"}
+        self._options = {} if language is None else self._speaking(language)
 
     @property
     def window_seconds(self) -> float:
@@ -58,21 +54,27 @@ class Recogniser:
 
         Args:
             windows: each of shape (n_samples,), 16 kHz, at most ``window_seconds`` long.
-
-        Raises:
-            InputError: where the model does not know the language.
         """
         features = self._extractor(list(windows), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
-        try:
-            ids = self._model.generate(**features.to(self._device), num_beams=1, do_sample=False, **self._options)
-        except ValueError as error:
-            if not self._options:
-                raise
-            raise InputError(f"--language {self._options['language']}: {error}") from None
-        ends = self._model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ids = self._model.generate(**features.to(self._device), num_beams=1, do_sample=False, **self._options)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Heard(text.strip(), bool(ends & set(row.tolist()))) for text, row in zip(texts, ids, strict=True)]
+        ends = torch.tensor(self._model.generation_config.eos_token_id, device=ids.device)
+        are_whole = torch.isin(ids[:, 1:], ends).any(1).tolist()  # the first may be the same token as the end
+        return [Heard(text.strip(), is_whole) for text, is_whole in zip(texts, are_whole, strict=True)]
+
+    def _speaking(self, language: str) -> dict[str, str]:
+        """Return what makes the model write one language.
+
+        Raises:
+            InputError: where the model knows one only, or not this one.
+        """
+        known = getattr(self._model.generation_config, "lang_to_id", None)
+        if not known:
+            raise InputError(f"{self.folder} is not a model of several languages; leave out --language")
+        names = sorted(token.strip("<|>") for token in known)
+        if language not in names:
+            raise InputError(f"{self.folder} does not know the language {language}; it knows {', '.join(names)}")
+        return {"language": language, "task": "transcribe"}
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import filelock
 import numpy as np
 
 from moe_gpt.errors import InputError
@@ -15,11 +17,13 @@ from moe_gpt.files.durable import replace_file
 from moe_gpt.files.json_lines import read_json_lines
 from moe_gpt.speech.recogniser import Heard
 from moe_gpt.speech.sound import Samples, Sound, open_sound
-from moe_gpt.speech.windows import windows
+from moe_gpt.speech.windows import Window, windows
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"}
 """What is taken from a folder. A file that is named itself may have any."""
 _KEYS = {"text": str, "audio": str, "seconds": float, "sha256": str, "model": str}
+_START = b'{"text": "'
+_FOREIGN = "has lines that transcribe did not write; give another --out"
 
 
 class Hears(Protocol):
@@ -71,18 +75,22 @@ def transcribe(sound: Sound, hears: Hears) -> tuple[dict[str, Any], list[str]]:
     """Return the text of a file with its length and digest, and remarks on what may be lacking in it."""
     if sound.is_silent:
         return {"text": "", **_facts(sound)}, []
-    texts, remarks = [], []
+    texts: list[str] = []
+    remarks: list[str] = []
     for window in windows(sound.blocks(), hears.window_seconds):
-        if not np.any(window.samples):
-            continue
-        [heard] = hears([window.samples])
-        texts.append(heard.text)
-        if not heard.is_whole:
-            remarks.append(f"at {window.start:.1f} s the model reached its limit of tokens; text may be lacking")
-        if not window.ends_in_pause:
-            end = window.start + len(window.samples) / 16_000
-            remarks.append(f"there is no pause before {end:.1f} s; a word may be cut there")
+        if np.any(window.samples):
+            [heard] = hears([window.samples])
+            texts.append(heard.text)
+            remarks.extend(_lacking(window, heard))
     return {"text": " ".join(filter(None, texts)), **_facts(sound)}, remarks
+
+
+def _lacking(window: Window, heard: Heard) -> Iterator[str]:
+    """Yield what the text of a window may lack."""
+    if not heard.is_whole:
+        yield f"at {window.start:.1f} s the model reached its limit of tokens; text may be lacking"
+    if not window.ends_in_pause:
+        yield f"there is no pause before {window.end:.1f} s; a word may be cut there"
 
 
 def _facts(sound: Sound) -> dict[str, Any]:
@@ -103,21 +111,29 @@ class Transcript:
     def __init__(self, path: Path, model: str) -> None:
         self.path, self.model = path, model
         self.rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            found = read_json_lines(path)
-            for row in found.lines:
-                self._check(row)
-                self.rows[row["audio"]] = row
-            if found.n_left_out or len(self.rows) < len(found.lines):
-                self._write_anew()  # without the line that a killed process left
+        if not path.exists():
+            return
+        found = read_json_lines(path, stops_at_damage=True)
+        for row in found.lines:
+            self._check(row)
+            self.rows[row["audio"]] = row
+        if found.n_left_out:
+            self._drop_torn_line(found.n_left_out)
 
     def _check(self, row: dict[str, Any]) -> None:
         if any(not isinstance(row.get(key), kind) for key, kind in _KEYS.items()):
-            raise InputError(f"{self.path} has rows that transcribe did not write; give another --out")
+            raise InputError(f"{self.path} {_FOREIGN}")
         if row["model"] != self.model:
             raise InputError(
                 f"{self.path} was written with the model {row['model']}, not {self.model}; give another --out"
             )
+
+    def _drop_torn_line(self, n_lines: int) -> None:
+        """Write the rows without the start of a line that a killed process left at the end of the file."""
+        torn = self.path.read_bytes().rpartition(b"\n")[2]
+        if n_lines > 1 or not torn or not torn.startswith(_START[: len(torn)]):
+            raise InputError(f"{self.path} {_FOREIGN}")
+        self._write_anew()
 
     def has(self, sound: Sound) -> bool:
         """Whether a file is transcribed, with the contents that it has now."""
@@ -140,6 +156,26 @@ class Transcript:
 
     def _write_anew(self) -> None:
         replace_file(self.path, b"".join(map(_line, self.rows.values())))
+
+
+@contextlib.contextmanager
+def open_transcript(path: Path, model: str) -> Iterator[Transcript]:
+    """Give the transcript of a file that no other process writes meanwhile.
+
+    Raises:
+        InputError: where another process does, or as for ``Transcript``.
+    """
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"another process is writing {path}") from None
+    try:
+        yield Transcript(path, model)
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -26,6 +26,11 @@ class Window(NamedTuple):
     ends_in_pause: bool
     """False where the window had no pause to be cut in, so that a word may be cut."""
 
+    @property
+    def end(self) -> float:
+        """Seconds from the file's start."""
+        return self.start + len(self.samples) / RATE
+
 
 def windows(blocks: Iterable[Samples], seconds: float) -> Iterator[Window]:
     """Yield consecutive windows, together all samples of the blocks, none longer than ``seconds``.

@@ -24,7 +24,7 @@ from moe_gpt.data.corpus import iterate_documents
 from moe_gpt.errors import InputError
 from moe_gpt.speech.recogniser import Heard, Recogniser
 from moe_gpt.speech.sound import RATE, read_sound
-from moe_gpt.speech.transcribe import Transcript, find_sounds, transcribe_files
+from moe_gpt.speech.transcribe import Transcript, find_sounds, open_transcript, transcribe_files
 
 KNOCK, GAP = RATE // 20, RATE // 2
 
@@ -103,13 +103,28 @@ def test_a_second_call_does_only_what_is_left(tmp_path):
 def test_a_transcript_of_something_else_is_not_touched(tmp_path):
     """Rows of other programs, and of another model."""
     out = tmp_path / "t.jsonl"
-    out.write_text('{"text": "mine"}\n')
-    with pytest.raises(InputError, match="rows that transcribe did not write; give another --out"):
-        Transcript(out, "m")
+    for text in ('{"text": "mine"}\n', "my notes\n", "my notes", '{"text": "mine"', '{"text": "a\n{"text": "b', "\n\n"):
+        out.write_text(text)
+        if text != '{"text": "mine"':  # this one may be the start of a row
+            with pytest.raises(InputError, match="lines that transcribe did not write; give another --out"):
+                Transcript(out, "m")
+            assert out.read_text() == text
     out.unlink()
     call([knocks(tmp_path / "a.wav", 1, np.random.default_rng(0))], Transcript(out, "m"))
     with pytest.raises(InputError, match="was written with the model m, not n"):
         Transcript(out, "n")
+
+
+def test_two_processes_do_not_write_one_transcript(tmp_path):
+    """The second one is refused, and the first one goes on."""
+    with open_transcript(tmp_path / "new" / "t.jsonl", "m") as transcript:
+        with (
+            pytest.raises(InputError, match="another process is writing"),
+            open_transcript(tmp_path / "new" / "t.jsonl", "m"),
+        ):
+            pass
+        call([knocks(tmp_path / "a.wav", 1, np.random.default_rng(0))], transcript)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.jsonl"]
 
 
 def test_bad_files_are_named_and_passed_over(tmp_path):
@@ -185,6 +200,8 @@ def test_folders_that_are_no_such_model_are_refused(model, tmp_path):
         Recogniser(save_tiny_whisper(tmp_path / "slow", sampling_rate=8000))
     with pytest.raises(InputError, match="leave out --language"):
         Recogniser(model, language="en")
+    with pytest.raises(InputError, match="does not know the language English; it knows de, en"):
+        Recogniser(save_tiny_whisper(tmp_path / "two", ("en", "de")), language="English")
 
 
 def test_the_command_makes_a_source_of_text(model, tmp_path, capsys):
