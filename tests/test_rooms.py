@@ -19,6 +19,7 @@ ROOMS = (
     "model",
     "data",
     "scale",
+    "speech",
     "measure",
     "inference",
     "interop",

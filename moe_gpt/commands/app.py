@@ -28,6 +28,8 @@ COMMANDS = {
     "chat": "Talk to a model that was fine-tuned for it.",
     "serve": "Answer requests over HTTP, many at once, with a page for browsers.",
     "evaluate": "Measure loss, perplexity and bits per byte of held-out text or of files.",
+    "transcribe": "Write down what is said in sound files, as text to train on.",
+    "hear": "Train a small model from speech to text, on synthesised speech.",
     "prepare": "Tokenise the text of a config, and print a table of its sources.",
     "export": "Write a model as a Hugging Face folder.",
     "report": "Write a page about a run, or about several runs side by side.",
