@@ -1,0 +1,146 @@
+"""Picture files become the pixels that a person sees, or an error with file and cause."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moe_gpt.errors import InputError
+from moe_gpt.vision.pictures import open_picture
+
+RED, BLUE, GREEN, WHITE = (220, 30, 30), (30, 30, 220), (30, 200, 30), (255, 255, 255)
+
+
+def flag(left: tuple[int, ...] = RED, right: tuple[int, ...] = BLUE, mode: str = "RGB") -> Image.Image:
+    """A picture of 32 x 32 whose halves differ."""
+    image = Image.new(mode, (32, 32), left)
+    image.paste(right, (16, 0, 32, 32))
+    return image
+
+
+def halves(path) -> list[tuple[int, ...]]:
+    """The colours of a point of each half."""
+    pixels = open_picture(path).pixels
+    assert pixels.dtype == torch.uint8
+    return [tuple(pixels[:, 16, x].tolist()) for x in (4, 28)]
+
+
+def save(image: Image.Image, path, **options: object):
+    """Write a picture and return its path."""
+    image.save(path, **options)
+    return path
+
+
+def grey16(tmp_path):
+    """Grey of 16 bits, of which Pillow alone makes white."""
+    values = np.where(np.arange(32) < 16, 10_000, 40_000).astype(np.uint16)
+    return save(Image.fromarray(np.tile(values, (32, 1))), tmp_path / "a.png")
+
+
+def test_every_kind_of_colour_is_the_one_seen(tmp_path):
+    """Alpha on white, palettes, one bit, grey of 8 and 16 bits, CMYK."""
+    made = tmp_path / "a.png"
+    assert halves(save(flag(), made)) == [RED, BLUE]
+    assert halves(save(flag((*RED, 255), (0, 0, 0, 128), "RGBA"), made)) == [RED, (127, 127, 127)]
+    assert halves(save(flag((*RED, 255), (*RED, 0), "RGBA"), made)) == [RED, WHITE]
+    assert halves(save(flag((60, 255), (60, 0), "LA"), made)) == [(60,) * 3, WHITE]
+    assert halves(save(flag(60, 200, "L"), made)) == [(60,) * 3, (200,) * 3]
+    assert halves(save(flag(255, 0, "L").convert("1"), made)) == [WHITE, (0, 0, 0)]
+    palette = flag().quantize(4)
+    assert halves(save(palette, made)) == [RED, BLUE]
+    clear = palette.getpixel((28, 16))
+    assert halves(save(palette, made, transparency=clear)) == [RED, WHITE]
+    assert halves(grey16(tmp_path)) == [(39,) * 3, (156,) * 3]
+    red, blue = halves(save(flag((255, 0, 0), (0, 0, 255)).convert("CMYK"), tmp_path / "a.jpg", quality=95))
+    assert red[0] > 200 > 60 > red[2]
+    assert blue[2] > 200 > 60 > blue[0]
+
+
+def test_floats_are_scaled_from_their_own_range(tmp_path):
+    """Neither all black nor all white; numbers that are none are refused."""
+    values = np.tile(np.linspace(-2, 3, 32, dtype=np.float32), (32, 1))
+    path = save(Image.fromarray(values), tmp_path / "a.tif")
+    pixels = open_picture(path).pixels
+    assert (pixels[:, 0, 0].tolist(), pixels[:, 0, 31].tolist()) == ([0] * 3, [255] * 3)
+    values[3, 3] = np.nan
+    with pytest.raises(InputError, match="infinite or no number"):
+        open_picture(save(Image.fromarray(values), path))
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_turns_of_phones_are_carried_out(tmp_path, turn):
+    """EXIF orientations 1 to 8; 0 and 9 do not exist and count as upright."""
+    upright = Image.new("RGB", (48, 32), RED)
+    upright.paste(BLUE, (24, 0, 48, 32))
+    upright.paste(GREEN, (0, 0, 12, 12))
+    back = {2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}  # how the camera held it
+    stored = upright
+    for method in back.get(turn, ()):
+        stored = stored.transpose(Image.Transpose(method))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = open_picture(save(stored, tmp_path / "a.png", exif=exif)).pixels
+    assert pixels.shape == (3, 32, 48)
+    for (x, y), colour in (((4, 4), GREEN), ((4, 28), RED), ((44, 4), BLUE)):
+        assert tuple(pixels[:, y, x].tolist()) == colour
+
+
+def test_an_animation_is_its_first_picture_and_says_so(tmp_path):
+    """GIF and PNG."""
+    frames = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN, BLUE)]
+    for name in ("a.gif", "a.png"):
+        picture = open_picture(save(frames[0], tmp_path / name, save_all=True, append_images=frames[1:]))
+        assert picture.remarks == ("it is animated; its first picture is taken",)
+        assert tuple(picture.pixels[:, 5, 5].tolist()) == RED
+
+
+def test_pictures_are_fitted_not_squashed(tmp_path):
+    """A strip keeps its shape, and the rest is white; bytes are read as files are."""
+    path = save(Image.new("RGB", (100, 50), RED), tmp_path / "a.png")
+    pixels = open_picture(path, size=40).pixels
+    assert pixels.shape == (3, 40, 40)
+    assert [tuple(pixels[:, y, 20].tolist()) for y in (5, 20, 35)] == [WHITE, RED, WHITE]
+    assert open_picture(path.read_bytes(), size=40).pixels.equal(pixels)
+    assert open_picture(save(Image.new("RGB", (1, 1000), RED), path), size=64).pixels.shape == (3, 64, 64)
+
+
+def bomb(side: int) -> bytes:
+    """A PNG whose header claims many pixels, with few bytes."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [7_100, 12_000, 20_000, 2**31 - 1])
+def test_bombs_are_refused_before_they_are_decoded(side):
+    """By the size in the header, whatever Pillow says to it."""
+    with pytest.raises(InputError, match=r"pixels"):
+        open_picture(bomb(side))
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    """Missing, empty, text, cut, damaged, a folder, a pipe, a format that starts programs."""
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(whole, "PNG")
+    content = bytearray(whole.getvalue())
+    cases = {"empty.png": b"", "text.png": b"hello\n" * 99, "cut.png": bytes(content[: len(content) // 2])}
+    cases["drawing.eps"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    content[len(content) // 2] ^= 0xFF
+    cases["flipped.png"] = bytes(content)
+    for name, written in cases.items():
+        (tmp_path / name).write_bytes(written)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (*cases, "pipe.png", "missing.png", "."):
+        with pytest.raises(InputError) as error:
+            open_picture(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
