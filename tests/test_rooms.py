@@ -20,6 +20,7 @@ ROOMS = (
     "data",
     "scale",
     "speech",
+    "vision",
     "measure",
     "inference",
     "interop",

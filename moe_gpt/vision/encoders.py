@@ -1,0 +1,126 @@
+"""Pictures to rows of features: a small encoder of our own, or any vision model in a folder of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from moe_gpt.errors import InputError
+from moe_gpt.files.inside import read_json
+
+_HEADS = 4
+
+
+class SmallEncoder(nn.Module):
+    """Four convolutions with group normalisation, positions, and one transformer block; it is trained with the rest.
+
+    Convolutions learn from a few thousand pictures, where a plain vision transformer does not (docs/see-and-hear.md).
+
+    Args:
+        size: side of the square pictures in pixels, a multiple of 8.
+        width: of a row of features, a multiple of 4.
+    """
+
+    def __init__(self, size: int = 64, width: int = 96) -> None:
+        super().__init__()
+        self.size, self.width = size, width
+        channels, strides = (3, width // 4, width // 2, width, width), (1, 2, 2, 2)
+        self.convolutions = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, padding=1), nn.GroupNorm(4, n_out), nn.GELU())
+                for n_in, n_out, stride in zip(channels[:-1], channels[1:], strides, strict=True)
+            )
+        )
+        self.block = nn.TransformerEncoderLayer(
+            width, _HEADS, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True
+        )
+        self.register_buffer("positions", _positions(size // 8, width), persistent=False)
+
+    def forward(self, pictures: UInt8[Tensor, "P 3 size size"]) -> Float[Tensor, "P S Dv"]:
+        """Return (size / 8)² rows for each picture, by lines from the upper left."""
+        grid = self.convolutions(pictures.float() / 127.5 - 1)
+        return self.block(grid.flatten(2).transpose(1, 2) + self.positions)
+
+
+def _positions(side: int, width: int) -> Float[Tensor, "S Dv"]:
+    """Return sinusoids of line and column (arXiv 1706.03762), half of the width for each."""
+    frequencies = 100 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    line = torch.cat((angles.sin(), angles.cos()), dim=1)
+    pairs = (line[:, None].expand(side, side, -1), line[None].expand(side, side, -1))
+    return torch.cat(pairs, dim=2).flatten(0, 1)
+
+
+class FolderEncoder(nn.Module):
+    """A vision model of transformers with its own processor, such as SigLIP, CLIP or DINOv2. It is frozen.
+
+    Args:
+        folder: of the model; where it is of pictures and text, its half for pictures is taken.
+
+    Raises:
+        InputError: where the folder has no such model.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        model, self._processor = _load(Path(folder))
+        self.model = model.requires_grad_(False).eval()
+        self.width = int(self.model.config.hidden_size)
+
+    @torch.no_grad()
+    def forward(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "P S Dv"]:
+        """Return the last hidden states of pictures of any size, which the processor brings to the model's."""
+        arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
+        pixels = self._processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        place = next(self.model.parameters())
+        return self.model(pixel_values=pixels.to(place.device, place.dtype)).last_hidden_state
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no model folder of transformers: it has no config.json")
+    kind = read_json(folder, "config.json").get("model_type")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} (model_type {kind}) is not loaded as a vision model: {cause}") from None
+    model = getattr(model, "vision_model", model)
+    if getattr(model, "main_input_name", "") != "pixel_values":
+        raise InputError(f"{folder} (model_type {kind}) is no vision model: it does not read pixels")
+    return model, processor
+
+
+class Resampler(nn.Module):
+    """Any number of rows to a fixed one: learned queries attend to them, as in Flamingo (arXiv 2204.14198, 2.1).
+
+    Args:
+        features: width of a row.
+        n_rows: number of rows that come out.
+        n_layers: of attention among the queries, attention to the rows, and a feed-forward network.
+    """
+
+    def __init__(self, features: int, n_rows: int, n_layers: int = 2) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(n_rows, features))
+        sizes = (features, _HEADS, 4 * features, 0.0, F.gelu)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(*sizes, batch_first=True, norm_first=True) for _ in range(n_layers)
+        )
+
+    def forward(self, features: Float[Tensor, "P S Dv"]) -> Float[Tensor, "P R Dv"]:
+        """Return ``n_rows`` rows for each picture."""
+        rows = self.queries.expand(len(features), -1, -1)
+        for layer in self.layers:
+            rows = layer(rows, features)
+        return rows
