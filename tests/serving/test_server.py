@@ -267,6 +267,15 @@ def test_an_error_says_what_would_be_right(url, body, message):
     assert "constrained" not in text
 
 
+def test_a_chat_with_tools_is_refused(url):
+    """The server has none, and says so."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    answer = post(url, "/v1/chat/completions", messages=HELLO, tools=[tool])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "tools")
+    assert error["message"].startswith("tools must be empty or absent, because tools are not built")
+
+
 def test_one_model_can_be_asked_for(client):
     """As the client's ``models.retrieve`` does; another name is not found."""
     assert client.models.retrieve("small").id == "small"
