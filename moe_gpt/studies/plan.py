@@ -219,6 +219,11 @@ class Study(NamedTuple):
         """The file of the law's prediction."""
         return self.out / "prediction.json"
 
+    @property
+    def speeds(self) -> Path:
+        """The file of the arms' speeds."""
+        return self.out / "speeds.json"
+
 
 def load_study(name: str | Path, out: Path | None = None) -> Study:
     """Read a study and the configs of its runs.

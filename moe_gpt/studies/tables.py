@@ -41,6 +41,7 @@ def summarise(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
         "spread": spreads(scores),
         "comparisons": compare_arms(study.config.comparisons, scores, names_of(rows, "stale")),
         "law": told_of_law(study, rows),
+        "speeds": json.loads(study.speeds.read_text(encoding="utf-8")) if study.speeds.is_file() else None,
     }
 
 
