@@ -19,7 +19,7 @@ STUDIES = sorted((DOCS / "evidence").glob("*.json"))
 
 def rows_of(study: dict[str, Any]) -> Iterator[str]:
     """Yield the rows that the page must have."""
-    for cells in (*comparisons_of(study), *arms_of(study), *spreads_of(study), *speeds_of(study)):
+    for cells in (*comparisons_of(study), *arms_of(study), *speeds_of(study), *spreads_of(study)):
         yield f"| {' | '.join([study['study'], *cells])} |"
 
 
@@ -74,6 +74,14 @@ def test_figures_of_the_page_are_those_of_the_study(path):
     assert study["study"] == path.stem
     lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith(f"| {path.stem} |")] == list(rows_of(study))
+
+
+def test_slopes_of_the_page_are_those_of_the_coordinate_check():
+    """Each with standard parametrisation and with muP."""
+    found = json.loads((DOCS / "evidence" / "coordinates" / "mup.json").read_text(encoding="utf-8"))
+    rows = [f"| mup | {name} | {slope:.2f} | {found['mup'][name]:.2f} |" for name, slope in found["standard"].items()]
+    lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("| mup |")] == rows
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -18,7 +18,7 @@ from moe_gpt.config.section import Count, Positive, Problem, Section, Seed, unle
 from moe_gpt.config.yaml import CONFIGS, find_config, load_run_config, parse_yaml, to_plain
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.measure.flops import stage_tokens, training_flops
-from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.measure.parameters import count_parameters, model_of
 from moe_gpt.studies.law import LEAST_SIZES
 
 EACH, MEAN = "all", "mean"
@@ -197,8 +197,7 @@ class Planned(NamedTuple):
     @property
     def flops(self) -> int:
         """Of the whole schedule; where that ends with the data, as if its last stage had one token."""
-        model, stages = self.config.model, self.config.schedule.stages
-        model = dataclasses.replace(model, vocab_size=model.vocab_size or self.config.data.tokenizer.vocab_size)
+        model, stages = model_of(self.config), self.config.schedule.stages
         ends = [stage.end or 0 for stage in stages]
         tokens = None if stages[-1].end else max(ends) + 1
         return training_flops(model, stage_tokens(self.config.schedule, tokens), count_parameters(model))

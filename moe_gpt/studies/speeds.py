@@ -19,6 +19,7 @@ from scipy import stats
 
 from moe_gpt.bench.contenders import Ours, Workload, workload_of
 from moe_gpt.bench.rounds import require, take_turns
+from moe_gpt.config import RunConfig
 from moe_gpt.errors import InputError
 from moe_gpt.files.durable import replace_file
 from moe_gpt.studies.plan import Study
@@ -73,7 +74,7 @@ def compare_speeds(seconds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return told
 
 
-def _workload(config: Any) -> Workload:
+def _workload(config: RunConfig) -> Workload:
     """Return the largest batch of the last stage, in the run's micro-batches and with its optimizer."""
     work = workload_of(config, torch.device("cpu"), "fp32")
     micro = min(config.train.micro_batch_tokens, work.batch_tokens)
