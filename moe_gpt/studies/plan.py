@@ -71,6 +71,8 @@ class ComparisonConfig(Section):
     """A key of evaluations: ce_loss, bits_per_byte, max_violation."""
     source: str = EACH
     """all (a comparison for each source), mean (of the sources), or one of them."""
+    at_tokens: Count | None = None
+    """Compare the last evaluations up to so many tokens, instead of those at the end."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield claims that cannot be tested."""
