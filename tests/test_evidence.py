@@ -19,24 +19,52 @@ STUDIES = sorted((DOCS / "evidence").glob("*.json"))
 
 def rows_of(study: dict[str, Any]) -> Iterator[str]:
     """Yield the rows that the page must have."""
-    name = study["study"]
+    for cells in (*comparisons_of(study), *arms_of(study), *speeds_of(study), *spreads_of(study)):
+        yield f"| {' | '.join([study['study'], *cells])} |"
+
+
+def comparisons_of(study: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of each comparison."""
     for entry in study["comparisons"]:
         low, high = entry["interval"]
+        measure = "" if entry["measure"] == "ce_loss" else f" {entry['measure']}"
         seeds = " v ".join(map(str, entry["seeds"]))
-        cells = [f"{entry['difference']:.4f}", f"{low:.4f} to {high:.4f}", seeds, entry["verdict"]]
-        yield f"| {' | '.join([name, entry['name'], entry['source'], *cells])} |"
-    sources = study["spread"]["ce_loss"]
+        interval = f"{low:.4f} to {high:.4f}"
+        source = entry["source"] + measure
+        yield [entry["name"], source, f"{entry['difference']:.4f}", interval, seeds, entry["verdict"]]
+
+
+def arms_of(study: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of each arm: losses by source, the other measures that are compared, and CPU minutes."""
+    measures = {"ce_loss", *(entry["measure"] for entry in study["comparisons"])}
+    names = [name for name in study["rows"][0]["scores"] if name.rpartition("/")[2] in measures]
     for arm in dict.fromkeys(row["arm"] for row in study["rows"]):
         runs = [row for row in study["rows"] if row["arm"] == arm]
-        scores = [[run["scores"][source]["ce_loss"] for run in runs] for source in sources]
-        cells = [f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}" for values in scores]
-        minutes = statistics.fmean(run["cpu_seconds"] for run in runs) / 60
-        cells = [str(len(runs)), *cells, f"{minutes:.2f}"]
-        yield f"| {' | '.join([name, arm, *cells])} |"
-    for source, spread in sources.items():
-        seen = [f"{detectable(spread['sd'], n, n, df=spread['df']):.4f}" for n in (3, 8)]
-        cells = [f"{spread['sd']:.4f}", str(spread["df"]), *seen]
-        yield f"| {' | '.join([name, source, *cells])} |"
+        scores = [told([run["scores"][name] for run in runs]) for name in names]
+        yield [arm, str(len(runs)), *scores, f"{statistics.fmean(run['cpu_seconds'] for run in runs) / 60:.2f}"]
+
+
+def told(values: list[float]) -> str:
+    """Return mean and standard deviation, which one run does not have."""
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def spreads_of(study: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of each source's noise."""
+    for name, spread in study["spread"].items():
+        source, _, measure = name.rpartition("/")
+        if measure == "ce_loss" and source != "mean":
+            seen = [f"{detectable(spread['sd'], n, n, df=spread['df']):.4f}" for n in (3, 8)]
+            yield [source, f"{spread['sd']:.4f}", str(spread["df"]), *seen]
+
+
+def speeds_of(study: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of each arm whose speed was measured in turns."""
+    for arm, found in (study["speeds"] or {}).items():
+        low, high = found["interval"]
+        micros = f"{1e6 * found['cpu_seconds_per_token']:.1f}"
+        yield [arm, micros, f"{found['speed']:.3f}", f"{low:.3f} to {high:.3f}", str(found["rounds"])]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -46,6 +74,14 @@ def test_figures_of_the_page_are_those_of_the_study(path):
     assert study["study"] == path.stem
     lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith(f"| {path.stem} |")] == list(rows_of(study))
+
+
+def test_slopes_of_the_page_are_those_of_the_coordinate_check():
+    """Each with standard parametrisation and with muP."""
+    found = json.loads((DOCS / "evidence" / "coordinates" / "mup.json").read_text(encoding="utf-8"))
+    rows = [f"| mup | {name} | {slope:.2f} | {found['mup'][name]:.2f} |" for name, slope in found["standard"].items()]
+    lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("| mup |")] == rows
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -43,6 +43,8 @@ class Workload:
     micro_batch_tokens: int
     compile: bool = False
     activation_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Of moe_gpt's own steps."""
     tune_peers: bool = False
     """Give the peers our process settings, too, such as the allocator's; otherwise they run as they ship."""
 
@@ -139,7 +141,9 @@ class Ours(Contender):
             seq_len=workload.seq_len, batch_tokens=workload.batch_tokens, until_tokens=workload.batch_tokens * 10**6
         )
         schedule = ScheduleConfig(stages=(stage,), warmup_tokens=0)
-        self._config = config = RunConfig(model=model, schedule=schedule, train=train, parallel=parallel)
+        self._config = config = RunConfig(
+            model=model, schedule=schedule, train=train, parallel=parallel, optimizer=workload.optimizer
+        )
         self._team = join(config)
         self._state = build_state(config, self.device, adapt=self._parallelized)
         self._state.model.train()

@@ -49,6 +49,7 @@ FAMILIES = {
         "list": "Print the runs with their states, or one ordinary command for each.",
         "predict": "Predict the held-out run from the finished ladder.",
         "coordinates": "Measure how activations grow with the width, with and without muP.",
+        "speeds": "Measure how fast arms train, in turns.",
     },
     "bench": {
         "train": "Compare the time of whole optimizer steps with other libraries, in turns.",

@@ -200,3 +200,21 @@ def coordinates(config: str, *, out: Path | None = None, json: Path | None = Non
     print(json_format.dumps(slopes, indent=2))
     if json:
         json.write_text(json_format.dumps(slopes, indent=2) + "\n", encoding="utf-8")
+
+
+def speeds(config: str, *arms: str, out: Path | None = None, rounds: Whole = 20) -> None:
+    """Measure how fast arms of a study train, on one thread and in turns; the tables then have it.
+
+    Args:
+        config: A study's YAML file, or the name of one that comes with moe_gpt.
+        arms: Two or more; the others are held against the first.
+        out: Folder of the runs and tables.
+        rounds: Steps of each arm.
+    """
+    study = _load(config, out)
+    from moe_gpt.studies.speeds import write_speeds
+
+    for arm, found in write_speeds(study, arms, rounds).items():
+        low, high = found["interval"]
+        micros = 1e6 * found["cpu_seconds_per_token"]
+        print(f"{arm}: {micros:.1f} µs of CPU a token, speed {found['speed']:.3f} ({low:.3f} to {high:.3f})")

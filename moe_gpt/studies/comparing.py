@@ -15,12 +15,14 @@ _P = 0.05
 _NAME = r"(?:(?P<source>.+)/)?(?P<measure>[^/]+)"
 
 
-def scores_of(rows: Sequence[Row]) -> pd.DataFrame:
+def scores_of(rows: Sequence[Row], at_tokens: int | None = None) -> pd.DataFrame:
     """Return the scores of all rows that count, with the columns arm, seed, source, measure and value.
 
     Scores of no source have the source ``EACH``. ``MEAN`` is the mean of the sources of a run.
     """
-    found = [(row.run.arm, row.run.seed, *item) for row in rows if row.counts for item in row.scores.items()]
+    found = [
+        (row.run.arm, row.run.seed, *item) for row in rows if row.counts for item in row.scores_at(at_tokens).items()
+    ]
     frame = pd.DataFrame(found, columns=["arm", "seed", "name", "value"])
     frame = frame.join(frame.pop("name").astype(str).str.extract(_NAME).fillna(EACH))
     of_sources = frame[frame.source != EACH]
@@ -47,16 +49,17 @@ def _spread(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def compare_arms(
-    comparisons: Sequence[ComparisonConfig], scores: pd.DataFrame, stale: Collection[str] = ()
+    comparisons: Sequence[ComparisonConfig], scores: Mapping[int | None, pd.DataFrame], stale: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the comparisons as values of table.json.
 
     Args:
         comparisons: as the study states them.
-        scores: of ``scores_of``.
+        scores: of ``scores_of``, by the comparisons' ``at_tokens``.
         stale: names of stale runs.
     """
-    found = [_compared(each, source, scores) for each in comparisons for source in _sources(each, scores)]
+    pairs = [(each, scores[each.at_tokens]) for each in comparisons]
+    found = [_compared(each, source, frame) for each, frame in pairs for source in _sources(each, frame)]
     corrected = _corrected([entry[_deciding(entry)] for entry in found])
     for entry, p in zip(found, corrected, strict=True):
         is_stale = not {name.rpartition("-")[0] for name in stale}.isdisjoint(entry["arms"])

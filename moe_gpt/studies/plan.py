@@ -18,7 +18,7 @@ from moe_gpt.config.section import Count, Positive, Problem, Section, Seed, unle
 from moe_gpt.config.yaml import CONFIGS, find_config, load_run_config, parse_yaml, to_plain
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.measure.flops import stage_tokens, training_flops
-from moe_gpt.measure.parameters import count_parameters
+from moe_gpt.measure.parameters import count_parameters, model_of
 from moe_gpt.studies.law import LEAST_SIZES
 
 EACH, MEAN = "all", "mean"
@@ -71,6 +71,8 @@ class ComparisonConfig(Section):
     """A key of evaluations: ce_loss, bits_per_byte, max_violation."""
     source: str = EACH
     """all (a comparison for each source), mean (of the sources), or one of them."""
+    at_tokens: Count | None = None
+    """Compare the last evaluations up to so many tokens, instead of those at the end."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield claims that cannot be tested."""
@@ -197,8 +199,7 @@ class Planned(NamedTuple):
     @property
     def flops(self) -> int:
         """Of the whole schedule; where that ends with the data, as if its last stage had one token."""
-        model, stages = self.config.model, self.config.schedule.stages
-        model = dataclasses.replace(model, vocab_size=model.vocab_size or self.config.data.tokenizer.vocab_size)
+        model, stages = model_of(self.config), self.config.schedule.stages
         ends = [stage.end or 0 for stage in stages]
         tokens = None if stages[-1].end else max(ends) + 1
         return training_flops(model, stage_tokens(self.config.schedule, tokens), count_parameters(model))
@@ -218,6 +219,11 @@ class Study(NamedTuple):
     def prediction(self) -> Path:
         """The file of the law's prediction."""
         return self.out / "prediction.json"
+
+    @property
+    def speeds(self) -> Path:
+        """The file of the arms' speeds."""
+        return self.out / "speeds.json"
 
 
 def load_study(name: str | Path, out: Path | None = None) -> Study:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import hashlib
@@ -73,6 +74,13 @@ class Row(NamedTuple):
     def totals(self) -> dict[str, float]:
         """Tokens, FLOPs and CPU seconds of a run that came to its end, where recorded."""
         return self.records.totals if self.records else {}
+
+    def scores_at(self, tokens: int | None) -> Mapping[str, float | None]:
+        """Return the scores of the last evaluation up to so many tokens; at the end for None."""
+        if tokens is None or not self.records:
+            return self.scores
+        evaluations = self.records.records.evaluations
+        return _scores(evaluations[bisect.bisect(evaluations, tokens, key=_tokens_of) - 1])
 
     def plain(self) -> dict[str, Any]:
         """Return the row for table.json."""
@@ -193,6 +201,10 @@ def _ended(row: Row) -> Row:
 
 def _scores(line: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name.removeprefix(VALIDATION): value for name, value in line.items() if name.startswith(VALIDATION)}
+
+
+def _tokens_of(evaluation: Mapping[str, Any]) -> int:
+    return int(evaluation["tokens_seen"])
 
 
 def _last_start(events: Sequence[Mapping[str, Any]]) -> str:

@@ -151,24 +151,3 @@ def detectable(sd: float, n_first: int, n_second: int, power: float = 0.8, df: f
         return power - float(stats.nct.sf(critical, df, effect))  # the other side's tail adds nothing at such effects
 
     return optimize.brentq(lacking, 0.0, critical + _FARTHEST) * sd * math.sqrt(1 / n_first + 1 / n_second)
-
-
-def document_interval(
-    first: np.ndarray, second: np.ndarray, tokens: np.ndarray, n_draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Return a 95 % interval of the difference of two losses per token, over draws of the held-out documents.
-
-    It says how the difference might be on other text of the kind, where intervals over seeds are about this text. Both
-    models score the same documents, so a draw takes the same ones for both (paired bootstrap).
-
-    Args:
-        first: sums of the losses of each document (n,), means over seeds.
-        second: those of the other arm.
-        tokens: tokens of each document.
-        n_draws: draws with replacement.
-        seed: of the draws.
-    """
-    drawn = np.random.default_rng(seed).integers(len(tokens), size=(n_draws, len(tokens)))
-    differences = (second - first)[drawn].sum(1) / tokens[drawn].sum(1)
-    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -33,14 +33,16 @@ _CURVES = (
 
 def summarise(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     """Return what table.json has."""
-    scores = scores_of(rows)
+    scores, comparisons = scores_of(rows), study.config.comparisons
+    at = {each.at_tokens: scores_of(rows, each.at_tokens) for each in comparisons}
     return {
         "study": study.name,
         "machine": "; ".join(sorted({row.machine for row in rows} - {""})),
         "rows": list(map(Row.plain, rows)),
         "spread": spreads(scores),
-        "comparisons": compare_arms(study.config.comparisons, scores, names_of(rows, "stale")),
+        "comparisons": compare_arms(comparisons, at, names_of(rows, "stale")),
         "law": told_of_law(study, rows),
+        "speeds": json.loads(study.speeds.read_text(encoding="utf-8")) if study.speeds.is_file() else None,
     }
 
 

@@ -11,6 +11,7 @@ import pytest
 from small_studies import states, train_here
 
 from moe_gpt.files.durable import read_digest
+from moe_gpt.report.run_records import read_run
 from moe_gpt.studies import results, tables
 from moe_gpt.studies.plan import Study, load_study
 from moe_gpt.studies.results import failure_of, look
@@ -44,6 +45,17 @@ def test_finished_runs_are_rows_with_what_they_took(write_study, out):
     assert rows[0].totals["flops"] == rows[0].run.flops
     assert 0 < rows[0].totals["cpu_seconds"] < 60
     assert len({row.fingerprint for row in rows}) == 4
+
+
+def test_arms_are_compared_before_the_end(write_study, out):
+    """By the last evaluation up to so many tokens, so that a table may show where curves cross."""
+    asked = [{"name": str(at), "arms": ["dense", "moe"], "at_tokens": at, "source": "code"} for at in (1, 600, 1024)]
+    study = load_study(write_study(comparisons=asked), out)
+    lines = {run.name: read_run(run.folder).evaluations for run in study.runs}
+    assert [line["tokens_seen"] for line in lines["moe-0"]] == [0, 512, 1024]
+    for place, entry in enumerate(summarise(study, look(study))["comparisons"]):
+        losses = [[lines[f"{arm}-{seed}"][place]["val/code/ce_loss"] for seed in (0, 1)] for arm in ("dense", "moe")]
+        assert entry["difference"] == pytest.approx((sum(losses[1]) - sum(losses[0])) / 2)
 
 
 def test_nothing_changes_the_second_time(write_study, out):

@@ -12,7 +12,6 @@ from moe_gpt.studies.statistics import (
     Spread,
     compare,
     detectable,
-    document_interval,
     equivalence_p,
     holm,
     own_variance,
@@ -111,14 +110,3 @@ def test_what_few_seeds_can_see(n, wanted):
     rng = np.random.default_rng(0)
     p = stats.ttest_ind(rng.normal(0, 0.01, (n, 4000)), rng.normal(smallest, 0.01, (n, 4000))).pvalue
     assert (p < 0.05).mean() == pytest.approx(0.8, abs=0.03)
-
-
-def test_the_draws_of_documents_are_paired():
-    """A difference that every document shows has a narrow interval, however different the documents are."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(100, 3000, 40)
-    first = tokens * rng.normal(4.0, 1.0, 40)
-    low, high = document_interval(first, first + tokens * rng.normal(-0.06, 0.01, 40), tokens)
-    assert low < -0.06 < high
-    assert high - low < 0.02
-    assert document_interval(first, first, tokens) == (0.0, 0.0)
