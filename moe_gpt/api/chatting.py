@@ -47,6 +47,8 @@ def make_dialogue(
             f"{loaded.path} has no chat template, so it only continues text (moe-gpt generate); "
             "moe-gpt finetune tiny-chat.yaml --init-from RUN makes a model that can chat"
         )
+    if isinstance(tools, str | Tool):
+        raise InputError(f"tools must be a list, such as ['calculator'], got {tools!r} alone; put it into a list")
     found = [as_tool(tool) for tool in tools]
     if found and template.source != TEMPLATE:
         raise InputError(f"tools need the chat template that moe-gpt finetune writes; {loaded.path} has another")
@@ -123,7 +125,7 @@ def as_tool(given: str | Tool) -> Tool:
     """
     if isinstance(given, Tool):
         return given
-    name, _, folder = given.partition("=")
+    name, _, folder = str(given).partition("=")
     if given == CALCULATOR.name:
         return CALCULATOR
     if name == "search" and folder:

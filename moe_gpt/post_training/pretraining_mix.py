@@ -40,7 +40,7 @@ class PretrainingMix:
         if not data.sources:
             raise InputError(
                 f"rl.pretraining_weight={weight} needs the text of pre-training, which is not known or cannot be read; "
-                "give its data.sources and data.validation_fraction, or set the weight to 0"
+                "give its data.sources, or set the weight to 0"
             )
         return cls(weight, build_stream(config, data, Material(data).shares(config.data)))
 

@@ -93,7 +93,7 @@ def prepare(config: RunConfig, start: Start, say: Say) -> Prompts:
     reward = _by_model(rl, model, training, ends, config, tokenizer) if rl.reward_model else _by_rules(rl)
     decode = functools.partial(plain_text, tokenizer=tokenizer) if rl.prompts.files else tokenizer.decode
     gold = RULES if rl.prompts.builtin else {}
-    data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say))
+    data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say, rl.pretraining_weight > 0))
     mix = PretrainingMix.of(rl.pretraining_weight, config, data)
     reinforcement = Reinforcement(rl, training, reward, decode, ends, model, gold, mix)
     return Prompts(data, training, held_out[:_N_SCORED], row_tokens * rl.samples, reinforcement, model, n_left_out)

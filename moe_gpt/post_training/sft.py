@@ -24,7 +24,7 @@ from moe_gpt.data.prepare import PreparedData, build_once, usable_cache
 from moe_gpt.data.token_store import dtype_of
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.post_training.builtin_sets import builtin_conversations
-from moe_gpt.post_training.chat import PAD, TEMPLATE, mark, render
+from moe_gpt.post_training.chat import PAD, TEMPLATE, Message, mark, render
 from moe_gpt.post_training.conversations import Found, read_conversations, read_dataset
 from moe_gpt.post_training.fitting import Limit, fitting, left_out
 from moe_gpt.post_training.starting import held_out_fraction, settle, text_of_pretraining
@@ -144,9 +144,16 @@ def _build(sft: SftConfig, tokenizer: Tokenizer, folder: Path, validation_fracti
         kept, n_dropped = fitting(every, [len(each.ids) for each in every], found.places, limit)
         forms = "".join(f", {n:,} in {form}" for form, n in found.n_of_form.items())
         notes.append(f"{source.name}: {len(kept):,} conversations{forms}")
-        notes[-1] += left_out(n_dropped)
+        notes[-1] += left_out(n_dropped) + _repeated(found.conversations)
         rendered += kept
     write_rows(folder, rendered, mark(PAD, tokenizer), dtype_of(tokenizer), sft.row_tokens, notes)
+
+
+def _repeated(conversations: Sequence[Sequence[Message]]) -> str:
+    """Return how many conversations have two turns of a role in a row; results of tools may follow one another."""
+    roles = [[message["role"] for message in messages] for messages in conversations]
+    n = sum(any(a == b != "tool" for a, b in itertools.pairwise(each)) for each in roles)
+    return f"; {n:,} with one role twice in a row, each turn kept as it is" if n else ""
 
 
 def _read(source: ConversationSourceConfig, validation_fraction: float) -> Found:

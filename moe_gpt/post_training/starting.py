@@ -89,9 +89,13 @@ def _with_defaults(given: _Section, otherwise: _Section) -> _Section:
     return dataclasses.replace(otherwise, **{k: v for k, v in kept.items() if v != getattr(default, k)})
 
 
-def text_of_pretraining(config: RunConfig, tokenizer: Tokenizer, say: Say) -> tuple:
-    """Return the sources of pre-training, as its own tokenizer made them into tokens; none if they cannot be read."""
-    if not config.data.validation_fraction:
+def text_of_pretraining(config: RunConfig, tokenizer: Tokenizer, say: Say, learns: bool = False) -> tuple:
+    """Return the sources of pre-training, as its own tokenizer made them into tokens; none if they cannot be read.
+
+    Where nothing is held out, a stage that ``learns`` from them still gets those that the config names.
+    """
+    is_named = config.data.sources != DataConfig().sources  # else nobody may have named any
+    if not config.data.validation_fraction and not (learns and is_named):
         return ()
     try:
         return prepare_data(config.data, tokenizer.without_added_tokens(SPECIAL_TOKENS), say).sources

@@ -353,3 +353,13 @@ def test_a_tokenizer_loses_what_was_added_and_nothing_else(base_run):
     assert grown.without_added_tokens(SPECIAL_TOKENS).to_json() == tokenizer.to_json()
     assert isinstance(grown, Tokenizer)
     assert grown.encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
+
+
+def test_a_role_twice_in_a_row_is_kept_and_counted(sft_config, base_run, rows_file, tmp_path):
+    """Results of tools may follow one another unsaid."""
+    user, answer, tool = ({"role": role, "content": "a"} for role in ("user", "assistant", "tool"))
+    for turns in ([user, user, answer], [user, answer, tool, tool, answer]):
+        rows_file.write_text(rows_file.read_text() + json.dumps({"messages": turns}) + "\n")
+    run = set_up(sft_config, tmp_path / "run", base_run)
+    assert "own: 14 conversations" in describe_run(run)
+    assert "1 with one role twice in a row, each turn kept as it is" in describe_run(run)

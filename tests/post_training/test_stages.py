@@ -19,6 +19,7 @@ from moe_gpt.config import RunConfig
 from moe_gpt.errors import InputError
 from moe_gpt.post_training.reward_model import load_reward_model
 from moe_gpt.post_training.stages import answers_to_fixed_prompts, examine, routing_file, stage_of, write_findings
+from moe_gpt.training.saving.initial_weights import open_initial_weights
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import Run, set_up_run
 from moe_gpt.training.stage import Start
@@ -125,6 +126,19 @@ def test_a_bad_pair_of_a_file_is_an_error_with_its_row(values, chat_run, tmp_pat
         set_up(config_of(values, stage, path), tmp_path / "run", chat_run)
     assert str(error.value).startswith(f"{path} row 3: ")
     assert cause in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "rl"])
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_an_error_of_the_config(values, tmp_path, stage):
+    """It names both keys; pairs of files are not sampled."""
+    key = f"{stage}.max_new_tokens" if stage == "rl" else f"{stage}.pairs.max_new_tokens"
+    section = {**SECTIONS["rl"], "prompts": {"builtin": "lines"}, "max_new_tokens": 64}
+    pairs = {"pairs": {"builtin": "lines", "max_new_tokens": 64}}
+    with pytest.raises(InputError) as error:
+        RunConfig.from_mapping(values | {stage: section if stage == "rl" else pairs})
+    assert str(error.value).startswith(f"{key} must be less than schedule.stages.0.seq_len=64, got 64")
+    if stage != "rl":
+        RunConfig.from_mapping(values | {stage: {"pairs": {"files": "x", "max_new_tokens": 64}}})
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo", "rl"])
@@ -334,12 +348,21 @@ def test_a_run_learns_pretrainings_text_beside_its_rewards(values, chat_run, tmp
     assert losses[-1] < losses[0]
 
 
+def test_text_of_which_nothing_is_held_out_is_mixed_in(values, chat_run, tmp_path):
+    """It is learned, and not scored."""
+    values = values | {"data": values["data"] | {"validation_fraction": 0}}
+    config = config_of(values, "rl", write(tmp_path, *prompts(4)), kl_weight=0, pretraining_weight=1.0)
+    run, _ = run_training(config, tmp_path / "run", init_from=str(chat_run), stage=stage_of(config))
+    assert all(line["pretraining_loss"] > 0 for line in steps(run.run_dir))
+
+
 def test_text_that_is_not_known_cannot_be_mixed_in(values, chat_run, tmp_path):
-    """The error names the weight."""
+    """Sources that nobody named are not read, and the error names the weight."""
     values = values | {"data": values["data"] | {"validation_fraction": 0}}
     config = config_of(values, "rl", write(tmp_path, *prompts(4)), pretraining_weight=0.5)
+    start = Start(initial=open_initial_weights(chat_run, None)._replace(data=None))
     with pytest.raises(InputError, match=r"rl\.pretraining_weight=0\.5 needs the text of pre-training"):
-        set_up(config, tmp_path / "run", chat_run)
+        stage_of(config).prepare(*stage_of(config).settle(config, start, print), print)
 
 
 def test_all_answers_of_a_prompt_are_on_one_side(values, chat_run, tmp_path):
