@@ -108,11 +108,10 @@ def answer(
     """
     asked = checked_messages(messages)
     dialogue = make_dialogue(loaded, tools, max_new_tokens, sampling, seed)
-    kept, n_left_out = dialogue.fitting(asked)
-    if n_left_out:
-        warnings.warn(f"the context is full; the oldest {n_left_out} messages are left out", stacklevel=3)
     text = ""
-    for piece in dialogue.reply(kept):
+    for piece in dialogue.reply(asked):
+        if piece.notice:
+            warnings.warn(piece.notice, stacklevel=3)
         text = "" if piece.is_result else text + piece.text
     return text
 
