@@ -214,12 +214,11 @@ def _kinds(run: Run) -> list[str]:
 
 def what_is_not_scored(sources: Iterable[ConversationSourceConfig], found: Collection[str]) -> str:
     """Return which sources' conversations have no score among those found, and why; empty where all have one."""
-    scored = {kind for kind, task in _FIRST_TASKS.items() if task in found}
-    missing = {source.name: source.builtin for source in sources if source.builtin not in scored}
+    missing = {source.name: source.builtin for source in sources if _FIRST_TASKS.get(source.builtin) not in found}
     return "; ".join(f"note: no scores for {name}, because {_WHY_NOT[kind is None]}" for name, kind in missing.items())
 
 
-_FIRST_TASKS = {"calculator": "tool_call", "functions": "parameters"}
+_FIRST_TASKS: dict[str | None, str] = {"calculator": "tool_call", "functions": "parameters"}
 _WHY_NOT = {
     True: "only the built-in sets have questions with known answers",
     False: "the context has no room for its questions and two answers",
