@@ -47,6 +47,8 @@ def make_dialogue(
             f"{loaded.path} has no chat template, so it only continues text (moe-gpt generate); "
             "moe-gpt finetune tiny-chat.yaml --init-from RUN makes a model that can chat"
         )
+    if isinstance(tools, str | Tool):
+        raise InputError(f"tools must be a list, such as ['calculator'], got {tools!r} alone; put it into a list")
     found = [as_tool(tool) for tool in tools]
     if found and template.source != TEMPLATE:
         raise InputError(f"tools need the chat template that moe-gpt finetune writes; {loaded.path} has another")
@@ -106,11 +108,10 @@ def answer(
     """
     asked = checked_messages(messages)
     dialogue = make_dialogue(loaded, tools, max_new_tokens, sampling, seed)
-    kept, n_left_out = dialogue.fitting(asked)
-    if n_left_out:
-        warnings.warn(f"the context is full; the oldest {n_left_out} messages are left out", stacklevel=3)
     text = ""
-    for piece in dialogue.reply(kept):
+    for piece in dialogue.reply(asked):
+        if piece.notice:
+            warnings.warn(piece.notice, stacklevel=3)
         text = "" if piece.is_result else text + piece.text
     return text
 
@@ -123,7 +124,7 @@ def as_tool(given: str | Tool) -> Tool:
     """
     if isinstance(given, Tool):
         return given
-    name, _, folder = given.partition("=")
+    name, _, folder = str(given).partition("=")
     if given == CALCULATOR.name:
         return CALCULATOR
     if name == "search" and folder:

@@ -107,22 +107,18 @@ def _lines() -> Iterator[str]:
 
 def _answer(dialogue: Dialogue, messages: list[Message], with_experts: bool) -> list[Message]:
     """Print an answer as it is made; return the messages that fitted, with its turns."""
-    kept, n_left_out = dialogue.fitting(messages)
-    _say_left_out(n_left_out, len(messages))
+    end = ""
     try:
-        for piece in dialogue.reply(kept):
+        for piece in dialogue.reply(messages):
+            if piece.notice:
+                print(wrap(f"note: {piece.notice}"), file=sys.stderr)
             print(_shown(piece, with_experts), end="", flush=True)
+            end = "\n"
     finally:
-        print(flush=True)
-    if kept[-1].get("tool_calls") and dialogue.tools:
+        print(end=end, flush=True)
+    if messages[-1].get("tool_calls") and dialogue.tools:
         print("note: the model went on calling tools", file=sys.stderr)
-    return kept
-
-
-def _say_left_out(n_left_out: int, n_messages: int) -> None:
-    if n_left_out:
-        text = f"note: the context is full; the oldest {n_left_out} of {n_messages} messages are left out"
-        print(wrap(text), file=sys.stderr)
+    return messages
 
 
 def _shown(piece: Piece, with_experts: bool) -> str:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def finetune(config: str, *overrides: str, options: TrainOptions = NO_OPTIONS) -> int:
-    """Train an assistant from a base model, save it, and print scores before and after.
+    """Train a stage after pre-training, save its model, and print scores before and after.
+
+    The config's section is the stage and names its data: sft has conversations, reward and dpo have pairs of answers,
+    rl has prompts and rewards. All of them can be built-in sets or .jsonl files (docs/from-base-to-chat.md).
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny-chat.yaml.
@@ -50,7 +53,7 @@ def score_before(run: Run) -> None:
 def score_after(run: Run, model: MoEGPT | None) -> None:
     """Write and print the scores of a stage's model, and what it has forgotten; nothing after pre-training."""
     from moe_gpt.post_training.scores import format_scores
-    from moe_gpt.post_training.stages import write_findings
+    from moe_gpt.post_training.stages import note_on_scores, write_findings
 
     if run.config.stage is None or model is None:
         return
@@ -58,7 +61,7 @@ def score_after(run: Run, model: MoEGPT | None) -> None:
     values = write_findings(run, model, "after", forgetting={"before": before, "after": after})
     if values["after"]:
         print(f"\n{format_scores(values)}\n")
-    if note := note_on_rewards(run):
+    for note in filter(None, (note_on_scores(run, values["after"]), note_on_rewards(run))):
         print(wrap(note))
     _say_what_was_forgotten(before, after)
 

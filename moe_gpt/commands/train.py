@@ -77,7 +77,7 @@ def run_command(command: str, config: str, overrides: Sequence[str], options: Tr
 
     if not is_another_rank():
         with lasting_output():
-            status = _train(command, config, overrides, options)
+            status = _train_or_tell(command, config, overrides, options)
     else:  # rank 0 says the same
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             try:
@@ -91,6 +91,15 @@ def run_command(command: str, config: str, overrides: Sequence[str], options: Tr
     if not status:
         leave()
     return status
+
+
+def _train_or_tell(command: str, config: str, overrides: Sequence[str], options: TrainOptions) -> int:
+    """Train; where Ctrl-C ends it outside of the steps, or a second time, say how to go on."""
+    try:
+        return _train(command, config, overrides, options)
+    except KeyboardInterrupt:
+        print(f"interrupted; continue with:\n  {repeated(command, '--resume')}", file=sys.stderr)
+        return EXIT_STATUS["SIGINT"]
 
 
 def _train(command: str, config: str, overrides: Sequence[str], options: TrainOptions) -> int:

@@ -126,7 +126,7 @@ class RlConfig(Section):
     value_weight: NonNegative = 0.1
     """PPO's weight of the value loss."""
     pretraining_weight: NonNegative = 0.0
-    """Weight of the loss on pre-training's text, of which a step then also reads batch_tokens (PPO-ptx)."""
+    """Weight of the loss on pre-training's text, of which each update then also reads batch_tokens (PPO-ptx)."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield a single answer, which nothing can be compared with."""

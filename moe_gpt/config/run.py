@@ -82,6 +82,7 @@ class RunConfig(Section):
             not self.model.mup_base or self.optimizer.name == "adamw", text, "optimizer.name", "model.mup_base"
         )
         yield from self._row_problems()
+        yield from self._answer_problems()
         yield from self._adapter_problems()
 
     def _row_problems(self) -> Iterator[Problem]:
@@ -90,6 +91,21 @@ class RunConfig(Section):
             key, row_tokens = f"schedule.stages.{index}.seq_len", self.sft.row_tokens  # type: ignore[union-attr]
             text = f"{key} must be sft.row_tokens={row_tokens}, got {stage.seq_len}, because rows are served whole"
             yield from unless(stage.seq_len == row_tokens, text, key, "sft.row_tokens")
+
+    def _answer_problems(self) -> Iterator[Problem]:
+        """Yield sampled answers that leave no room for their prompts in a row."""
+        key, longest = self._longest_answer()
+        for index, stage in enumerate(self.schedule.stages):
+            limit_key = f"schedule.stages.{index}.seq_len"
+            text = f"{key} must be less than {limit_key}={stage.seq_len}, got {longest}: a prompt needs room too"
+            yield from unless(longest < stage.seq_len, text, key, limit_key)
+
+    def _longest_answer(self) -> tuple[str, int]:
+        """Return the key and the tokens of the longest answer that the stage samples; 0 where it samples none."""
+        if self.rl:
+            return "rl.max_new_tokens", self.rl.max_new_tokens
+        pairs = getattr(self.reward or self.dpo, "pairs", None)
+        return f"{self.stage}.pairs.max_new_tokens", pairs.max_new_tokens if pairs and pairs.builtin else 0
 
     def _adapter_problems(self) -> Iterator[Problem]:
         """Yield adapters in pre-training, and beside another choice of what learns."""

@@ -136,6 +136,14 @@ def _of_row(place: str, read: Callable[[Any], _Row], value: Any) -> _Row:
         raise InputError(f"{place}: {error}") from None
 
 
+def _under(key: str, read: Callable[[Any], _Row], value: Any) -> _Row:
+    """Return what is read at a key, which an error then names."""
+    try:
+        return read(value)
+    except _Unfit as error:
+        raise _Unfit(f"{key}: {error}") from None
+
+
 def _require(holds: object, text: str) -> None:
     if not holds:
         raise _Unfit(text)
@@ -258,7 +266,7 @@ def _call(call: Any, key: str) -> dict[str, Any]:
     name, arguments = function.get("name"), function.get("arguments")  # type: ignore[union-attr]
     _require(isinstance(name, str), text)
     if isinstance(arguments, str):  # as OpenAI has them
-        arguments = _parsed(arguments.encode("utf-8", "surrogatepass"))
+        arguments = _under(f"{key}.arguments", _parsed, arguments.encode("utf-8", "surrogatepass"))
     _require(isinstance(arguments, dict), f"{key}.arguments must be a JSON object, got {shown(arguments)}")
     _text(json.dumps([name, arguments], ensure_ascii=False), key)
     return {"type": "function", "function": {"name": name, "arguments": arguments}}

@@ -25,6 +25,8 @@ class Piece(NamedTuple):
     experts: TokenExperts | None = None
     """Those that chose the token; None of a tool's result."""
     is_result: bool = False
+    notice: str = ""
+    """What the user has to know before the model goes on; the text is then empty."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,11 @@ class Dialogue:
     def reply(self, messages: list[Message]) -> Iterator[Piece]:
         """Yield the answer to the last message as it is made, and append its turns to the messages.
 
+        Messages that do not fit into the context are taken out, and a piece says so.
         A call of a tool is a turn, and its result is one. After ``MOST_ROUNDS`` of them, a call is the answer.
 
         Raises:
-            InputError: where the messages do not fit into the context.
+            InputError: where the last question does not fit into the context.
         """
         for n_rounds in range(MOST_ROUNDS + 1):
             yield from self._answer(messages)
@@ -58,6 +61,11 @@ class Dialogue:
                 return
 
     def _answer(self, messages: list[Message]) -> Iterator[Piece]:
+        kept, n_left_out = self.fitting(messages)
+        if n_left_out:
+            text = f"the context is full; the oldest {n_left_out} of {len(messages)} messages are left out"
+            yield Piece("", notice=text)
+        messages[:] = kept
         new: list[int] = []
         for event in self._events(messages):
             if event.token is not None:
@@ -96,7 +104,7 @@ class Dialogue:
 
     def _events(self, messages: Sequence[Message]) -> Iterator[Event]:
         """Yield what the engine does for an answer, with text that has no special tokens."""
-        prompt = self.encode(self.fitting(messages)[0])
+        prompt = self.encode(messages)
         room = self.engine.context - len(prompt)
         request = Request(
             prompt=prompt,

@@ -31,8 +31,10 @@ from moe_gpt.post_training.rewards import parses
 from moe_gpt.post_training.rollout import Rollout, score
 from moe_gpt.post_training.scores import MOST_TOKENS, Score, greedy_answers, share
 from moe_gpt.post_training.starting import (
+    describe_forgetting,
     held_out_fraction,
     model_at_start,
+    present,
     require_marks,
     settle,
     split_items,
@@ -77,20 +79,22 @@ class Pairs(Items):
             f"           {len(self.items):,} pairs of answers, about {run.passes['pairs']:.1f} passes; "
             f"{len(self.held_out):,} are held out" + left_out(self.n_left_out)
         )
+        if self.reference:
+            yield describe_forgetting(self.data)
 
 
 def prepare(config: RunConfig, start: Start, say: Say, with_reference: bool) -> Pairs:
     """Return the pairs of a run."""
-    assert start.tokenizer, "settle has made sure of one"
+    tokenizer = present(start.tokenizer)
     check_steps(config, *_ROWS)
     pairs, row_tokens = _section(config), min(stage.seq_len for stage in config.schedule.stages)
     model = model_at_start(start) if pairs.builtin or with_reference else None
     if model and pairs.builtin:
-        training, held_out, n_left_out = _sampled(pairs, model, start.tokenizer, config, say)
+        training, held_out, n_left_out = _sampled(pairs, model, tokenizer, config, say)
     else:
-        training, held_out, n_left_out = _read(pairs, start.tokenizer, row_tokens, str(config.stage))
-    text = text_of_pretraining(config, start.tokenizer, say) if with_reference else ()
-    data = PreparedData(start.tokenizer, text)
+        training, held_out, n_left_out = _read(pairs, tokenizer, row_tokens, str(config.stage))
+    text = text_of_pretraining(config, tokenizer, say) if with_reference else ()
+    data = PreparedData(tokenizer, text)
     return Pairs(data, training, held_out, 2 * row_tokens, model if with_reference else None, n_left_out)
 
 
@@ -147,14 +151,12 @@ def by_reward(run: Run, model: MoEGPT, rollout: Rollout) -> tuple[Tensor, Tensor
 
 def by_log_probs(run: Run, model: MoEGPT, rollout: Rollout) -> tuple[Tensor, Tensor, RouterStats | None]:
     """Return the log-probabilities of whole answers, relative to the model at the start and times beta."""
-    at_start = _pairs(run).reference
-    assert at_start, "the stage has made sure of one"
-    assert run.config.dpo, "the stage is that of the section"
+    at_start, beta = present(_pairs(run).reference), present(run.config.dpo).beta
     scored = score(model, rollout, precision=run.precision)
     with torch.no_grad():
         reference = score(at_start.to(run.device), rollout, precision=run.precision).log_probs
     own, start = (sequence_log_probs(x, rollout.is_answer) for x in (scored.log_probs, reference))
-    chosen, rejected = implicit_rewards(own, start, run.config.dpo.beta).chunk(2)
+    chosen, rejected = implicit_rewards(own, start, beta).chunk(2)
     return chosen, rejected, scored.router_stats
 
 

@@ -193,8 +193,8 @@ class Reinforcement:
         n_rows = max(1, run.config.train.micro_batch_tokens // lesson.rollout.tokens.shape[1])
         parts = [lesson.rows(first, first + n_rows) for first in range(0, len(lesson.weights), n_rows)]
         run.state.model.train()
-        for _ in range(self.config.updates):
-            of_text = self.mix.add_gradients(run, plan) if self.mix else None
+        for number in range(self.config.updates):
+            of_text = self.mix.add_gradients(run, plan, number) if self.mix else None
             terms, stats = self._add_gradients(run, parts, recorded)
             if self.mix and of_text:
                 terms = terms._replace(loss=terms.loss + self.mix.weight * of_text.loss)

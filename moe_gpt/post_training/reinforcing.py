@@ -31,8 +31,10 @@ from moe_gpt.post_training.rewards import RULES, Rule
 from moe_gpt.post_training.rollout import Rollout, answers_of, require_exact, sample, score
 from moe_gpt.post_training.scores import Score, mean, share
 from moe_gpt.post_training.starting import (
+    describe_forgetting,
     held_out_fraction,
     model_at_start,
+    present,
     require_marks,
     settle,
     split_items,
@@ -70,13 +72,13 @@ class Prompts(Items):
             f"{rl.max_new_tokens} tokens to each, about {passes:.1f} passes; {len(self.held_out):,} are held out"
             + left_out(self.n_left_out)
         )
+        yield describe_forgetting(self.data)
 
 
 def prepare(config: RunConfig, start: Start, say: Say) -> Prompts:
     """Return the prompts of a run with their rewards."""
-    assert start.tokenizer, "settle has made sure of one"
-    assert config.rl, "the stage is that of the section"
-    rl, tokenizer, row_tokens = config.rl, start.tokenizer, min(stage.seq_len for stage in config.schedule.stages)
+    rl, tokenizer = present(config.rl), present(start.tokenizer)
+    row_tokens = min(stage.seq_len for stage in config.schedule.stages)
     require_exact(config.model)
     check_steps(config, rl.samples, "rl.samples")
     limit = Limit(
@@ -93,8 +95,8 @@ def prepare(config: RunConfig, start: Start, say: Say) -> Prompts:
     reward = _by_model(rl, model, training, ends, config, tokenizer) if rl.reward_model else _by_rules(rl)
     decode = functools.partial(plain_text, tokenizer=tokenizer) if rl.prompts.files else tokenizer.decode
     gold = RULES if rl.prompts.builtin else {}
-    data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say))
-    mix = PretrainingMix.of(rl.pretraining_weight, config, data)
+    data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say, rl.pretraining_weight > 0))
+    mix = PretrainingMix.of(rl, config, data)
     reinforcement = Reinforcement(rl, training, reward, decode, ends, model, gold, mix)
     return Prompts(data, training, held_out[:_N_SCORED], row_tokens * rl.samples, reinforcement, model, n_left_out)
 
@@ -152,8 +154,7 @@ def _by_model(
     tokenizer: Tokenizer,
 ) -> Reward:
     """Return the scores of a reward model, normalised on answers of the model at the start."""
-    assert rl.reward_model
-    judge = load_reward_model(rl.reward_model, tokenizer=tokenizer)
+    judge = load_reward_model(present(rl.reward_model), tokenizer=tokenizer)
     asked = [prompts[number % len(prompts)] for number in range(_N_NORMALISED)]  # again where there are few
     scores = [
         _scores(judge, _sampled(model, asked[first : first + _AT_ONCE], rl, ends, config, first))
@@ -251,11 +252,11 @@ def _kls(model: MoEGPT, start: MoEGPT, rollout: Rollout, temperature: float) -> 
 
 def _with_value_model(config: RunConfig, model: MoEGPT) -> MoEGPT:
     """Return the policy; for PPO with a value model that starts as the reward model or, without one, as the policy."""
-    assert config.rl, "the stage is that of the section"
-    if config.rl.algorithm != "ppo":
+    rl = present(config.rl)
+    if rl.algorithm != "ppo":
         return model
     value = RewardModel.from_model(model)
-    return ActorCritic.of(model, _like(value, config.rl.reward_model) if config.rl.reward_model else value)
+    return ActorCritic.of(model, _like(value, rl.reward_model) if rl.reward_model else value)
 
 
 def _like(value: RewardModel, path: str) -> RewardModel:

@@ -32,7 +32,7 @@ class Documented(NamedTuple):
     """A function with a docstring, and what is asked about it."""
 
     name: str
-    """Dotted, within its module."""
+    """Dotted, with its module, so that no other function has the same question."""
     docstring: str
     """Without indentation."""
 
@@ -55,7 +55,7 @@ class Documented(NamedTuple):
 class Asked(NamedTuple):
     """A question with what a search finds."""
 
-    right: str
+    right_sentence: str
     found: list[str]
     """The sentences of the passages, the best one first."""
     prompts: list[list[int]]
@@ -63,20 +63,22 @@ class Asked(NamedTuple):
 
 
 def documented_functions(validation_fraction: float) -> tuple[list[Documented], list[Documented]]:
-    """Return the functions of all modules, each once, and those of held-out ones in a fixed random order."""
-    sides = dict[Documented, None](), dict[Documented, None]()
+    """Return the functions of training's modules, and those of held-out ones in a fixed random order.
+
+    Each is there once. A held-out one whose sentence has the words of one in training is in neither list.
+    """
+    training, held_out = sides = dict[Documented, None](), dict[Documented, None]()
     for module, _, tree in parsed_modules():
-        found = dict.fromkeys(_functions(tree))
-        for side in sides[: 1 + is_held_out(Document("", module), validation_fraction)]:
-            side.update(found)
-    everything, held_out = map(list, sides)
-    random.Random("retrieval").shuffle(held_out)
-    return everything, held_out
+        sides[is_held_out(Document("", module), validation_fraction)].update(dict.fromkeys(_functions(module, tree)))
+    known = {tuple(words(function.sentence)) for function in training}
+    new = [function for function in held_out if tuple(words(function.sentence)) not in known]
+    random.Random("retrieval").shuffle(new)
+    return list(training), new
 
 
-def _functions(tree: ast.Module) -> list[Documented]:
+def _functions(module: str, tree: ast.Module) -> list[Documented]:
     nodes = [(node, name) for node, name in documented_nodes(tree) if isinstance(node, ast.FunctionDef)]
-    found = [Documented(name.strip("."), (ast.get_docstring(node) or "").strip()) for node, name in nodes]
+    found = [Documented(module + name, (ast.get_docstring(node) or "").strip()) for node, name in nodes]
     return [function for function in found if function.docstring]
 
 
@@ -101,10 +103,10 @@ def score_retrieval(
             f"the model's context must hold a question, a passage and {MOST_TOKENS} tokens of an answer, got "
             f"{engine.context} tokens; use a model with a longer context"
         )
-    right = [question.right for question in asked]
+    right = [question.right_sentence for question in asked]
     scores = {
-        "found_first": share([question.right in question.found[:1] for question in asked]),
-        "found_in_5": share([question.right in question.found for question in asked]),
+        "found_first": share([question.right_sentence in question.found[:1] for question in asked]),
+        "found_in_5": share([question.right_sentence in question.found for question in asked]),
     }
     for place, name in enumerate(("", "_with_search")):
         with evaluating(model):
@@ -123,19 +125,20 @@ def _said(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 
 def _ask(
-    everything: Sequence[Documented], held_out: Sequence[Documented], tokenizer: Tokenizer, longest: int
+    training: Sequence[Documented], held_out: Sequence[Documented], tokenizer: Tokenizer, longest: int
 ) -> list[Asked]:
     """Return the questions whose prompts are short enough."""
-    find, asked = make_index([function.passage for function in everything]), list[Asked]()
+    everything, asked = [*training, *held_out], list[Asked]()
+    find = make_index([function.passage for function in everything])
     for function in held_out[:_N_QUESTIONS]:
         found = [everything[place] for place in find(function.question, _MOST_FOUND)]
-        both = conversations(function.question, found[0].passage if found else NOTHING)
+        both = without_and_with_search(function.question, found[0].passage if found else NOTHING)
         prompts = [render(turns, tokenizer, add_generation_prompt=True).ids for turns in both]
         asked.append(Asked(function.sentence, [passage.sentence for passage in found], prompts))
     return [question for question in asked if len(question.prompts[1]) <= longest]
 
 
-def conversations(question: str, passage: str) -> tuple[list[Message], list[Message]]:
+def without_and_with_search(question: str, passage: str) -> tuple[list[Message], list[Message]]:
     """Return a question alone, and with a search."""
     asked: list[Message] = [{"role": "user", "content": question}]
     call = {"function": {"name": "search", "arguments": {"query": question}}}

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_gpt.config import ConversationSourceConfig
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.files.durable import replace_file
 from moe_gpt.inference.engine import Engine
@@ -20,7 +21,7 @@ from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision
 from moe_gpt.post_training.builtin_sets import builtin_conversations
 from moe_gpt.post_training.chat import TURN_END, Message, mark, read_calls, render
-from moe_gpt.post_training.starting import held_out_fraction
+from moe_gpt.post_training.starting import held_out_fraction, present
 from moe_gpt.post_training.tools import calculate
 from moe_gpt.terminal.tables import format_table
 from moe_gpt.training.setup import Run
@@ -208,8 +209,20 @@ def _examiner(run: Run, model: MoEGPT) -> Examiner:
 
 def _kinds(run: Run) -> list[str]:
     """Return the built-in sets that a run learns from."""
-    assert run.config.sft, "the stage is that of the section"
-    return list(dict.fromkeys(source.builtin for source in run.config.sft.sources if source.builtin))
+    return list(dict.fromkeys(source.builtin for source in present(run.config.sft).sources if source.builtin))
+
+
+def what_is_not_scored(sources: Iterable[ConversationSourceConfig], found: Collection[str]) -> str:
+    """Return which sources' conversations have no score among those found, and why; empty where all have one."""
+    missing = {source.name: source.builtin for source in sources if _FIRST_TASKS.get(source.builtin) not in found}
+    return "; ".join(f"note: no scores for {name}, because {_WHY_NOT[kind is None]}" for name, kind in missing.items())
+
+
+_FIRST_TASKS: dict[str | None, str] = {"calculator": "tool_call", "functions": "parameters"}
+_WHY_NOT = {
+    True: "only the built-in sets have questions with known answers",
+    False: "the context has no room for its questions and two answers",
+}
 
 
 def write_scores(run_dir: Path, stage: str | None, found: Mapping[str, Any]) -> dict[str, Any]:

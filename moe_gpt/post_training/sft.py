@@ -24,10 +24,10 @@ from moe_gpt.data.prepare import PreparedData, build_once, usable_cache
 from moe_gpt.data.token_store import dtype_of
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.post_training.builtin_sets import builtin_conversations
-from moe_gpt.post_training.chat import PAD, TEMPLATE, mark, render
+from moe_gpt.post_training.chat import PAD, TEMPLATE, Message, mark, render
 from moe_gpt.post_training.conversations import Found, read_conversations, read_dataset
 from moe_gpt.post_training.fitting import Limit, fitting, left_out
-from moe_gpt.post_training.starting import held_out_fraction, settle, text_of_pretraining
+from moe_gpt.post_training.starting import describe_forgetting, held_out_fraction, present, settle, text_of_pretraining
 from moe_gpt.training.stage import Material, Say, Stage, Start
 
 if TYPE_CHECKING:
@@ -76,20 +76,15 @@ class Conversations(Material):
             f"{meta['n_rows']:,} rows of {meta['row_tokens']:,} are {meta['n_tokens'] / self.rows.n_tokens:.0%} full"
         )
         yield from (f"           {note}" for note in meta["notes"])
-        names = ", ".join(source.config.name for source in self.data.sources)
-        yield f"           forgetting is measured on held-out {names}" if names else _NO_FORGETTING
-
-
-_NO_FORGETTING = "note       the text of pre-training is not known, so forgetting is not measured"
+        yield describe_forgetting(self.data)
 
 
 def prepare(config: RunConfig, start: Start, say: Say) -> Conversations:
     """Return the packed conversations of a run, and the text on which forgetting is measured."""
-    assert start.tokenizer, "settle has made sure of one"
-    assert config.sft, "the stage is that of the section"
+    tokenizer = present(start.tokenizer)
     with usable_cache(config.data) as cache:
-        rows = prepare_rows(config.sft, start.tokenizer, cache, held_out_fraction(config.data), say)
-    return Conversations(PreparedData(start.tokenizer, text_of_pretraining(config, start.tokenizer, say)), rows)
+        rows = prepare_rows(present(config.sft), tokenizer, cache, held_out_fraction(config.data), say)
+    return Conversations(PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say)), rows)
 
 
 SFT = Stage(functools.partial(settle, grows=True), prepare)
@@ -144,9 +139,16 @@ def _build(sft: SftConfig, tokenizer: Tokenizer, folder: Path, validation_fracti
         kept, n_dropped = fitting(every, [len(each.ids) for each in every], found.places, limit)
         forms = "".join(f", {n:,} in {form}" for form, n in found.n_of_form.items())
         notes.append(f"{source.name}: {len(kept):,} conversations{forms}")
-        notes[-1] += left_out(n_dropped)
+        notes[-1] += left_out(n_dropped) + _repeated(found.conversations)
         rendered += kept
     write_rows(folder, rendered, mark(PAD, tokenizer), dtype_of(tokenizer), sft.row_tokens, notes)
+
+
+def _repeated(conversations: Sequence[Sequence[Message]]) -> str:
+    """Return how many conversations have two turns of a role in a row; results of tools may follow one another."""
+    roles = [[message["role"] for message in messages] for messages in conversations]
+    n = sum(any(a == b != "tool" for a, b in itertools.pairwise(each)) for each in roles)
+    return f"; {n:,} with one role twice in a row, each turn kept as it is" if n else ""
 
 
 def _read(source: ConversationSourceConfig, validation_fraction: float) -> Found:

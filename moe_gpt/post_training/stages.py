@@ -5,6 +5,7 @@ Scores, answers and experts are of the same held-out prompts before and after th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moe_gpt.post_training.scores import (
     conversation_answers,
     conversation_rows,
     score_conversations,
+    what_is_not_scored,
     write_scores,
 )
 from moe_gpt.post_training.sft import SFT
@@ -47,6 +49,14 @@ def stage_of(config: RunConfig) -> Stage:
 def examine(run: Run, model: MoEGPT) -> dict[str, Score]:
     """Return the scores of a run's model in the tasks of its stage; none for pre-training."""
     return _SCORES[run.config.stage](run, model) if run.config.stage else {}
+
+
+def note_on_scores(run: Run, found: Mapping[str, Any]) -> str:
+    """Return what the scores of a stage are not about, and why; empty where there is nothing to say."""
+    if run.config.sft:
+        return what_is_not_scored(run.config.sft.sources, found)
+    name = run.material.names[0]
+    return "" if found else f"note: no scores, because none of the {name} is held out; there are few of them"
 
 
 def answers_to_fixed_prompts(run: Run, model: MoEGPT) -> list[dict[str, Any]]:

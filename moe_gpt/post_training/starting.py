@@ -12,7 +12,7 @@ import torch
 
 from moe_gpt.config import DataConfig, ModelConfig, RunConfig
 from moe_gpt.config.section import Section
-from moe_gpt.data.prepare import prepare_data
+from moe_gpt.data.prepare import PreparedData, prepare_data
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.distributed.process import read_launch
 from moe_gpt.errors import InputError
@@ -29,6 +29,12 @@ _HELD_OUT = 0.1
 """Share of the pairs or prompts of files that are held out."""
 _Section = TypeVar("_Section", bound=Section)
 _Item = TypeVar("_Item")
+
+
+def present(value: _Item | None) -> _Item:
+    """Return a value that is there, because of the run's stage or because ``settle`` has made sure of it."""
+    assert value is not None
+    return value
 
 
 def settle(config: RunConfig, start: Start, say: Say, grows: bool = False) -> tuple[RunConfig, Start]:
@@ -89,15 +95,27 @@ def _with_defaults(given: _Section, otherwise: _Section) -> _Section:
     return dataclasses.replace(otherwise, **{k: v for k, v in kept.items() if v != getattr(default, k)})
 
 
-def text_of_pretraining(config: RunConfig, tokenizer: Tokenizer, say: Say) -> tuple:
-    """Return the sources of pre-training, as its own tokenizer made them into tokens; none if they cannot be read."""
-    if not config.data.validation_fraction:
+def text_of_pretraining(config: RunConfig, tokenizer: Tokenizer, say: Say, learns: bool = False) -> tuple:
+    """Return the sources of pre-training, as its own tokenizer made them into tokens; none if they cannot be read.
+
+    Where nothing is held out, a stage that ``learns`` from them still gets those that the config names.
+    """
+    is_named = config.data.sources != DataConfig().sources  # else nobody may have named any
+    if not config.data.validation_fraction and not (learns and is_named):
         return ()
     try:
         return prepare_data(config.data, tokenizer.without_added_tokens(SPECIAL_TOKENS), say).sources
     except InputError as error:
         say(f"note: forgetting is not measured, because the text of pre-training cannot be read: {error}")
         return ()
+
+
+def describe_forgetting(data: PreparedData) -> str:
+    """Return a line for people: on what forgetting is measured."""
+    names = ", ".join(source.config.name for source in data.sources if len(source.validation))
+    if not names:
+        return "note       forgetting is not measured: no held-out text of pre-training is known"
+    return f"           forgetting is measured on held-out {names}"
 
 
 def held_out_fraction(data: DataConfig) -> float:

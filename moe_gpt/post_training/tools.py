@@ -87,8 +87,10 @@ def make_search(folder: Path) -> Tool:
     """Return a search in the texts of a folder.
 
     Raises:
-        InputError: where the folder has no text, or bm25s is not installed.
+        InputError: where it is no folder, or has no text, or bm25s is not installed.
     """
+    if not folder.is_dir():
+        raise InputError(f"search={folder} must be a folder, and there is none of that name")
     passages = list(_passages(folder))
     if not passages:
         raise InputError(f"{folder} has no files of UTF-8 text (*.txt, *.md, *.rst, *.py) to search")

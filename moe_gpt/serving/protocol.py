@@ -227,8 +227,8 @@ _MUST_BE = {
     "frequency_penalty": "0 or absent, because penalties are not built",
     "logit_bias": "empty or absent, because it is not built",
     "suffix": "null or absent, because it is not built",
-    "tools": "empty or absent, because tools are not built",
-    "tool_choice": "none, auto or absent, because tools are not built",
+    "tools": "empty or absent, because the server runs no tools (moe-gpt chat does)",
+    "tool_choice": "none, auto or absent, because the server runs no tools",
     "response_format": '{"type": "text"} or absent, because no other form is built',
     "modalities": '["text"] or absent, because nothing else is built',
 }

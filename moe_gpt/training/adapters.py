@@ -79,7 +79,7 @@ def _targeted(model: MoEGPT, targets: Sequence[str]) -> list[str]:
         if name.startswith("blocks.") and parameter.dim() > 1
     }
     for target in targets:
-        if not fnmatch.filter(kinds.values(), target):
+        if not any(fnmatch.fnmatchcase(kind, target) for kind in kinds.values()):
             known = ", ".join(sorted(set(kinds.values())))
             raise InputError(f"adapters.targets must name matrices of a block, got {shown(target)}; there are {known}")
     return [name for name, kind in kinds.items() if any(fnmatch.fnmatchcase(kind, target) for target in targets)]

@@ -84,8 +84,9 @@ def accumulate_gradients(
     loss_config: LossConfig,
     precision: Precision,
     team: Team = SOLO,
+    weight: float = 1.0,
 ) -> tuple[LossTerms, RouterStats | None]:
-    """Add the gradients of a whole batch to ``.grad``.
+    """Add the gradients of a whole batch, times a weight, to ``.grad``.
 
     Cross entropy is summed and divided by the valid targets of the whole batch, so it does not depend on how the batch
     is cut. The auxiliary terms of each micro-batch are weighted by its share of the tokens that are no padding.
@@ -111,8 +112,7 @@ def accumulate_gradients(
                 batch.inputs, batch.targets, batch.document_ids, sum_counts, batch.valid_mask
             )
         share = shares[index]
-        if stats:
-            stats = _weighted(stats, batch.weight)
+        stats = _weighted(stats, batch.weight) if stats else None
         terms = combine_losses(
             # the last factor is 1 where every token has a target
             ce.total / n_together.clamp(min=1) * (n_together / n_valid / share.clamp(min=_LEAST_SHARE)),
@@ -124,7 +124,7 @@ def accumulate_gradients(
         terms_sum += torch.stack(terms).detach() * share
         if stats:
             whole = _add_stats(whole, stats, share)
-        return terms.loss * share
+        return terms.loss * share * weight
 
     add_gradients(model, micro_batches, loss_of, team.layout)
     return LossTerms(*team.sum(team.sum(terms_sum), "pipeline").unbind()), _sum_stats(whole, team)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from run_scripts import command, script
 
+from moe_gpt.commands import train
 from moe_gpt.commands.app import COMMANDS, FAMILIES, run_main
 from moe_gpt.commands.next_command import command_line, repeated
 from moe_gpt.commands.options import describe_settings
@@ -77,6 +78,20 @@ def test_exit_status_is_what_main_returns(returned, status):
     with pytest.raises(SystemExit) as caught:
         run_main(lambda: returned)
     assert caught.value.code == status
+
+
+def test_interruption_outside_of_the_steps_says_how_to_go_on(capsys, monkeypatch):
+    """Before the first step, or while scores are made."""
+    monkeypatch.setattr(sys, "argv", ["moe-gpt", "finetune", "tiny-chat.yaml"])
+    monkeypatch.setattr(train, "_train", lambda *_: interrupt())
+    assert train.run_command("finetune", "tiny-chat.yaml", [], train.NO_OPTIONS) == 130
+    assert "interrupted; continue with:" in (said := capsys.readouterr().err)
+    assert said.endswith("finetune tiny-chat.yaml --resume\n")
+
+
+def interrupt():
+    """Press Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def test_interruption_exits_with_130(capsys):

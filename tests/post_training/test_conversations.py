@@ -96,6 +96,14 @@ BAD = {
         [ASK, {"role": "assistant", "tool_calls": [{"function": {**FUNCTION, "arguments": "[1]"}}]}],
         "it must be a JSON object",
     ),
+    "arguments of no JSON": (
+        [ASK, {"role": "assistant", "tool_calls": [{"function": {**FUNCTION, "arguments": "not json"}}]}],
+        "messages.1.tool_calls.0.function.arguments: it must be a JSON object in one line",
+    ),
+    "arguments with a key twice": (
+        [ASK, {"role": "assistant", "tool_calls": [{"function": {**FUNCTION, "arguments": '{"a": 1, "a": 2}'}}]}],
+        "messages.1.tool_calls.0.function.arguments: the key 'a' is given twice",
+    ),
     "a user's call": ([{**ASK, "tool_calls": [{"function": FUNCTION}]}, ANSWER], "is for the assistant"),
 }
 

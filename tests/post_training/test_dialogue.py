@@ -13,7 +13,7 @@ from moe_gpt.post_training.chat import CALL_END, SPECIAL_TOKENS
 from moe_gpt.post_training.chat import CALL_START as CALL
 from moe_gpt.post_training.chat import TURN_END as END
 from moe_gpt.post_training.dialogue import MOST_ROUNDS, Dialogue, read_answer
-from moe_gpt.post_training.tools import CALCULATOR
+from moe_gpt.post_training.tools import CALCULATOR, Tool
 
 TOKENIZER = train_tokenizer(["What is 12 times 7? It is 84. " * 20], 300, special_tokens=SPECIAL_TOKENS)
 SPECIAL = TOKENIZER.special_tokens()
@@ -133,6 +133,19 @@ def test_the_oldest_questions_leave_a_full_context():
     assert len(encode(kept)) <= room
     assert len(encode([turns[0], *turns[n_left_out - 1 :]])) > room
     assert make(Script()).fitting(turns[:3]) == (turns[:3], 0)
+
+
+def test_what_leaves_the_context_between_rounds_is_said():
+    """A long result of a tool is room that an old question has no more; the notice comes before the answer to it."""
+    long = Tool("long", "query", lambda query: "z" * 100)
+    engine = Script(call("long", query="x"), TOKENIZER.encode("It is 84."), context=160)
+    messages = [*ask("What? " * 5), {"role": "assistant", "content": "It."}, *ask("What is it?")]
+    pieces = list(make(engine, tools={"long": long}).reply(messages))
+    place = next(place for place, piece in enumerate(pieces) if piece.notice)
+    assert pieces[place].notice == "the context is full; the oldest 2 of 5 messages are left out"
+    assert pieces[place - 1].is_result
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert engine.prompts[1] == encode(messages[:3])
 
 
 def test_a_question_that_does_not_fit_is_an_error():

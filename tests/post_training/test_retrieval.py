@@ -20,6 +20,8 @@ def read_line(x):
     'Read one line. Return it.'
 def f():
     pass
+def enqueue():
+    'Add an item to the queue.'
 class C:
     'No function.'
 """,
@@ -31,6 +33,8 @@ class Queue:
 
         It waits.
         '''
+def read_line():
+    'read one line'
 """,
 }
 
@@ -44,13 +48,18 @@ def library(monkeypatch):
 
 
 def test_functions_with_docstrings_are_asked_about(library):
-    """Names are dotted, the right answer is the first sentence, or the first paragraph where it ends earlier."""
-    everything, held_out = documented_functions(0.5)
-    assert [(function.question, function.sentence) for function in everything] == [
-        ("What does read_line do?", "Read one line."), ("What does Queue.put do?", "Put an item into the queue"),
+    """Each by its whole name; the right answer is the first sentence, or the first paragraph where it ends earlier.
+
+    A held-out function whose answer is in training is left out.
+    """
+    training, held_out = documented_functions(0.5)
+    assert [(function.question, function.sentence) for function in training] == [
+        ("What does a.read_line do?", "Read one line."), ("What does a.enqueue do?", "Add an item to the queue."),
     ]  # fmt: skip
-    assert held_out == everything[1:]
-    assert held_out[0].passage == "Queue.put: Put an item into the queue It waits."
+    assert [(function.question, function.sentence) for function in held_out] == [
+        ("What does b.Queue.put do?", "Put an item into the queue")
+    ]
+    assert held_out[0].passage == "b.Queue.put: Put an item into the queue It waits."
     assert len(Documented("f", "x " * 999).passage) == 400
 
 
@@ -85,5 +94,5 @@ def test_scores_compare_answers_with_and_without_a_search(library, monkeypatch):
         "found_first": 1, "found_in_5": 1, "exact": 0, "f1": 0, "exact_with_search": 1, "f1_with_search": 1,
     }  # fmt: skip
     assert "It waits." not in prompts[0]
-    assert '{"name": "search", "arguments": {"query": "What does Queue.put do?"}}' in prompts[1]
-    assert "<|im_start|>tool\nQueue.put: Put an item into the queue It waits.<|im_end|>" in prompts[1]
+    assert '{"name": "search", "arguments": {"query": "What does b.Queue.put do?"}}' in prompts[1]
+    assert "<|im_start|>tool\nb.Queue.put: Put an item into the queue It waits.<|im_end|>" in prompts[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ from ranks import train_cases
 from run_scripts import command, kill_after
 from small_runs import CPU, change, run_training, steps, weights_and_state, whole_run
 
-from moe_gpt.config import RunConfig
+from moe_gpt.config import ConversationSourceConfig, RunConfig
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.interop import hugging_face
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.post_training.chat import SPECIAL_TOKENS
 from moe_gpt.post_training.sft import SFT
-from moe_gpt.post_training.stages import stage_of
+from moe_gpt.post_training.stages import note_on_scores, stage_of
 from moe_gpt.training import loop
 from moe_gpt.training.loop import pretraining_step
 from moe_gpt.training.saving.initial_weights import open_initial_weights
@@ -329,7 +330,7 @@ def test_forgetting_of_unknown_text_is_left_out_and_said(sft_config, small_confi
     folder = exported(small_config, tmp_path / "folder", load_model(base_run).tokenizer)
     run, outcome = run_training(sft_config, tmp_path / "run", init_from=str(folder), stage=SFT)
     assert outcome == "finished"
-    assert "forgetting is not measured" in describe_run(run)
+    assert "forgetting is not measured: no held-out text" in describe_run(run)
     assert run.data.sources == ()
     _, outcome = run_training(sft_config, tmp_path / "run", resume=True, stage=SFT)
     assert outcome == "finished"
@@ -353,3 +354,23 @@ def test_a_tokenizer_loses_what_was_added_and_nothing_else(base_run):
     assert grown.without_added_tokens(SPECIAL_TOKENS).to_json() == tokenizer.to_json()
     assert isinstance(grown, Tokenizer)
     assert grown.encode("<|im_end|>") == tokenizer.encode("<|im_end|>")
+
+
+def test_a_role_twice_in_a_row_is_kept_and_counted(sft_config, base_run, rows_file, tmp_path):
+    """Results of tools may follow one another unsaid."""
+    user, answer, tool = ({"role": role, "content": "a"} for role in ("user", "assistant", "tool"))
+    for turns in ([user, user, answer], [user, answer, tool, tool, answer]):
+        rows_file.write_text(rows_file.read_text() + json.dumps({"messages": turns}) + "\n")
+    run = set_up(sft_config, tmp_path / "run", base_run)
+    assert "own: 14 conversations" in describe_run(run)
+    assert "1 with one role twice in a row, each turn kept as it is" in describe_run(run)
+
+
+def test_conversations_without_scores_are_named(sft_config):
+    """Those of files, and those of a built-in set whose questions the context does not hold."""
+    sums = ConversationSourceConfig(name="sums", builtin="calculator", max_conversations=2)
+    run = SimpleNamespace(config=with_sft(sft_config, sources=(*sft_config.sft.sources, sums)))
+    assert note_on_scores(run, {"tool_call": 1}) == (
+        "note: no scores for own, because only the built-in sets have questions with known answers"
+    )
+    assert "no scores for sums, because the context has no room" in note_on_scores(run, {})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -29,6 +32,21 @@ def write(path, answers) -> None:
     path.parent.mkdir(exist_ok=True)
     turns = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}] for answer in answers]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+
+
+@pytest.mark.slow
+def test_built_in_sets_are_the_same_in_every_process():
+    """Python's hashes of texts are others, and so is the order of its sets."""
+    program = (
+        "import hashlib, moe_gpt.post_training.builtin_sets as s, moe_gpt.post_training.lines as l, "
+        "moe_gpt.post_training.retrieval as r; both = (False, True); print(hashlib.sha256(repr(["
+        "[s.builtin_conversations(kind, side, 0.05) for kind in ('calculator', 'functions') for side in both], "
+        "[l.line_prompts(side, 0.05) for side in both], r.documented_functions(0.05)]).encode()).hexdigest())"
+    )
+    run = [sys.executable, "-c", program]
+    found = [subprocess.check_output(run, env={**os.environ, "PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    assert found[0] == found[1]
+    assert len(found[0].strip()) == 64
 
 
 def test_a_dataset_gives_the_rows_of_its_file(tmp_path):

@@ -16,9 +16,19 @@ from small_runs import CPU, run_training, steps, weights_and_state, whole_run
 from moe_gpt.api.loaded import load
 from moe_gpt.commands.finetune import note_on_rewards
 from moe_gpt.config import RunConfig
+from moe_gpt.data.stream import TrainingStream
 from moe_gpt.errors import InputError
 from moe_gpt.post_training.reward_model import load_reward_model
-from moe_gpt.post_training.stages import answers_to_fixed_prompts, examine, routing_file, stage_of, write_findings
+from moe_gpt.post_training.stages import (
+    answers_to_fixed_prompts,
+    examine,
+    note_on_scores,
+    routing_file,
+    stage_of,
+    write_findings,
+)
+from moe_gpt.post_training.tools import CALCULATOR
+from moe_gpt.training.saving.initial_weights import open_initial_weights
 from moe_gpt.training.saving.saved_model import load_model
 from moe_gpt.training.setup import Run, set_up_run
 from moe_gpt.training.stage import Start
@@ -125,6 +135,19 @@ def test_a_bad_pair_of_a_file_is_an_error_with_its_row(values, chat_run, tmp_pat
         set_up(config_of(values, stage, path), tmp_path / "run", chat_run)
     assert str(error.value).startswith(f"{path} row 3: ")
     assert cause in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "rl"])
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_an_error_of_the_config(values, tmp_path, stage):
+    """It names both keys; pairs of files are not sampled."""
+    key = f"{stage}.max_new_tokens" if stage == "rl" else f"{stage}.pairs.max_new_tokens"
+    section = {**SECTIONS["rl"], "prompts": {"builtin": "lines"}, "max_new_tokens": 64}
+    pairs = {"pairs": {"builtin": "lines", "max_new_tokens": 64}}
+    with pytest.raises(InputError) as error:
+        RunConfig.from_mapping(values | {stage: section if stage == "rl" else pairs})
+    assert str(error.value).startswith(f"{key} must be less than schedule.stages.0.seq_len=64, got 64")
+    if stage != "rl":
+        RunConfig.from_mapping(values | {stage: {"pairs": {"files": "x", "max_new_tokens": 64}}})
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo", "rl"])
@@ -279,6 +302,9 @@ def test_chat_names_the_message_that_is_wrong(chat_run, messages, cause):
     with pytest.raises(InputError) as error:
         loaded.chat(messages)
     assert cause in str(error.value)
+    for tools, cause in (("calculator", "tools must be a list"), (CALCULATOR, "tools must be a list"), ([5], "got 5")):
+        with pytest.raises(InputError, match=cause):
+            loaded.chat([{"role": "user", "content": "hi"}], tools=tools)
     parts = [{"type": "text", "text": "a"}]
     talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
     assert isinstance(loaded.chat(talk, max_new_tokens=1), str)
@@ -334,12 +360,38 @@ def test_a_run_learns_pretrainings_text_beside_its_rewards(values, chat_run, tmp
     assert losses[-1] < losses[0]
 
 
+def test_text_of_which_nothing_is_held_out_is_mixed_in(values, chat_run, tmp_path):
+    """It is learned, and not scored."""
+    values = values | {"data": values["data"] | {"validation_fraction": 0}}
+    config = config_of(values, "rl", write(tmp_path, *prompts(4)), kl_weight=0, pretraining_weight=1.0)
+    run, _ = run_training(config, tmp_path / "run", init_from=str(chat_run), stage=stage_of(config))
+    assert all(line["pretraining_loss"] > 0 for line in steps(run.run_dir))
+
+
+def test_each_update_reads_text_of_its_own(values, chat_run, tmp_path, monkeypatch):
+    """Without gaps: two of a step, then those of the next step."""
+    config = config_of(values, "rl", write(tmp_path, *prompts(4)), pretraining_weight=1.0, updates=2)
+    read, batch = [], TrainingStream.batch
+    monkeypatch.setattr(TrainingStream, "batch", lambda stream, *place: read.append(place[0]) or batch(stream, *place))
+    run_training(config, tmp_path / "run", init_from=str(chat_run), stage=stage_of(config), max_steps=2)
+    assert read == [0, 256, 512, 768]
+
+
+def test_few_rows_have_no_scores_and_it_is_said(values, chat_run, tmp_path):
+    """All of them are learned."""
+    run = set_up(config_of(values, "rl", write(tmp_path, *prompts(1))), tmp_path / "run", chat_run)
+    assert note_on_scores(run, {}) == "note: no scores, because none of the prompts is held out; there are few of them"
+    assert note_on_scores(run, {"kl": 0}) == ""
+    assert "forgetting is measured on held-out prose, code" in describe_run(run)
+
+
 def test_text_that_is_not_known_cannot_be_mixed_in(values, chat_run, tmp_path):
-    """The error names the weight."""
+    """Sources that nobody named are not read, and the error names the weight."""
     values = values | {"data": values["data"] | {"validation_fraction": 0}}
     config = config_of(values, "rl", write(tmp_path, *prompts(4)), pretraining_weight=0.5)
+    start = Start(initial=open_initial_weights(chat_run, None)._replace(data=None))
     with pytest.raises(InputError, match=r"rl\.pretraining_weight=0\.5 needs the text of pre-training"):
-        set_up(config, tmp_path / "run", chat_run)
+        stage_of(config).prepare(*stage_of(config).settle(config, start, print), print)
 
 
 def test_all_answers_of_a_prompt_are_on_one_side(values, chat_run, tmp_path):

@@ -92,6 +92,10 @@ def test_a_folder_without_texts_is_an_error(tmp_path):
     pytest.importorskip("bm25s")
     with pytest.raises(InputError, match="has no files"):
         make_search(tmp_path)
+    with pytest.raises(InputError, match=r"^search=.*nowhere must be a folder, and there is none of that name$"):
+        make_search(tmp_path / "nowhere")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"bad\.txt cannot be searched"):
         make_search(tmp_path)
+    with pytest.raises(InputError, match="must be a folder, and there is none"):
+        make_search(tmp_path / "bad.txt")

@@ -267,13 +267,14 @@ def test_an_error_says_what_would_be_right(url, body, message):
     assert "constrained" not in text
 
 
-def test_a_chat_with_tools_is_refused(url):
-    """The server has none, and says so."""
-    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
-    answer = post(url, "/v1/chat/completions", messages=HELLO, tools=[tool])
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, "tools")
-    assert error["message"].startswith("tools must be empty or absent, because tools are not built")
+@pytest.mark.parametrize("field", [{"tools": [{"type": "function"}]}, {"tool_choice": "required"}])
+def test_a_request_with_tools_is_refused_in_plain_words(url, field):
+    """An empty list is no request for them."""
+    answer = post(url, "/v1/chat/completions", messages=HELLO, **field)
+    (name,) = field
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+    assert "the server runs no tools" in answer.json()["error"]["message"]
+    assert post(url, "/v1/chat/completions", messages=HELLO, max_tokens=1, tools=[]).status_code == 200
 
 
 def test_one_model_can_be_asked_for(client):
