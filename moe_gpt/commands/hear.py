@@ -43,7 +43,7 @@ class HearOptions:
 def hear(folder: Path, *, options: HearOptions = HearOptions()) -> None:
     """Train a Whisper of 0.6 M parameters on sentences said by espeak-ng, and print its word error rates.
 
-    It learns a synthesiser of 100 words or so, and fails on people: it shows the way from sound to text.
+    It learns a synthesiser that says some 50 words, and fails on people: it shows the way from sound to text.
 
     Args:
         folder: New folder for the model, which moe-gpt transcribe and transformers read.

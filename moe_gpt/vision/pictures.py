@@ -33,7 +33,7 @@ class Picture(NamedTuple):
     """What of the file is not, or not quite, in the pixels."""
 
 
-def open_picture(source: Path | bytes, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
+def open_picture(source: str | Path | bytes, size: int | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
     """Return the pixels of a file.
 
     A turn in the EXIF data is carried out. Transparent points become white. 16 bits become 8, and numbers without a
@@ -48,8 +48,8 @@ def open_picture(source: Path | bytes, size: int | None = None, max_pixels: int 
         InputError: naming the file and the cause.
     """
     name = "the picture" if isinstance(source, bytes) else str(source)
-    if isinstance(source, Path) and not source.is_file():
-        raise InputError(f"{name} is {'no file' if source.exists() else 'not there'}")
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise InputError(f"{name} is {'no file' if Path(source).exists() else 'not there'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of damaged EXIF data
