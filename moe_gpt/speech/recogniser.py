@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
 
 from moe_gpt.errors import InputError
 from moe_gpt.files.inside import read_json
@@ -56,11 +57,11 @@ class Recogniser:
             windows: each of shape (n_samples,), 16 kHz, at most ``window_seconds`` long.
         """
         features = self._extractor(list(windows), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
-        ids = self._model.generate(**features.to(self._device), num_beams=1, do_sample=False, **self._options)
+        ends = _Ends(torch.tensor(self._model.generation_config.eos_token_id, device=self._device), len(windows))
+        options = {"num_beams": 1, "do_sample": False, "stopping_criteria": [ends], **self._options}
+        ids = self._model.generate(**features.to(self._device), **options)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        ends = torch.tensor(self._model.generation_config.eos_token_id, device=ids.device)
-        are_whole = torch.isin(ids[:, 1:], ends).any(1).tolist()  # the first may be the same token as the end
-        return [Heard(text.strip(), is_whole) for text, is_whole in zip(texts, are_whole, strict=True)]
+        return [Heard(text.strip(), is_whole) for text, is_whole in zip(texts, ends.are_whole.tolist(), strict=True)]
 
     def _speaking(self, language: str) -> dict[str, str]:
         """Return what makes the model write one language.
@@ -75,6 +76,17 @@ class Recogniser:
         if language not in names:
             raise InputError(f"{self.folder} does not know the language {language}; it knows {', '.join(names)}")
         return {"language": language, "task": "transcribe"}
+
+
+class _Ends(transformers.StoppingCriteria):
+    """Notes which rows came to an end of their own; Whisper cuts the token off what it returns. Stops nothing."""
+
+    def __init__(self, ends: Tensor, n_rows: int) -> None:
+        self._ends, self.are_whole = ends, torch.zeros(n_rows, dtype=torch.bool, device=ends.device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        self.are_whole |= torch.isin(input_ids[:, -1], self._ends)
+        return torch.zeros_like(self.are_whole)
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:

@@ -166,7 +166,7 @@ def open_transcript(path: Path, model: str) -> Iterator[Transcript]:
         InputError: where another process does, or as for ``Transcript``.
     """
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{path}.lock", timeout=0)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -174,8 +174,7 @@ def open_transcript(path: Path, model: str) -> Iterator[Transcript]:
     try:
         yield Transcript(path, model)
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()  # its file stays: deleting it would let two others in
 
 
 def _line(row: dict[str, Any]) -> bytes:
