@@ -34,17 +34,6 @@ def whole(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def page_of(tmp_path):
-    """Return a function that gives the page of runs."""
-
-    def page_of(*runs: RunRecords) -> str:
-        write_report(runs, tmp_path / "report.html")
-        return (tmp_path / "report.html").read_text(encoding="utf-8")
-
-    return page_of
-
-
 class Balance(HTMLParser):
     """Checks that every element is closed in order, and keeps the body's text."""
 

@@ -11,7 +11,6 @@ from made_up_run import make_run, make_step
 from moe_gpt.report import before_after, tuning
 from moe_gpt.report.missing import NotRecorded
 from moe_gpt.report.recorded import RunRecords, Slice
-from moe_gpt.report.report import write_report
 from moe_gpt.report.run_summary import summarise
 
 N = 24
@@ -42,17 +41,6 @@ def make_rl(**changes: object) -> RunRecords:
     values = {"reward": lambda step: step / N, "kl": lambda step: (step - 1) / 10}
     values |= {"parses": lambda step: step / N, "uses_argument": lambda step: 1 - step / N}
     return make_tuned("rl", **{**values, **dict.fromkeys(keys, 0.5), **changes})
-
-
-@pytest.fixture
-def page_of(tmp_path):
-    """Return a function that gives the page of runs."""
-
-    def page_of(*runs: RunRecords) -> str:
-        write_report(runs, tmp_path / "report.html")
-        return (tmp_path / "report.html").read_text(encoding="utf-8")
-
-    return page_of
 
 
 def sections_of(page: str) -> list[str]:
