@@ -40,14 +40,13 @@ class Seen(NamedTuple):
         return ((self.sees[..., None] == self.picture[:, None]) & (self.sees[..., None] > 0))[:, None]
 
 
-def last_seen(tokens: Int[Tensor, "B T"], marker: int) -> Int[Tensor, "B T"]:
+def last_seen(is_picture: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Return the number of the last picture at or before each token, from 1; 0 before the first.
 
     Args:
-        tokens: ids; the k-th ``marker`` of a row stands for its k-th picture.
-        marker: id of ``<image>``.
+        is_picture: the k-th token of a row where it is True stands for the row's k-th picture.
     """
-    return (tokens == marker).cumsum(dim=1)
+    return is_picture.cumsum(dim=1)
 
 
 class CrossAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def _positions(side: int, width: int) -> Float[Tensor, "S Dv"]:
 class FolderEncoder(nn.Module):
     """A vision model of transformers with its own processor, such as SigLIP, CLIP or DINOv2. It is frozen.
 
+    Its weights are no part of a model that has it: they stay in their folder, and follow the pictures to their device.
+
     Args:
         folder: of the model; where it is of pictures and text, its half for pictures is taken.
 
@@ -69,19 +72,20 @@ class FolderEncoder(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        model, self._processor = _load(Path(folder))
-        self.model = model.requires_grad_(False).eval()
-        self.width = int(self.model.config.hidden_size)
+        self._held = _load(Path(folder).absolute())
+        self.width = int(self._held[0].config.hidden_size)
 
     @torch.no_grad()
     def forward(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "P S Dv"]:
         """Return the last hidden states of pictures of any size, which the processor brings to the model's."""
+        model, processor = self._held
+        model.to(pictures[0].device)
         arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
-        pixels = self._processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        place = next(self.model.parameters())
-        return self.model(pixel_values=pixels.to(place.device, place.dtype)).last_hidden_state
+        pixels = processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        return model(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state
 
 
+@functools.lru_cache(maxsize=2)
 def _load(folder: Path) -> tuple[Any, Any]:
     import transformers
 
@@ -90,7 +94,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     kind = read_json(folder, "config.json").get("model_type")
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+        with torch.device("cpu"):  # also where a model of shapes alone is made
+            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         cause = str(error).strip().partition("\n")[0]
@@ -98,7 +103,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     model = getattr(model, "vision_model", model)
     if getattr(model, "main_input_name", "") != "pixel_values":
         raise InputError(f"{folder} (model_type {kind}) is no vision model: it does not read pixels")
-    return model, processor
+    return model.requires_grad_(False).eval(), processor
 
 
 class Resampler(nn.Module):
