@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.model.cache import KVCache
@@ -20,6 +21,7 @@ from moe_gpt.post_training.rollout import left_padded
 from moe_gpt.post_training.scores import share
 from moe_gpt.post_training.showing import PicturedRows, seen_by
 from moe_gpt.post_training.starting import present
+from moe_gpt.vision.cross_attention import Seen
 from moe_gpt.vision.examples import test_examples, training_example
 from moe_gpt.vision.pictured_text import MARKER, Row
 from moe_gpt.vision.seeing import SeeingModel
@@ -59,45 +61,53 @@ def score_pictures(run: Run, model: MoEGPT) -> dict[str, PictureScore]:
     """
     if not _is_open(model):
         return {}
-    tasks, known = _questions(run)
+    usual = _usual_answers(_known_rows(run))
     with evaluating(model):
-        return {task: _score(run, model, questions, known) for task, questions in tasks.items()}
+        return {task: _score(run, model, questions, usual) for task, questions in _questions(run).items()}
 
 
 def _is_open(model: MoEGPT) -> bool:
     return any(bool(gate.any()) for name, gate in model.named_parameters() if name.endswith("_gate"))
 
 
-def _questions(run: Run) -> tuple[dict[str, list[_Question]], list[Row]]:
-    """Return the questions of each task, and rows of training from which the usual answers are taken."""
-    material, tokenizer = _material(run), run.data.tokenizer
-    tasks, known = dict[str, list[_Question]](), [item for item in material.items if isinstance(item, Row)]
-    for source in {source.builtin: None for source in present(run.config.see).sources if source.builtin}:
+def _questions(run: Run) -> dict[str, list[_Question]]:
+    """Return the questions of each task."""
+    tasks = dict[str, list[_Question]]()
+    for source in _builtin(run):
         for task, examples in test_examples(source).items():
-            tasks[task] = [_Question(row_of(each, tokenizer), each.by_chance) for each in examples]
-        known += [row_of(training_example(source, number), tokenizer) for number in range(_N_COUNTED)]
-    if material.held_out:
-        tasks["held_out_rows"] = [_Question(row) for row in material.held_out[:_N_HELD_OUT]]
-    return tasks, known
+            tasks[task] = [_Question(row_of(each, run.data.tokenizer), each.by_chance) for each in examples]
+    if held_out := _material(run).held_out[:_N_HELD_OUT]:
+        tasks["held_out_rows"] = [_Question(row) for row in held_out]
+    return tasks
 
 
-def _score(run: Run, model: Any, questions: Sequence[_Question], known: Sequence[Row]) -> PictureScore:
-    rows, usual = [question.row for question in questions], _usual_answers(known)
-    right, shuffled = list[bool](), list[bool]()
-    for part in _parts(rows):
-        wanted = [expected(row, run.data.tokenizer) for row in part]
-        for shift, found in ((0, right), (1, shuffled)):
-            if shift < len(part):
-                answers = answer(model, part, run.data.tokenizer, run.precision, shift)
-                found += [a == b for a, b in zip(answers, wanted, strict=True)]
-    blind = [usual.get(_question(row)) == tuple(row.text.ids[row.start :]) for row in rows]
+def _known_rows(run: Run) -> Iterator[Row]:
+    """Yield rows of training from which the usual answers are taken."""
+    yield from (item for item in _material(run).items if isinstance(item, Row))
+    for source in _builtin(run):
+        yield from (row_of(training_example(source, number), run.data.tokenizer) for number in range(_N_COUNTED))
+
+
+def _builtin(run: Run) -> list[str]:
+    return list(dict.fromkeys(source.builtin for source in present(run.config.see).sources if source.builtin))
+
+
+def _score(run: Run, model: Any, questions: Sequence[_Question], usual: Mapping[Any, Any]) -> PictureScore:
+    rows = [question.row for question in questions]
+    right, shuffled = (_right(run, model, rows, shift) for shift in (0, 1))
+    blind = share([usual.get(_question(row)) == tuple(row.text.ids[row.start :]) for row in rows]).score
     chances = [question.by_chance for question in questions if question.by_chance is not None]
-    others = (
-        share(shuffled).score if shuffled else None,
-        share(blind).score,
-        statistics.fmean(chances) if chances else None,
-    )
-    return PictureScore(*share(right), *others)
+    by_chance = statistics.fmean(chances) if chances else None
+    return PictureScore(*share(right), share(shuffled).score if shuffled else None, blind, by_chance)
+
+
+def _right(run: Run, model: Any, rows: Sequence[Row], shift: int) -> list[bool]:
+    """Return which answers are right, where pictures are moved on by so many rows; none of rows that are alone."""
+    found, tokenizer = list[bool](), run.data.tokenizer
+    for part in (part for part in _parts(rows) if shift < len(part)):
+        answers = answer(model, part, tokenizer, run.precision, shift)
+        found += [a == expected(row, tokenizer) for a, row in zip(answers, part, strict=True)]
+    return found
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -123,8 +133,8 @@ def _usual_answers(rows: Iterable[Row]) -> dict[tuple[int, ...], tuple[int, ...]
 
 def picture_answers(run: Run, model: MoEGPT, n: int) -> list[dict[str, Any]]:
     """Return at most ``n`` questions of different tasks with the right answers and the model's, as texts."""
-    tasks, _ = _questions(run)
-    rows = [question.row for same in itertools.zip_longest(*tasks.values()) for question in same if question][:n]
+    found = itertools.chain.from_iterable(itertools.zip_longest(*_questions(run).values()))
+    rows = [question.row for question in found if question][:n]
     with evaluating(model):
         answers = [answer(model, [row], run.data.tokenizer, run.precision)[0] for row in rows]  # type: ignore[arg-type]
     tokenizer = run.data.tokenizer
@@ -164,24 +174,29 @@ def answer(
         precision: compute type.
         shift: by how many rows the pictures are moved on.
     """
-    device, prompts = model.embedding.weight.device, [row.text.ids[: row.start] for row in rows]
-    tokens, valid = (part.to(device) for part in left_padded(prompts))
-    longest = max(len(row.text.ids) - row.start for row in rows) + _MORE
-    cache = KVCache(model.config, len(rows), tokens.shape[1] + longest, device, model.embedding.weight.dtype)
+    device = model.embedding.weight.device
+    tokens, valid = (part.to(device) for part in left_padded([row.text.ids[: row.start] for row in rows]))
     seen = seen_by([_moved(row, tokens.shape[1] - row.start) for row in rows], model, tokens.shape[1], shift)
     ends = torch.tensor([row.text.ids[_end(row)] for row in rows], device=device)[:, None]
+    longest = max(len(row.text.ids) - row.start for row in rows) + _MORE
+    found = _decode(model, tokens, valid, seen, ends, longest, precision).tolist()
+    return [tokenizer.decode([token for token in row if token >= 0]) for row in found]
+
+
+def _decode(
+    model: SeeingModel, tokens: Tensor, valid: Tensor, seen: Seen, ends: Tensor, longest: int, precision: Precision
+) -> Tensor:
+    """Return the most likely answers (B, N), -1 from their ends on."""
+    dtype = torch.bfloat16 if precision == "bf16" else model.embedding.weight.dtype
+    cache = KVCache(model.config, len(tokens), tokens.shape[1] + longest, tokens.device, dtype)
     answers, is_open = tokens[:, :0], torch.ones_like(ends, dtype=torch.bool)
-    while answers.shape[1] < longest and is_open.any():
-        with autocast(device, precision), model.looking(seen):
+    while cache.length < cache.capacity and is_open.any():
+        with autocast(tokens.device, precision), model.looking(seen):
             logits = model.output(model.hidden_states(tokens, valid, cache)[0][:, -1:])
-        tokens = logits.argmax(-1)
+        tokens, seen = logits.argmax(-1), seen._replace(sees=seen.sees[:, -1:])
         is_open = is_open & (tokens != ends)
-        answers, valid = (
-            torch.cat([answers, tokens.masked_fill(~is_open, -1)], dim=1),
-            torch.cat([valid, is_open], dim=1),
-        )
-        seen = seen._replace(sees=seen.sees[:, -1:])
-    return [tokenizer.decode([token for token in row if token >= 0]) for row in answers.tolist()]
+        answers, valid = torch.cat([answers, tokens.masked_fill(~is_open, -1)], 1), torch.cat([valid, is_open], 1)
+    return answers
 
 
 def _moved(row: Row, n: int) -> Row:

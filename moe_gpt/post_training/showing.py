@@ -95,7 +95,7 @@ def settle_seeing(config: RunConfig, start: Start, say: Say) -> tuple[RunConfig,
 
 
 def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
-    """Return the rows of a run. Pictures of files are checked by their headers, and read in the steps that need them."""
+    """Return the rows of a run. Headers of pictures are checked here; a step reads those that it needs."""
     tokenizer, see = present(start.tokenizer), present(config.see)
     check_steps(config, 1, "a row")
     row_tokens = min(stage.seq_len for stage in config.schedule.stages)
