@@ -31,6 +31,10 @@ MOST_TOKENS, _ROOM = 64, 96
 """Tokens of an answer, and how much longer than the right ones a model's answers and their results may be."""
 
 
+BASELINES = ("shuffled", "blind", "random_object")
+"""Of a model that sees: shares that are right without seeing (``seeing_scores.PictureScore``)."""
+
+
 class Score(NamedTuple):
     """A share of right answers."""
 
@@ -245,7 +249,13 @@ def format_scores(values: Mapping[str, Any]) -> str:
     """Return the scores before and after a stage as a table for people."""
     before, after = values.get("before", {}), values.get("after", {})
     rows = [(task, str(after[task]["n"]), *(_shown(task, part) for part in (before, after))) for task in after]
-    return format_table(("task", "n", "before", "after"), rows)
+    beside = [name for name in BASELINES if any(name in score for score in after.values())]
+    if not beside:
+        return format_table(("task", "n", "before", "after"), rows)
+    shares = [[after[task].get(name) for name in beside] for task in after]
+    cells = [["-" if share is None else f"{share:.1%}" for share in of_task] for of_task in shares]
+    full = [(*row[:2], row[3], *more) for row, more in zip(rows, cells, strict=True)]
+    return format_table(("task", "n", "score", *(name.replace("_", " ") for name in beside)), full)
 
 
 def _shown(task: str, scores: Mapping[str, Mapping[str, float]]) -> str:

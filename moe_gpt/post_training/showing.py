@@ -122,7 +122,7 @@ def _of_files(
     notes = [f"{n:,} pictures: {remark}" for remark, n in found.remarks.items()]
     if n_left_out:
         notes.append(f"rows of files{left_out(n_left_out)}")
-    return *split_items(kept, lambda row: repr(row.text.pictures)), notes
+    return *split_items(kept, lambda row: _identity(row.text.pictures[0])), notes
 
 
 class Batch(NamedTuple):
