@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_gpt.config import ConversationSourceConfig
+from moe_gpt.config.vision import BASELINES
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.files.durable import replace_file
 from moe_gpt.inference.engine import Engine
@@ -29,10 +30,6 @@ from moe_gpt.training.setup import Run
 _N_QUESTIONS = 256
 MOST_TOKENS, _ROOM = 64, 96
 """Tokens of an answer, and how much longer than the right ones a model's answers and their results may be."""
-
-
-BASELINES = ("shuffled", "blind", "random_object")
-"""Of a model that sees: shares that are right without seeing (``seeing_scores.PictureScore``)."""
 
 
 class Score(NamedTuple):
@@ -248,14 +245,19 @@ def _plain(found: Any) -> Any:
 def format_scores(values: Mapping[str, Any]) -> str:
     """Return the scores before and after a stage as a table for people."""
     before, after = values.get("before", {}), values.get("after", {})
+    if values["stage"] == "see":
+        return _format_seen(after)
     rows = [(task, str(after[task]["n"]), *(_shown(task, part) for part in (before, after))) for task in after]
-    beside = [name for name in BASELINES if any(name in score for score in after.values())]
-    if not beside:
-        return format_table(("task", "n", "before", "after"), rows)
-    shares = [[after[task].get(name) for name in beside] for task in after]
-    cells = [["-" if share is None else f"{share:.1%}" for share in of_task] for of_task in shares]
-    full = [(*row[:2], row[3], *more) for row, more in zip(rows, cells, strict=True)]
-    return format_table(("task", "n", "score", *(name.replace("_", " ") for name in beside)), full)
+    return format_table(("task", "n", "before", "after"), rows)
+
+
+def _format_seen(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the scores of a model that sees beside what is right without seeing."""
+    rows = list[tuple[str, ...]]()
+    for task, score in scores.items():
+        shares = ["-" if score[name] is None else f"{score[name]:.1%}" for name in BASELINES]
+        rows.append((task, str(score["n"]), _shown(task, scores), *shares))
+    return format_table(("task", "n", "score", *(name.replace("_", " ") for name in BASELINES)), rows)
 
 
 def _shown(task: str, scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.numpy import save
 from torch import Tensor
 
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.files.durable import replace_file
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT, evaluating
 from moe_gpt.ops.device import Precision, autocast
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE, _MORE = 100, 4
 """Rows that are answered together, and tokens that an answer may be longer than the right one."""
+LOOKS, _N_LOOKS = "looks.safetensors", 5
+"""File with where answers look, and how many answers are in it."""
 _N_COUNTED, _N_HELD_OUT = 4000, 256
 """Training examples whose answers are counted, and held-out rows of files that are answered."""
 
@@ -133,15 +140,54 @@ def _usual_answers(rows: Iterable[Row]) -> dict[tuple[int, ...], tuple[int, ...]
 
 def picture_answers(run: Run, model: MoEGPT, n: int) -> list[dict[str, Any]]:
     """Return at most ``n`` questions of different tasks with the right answers and the model's, as texts."""
-    found = itertools.chain.from_iterable(itertools.zip_longest(*_questions(run).values()))
-    rows = [question.row for question in found if question][:n]
-    with evaluating(model):
-        answers = [answer(model, [row], run.data.tokenizer, run.precision)[0] for row in rows]  # type: ignore[arg-type]
-    tokenizer = run.data.tokenizer
     return [
-        {"prompt": prompt_of(row, tokenizer), "expected": expected(row, tokenizer), "answer": said}
-        for row, said in zip(rows, answers, strict=True)
+        {"prompt": prompt_of(row, run.data.tokenizer), "expected": expected(row, run.data.tokenizer), "answer": said}
+        for row, said in _answered(run, model, n)
     ]
+
+
+def _answered(run: Run, model: Any, n: int) -> Iterator[tuple[Row, str]]:
+    """Yield questions, each task's first one, then each task's second one and so on, with the model's answers."""
+    found = itertools.chain.from_iterable(itertools.zip_longest(*_questions(run).values()))
+    with evaluating(model):
+        for row in [question.row for question in found if question][:n]:
+            yield row, answer(model, [row], run.data.tokenizer, run.precision)[0]
+
+
+def write_looks(run: Run, model: MoEGPT) -> None:
+    """Write ``looks.safetensors``: pictures (3, H, W) of some questions, and where each word of an answer looks.
+
+    The names are ``0/picture``, ``0/weights`` (words, rows, columns) and so on; the words are in the file's metadata.
+    Nothing is written where rows of features have no place in a picture, as those of a resampler have not.
+    """
+    arrays, words, closed = dict[str, np.ndarray](), dict[str, str](), not _is_open(model)
+    for number, (row, said) in enumerate(() if closed else _answered(run, model, _N_LOOKS)):
+        pieces, weights = _looks(model, row, run.data.tokenizer.encode(said), run.data.tokenizer)
+        if weights is None:
+            return
+        arrays[f"{number}/picture"] = row.text.pictures[-1].pixels(present(run.config.see).size).numpy()
+        arrays[f"{number}/weights"], words[str(number)] = weights, json.dumps(pieces)
+    if arrays:
+        replace_file(run.run_dir / LOOKS, save(arrays, words))
+
+
+def _looks(model: Any, row: Row, ids: list[int], tokenizer: Tokenizer) -> tuple[list[str], np.ndarray | None]:
+    """Return the words of an answer, and how much each looks at each part of the last picture (words, side, side)."""
+    whole = row._replace(text=row.text._replace(ids=row.text.ids[: row.start] + ids))
+    with evaluating(model):
+        seen = seen_by([whole], model, len(whole.text.ids))
+        weights = model.weights(torch.tensor([whole.text.ids], device=seen.sees.device), seen)[0]
+    weights = weights[row.start - 1 : -1, (seen.picture[0] == len(row.text.pictures))].float().cpu()
+    side = math.isqrt(weights.shape[1])
+    weights = weights[:, weights.shape[1] - side**2 :]  # CLIP and others have a row for the whole picture first
+    if side < 2 or model.settings.resampled_rows:
+        return [], None
+    texts, starts = [tokenizer.decode([token]) for token in ids], list[int]()
+    for at, text in enumerate(texts):
+        starts += [at] * (not starts or text.startswith(" "))
+    spans = list(itertools.pairwise([*starts, len(ids)]))
+    means = [weights[a:b].mean(0).reshape(side, side).numpy() for a, b in spans]
+    return ["".join(texts[a:b]) for a, b in spans], np.stack(means) if means else np.zeros((0, side, side), np.float32)
 
 
 def prompt_of(row: Row, tokenizer: Tokenizer) -> str:
