@@ -31,6 +31,7 @@ MACHINERY = ("code", "torch", "threads")
 """What may have changed since a run whose result still answers the study's question: such a row counts, marked."""
 
 
+_LOSS = "/ce_loss"
 _UNSCORED = "its last evaluation has no finite scores"
 
 
@@ -81,6 +82,12 @@ class Row(NamedTuple):
             return self.scores
         evaluations = self.records.records.evaluations
         return _scores(evaluations[bisect.bisect(evaluations, tokens, key=_tokens_of) - 1])
+
+    @staticmethod
+    def losses_of(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Return the losses of an evaluation's line by source."""
+        found = _scores(evaluation).items()
+        return {name.removesuffix(_LOSS): value for name, value in found if name.endswith(_LOSS)}
 
     def plain(self) -> dict[str, Any]:
         """Return the row for table.json."""

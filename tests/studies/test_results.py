@@ -58,6 +58,30 @@ def test_arms_are_compared_before_the_end(write_study, out):
         assert entry["difference"] == pytest.approx((sum(losses[1]) - sum(losses[0])) / 2)
 
 
+def test_arms_are_compared_by_what_a_loss_costs(write_study, out):
+    """Where the curve between two evaluations falls to it; an arm with a run that never does has no value."""
+    runs = load_study(write_study(), out).runs
+    losses = {run.name: [e["val/code/ce_loss"] for e in read_run(run.folder).evaluations] for run in runs}
+    loss, lowest = min(values[0] for values in losses.values()), min(map(min, losses.values()))
+    asked = [
+        {"name": f"{measure} {at}", "arms": ["dense", "moe"], "at_loss": at, "measure": measure, "source": "code"}
+        for at, measure in ((loss, "tokens"), (loss, "steps"), (lowest, "steps"))
+    ]
+    study = load_study(write_study(comparisons=asked), out)
+    tokens, steps, never = summarise(study, look(study))["comparisons"]
+    places = {name: place_of(loss, values) for name, values in losses.items()}
+    expected = (places["moe-0"] + places["moe-1"] - places["dense-0"] - places["dense-1"]) / 2
+    assert tokens["difference"] == pytest.approx(512 * expected)
+    assert steps["difference"] == pytest.approx(4 * expected)
+    assert [never["verdict"], never["difference"], sorted(never["seeds"])[0]] == ["open", None, 0]
+
+
+def place_of(loss: float, curve: list[float]) -> float:
+    """Return where a falling curve passes a loss, in evaluations."""
+    place = next(place for place, value in enumerate(curve[1:]) if value <= loss)
+    return place + (curve[place] - loss) / (curve[place] - curve[place + 1])
+
+
 def test_nothing_changes_the_second_time(write_study, out):
     """Neither the workers nor the tables touch a file."""
     study = load_study(write_study(), out)
