@@ -244,6 +244,11 @@ class Study(NamedTuple):
         """The file of the arms' speeds."""
         return self.out / "speeds.json"
 
+    @property
+    def documents(self) -> Path:
+        """The file of the differences over held-out documents."""
+        return self.out / "documents.json"
+
 
 def load_study(name: str | Path, out: Path | None = None) -> Study:
     """Read a study and the configs of its runs.

@@ -42,8 +42,14 @@ def summarise(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
         "spread": spreads(scores),
         "comparisons": compare_arms(comparisons, at, names_of(rows, "stale")),
         "law": told_of_law(study, rows),
-        "speeds": json.loads(study.speeds.read_text(encoding="utf-8")) if study.speeds.is_file() else None,
+        "speeds": _beside(study.speeds),
+        "documents": _beside(study.documents),
     }
+
+
+def _beside(path: Path) -> Any:
+    """Return what another command has written into the study's folder; None where it has not."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _scores_at(rows: Sequence[Row], moment: Moment) -> pd.DataFrame:
