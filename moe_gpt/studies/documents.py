@@ -54,15 +54,20 @@ def write_documents(study: Study, say: Callable[[str], None] = print) -> list[di
     Raises:
         InputError: where no comparison is one of losses at the end of runs that have come there.
     """
-    rows = [row for row in look(study) if row.counts]
-    claims = [each for each in study.config.comparisons if is_of_losses(each)]
-    arms = [arm for arm in study.config.arms if any(arm in each.arms for each in claims) and of_arms(rows, arm)]
-    scored = {arm: _of_arm(of_arms(rows, arm), say) for arm in arms}
+    claims = list(filter(is_of_losses, study.config.comparisons))
+    scored = {arm: _of_arm(rows, say) for arm, rows in _finished(study, claims).items()}
     told = [entry for each in claims if scored.keys() >= {*each.arms} for entry in _compared(each, scored)]
     if not told:
         raise InputError("no comparison is of ce_loss at the end of finished runs; documents are for such comparisons")
     replace_file(study.documents, json.dumps(told, indent=2) + "\n")
     return told
+
+
+def _finished(study: Study, claims: Sequence[ComparisonConfig]) -> dict[str, list[Row]]:
+    """Return the rows that count of the arms that are compared, where there are some."""
+    rows = [row for row in look(study) if row.counts]
+    found = {arm: of_arms(rows, arm) for each in claims for arm in each.arms}
+    return {arm: of_arm for arm, of_arm in found.items() if of_arm}
 
 
 def is_of_losses(comparison: ComparisonConfig) -> bool:
