@@ -47,6 +47,24 @@ def test_finished_runs_are_rows_with_what_they_took(write_study, out):
     assert len({row.fingerprint for row in rows}) == 4
 
 
+@pytest.mark.slow
+def test_an_arm_may_be_a_stage_after_pre_training(write_study, tmp_path):
+    """It has the model, tokenizer and text of the arm that it starts with, and other settings make it stale."""
+
+    def load(n_conversations: int) -> Study:
+        source = f"{{name: sums, builtin: calculator, max_conversations: {n_conversations}}}"
+        lines = [f"sft={{sources: [{source}], row_tokens: 256}}"]
+        lines += ["schedule={stages: [{until_tokens: 1024, seq_len: 256, batch_tokens: 512}]}"]
+        arms = {"moe": {}, "chat": {"init_from": "moe", "overrides": lines}}
+        settings = {"model": {"max_seq_len": 256}, "train": {"micro_batch_tokens": 512}}
+        file = write_study(settings, arms=arms, seeds=[0], comparisons=None)
+        return load_study(file, tmp_path / "out")
+
+    assert train_here(load(100)) == ["finished", "finished"]
+    assert [(row.state, row.cause) for row in look(load(100))] == [("finished", "")] * 2
+    assert [row.changed for row in look(load(90))] == [(), ("sft.sources.0.max_conversations",)]
+
+
 def test_arms_are_compared_before_the_end(write_study, out):
     """By the last evaluation up to so many tokens, so that a table may show where curves cross."""
     asked = [{"name": str(at), "arms": ["dense", "moe"], "at_tokens": at, "source": "code"} for at in (1, 600, 1024)]
