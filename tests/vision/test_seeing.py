@@ -327,9 +327,10 @@ def test_a_vision_models_folder_stays_out_of_the_checkpoint(values, base_run, ro
     vision = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
     vision.save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    config = config_of(values, rows, encoder=str(tmp_path / "vit"), resampled_rows=3)
+    config = config_of(values, rows, encoder=str(tmp_path / "vit"), resampled_rows=3, size=None)
     run = trained(config, tmp_path / "run", base_run)
     assert not any(name.startswith("encoder") for name in weights(tmp_path / "run"))
+    assert run.config.see.size == 16  # of the processor
     model = load_seeing_model(tmp_path / "run").model
     pictures = torch.stack([Noise(1).pixels(16)])
     with torch.no_grad():
