@@ -350,6 +350,10 @@ def test_what_cannot_be_is_refused_in_a_line(values, base_run, rows, tmp_path, m
         ({"adapters": {}}, "adapters and see exclude each other"),
         ({"train": {"train_only": ["embedding"]}}, "train.train_only and see exclude each other"),
         ({"see": {"sources": [{"builtin": "scenes"}], "size": 20}}, "see.size must be a multiple of 8"),
+        (
+            {"schedule": {"stages": [{"until_tokens": 640 * n, "seq_len": n, "batch_tokens": 64} for n in (32, 64)]}},
+            "schedule.stages must have one seq_len in the stage see",
+        ),
         ({"see": {"sources": [{}]}}, "see.sources.0.builtin or files: give exactly one"),
     ):
         with pytest.raises(ConfigError, match=cause):
