@@ -8,7 +8,8 @@ from 0. Unlike there, **a token that sees no picture skips both halves**, so its
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,10 @@ def last_seen(is_picture: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return is_picture.cumsum(dim=1)
 
 
+Attend = Callable[[Float[Tensor, "B H T Dh"]], Float[Tensor, "B H T Dh"]]
+"""Returns what queries take from pictures."""
+
+
 class CrossAttention(nn.Module):
     """Attention from text to rows of pictures, with shared key-value heads and normalised queries and keys.
 
@@ -75,13 +80,16 @@ class CrossAttention(nn.Module):
         keys, values = rearrange(self.kv(features), "B S (two G Dh) -> two B G S Dh", two=2, Dh=self.head_dim)
         return self.k_norm(keys), values
 
-    def forward(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T D"]:
-        """Return what the tokens take from the pictures; zero where a token sees none."""
-        queries = self.q_norm(rearrange(self.q(x), "B T (H Dh) -> B H T Dh", Dh=self.head_dim))
+    def attend(self, queries: Float[Tensor, "B H T Dh"], seen: Seen) -> Float[Tensor, "B H T Dh"]:
+        """Return what queries take from the pictures of a batch; zero where a token sees none."""
         keys, values = self.keys_and_values(seen.features)
         # torch gives a token that may see nothing zero and a finite gradient; a softmax of our own would give NaN
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
-        return self.out(rearrange(mixed, "B H T Dh -> B T (H Dh)"))
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
+
+    def forward(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
+        """Return what the tokens take from the pictures, by ``self.attend`` or by keys that were kept."""
+        queries = self.q_norm(rearrange(self.q(x), "B T (H Dh) -> B H T Dh", Dh=self.head_dim))
+        return self.out(rearrange(attend(queries), "B H T Dh -> B T (H Dh)"))
 
 
 class GatedCrossBlock(nn.Module):
@@ -100,9 +108,13 @@ class GatedCrossBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T D"]:
         """Return the residual stream after the pictures."""
-        new = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), seen)
-        new = new + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(new))[0]
+        new = self.after(x, functools.partial(self.attention.attend, seen=seen))
         return torch.where((seen.sees > 0)[..., None], new, x)
+
+    def after(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
+        """Return the residual stream of tokens that all see a picture."""
+        new = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), attend)
+        return new + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(new))[0]
 
 
 class CrossLayers(nn.Module):
