@@ -238,7 +238,7 @@ def _plain(found: Any) -> Any:
     """Return what JSON can hold."""
     if isinstance(found, Mapping):
         return {name: _plain(part) for name, part in found.items()}
-    return found._asdict() if isinstance(found, Score) else found
+    return found._asdict() if hasattr(found, "_asdict") else found
 
 
 def format_scores(values: Mapping[str, Any]) -> str:

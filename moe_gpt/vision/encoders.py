@@ -31,7 +31,7 @@ class SmallEncoder(nn.Module):
     def __init__(self, size: int = 64, width: int = 96) -> None:
         super().__init__()
         self.size, self.width = size, width
-        channels, strides = (3, width // 4, width // 2, width, width), (1, 2, 2, 2)
+        channels, strides = (3, width // 4, width // 2, width, width), (2, 2, 2, 1)
         self.convolutions = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, padding=1), nn.GroupNorm(4, n_out), nn.GELU())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +49,22 @@ def open_picture(source: str | Path | bytes, size: int | None = None, max_pixels
     Raises:
         InputError: naming the file and the cause.
     """
+    with _opened(source, max_pixels) as image:
+        return _read(image, size)
+
+
+def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, ...]:
+    """Return remarks on a picture after reading no more than its header; errors are those of ``open_picture``.
+
+    A file that is damaged behind its header is found by ``open_picture`` alone.
+    """
+    with _opened(source, max_pixels) as image:
+        return _remarks(image)
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[PIL.Image.Image]:
+    """Open a file and read its header; turn what Pillow raises, here and within the block, into one kind of error."""
     name = "the picture" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise InputError(f"{name} is {'no file' if Path(source).exists() else 'not there'}")
@@ -54,7 +72,8 @@ def open_picture(source: str | Path | bytes, size: int | None = None, max_pixels
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of damaged EXIF data
             with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                return _read(image, size, max_pixels)
+                _check_size(image, max_pixels)
+                yield image
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except PIL.UnidentifiedImageError:
@@ -63,13 +82,18 @@ def open_picture(source: str | Path | bytes, size: int | None = None, max_pixels
         raise InputError(f"{name} cannot be read as a picture: {str(error).rstrip('.')}") from None
 
 
-def _read(image: PIL.Image.Image, size: int | None, max_pixels: int) -> Picture:
+def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise InputError(f"it has {width:,} x {height:,} pixels; at most {max_pixels:,} are read")
-    remarks = []
-    if getattr(image, "n_frames", 1) > 1:
-        remarks.append("it is animated; its first picture is taken")
+
+
+def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
+    return ("it is animated; its first picture is taken",) if getattr(image, "n_frames", 1) > 1 else ()
+
+
+def _read(image: PIL.Image.Image, size: int | None) -> Picture:
+    remarks = [*_remarks(image)]
     image.load()
     try:
         upright = ImageOps.exif_transpose(image)

@@ -2,7 +2,7 @@
 
 Without pictures it is the text model, bit for bit. The weights of the decoder never change; those of the encoder and of
 cross-attention learn. A checkpoint is an ordinary one with more tensors: ``cross.*``, ``encoder.*`` and
-``resampler.*``. An encoder from a folder is not among them: it is read from its folder again, whose digest a run records.
+``resampler.*``. An encoder from a folder is not among them: it is read from its folder, whose digest a run records.
 
 A picture takes the place of a line end in the text, and that token and all later ones see it. So a text with pictures
 needs no token that the text model does not know, and its vocabulary stays as it is.
