@@ -9,7 +9,7 @@ import torch
 
 from moe_gpt.errors import InputError
 from moe_gpt.inference.engine import LONGER, Engine, checked_context
-from moe_gpt.inference.request import Request
+from moe_gpt.inference.request import Beside, Request
 from moe_gpt.inference.sampling import DAMAGED, SamplingConfig, are_finite, sample
 from moe_gpt.inference.speculation import Draft
 from moe_gpt.model.cache import KVCache
@@ -27,6 +27,7 @@ def generate(
     precision: Precision = "fp32",
     context: int | None = None,
     draft: Draft | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[int]:
     """Yield new token ids, at most ``max_new_tokens``, until end-of-text (not yielded) or the context is full.
 
@@ -40,6 +41,7 @@ def generate(
         precision: compute type.
         context: positions of prompt and new tokens together; ``max_seq_len`` of the model by default.
         draft: guesses tokens, which the model checks several at a time (``speculation``).
+        beside: what the tokens read beside the text, such as pictures.
 
     Raises:
         InputError: at the call, where the prompt is empty, fills the context or is text; at a token, where the logits
@@ -63,11 +65,14 @@ def generate(
         sampling=sampling or SamplingConfig(),
         seed=seed,
         ends=() if end_of_text_id is None else (end_of_text_id,),
+        beside=beside,
     )
-    return _generate(model, request, precision) if draft is None else _speculate(model, request, precision, draft)
+    if draft is None and beside is None:
+        return _generate(model, request, precision)
+    return _by_engine(model, request, precision, draft)
 
 
-def _speculate(model: MoEGPT, request: Request, precision: Precision, draft: Draft) -> Iterator[int]:
+def _by_engine(model: MoEGPT, request: Request, precision: Precision, draft: Draft | None) -> Iterator[int]:
     with evaluating(model):
         context = len(request.prompt) + request.max_new_tokens
         engine = Engine(model, n_rows=1, context=context, precision=precision, draft=draft)

@@ -153,9 +153,13 @@ def _attend(queries: Float[Tensor, "1 H N Dh"], parts: Sequence[_Part], layer: i
 
 @torch.inference_mode()
 def encode(model: SeeingModel, pictures: Sequence[UInt8[Tensor, "3 size size"]]) -> Float[Tensor, "P S Dv"]:
-    """Return the features of pictures, each encoded alone, so that its bits do not depend on the others."""
+    """Return the features of pictures, each encoded alone, so that its bits do not depend on the others.
+
+    On a CPU they do not depend on an engine in another thread either, which changes who makes products.
+    """
     device = model.embedding.weight.device
-    return torch.cat([model.features(picture[None].to(device)) for picture in pictures])
+    with ops.as_if_alone() if device.type == "cpu" else contextlib.nullcontext():
+        return torch.cat([model.features(picture[None].to(device)) for picture in pictures])
 
 
 def digest_of(pictures: Sequence[UInt8[Tensor, "3 size size"]]) -> str:
