@@ -105,8 +105,7 @@ class LanguageModel:
         Args:
             prompt: the text to continue; see ``bos`` for a token before it.
             max_new_tokens: largest number of new tokens.
-            images: paths, data URLs or bytes of pictures, which stand at the markers <image> of the prompt, or before
-                it where it has none.
+            images: paths, data URLs or bytes of pictures, at the markers <image> of the prompt; without any, before it.
             temperature: divides the logits; 0 chooses the most likely token each time.
             top_k: sample from this many most likely tokens; 0 samples from all.
             top_p: sample from the most likely tokens that together have this probability.
@@ -117,8 +116,8 @@ class LanguageModel:
                 unknown, the model's ``max_seq_len``.
 
         Raises:
-            InputError: where the prompt has no token or fills the context, or a setting is out of its range; where the
-                model sees no pictures, one cannot be read, or there are more or fewer markers.
+            InputError: where the prompt has no token or fills the context, a setting is out of its range, the model
+                sees no pictures, one cannot be read, or there are more or fewer markers.
         """
         return "".join(
             self.stream(

@@ -48,20 +48,10 @@ def generate(
             are not finite.
     """
     limit = checked_context(model, context)
-    if isinstance(prompt, str):
-        raise InputError(f"the prompt must be token ids, got {prompt!r}; use moe_gpt.load(...).generate for text")
-    if not len(prompt):
-        raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
-    if len(prompt) >= limit:
-        longer = f"raise the context up to the model's {model.config.max_seq_len} (--context, context=)"
-        raise InputError(
-            f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it, or "
-            + (longer if limit < model.config.max_seq_len else LONGER)
-        )
-    n_new = min(max_new_tokens, limit - len(prompt))
+    _check_prompt(prompt, limit, model.config.max_seq_len)
     request = Request(
         prompt=prompt,
-        max_new_tokens=n_new,
+        max_new_tokens=min(max_new_tokens, limit - len(prompt)),
         sampling=sampling or SamplingConfig(),
         seed=seed,
         ends=() if end_of_text_id is None else (end_of_text_id,),
@@ -70,6 +60,19 @@ def generate(
     if draft is None and beside is None:
         return _generate(model, request, precision)
     return _by_engine(model, request, precision, draft)
+
+
+def _check_prompt(prompt: Sequence[int], limit: int, most: int) -> None:
+    if isinstance(prompt, str):
+        raise InputError(f"the prompt must be token ids, got {prompt!r}; use moe_gpt.load(...).generate for text")
+    if not len(prompt):
+        raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
+    if len(prompt) >= limit:
+        longer = f"raise the context up to the model's {most} (--context, context=)"
+        raise InputError(
+            f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it, or "
+            + (longer if limit < most else LONGER)
+        )
 
 
 def _by_engine(model: MoEGPT, request: Request, precision: Precision, draft: Draft | None) -> Iterator[int]:
