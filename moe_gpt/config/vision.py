@@ -8,6 +8,8 @@ from typing import Literal
 
 from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, one_of, unless
 
+BASELINES = ("shuffled", "blind", "random_object")
+"""In the scores of this stage: shares of answers that are right without seeing (docs/see-and-hear.md)."""
 _PIXELS, _WIDTH = 8, 16
 """Of the small encoder: pixels of a row of features, and what its width is a multiple of."""
 

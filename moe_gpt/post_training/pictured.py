@@ -12,7 +12,7 @@ import base64
 import binascii
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class FoundRows(NamedTuple):
 
 
 def read_pictured(paths: Sequence[Path], tokenizer: Tokenizer) -> FoundRows:
-    """Return the rows of jsonl files. Their pictures must be there, with a header that can be read; they are read later.
+    """Return the rows of jsonl files. Their pictures must have headers that can be read; the rest is read later.
 
     Raises:
         InputError: naming file, row and picture of the first that cannot be used.
@@ -62,7 +62,7 @@ def render_pictured(
     """Return the tokens of a conversation, as ``render`` does, with pictures.
 
     Args:
-        messages: the content of a turn may be a list of texts and pictures, where anything that is no text is a picture.
+        messages: the content of a turn may be a list of texts and pictures; what is no text is a picture.
         tokenizer: knows the special tokens of conversations.
         add_generation_prompt: end with the header of an answer.
     """
@@ -103,53 +103,41 @@ def _asked(pieces: list[str | Picture], answer: str, tokenizer: Tokenizer) -> Pi
     return spell(pieces, tokenizer).then(plain([*tokenizer.encode(answer), tokenizer.end_of_text_id], True))
 
 
-def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:
-    images = row.get("images", [row["image"]] if "image" in row else [])
-    require(isinstance(images, list), f"images must be a list of paths or data URLs, got {shown(images)}")
-    open_one = functools.partial(_picture, folder=folder, remarks=remarks)
-    pictures = [open_one(image, f"images.{index}") for index, image in enumerate(images)]
-    if "prompt" not in row and ("messages" in row or "conversations" in row):
-        text = _conversation(row, pictures, open_one, tokenizer)
-    else:
-        text = _prompt_and_text(row, pictures, tokenizer)
-    require(text.pictures, "it has no picture, and of text alone nothing is learnt here; leave the row out")
-    return text
+class _Images:
+    """The pictures of a row.
 
+    Args:
+        row: with ``images``, perhaps.
+        folder: that of the file.
+        remarks: to which those on its pictures are added.
+    """
 
-def _prompt_and_text(
-    row: Mapping[str, Any], pictures: list[PictureFile], tokenizer: Tokenizer
-) -> PicturedText[PictureFile]:
-    missing = [key for key in ("images", "prompt", "text") if key not in row]
-    require(not missing, f"it must have images, prompt and text, or messages; {', '.join(missing)} is missing")
-    prompt, answer = (checked_text(row[key], key) for key in ("prompt", "text"))
-    require(answer.strip(), "text must be an answer, got an empty text: no answer to learn from")
-    return _asked(_split(_with_markers(prompt, len(pictures), "prompt"), pictures), answer, tokenizer)
+    def __init__(self, row: Mapping[str, Any], folder: Path, remarks: dict[str, int]) -> None:
+        self._folder, self._remarks = folder, remarks
+        given = row.get("images", [])
+        require(isinstance(given, list), f"images must be a list of paths or data URLs, got {shown(given)}")
+        self.all = [self.open(image, f"images.{index}") for index, image in enumerate(given)]
 
+    def open(self, source: Any, key: str) -> PictureFile:
+        """Return a picture whose header can be read."""
+        require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
+        where = _bytes_of(source, key) if source.startswith("data:") else self._path_of(source, key)
+        try:
+            for remark in check_picture(where):
+                self._remarks[remark] = self._remarks.get(remark, 0) + 1
+        except InputError as error:
+            raise Unfit(f"{key}: {error}") from None
+        return PictureFile(where, key)
 
-def _with_markers(text: str, n_pictures: int, key: str) -> str:
-    """Return a text with a marker for each picture: those that it has, or as many before it."""
-    n_markers = text.count(MARKER)
-    if not n_markers:
-        return MARKER * n_pictures + text
-    what = f"{key} has {n_markers} {MARKER}, and images has {n_pictures}"
-    require(n_markers == n_pictures, f"{what}; there must be one {MARKER} for each picture, or none")
-    return text
+    def _path_of(self, source: str, key: str) -> str:
+        text = f"{key} must be a path or a data URL, got {shown(source)}; it is not fetched"
+        require(not _ELSEWHERE.match(source), text)
+        return str(self._folder / source)
 
-
-def _picture(source: Any, key: str, folder: Path, remarks: dict[str, int]) -> PictureFile:
-    require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
-    where = _bytes_of(source, key) if source.startswith("data:") else _path_of(source, key, folder)
-    try:
-        for remark in check_picture(where):
-            remarks[remark] = remarks.get(remark, 0) + 1
-    except InputError as error:
-        raise Unfit(f"{key}: {error}") from None
-    return PictureFile(where, key)
-
-
-def _path_of(source: str, key: str, folder: Path) -> str:
-    require(not _ELSEWHERE.match(source), f"{key} must be a path or a data URL, got {shown(source)}; it is not fetched")
-    return str(folder / source)
+    def require_places(self, n_places: int, where: str) -> None:
+        """Raise ``Unfit`` unless there are as many places for the listed pictures as there are of them."""
+        text = f"{where} has {n_places} {MARKER}, and images has {len(self.all)}; there must be one for each picture"
+        require(n_places == len(self.all), f"{text}, or none at all")
 
 
 def _bytes_of(url: str, key: str) -> bytes:
@@ -160,64 +148,77 @@ def _bytes_of(url: str, key: str) -> bytes:
         raise Unfit(f"{key} must be data:image/TYPE;base64, and base64 after it, got {shown(url[:60])}") from None
 
 
-def _conversation(
-    row: Mapping[str, Any], pictures: list[PictureFile], open_one: Any, tokenizer: Tokenizer
-) -> PicturedText[PictureFile]:
+def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:
+    images = _Images(row, folder, remarks)
+    text = (_conversation if "messages" in row else _prompt_and_text)(row, images, tokenizer)
+    require(text.pictures, "it has no picture, and of text alone nothing is learnt here; leave the row out")
+    return text
+
+
+def _prompt_and_text(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
+    missing = [key for key in ("prompt", "text") if key not in row]
+    require(not missing, f"it must have images, prompt and text, or messages; {' and '.join(missing)} is missing")
+    prompt, answer = (checked_text(row[key], key) for key in ("prompt", "text"))
+    require(answer.strip(), "text must be an answer, got an empty text: no answer to learn from")
+    if MARKER not in prompt:
+        prompt = MARKER * len(images.all) + prompt
+    images.require_places(prompt.count(MARKER), "prompt")
+    return _asked(_split(prompt, images.all), answer, tokenizer)
+
+
+def _conversation(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
     require(tokenizer.special_id(TURN_START), "messages need a model with a chat template; fine-tune it first (sft)")
-    form = "messages" if "messages" in row else "conversations"
-    turns, left = row[form], iter(pictures)
-    require(isinstance(turns, list), f"{form} must be a list of turns, got {shown(turns)}")
-    pieces = [_pieces(turn, f"{form}.{index}", open_one, bool(pictures)) for index, turn in enumerate(turns)]
-    n_places = sum(piece is None for parts in pieces for piece in parts or ())
-    first = next((parts for parts in pieces if parts is not None), None)
-    if pictures and not n_places and first is not None:
-        first[:0] = [None] * len(pictures)
-        n_places = len(pictures)
-    require(
-        n_places == len(pictures),
-        f"{form} have {n_places} places for pictures, and images has {len(pictures)}; there must be as many",
-    )
-    whole = [[next(left) if piece is None else piece for piece in parts] if parts else None for parts in pieces]
-    checked = checked_conversation({form: [_text_alone(*pair) for pair in zip(turns, whole, strict=True)]})
-    messages = [
-        message if parts is None or all(isinstance(part, str) for part in parts) else {**message, "content": parts}
-        for message, parts in zip(checked, whole, strict=True)
+    turns = row["messages"]
+    require(isinstance(turns, list), f"messages must be a list of turns, got {shown(turns)}")
+    pieces = _placed([_pieces(turn, f"messages.{index}", images) for index, turn in enumerate(turns)], images)
+    checked = checked_conversation({"messages": [_text_alone(*pair) for pair in zip(turns, pieces, strict=True)]})
+    messages: list[Message] = [
+        {**message, "content": parts} if any(not isinstance(part, str) for part in parts) else message
+        for message, parts in zip(checked, pieces, strict=True)
     ]
     return render_pictured(messages, tokenizer)
 
 
-def _pieces(turn: Any, key: str, open_one: Any, has_images: bool) -> list[Any] | None:
-    """Return the texts and pictures of a user's turn, None for a picture of the row's images; None for other turns."""
-    if not isinstance(turn, dict):
-        return None
-    content, name = next(((turn[name], name) for name in ("content", "value") if name in turn), (None, ""))
-    is_user = turn.get("role", turn.get("from")) in ("user", "human")
+def _placed(turns: list[list[Any]], images: _Images) -> list[list[Any]]:
+    """Return the pieces of turns with the listed pictures at their places; without any, before the first user turn."""
+    n_places = sum(piece is None for pieces in turns for piece in pieces)
+    first = next((pieces for pieces in turns if pieces), None)
+    if first is not None and not n_places:
+        first[:0] = [None] * len(images.all)
+        n_places = len(images.all)
+    images.require_places(n_places, "messages")
+    left = iter(images.all)
+    return [[next(left) if piece is None else piece for piece in pieces] for pieces in turns]
+
+
+def _pieces(turn: Any, key: str, images: _Images) -> list[Any]:
+    """Return the texts and pictures of a user's turn, None for a listed picture; nothing for turns of others."""
+    content, is_user = (turn.get("content"), turn.get("role") == "user") if isinstance(turn, dict) else (None, False)
     if isinstance(content, list):
-        found = list(_parts(content, f"{key}.{name}", open_one))
+        found = [_part(part, f"{key}.content.{index}", images) for index, part in enumerate(content)]
         require(is_user or all(isinstance(part, str) for part in found), f"{key}: only a user's turn may have pictures")
-        return found if is_user else None
+        return found if is_user else []
     if not is_user or not isinstance(content, str):
-        return None
-    return _split(content, [None] * content.count(MARKER)) if has_images else [content]
+        return []
+    return _split(content, [None] * content.count(MARKER)) if images.all else [content]
 
 
-def _parts(content: list[Any], key: str, open_one: Any) -> Iterator[Any]:
-    for index, part in enumerate(content):
-        here = f"{key}.{index}"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image_url":
-            given = part.get("image_url")
-            yield open_one(given.get("url") if isinstance(given, dict) else given, f"{here}.image_url")
-        elif kind == "image":
-            source = next((part[name] for name in ("image", "url", "path") if part.get(name) is not None), None)
-            yield None if source is None else open_one(source, f"{here}.image")
-        else:
-            yield checked_text([part], key)
+def _part(part: Any, key: str, images: _Images) -> Any:
+    """Return the text or the picture of a part of a turn; None for a listed picture."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image_url":
+        given = part.get("image_url")
+        return images.open(given.get("url") if isinstance(given, dict) else given, f"{key}.image_url")
+    if kind == "image":
+        source = next((part[name] for name in ("image", "url", "path") if part.get(name) is not None), None)
+        return None if source is None else images.open(source, f"{key}.image")
+    wanted = f'{key} must be {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}, got {shown(part)}'
+    require(kind == "text", wanted)
+    return checked_text(part.get("text"), f"{key}.text")
 
 
-def _text_alone(turn: Any, parts: Sequence[Any] | None) -> Any:
+def _text_alone(turn: Any, pieces: Sequence[Any]) -> Any:
     """Return a turn without its pictures."""
-    if parts is None:
+    if not pieces:
         return turn
-    text = "".join(part for part in parts if isinstance(part, str))
-    return {**turn, ("content" if "content" in turn else "value"): text}
+    return {**turn, "content": "".join(piece for piece in pieces if isinstance(piece, str))}

@@ -95,7 +95,7 @@ def settle_seeing(config: RunConfig, start: Start, say: Say) -> tuple[RunConfig,
 
 
 def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
-    """Return the rows of a run. Pictures of files are checked by their headers, and read in the steps that need them."""
+    """Return the rows of a run. Headers of pictures are checked here; a step reads those that it needs."""
     tokenizer, see = present(start.tokenizer), present(config.see)
     check_steps(config, 1, "a row")
     row_tokens = min(stage.seq_len for stage in config.schedule.stages)
@@ -122,7 +122,7 @@ def _of_files(
     notes = [f"{n:,} pictures: {remark}" for remark, n in found.remarks.items()]
     if n_left_out:
         notes.append(f"rows of files{left_out(n_left_out)}")
-    return *split_items(kept, lambda row: repr(row.text.pictures)), notes
+    return *split_items(kept, lambda row: _identity(row.text.pictures[0])), notes
 
 
 class Batch(NamedTuple):

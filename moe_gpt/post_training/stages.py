@@ -27,7 +27,7 @@ from moe_gpt.post_training.scores import (
     what_is_not_scored,
     write_scores,
 )
-from moe_gpt.post_training.seeing_scores import picture_answers, picture_rows, score_pictures
+from moe_gpt.post_training.seeing_scores import picture_answers, picture_rows, score_pictures, write_looks
 from moe_gpt.post_training.sft import SFT
 from moe_gpt.post_training.showing import SEE
 from moe_gpt.training.adapters import merged
@@ -86,6 +86,8 @@ def write_findings(run: Run, model: MoEGPT, time: str, **more: Any) -> dict[str,
     """Write what a run's model scores, answers and routes ``before`` or ``after`` its stage; return all scores."""
     model = merged(model)
     write_routing(run, model, time)
+    if run.config.see:
+        write_looks(run, model)
     found = {time: examine(run, model), f"answers_{time}": answers_to_fixed_prompts(run, model)}
     return write_scores(run.run_dir, run.config.stage, {**found, **more})
 

@@ -80,6 +80,17 @@ class CrossAttention(nn.Module):
         keys, values = rearrange(self.kv(features), "B S (two G Dh) -> two B G S Dh", two=2, Dh=self.head_dim)
         return self.k_norm(keys), values
 
+    def queries(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T Dh"]:
+        """Return the queries of tokens."""
+        return self.q_norm(rearrange(self.q(x), "B T (H Dh) -> B H T Dh", Dh=self.head_dim))
+
+    def weights(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T S"]:
+        """Return how much each token looks at each row, in the mean over heads; zero where a token sees none."""
+        keys = self.keys_and_values(seen.features)[0].mT
+        scores = rearrange(self.queries(x), "B (G n) T Dh -> B G n T Dh", G=keys.shape[1]) @ keys[:, :, None]
+        scores = (scores * self.head_dim**-0.5).masked_fill(~seen.visible[:, :, None], -torch.inf)
+        return scores.softmax(-1).nan_to_num().mean((1, 2))
+
     def attend(self, queries: Float[Tensor, "B H T Dh"], seen: Seen) -> Float[Tensor, "B H T Dh"]:
         """Return what queries take from the pictures of a batch; zero where a token sees none."""
         keys, values = self.keys_and_values(seen.features)
@@ -88,8 +99,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
         """Return what the tokens take from the pictures, by ``self.attend`` or by keys that were kept."""
-        queries = self.q_norm(rearrange(self.q(x), "B T (H Dh) -> B H T Dh", Dh=self.head_dim))
-        return self.out(rearrange(attend(queries), "B H T Dh -> B T (H Dh)"))
+        return self.out(rearrange(attend(self.queries(x)), "B H T Dh -> B T (H Dh)"))
 
 
 class GatedCrossBlock(nn.Module):

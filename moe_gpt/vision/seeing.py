@@ -10,10 +10,11 @@ needs no token that the text model does not know, and its vocabulary stays as it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -80,6 +81,20 @@ class SeeingModel(MoEGPT):
         )
         of_row = (numbers * is_there).repeat_interleave(features.shape[1], dim=1)
         return Seen(padded.flatten(1, 2), of_row, sees)
+
+    @torch.no_grad()
+    def weights(self, tokens: Int[Tensor, "B T"], seen: Seen) -> Float[Tensor, "B T S"]:
+        """Return how much each token looks at each row of features, in the mean over layers and heads."""
+        found, layers = list[Tensor](), list[Any](self.cross.layers)
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                look = layer.attention.register_forward_pre_hook(
+                    lambda module, given: found.append(module.weights(given[0], seen))
+                )
+                stack.callback(look.remove)
+            with self.looking(seen):
+                self.hidden_states(tokens)
+        return torch.stack(found).mean(0)
 
     def looking(self, seen: Seen | None) -> AbstractContextManager[None]:
         """Let the model see within the block, whatever of it is called; None is text alone."""
