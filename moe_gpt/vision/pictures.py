@@ -21,6 +21,8 @@ from moe_gpt.errors import InputError
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """What is read. Others, such as EPS, would start another program."""
 MAX_PIXELS = 50_000_000
+_MOST_SCANS, _SCAN = 100, b"\xff\xda"
+"""Of a progressive JPEG, which has about ten; and the mark of one."""
 _GROUND = (255, 255, 255)
 _BAD = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
 """What Pillow raises for bytes that are no picture, or half of one."""
@@ -89,11 +91,25 @@ def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
 
 
 def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
-    return ("it is animated; its first picture is taken",) if getattr(image, "n_frames", 1) > 1 else ()
+    return ("it is animated; its first picture is taken",) if getattr(image, "is_animated", False) else ()
+
+
+def _check_scans(image: PIL.Image.Image) -> None:
+    """Refuse a JPEG that refines its pixels in so many scans, of a few bytes each, that decoding takes minutes."""
+    file, n_scans, last = getattr(image, "fp", None), 0, b""
+    if file is None or image.format not in ("JPEG", "MPO"):
+        return
+    file.seek(0)
+    while n_scans <= _MOST_SCANS and (part := file.read(1 << 20)):
+        n_scans += (last + part).count(_SCAN)
+        last = part[-1:]
+    if n_scans > _MOST_SCANS:
+        raise InputError(f"it has more than {_MOST_SCANS} scans, which would take long to decode")
 
 
 def _read(image: PIL.Image.Image, size: int | None) -> Picture:
     remarks = [*_remarks(image)]
+    _check_scans(image)
     image.load()
     try:
         upright = ImageOps.exif_transpose(image)
