@@ -206,7 +206,7 @@ def notes(layout: Layout) -> Iterator[str]:
     """Yield what differs between the folder and the model."""
     yield (
         "the encoder is not in the folder: transformers takes its features, which moe_gpt computes, as "
-        "cross_attention_states (README.md of the folder shows how)"
+        "cross_attention_states, always with a cross_attention_mask (README.md of the folder shows how)"
     )
     yield (
         "tokens before the first picture, which see nothing, are changed by Mllama's layers and not by ours: begin "

@@ -13,11 +13,13 @@ from torch.nn.functional import pad
 
 from moe_gpt.data.tokenizer import train_tokenizer
 from moe_gpt.errors import InputError
+from moe_gpt.inference.generate import generate
 from moe_gpt.inference.quantised import quantise
+from moe_gpt.inference.sampling import SamplingConfig
 from moe_gpt.interop import hugging_face, mllama_folder
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.vision.cross_attention import last_seen
-from moe_gpt.vision.shown import encode
+from moe_gpt.vision.shown import ShownPictures, encode
 
 DENSE = {"n_experts": 1, "top_k": 1}
 
@@ -57,6 +59,23 @@ def test_transformers_computes_the_same(changes, eyes, tmp_path):
     assert (ours - model(tokens).logits).abs().max() > 0.1
     torch.testing.assert_close(right, ours, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(theirs(tokens, use_cache=False).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_transformers_generates_the_same(tmp_path):
+    """As the model card says: with a mask, without which rows are causal, and without a cache. Greedy."""
+    model = seeing()
+    mllama_folder.save(model, tmp_path / "x")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
+    prompt, features = random_tokens(1, 5), encode(model, [noise(1)])
+    beside = ShownPictures(features, [0], "x")
+    ours = list(generate(model, prompt[0].tolist(), 12, SamplingConfig(temperature=0), beside=beside))
+    states = pad(features, (0, 32 - features.shape[-1]))
+    given = {"cross_attention_states": states, "cross_attention_mask": torch.zeros(1, 1, 1, states.shape[1])}
+    got = theirs.generate(prompt, **given, max_new_tokens=12, do_sample=False, use_cache=False, eos_token_id=None)
+    assert got[0, 5:].tolist() == ours
+    blind = list(generate(model, prompt[0].tolist(), 12, SamplingConfig(temperature=0)))
+    assert ours != blind
 
 
 def test_the_folder_has_a_tokenizer_and_every_weight_once(tmp_path):
