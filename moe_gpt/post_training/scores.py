@@ -245,7 +245,7 @@ def _plain(found: Any) -> Any:
 def format_scores(values: Mapping[str, Any]) -> str:
     """Return the scores before and after a stage as a table for people."""
     before, after = values.get("before", {}), values.get("after", {})
-    if values["stage"] == "see":
+    if values.get("stage") == "see":
         return _format_seen(after)
     rows = [(task, str(after[task]["n"]), *(_shown(task, part) for part in (before, after))) for task in after]
     return format_table(("task", "n", "before", "after"), rows)

@@ -31,7 +31,7 @@ def draw_looks(run: RunRecords) -> Picture:
             for word, part, axes in zip(words, weights, line[1:], strict=False):
                 axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255)
                 axes.imshow(part, cmap="inferno", alpha=0.6, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-                axes.set_title(word.strip() or "(blank)")
+                axes.set_title(" ".join(word.split()) or "(blank)")
                 rows.append((number, word.strip(), *_peak(part)))
         table = Table(("picture", "word", "line it looks at most", "column", "share there (%)"), rows)
         return finish(figure, "looks", table, answers=["".join(words).strip() for words, *_ in found], peaks=rows)

@@ -187,7 +187,7 @@ def test_train_and_finetune_refuse_each_others_configs(chat_yaml, small_yaml, tm
     assert "has the section sft, which moe-gpt finetune reads" in done.stderr
     done = command("finetune", small_yaml, "--init-from", chat_yaml[1], "--run-dir", tmp_path / "run")
     assert done.returncode == 2
-    assert "must have a section of a stage, such as sft, reward, dpo, rl; or use moe-gpt train" in done.stderr
+    assert "must have a section of a stage, such as sft, reward, dpo, rl, see; or use moe-gpt train" in done.stderr
 
 
 def test_an_exported_chat_run_has_its_template_its_end_and_its_padding(chat_yaml, tmp_path):
