@@ -180,8 +180,8 @@ def test_only_users_show_pictures(url):
     assert httpx.post(url + CHAT, content=b'{"a":"' + b"x" * (1 << 20) + b'"}', timeout=30).status_code == 413
 
 
-def test_the_page_is_told_that_the_model_sees(url):
-    """With a picture as large as the model's own, nothing is lost."""
-    state = httpx.get(f"{url}/live").json()
-    assert (state["sees"], state["chats"]) == (True, True)
-    assert SIZE == 16
+def test_a_model_without_turns_chats_on_the_page(url):
+    """Where it sees: questions and answers as in training."""
+    assert httpx.get(f"{url}/live").json()["chats"]
+    with serve(seeing_service(can_chat=False)) as address:
+        assert httpx.get(f"{address}/live").json()["chats"]
