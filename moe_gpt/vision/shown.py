@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, cast
@@ -92,13 +93,13 @@ class KeptPictures:
     """
 
     def __init__(self, model: SeeingModel, features: Float[Tensor, "P S Dv"], places: list[int]) -> None:
-        self.places, n_rows = places, features.shape[1]
-        missing = -n_rows % ops.KEY_BLOCK
+        self.places, self.n_rows = places, features.shape[1]
+        missing = -self.n_rows % ops.KEY_BLOCK
         self.layers: list[tuple[Tensor, ...]] = []
         for layer in _layers(model):
             both = layer.attention.keys_and_values(features)  # each (P, G, S, Dh)
             self.layers.append(tuple(F.pad(each, (0, 0, 0, missing)) for each in both))
-        self.hidden = (torch.arange(n_rows + missing, device=features.device) >= n_rows)[None, None]
+        self.hidden = (torch.arange(self.n_rows + missing, device=features.device) >= self.n_rows)[None, None]
 
     @contextlib.contextmanager
     def read_by(self, model: MoEGPT, spans: Sequence[_Span]) -> Iterator[None]:
@@ -139,15 +140,21 @@ def _layers(model: SeeingModel) -> Iterator[GatedCrossBlock]:
 
 
 def _attend(queries: Float[Tensor, "1 H N Dh"], parts: Sequence[_Part], layer: int) -> Float[Tensor, "1 H N Dh"]:
-    """Return what the tokens of all parts, one after another, take from their pictures."""
+    """Return what the tokens of all parts, one after another, take from their pictures.
+
+    Parts that are equally long attend together, by keys that are laid side by side for it.
+    """
     answers, start = [], 0
-    for kept, picture, _, n_tokens in parts:
-        keys, values = (each[picture : picture + 1] for each in kept.layers[layer])
-        hidden = kept.hidden.expand(1, n_tokens, -1)
-        group = ops.RowGroup(slice(0, n_tokens), slice(0, 1), n_tokens, hidden)
+    for (n_tokens, _), members in itertools.groupby(parts, lambda part: (part.n_tokens, part.kept.n_rows)):
+        alike = list(members)
+        n, end = len(alike), start + n_tokens * len(alike)
+        pairs = [[each[part.picture] for each in part.kept.layers[layer]] for part in alike]
+        keys, values = (torch.stack(each) for each in zip(*pairs, strict=True))
+        hidden = alike[0].kept.hidden.expand(n, n_tokens, -1)
+        group = ops.RowGroup(slice(0, n * n_tokens), slice(0, n), n_tokens, hidden)
         visible = ops.Visible(rows=ops.RowPlan([group], torch.empty(1, 0, dtype=torch.long)))
-        answers.append(ops.attend(queries[:, :, start : start + n_tokens], keys, values, visible))
-        start += n_tokens
+        answers.append(ops.attend(queries[:, :, start:end], keys, values, visible))
+        start = end
     return torch.cat(answers, dim=2)
 
 
