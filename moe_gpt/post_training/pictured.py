@@ -53,7 +53,11 @@ def read_pictured(paths: Sequence[Path], tokenizer: Tokenizer) -> FoundRows:
 
 def row_of(example: Example, tokenizer: Tokenizer) -> Row:
     """Return the row of an example that is made offline."""
-    return Row(_asked(_split(example.prompt, example.pictures), example.text, tokenizer), example.prompt)
+    left = iter(example.pictures)
+    turns = [
+        (_split(prompt, [next(left) for _ in range(prompt.count(MARKER))]), answer) for prompt, answer in example.turns
+    ]
+    return Row(_asked(turns, tokenizer), "")
 
 
 def render_pictured(
@@ -95,12 +99,19 @@ def _split(prompt: str, pictures: Sequence[Picture]) -> list[str | Picture]:
     return [piece for piece in pieces if piece != ""]
 
 
-def _asked(pieces: list[str | Picture], answer: str, tokenizer: Tokenizer) -> PicturedText[Picture]:
-    """Return a prompt and its answer."""
+def _asked(turns: Sequence[tuple[list[str | Picture], str]], tokenizer: Tokenizer) -> PicturedText[Picture]:
+    """Return prompts, each with its answer."""
     if tokenizer.special_id(TURN_START) is not None:
-        messages: list[Message] = [{"role": "user", "content": pieces}, {"role": "assistant", "content": answer}]
+        roles = ("user", "assistant")
+        messages: list[Message] = [
+            {"role": role, "content": content} for turn in turns for role, content in zip(roles, turn, strict=True)
+        ]
         return render_pictured(messages, tokenizer)
-    return spell(pieces, tokenizer).then(plain([*tokenizer.encode(answer), tokenizer.end_of_text_id], True))
+    text: PicturedText[Picture] = plain([])
+    for pieces, answer in turns:
+        ids = [*tokenizer.encode(answer), tokenizer.end_of_text_id]
+        text = text.then(spell(pieces, tokenizer)).then(plain(ids, True))
+    return text
 
 
 class _Images:
@@ -163,7 +174,7 @@ def _prompt_and_text(row: Mapping[str, Any], images: _Images, tokenizer: Tokeniz
     if MARKER not in prompt:
         prompt = MARKER * len(images.all) + prompt
     images.require_places(prompt.count(MARKER), "prompt")
-    return _asked(_split(prompt, images.all), answer, tokenizer)
+    return _asked([(_split(prompt, images.all), answer)], tokenizer)
 
 
 def _conversation(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:

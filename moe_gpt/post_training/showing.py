@@ -21,6 +21,7 @@ from moe_gpt.config.vision import PictureSourceConfig, SeeConfig
 from moe_gpt.data.corpus import expand_files
 from moe_gpt.data.prepare import PreparedData
 from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.errors import InputError
 from moe_gpt.model.losses import LossTerms
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import autocast
@@ -40,7 +41,7 @@ from moe_gpt.vision.seeing import SeeingModel, seeing_class
 if TYPE_CHECKING:
     from moe_gpt.training.setup import Run
 
-_GREY = 128
+_GREY, _N_MEASURED = 128, 1000
 Item = Row | tuple[str, int]
 """A row of a file; or the source and the number of an example that is drawn when it is needed."""
 
@@ -102,13 +103,23 @@ def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
     items, held_out, notes = list[Item](), list[Item](), list[str]()
     for source in see.sources:
         if source.builtin:
-            training_example(source.builtin, 0)  # says what is missing
+            _check_lengths(source.builtin, tokenizer, row_tokens)
             items += [(source.builtin, number) for number in range(N_TRAINING)]
         else:
             learnt, kept, told = _of_files(source, see, tokenizer, row_tokens)
             items, held_out, notes = [*items, *learnt], [*held_out, *kept], [*notes, *told]
     data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say))
     return PicturedRows(data, items, held_out, row_tokens, digest_of_encoder(see.encoder), notes)
+
+
+def _check_lengths(source: str, tokenizer: Tokenizer, row_tokens: int) -> None:
+    """Raise ``InputError`` for rows that are too short for examples that are made offline."""
+    examples = [training_example(source, number) for number in range(_N_MEASURED)]
+    longest = max(len(row_of(example, tokenizer).text.ids) for example in examples)
+    if longest > row_tokens:
+        raise InputError(
+            f"schedule.stages: seq_len must be at least {longest} for {source} with this tokenizer, got {row_tokens}"
+        )
 
 
 def _of_files(

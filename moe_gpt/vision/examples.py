@@ -1,6 +1,6 @@
 """Questions on pictures that are made offline, with the right answers: scenes of shapes, and handwritten digits.
 
-An example is what a row of a file is: a prompt with a marker for each picture, and a text that answers it.
+An example is what a row of a file is, a prompt with a marker for each picture and a text that answers it; or two.
 """
 
 from __future__ import annotations
@@ -37,29 +37,31 @@ _CAPTION, _COUNT, _COLOUR, _DIGITS = (
 
 
 class Example(NamedTuple):
-    """A question on pictures and its answer."""
+    """Questions on pictures and their answers, one after another."""
 
-    prompt: str
-    text: str
+    turns: tuple[tuple[str, str], ...]
+    """Prompts, with a marker for each picture, and texts that answer them; the last one is scored."""
     pictures: tuple[Drawable, ...]
     by_chance: float | None = None
     """Share of right answers about a random object of the right picture; None where the question is of no object."""
 
 
-def _caption(scene: Scene) -> str:
-    return f" {', '.join(f'{shape.colour} {shape.name}' for shape in scene.shapes)}."
+def caption(*names: str, has_held_out: bool = False) -> Example:
+    """Ask of scene after scene what is in it, from left to right."""
+    scenes = tuple(Scene(name, has_held_out=has_held_out) for name in names)
+    said = (", ".join(f"{shape.colour} {shape.name}" for shape in scene.shapes) for scene in scenes)
+    return Example(tuple((f"{MARKER}{_CAPTION}", f" {words}.") for words in said), scenes)
 
 
-def caption(name: str, has_held_out: bool = False) -> Example:
-    """Ask what is in a scene, from left to right."""
-    scene = Scene(name, has_held_out=has_held_out)
-    return Example(f"{MARKER}{_CAPTION}", _caption(scene), (scene,))
+def second(name: str) -> Example:
+    """Ask what is in each of two scenes."""
+    return caption(f"{name} first", f"{name} then")
 
 
 def count(name: str) -> Example:
     """Ask how many shapes there are."""
     scene = Scene(name)
-    return Example(f"{MARKER}{_COUNT}", f" {_NUMBERS[len(scene.shapes) - 1]}.", (scene,))
+    return Example(((f"{MARKER}{_COUNT}", f" {_NUMBERS[len(scene.shapes) - 1]}."),), (scene,))
 
 
 def colour(name: str) -> Example:
@@ -68,13 +70,7 @@ def colour(name: str) -> Example:
     scene = next(scene for scene in scenes if len({shape.name for shape in scene.shapes}) == len(scene.shapes))
     asked = random.Random(f"{name} asked").choice(scene.shapes)
     chance = sum(shape.colour == asked.colour for shape in scene.shapes) / len(scene.shapes)
-    return Example(f"{MARKER}{_COLOUR} {asked.name}", f" is {asked.colour}.", (scene,), chance)
-
-
-def second(name: str) -> Example:
-    """Ask what is in the second of two scenes."""
-    first, then = Scene(f"{name} first"), Scene(f"{name} then")
-    return Example(f"{MARKER}{_CAPTION}{_caption(first)}{MARKER}{_CAPTION}", _caption(then), (first, then))
+    return Example(((f"{MARKER}{_COLOUR} {asked.name}", f" is {asked.colour}."),), (scene,), chance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +119,11 @@ def digits(name: str, is_test: bool = False) -> Example:
     """Ask which digits there are."""
     picture = Digits(name, is_test)
     read = "".join(f" {_digits()[1][number]}" for number in picture.chosen)
-    return Example(f"{MARKER}{_DIGITS}", f"{read}.", (picture,))
+    return Example(((f"{MARKER}{_DIGITS}", f"{read}."),), (picture,))
 
 
 _KINDS: dict[str, tuple[Callable[[str], Example], ...]] = {
-    "scenes": (caption, caption, colour, colour, second, count),
+    "scenes": (second, second, second, colour, colour, count),
     "digits": (digits,),
 }
 _TASKS: dict[str, dict[str, Callable[[str], Example]]] = {

@@ -27,8 +27,8 @@ COLOURS = {
     "purple": (160, 60, 200),
     "white": (235, 235, 235),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-HELD_OUT = tuple(zip(COLOURS, ("circle", "square", "triangle", "star", "cross", "circle"), strict=True))
+SHAPES = ("ring", "square", "triangle", "star", "cross")
+HELD_OUT = tuple(zip(COLOURS, ("ring", "square", "triangle", "star", "cross", "ring"), strict=True))
 """Pairs of colour and shape that are in no training scene."""
 SIDE, _COLUMNS = 64, (12, 32, 52)
 _NUMBERS = ("one", "two", "three")
@@ -113,10 +113,10 @@ def _outlines(shape: Shape) -> list[list[tuple[float, float]]]:
         ]
 
     draw: dict[str, Callable[[], list[list[tuple[float, float]]]]] = {
-        "circle": lambda: [corners(24, 0)],
-        "square": lambda: [bar(0.85, 0.85)],
-        "triangle": lambda: [corners(3, 0)],
-        "star": lambda: [corners(10, 0, (1.1, 0.45))],
+        "ring": lambda: [[*(outer := corners(24, 0)), outer[0], *reversed(inner := corners(24, 0, (0.5,))), inner[-1]]],
+        "square": lambda: [bar(0.9, 0.9)],
+        "triangle": lambda: [corners(3, math.pi, (1.1,))],
+        "star": lambda: [corners(10, 0, (1.15, 0.45))],
         "cross": lambda: [bar(0.3, 1), bar(1, 0.3)],
     }
     return draw[shape.name]()

@@ -129,10 +129,9 @@ def test_the_text_model_stays_bit_for_bit(values, base_run, rows, tmp_path):
         assert model(tokens).logits.equal(text(tokens).logits)
         assert load_model(tmp_path / "run").model(tokens).logits.equal(text(tokens).logits)
     assert type(load_model(tmp_path / "run").model) is MoEGPT
-    said = list[str]()
-    again = set_up_run(
-        config_of(values, rows), tmp_path / "more", CPU, init_from=str(tmp_path / "run"), say=said.append
-    )
+    said, more = list[str](), config_of(values, rows)
+    started = {"init_from": str(tmp_path / "run"), "say": said.append, "stage": stage_of(more)}
+    again = set_up_run(more, tmp_path / "more", CPU, **started)
     assert again.state.model.embedding.weight.equal(before["embedding.weight"])
     assert any("stays behind" in text for text in said)
     for name, tensor in run.state.model.state_dict().items():
