@@ -6,8 +6,6 @@ kept while it is among the latest, so the next turn of a conversation does not e
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import re
 import threading
@@ -27,12 +25,11 @@ from moe_gpt.post_training.chat import TURN_END, TURN_START, Message
 from moe_gpt.post_training.conversations import checked_messages
 from moe_gpt.post_training.pictured import render_pictured
 from moe_gpt.vision.pictured_text import MARKER, PicturedText, plain, spell
-from moe_gpt.vision.pictures import MAX_PIXELS, open_picture
+from moe_gpt.vision.pictures import MAX_PIXELS, open_picture, read_data_url
 from moe_gpt.vision.seeing import SeeingModel
 from moe_gpt.vision.shown import ShownPictures, encode
 
 _KEPT = 64
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.DOTALL)
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -85,7 +82,7 @@ class Eyes:
         if isinstance(source, Opened):
             return source
         if isinstance(source, str) and source.startswith("data:"):
-            source = bytes_of(source)
+            source = read_data_url(source)
         if isinstance(source, str) and _ELSEWHERE.match(source):
             raise InputError(f"a picture must be a path or a data URL, got {shown(source)}, which is not fetched")
         if not isinstance(source, str | Path | bytes):
@@ -236,15 +233,6 @@ def _without_pictures(message: Any, parts: Sequence[_Part]) -> Any:
     if not parts:
         return message
     return {**message, "content": [part for part in message["content"] if not _is_picture(part)]}
-
-
-def bytes_of(url: str) -> bytes:
-    """Return what a data URL holds; raise ``InputError`` where it is no picture in base64."""
-    found = _DATA_URL.fullmatch(url)
-    try:
-        return base64.b64decode("".join(found[1].split()) if found else "?", validate=True)
-    except (binascii.Error, ValueError):
-        raise InputError(f"it must be data:image/TYPE;base64, and base64 after it, got {shown(url[:60])}") from None
 
 
 def pieces_of(text: str, pictures: Sequence[Opened]) -> list[str | Opened]:

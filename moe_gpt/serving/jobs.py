@@ -12,11 +12,12 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
 from moe_gpt.inference.request import Request
 from moe_gpt.inference.text import TextStream
-from moe_gpt.post_training.eyes import Eyes, Looked, Opened, Source, bytes_of
+from moe_gpt.post_training.eyes import Eyes, Looked, Opened, Source
 from moe_gpt.serving.chat import ChatTemplate
 from moe_gpt.serving.live import Live
 from moe_gpt.serving.protocol import AnyBody, ChatBody, CompletionBody, Refused, parse
 from moe_gpt.serving.replies import Replies
+from moe_gpt.vision.pictures import read_data_url
 
 
 @dataclasses.dataclass
@@ -141,7 +142,7 @@ def _look(service: Service, body: ChatBody) -> Looked:
         if not str(url).startswith("data:"):
             text = "it must be data:image/TYPE;base64, and base64 after it; no address is fetched and no file is read"
             raise InputError(f"{text}, got {shown(str(url)[:60])}")
-        return eyes.open(bytes_of(str(url)), service.max_pixels)
+        return eyes.open(read_data_url(str(url)), service.max_pixels)
 
     text = eyes.spell_conversation(eyes.take_pictures(given, open_one))
     return Looked(text.ids, eyes.shown(text))

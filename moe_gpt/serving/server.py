@@ -33,7 +33,6 @@ from moe_gpt.serving.replies import Choice
 
 _log = logging.getLogger(__name__)
 _LONG_BODY = 16_384
-_PICTURE = b"image_url"  # however short, it may have many pixels
 _BODY_SECONDS = 30
 _HUNG_UP = 499  # nobody reads it
 PAGE = Path(__file__).with_name("page.html")
@@ -163,7 +162,7 @@ class _Stream(StreamingResponse):
 async def _prepare(make_job: Callable[[Service, bytes], Job], service: Service, data: bytes) -> Job:
     # what takes long is read beside the event loop, which others wait for; for short texts that would take longer
     try:
-        if len(data) > _LONG_BODY or _PICTURE in data:
+        if len(data) > _LONG_BODY or service.eyes is not None:  # a short body may hold many pixels
             return await asyncio.to_thread(make_job, service, data)
         return make_job(service, data)
     except Refused:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +19,14 @@ from jaxtyping import UInt8
 from PIL import ImageOps
 from torch import Tensor
 
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """What is read. Others, such as EPS, would start another program."""
 MAX_PIXELS = 50_000_000
 _MOST_SCANS, _SCAN = 100, b"\xff\xda"
 """Of a progressive JPEG, which has about ten; and the mark of one."""
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.DOTALL)
 _GROUND = (255, 255, 255)
 _BAD = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
 """What Pillow raises for bytes that are no picture, or half of one."""
@@ -62,6 +66,15 @@ def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> t
     """
     with _opened(source, max_pixels) as image:
         return _remarks(image)
+
+
+def read_data_url(url: str) -> bytes:
+    """Return what a data URL holds, whose base64 may be in lines; raise ``InputError`` for one of no picture."""
+    found = _DATA_URL.fullmatch(url)
+    try:
+        return base64.b64decode("".join(found[1].split()) if found else "?", validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"it must be data:image/TYPE;base64, and base64 after it, got {shown(url[:60])}") from None
 
 
 @contextlib.contextmanager
