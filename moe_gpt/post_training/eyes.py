@@ -161,7 +161,7 @@ class Eyes:
 
         Args:
             messages: of OpenAI's form; the content of a user's message may be a list of parts of type text, image_url
-                (``{"image_url": {"url": ...}}``) and image (``{"image": ...}``).
+                (``{"image_url": {"url": ...}}``) and image (``{"image": ...}``, or url or path as in rows of files).
             open_one: opens a picture; ``open`` by default.
 
         Raises:
@@ -220,7 +220,7 @@ def _part(part: Any, key: str) -> _Part:
     if not _is_picture(part):
         return _Part(f"{key}.text", part.get("text") if isinstance(part, dict) else part, True)
     name = part["type"]
-    value = part.get(name)
+    value = next((part[each] for each in (name, "url", "path") if part.get(each) is not None), None)
     if isinstance(value, dict) and name == "image_url":
         value, name = value.get("url"), "image_url.url"
     if value is None:

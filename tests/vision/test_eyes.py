@@ -86,7 +86,7 @@ def test_an_answer_depends_on_the_picture_and_text_alone_does_not(tokenizer, pic
     text = LanguageModel(tiny_text_model(tokenizer.vocab_size), tokenizer, Path("runs/text"))
     assert loaded.generate("<image>fox", **kept) == text.generate("<image>fox", **kept)
     urls = [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "image_url", "image_url": picture}]
-    parts = [*urls, {"type": "image", "image": picture}]
+    parts = [*urls, {"type": "image", "image": picture}, {"type": "image", "path": picture}]
     asked = [[{"role": "user", "content": [part, {"type": "text", "text": "fox"}]}] for part in parts]
     answers = {loaded.chat(messages, max_new_tokens=12) for messages in asked}
     assert len(answers) == 1
