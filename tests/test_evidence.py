@@ -19,19 +19,43 @@ STUDIES = sorted((DOCS / "evidence").glob("*.json"))
 
 def rows_of(study: dict[str, Any]) -> Iterator[str]:
     """Yield the rows that the page must have."""
-    for cells in (*comparisons_of(study), *arms_of(study), *speeds_of(study), *spreads_of(study)):
+    tables = (comparisons_of, documents_of, arms_of, law_of, speeds_of, spreads_of)
+    for cells in (cells for table in tables for cells in table(study)):
         yield f"| {' | '.join([study['study'], *cells])} |"
 
 
 def comparisons_of(study: dict[str, Any]) -> Iterator[list[str]]:
     """Yield the cells of each comparison."""
     for entry in study["comparisons"]:
-        low, high = entry["interval"]
         measure = "" if entry["measure"] == "ce_loss" else f" {entry['measure']}"
         seeds = " v ".join(map(str, entry["seeds"]))
-        interval = f"{low:.4f} to {high:.4f}"
-        source = entry["source"] + measure
-        yield [entry["name"], source, f"{entry['difference']:.4f}", interval, seeds, entry["verdict"]]
+        found = [figure(entry["difference"]), span(entry["interval"])]
+        yield [entry["name"], entry["source"] + measure, *found, seeds, entry["verdict"]]
+
+
+def documents_of(study: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of each difference over held-out documents."""
+    for entry in study.get("documents") or ():
+        found = [figure(entry["difference"]), span(entry["interval"])]
+        yield [entry["name"], entry["source"], *found, str(entry["documents"])]
+
+
+def law_of(study: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield what was predicted, when, and what became of it."""
+    if law := study["law"]:
+        yield ["predicted", figure(law["loss"]), span(law["interval"]), law["predicted_at"]]
+        yield ["by a power law without floor", figure(law["power_law"]), "-", law["predicted_at"]]
+        yield ["found", figure(law["found"]), "-", law["started_at"]]
+
+
+def figure(value: float | None) -> str:
+    """Return a loss with four digits, and something large, such as steps, without any."""
+    return "-" if value is None else f"{value:.{4 if abs(value) < 100 else 0}f}"
+
+
+def span(interval: list[float] | None) -> str:
+    """Return an interval, which one run does not have."""
+    return "-" if interval is None else " to ".join(map(figure, interval))
 
 
 def arms_of(study: dict[str, Any]) -> Iterator[list[str]]:
@@ -79,9 +103,12 @@ def test_figures_of_the_page_are_those_of_the_study(path):
 def test_slopes_of_the_page_are_those_of_the_coordinate_check():
     """Each with standard parametrisation and with muP."""
     found = json.loads((DOCS / "evidence" / "coordinates" / "mup.json").read_text(encoding="utf-8"))
-    rows = [f"| mup | {name} | {slope:.2f} | {found['mup'][name]:.2f} |" for name, slope in found["standard"].items()]
+    rows = [
+        f"| mup coordinates | {name} | {slope:.2f} | {found['mup'][name]:.2f} |"
+        for name, slope in found["standard"].items()
+    ]
     lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("| mup |")] == rows
+    assert [line for line in lines if line.startswith("| mup coordinates |")] == rows
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -50,6 +50,7 @@ FAMILIES = {
         "predict": "Predict the held-out run from the finished ladder.",
         "coordinates": "Measure how activations grow with the width, with and without muP.",
         "speeds": "Measure how fast arms train, in turns.",
+        "documents": "Measure differences over held-out documents, drawn again.",
     },
     "bench": {
         "train": "Compare the time of whole optimizer steps with other libraries, in turns.",

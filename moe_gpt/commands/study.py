@@ -218,3 +218,19 @@ def speeds(config: str, *arms: str, out: Path | None = None, rounds: Whole = 20)
         low, high = found["interval"]
         micros = 1e6 * found["cpu_seconds_per_token"]
         print(f"{arm}: {micros:.1f} µs of CPU a token, speed {found['speed']:.3f} ({low:.3f} to {high:.3f})")
+
+
+def documents(config: str, *, out: Path | None = None) -> None:
+    """Measure the differences of a study's arms over held-out documents, drawn again; the tables then have it.
+
+    Args:
+        config: A study's YAML file, or the name of one that comes with moe_gpt.
+        out: Folder of the runs and tables.
+    """
+    study = _load(config, out)
+    from moe_gpt.studies.documents import write_documents
+
+    for entry in write_documents(study):
+        low_high = entry["interval"]
+        interval = "none, fewer than 5" if low_high is None else f"{low_high[0]:+.4f} to {low_high[1]:+.4f}"
+        print(f"{entry['name']}, {entry['source']}: {entry['difference']:+.4f} (interval over documents: {interval})")

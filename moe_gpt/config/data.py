@@ -15,6 +15,7 @@ Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$", title="letters, digits, 
 NonEmpty = Annotated[str, Field(min_length=1, title="text of at least one character")]
 VocabularySize = Annotated[Count, Field(ge=257, le=10**7, title="a whole number from 257 (bytes, end-of-text) to 10^7")]
 
+Part = Annotated[Positive, Field(le=1, title="a number above 0 and at most 1")]
 Portion = Annotated[Positive, Field(le=1e9, title="a number above 0 and at most 10^9")]
 
 PACKAGES = (
@@ -92,6 +93,8 @@ class SourceConfig(Section):
     """Treatment of bytes that are not UTF-8: strict raises an error, replace puts U+FFFD in their place."""
     deduplicate: Flag = False
     """Skip documents whose exact text has already occurred in this source."""
+    part: Part = 1.0
+    """Share of the documents to read, chosen by a hash of the text; a smaller part lies within a larger one."""
     max_documents: Count | None = None
     """Read at most this many documents."""
     max_tokens: Count | None = None

@@ -21,7 +21,7 @@ from moe_gpt.config import SourceConfig
 from moe_gpt.data.builtin_corpus import iterate_builtin, source_files
 from moe_gpt.data.compressed import UnreadableFileError, first_undecodable, is_compressed
 from moe_gpt.data.disguises import format_of
-from moe_gpt.data.document import Document
+from moe_gpt.data.document import Document, is_in_part
 from moe_gpt.data.folders import check_folder, saved_split
 from moe_gpt.data.local_files import Row, read_rows
 from moe_gpt.data.package_corpus import iterate_packages, package_files, versions_of
@@ -38,7 +38,7 @@ class ReadingProgress:
 
 
 def iterate_documents(source: SourceConfig, progress: ReadingProgress | None = None) -> Iterator[Document]:
-    """Yield at most ``max_documents`` documents of a source that have at least ``min_chars``.
+    """Yield at most ``max_documents`` documents of a source that have ``min_chars`` and are in its ``part``.
 
     ``deduplicate`` yields each text once and keeps 16 bytes of digest for every document.
 
@@ -51,10 +51,15 @@ def iterate_documents(source: SourceConfig, progress: ReadingProgress | None = N
     """
     progress = progress or ReadingProgress()
     documents = _all_documents(source, progress)
-    documents = (document for document in documents if len(document.text) >= source.min_chars)
+    documents = (document for document in documents if is_wanted(document, source))
     if source.deduplicate:
         documents = _without_repeats(documents)
     yield from _counted(documents, source.max_documents, progress) if source.max_documents else documents
+
+
+def is_wanted(document: Document, source: SourceConfig) -> bool:
+    """Whether a document has the source's ``min_chars`` and is in its ``part``."""
+    return len(document.text) >= source.min_chars and is_in_part(document, source.part)
 
 
 def _counted(documents: Iterator[Document], limit: int, progress: ReadingProgress) -> Iterator[Document]:
@@ -83,7 +88,7 @@ def _without_repeats(documents: Iterator[Document]) -> Iterator[Document]:
 
 _ORIGIN = (
     "builtin", "files", "format", "dataset", "subset", "split", "revision", "text_field", "template", "errors",
-    "min_chars", "deduplicate", "max_documents", "max_tokens",
+    "min_chars", "part", "deduplicate", "max_documents", "max_tokens",
 )  # fmt: skip
 
 

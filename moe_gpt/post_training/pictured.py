@@ -145,10 +145,10 @@ class _Images:
         require(not _ELSEWHERE.match(source), text)
         return str(self._folder / source)
 
-    def require_places(self, n_places: int, where: str) -> None:
+    def require_places(self, n_places: int, what: str) -> None:
         """Raise ``Unfit`` unless there are as many places for the listed pictures as there are of them."""
-        text = f"{where} has {n_places} {MARKER}, and images has {len(self.all)}; there must be one for each picture"
-        require(n_places == len(self.all), f"{text}, or none at all")
+        n = len(self.all)
+        require(n_places == n, f"{what}, and images has {n}; there must be one for each picture")
 
 
 def _bytes_of(url: str, key: str) -> bytes:
@@ -173,7 +173,8 @@ def _prompt_and_text(row: Mapping[str, Any], images: _Images, tokenizer: Tokeniz
     require(answer.strip(), "text must be an answer, got an empty text: no answer to learn from")
     if MARKER not in prompt:
         prompt = MARKER * len(images.all) + prompt
-    images.require_places(prompt.count(MARKER), "prompt")
+    n_markers = prompt.count(MARKER)
+    images.require_places(n_markers, f"prompt has {n_markers} {MARKER}")
     return _asked([(_split(prompt, images.all), answer)], tokenizer)
 
 
@@ -181,37 +182,27 @@ def _conversation(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer)
     require(tokenizer.special_id(TURN_START), "messages need a model with a chat template; fine-tune it first (sft)")
     turns = row["messages"]
     require(isinstance(turns, list), f"messages must be a list of turns, got {shown(turns)}")
-    pieces = _placed([_pieces(turn, f"messages.{index}", images) for index, turn in enumerate(turns)], images)
+    found = [_pieces(turn, f"messages.{index}", images) for index, turn in enumerate(turns)]
+    n_places = sum(piece is None for parts in found for piece in parts)
+    images.require_places(n_places, f"messages have {n_places} parts for listed pictures")
+    left = iter(images.all)
+    pieces = [[next(left) if piece is None else piece for piece in parts] for parts in found]
     checked = checked_conversation({"messages": [_text_alone(*pair) for pair in zip(turns, pieces, strict=True)]})
     messages: list[Message] = [
-        {**message, "content": parts} if any(not isinstance(part, str) for part in parts) else message
-        for message, parts in zip(checked, pieces, strict=True)
+        {**message, "content": parts} if parts else message for message, parts in zip(checked, pieces, strict=True)
     ]
     return render_pictured(messages, tokenizer)
 
 
-def _placed(turns: list[list[Any]], images: _Images) -> list[list[Any]]:
-    """Return the pieces of turns with the listed pictures at their places; without any, before the first user turn."""
-    n_places = sum(piece is None for pieces in turns for piece in pieces)
-    first = next((pieces for pieces in turns if pieces), None)
-    if first is not None and not n_places:
-        first[:0] = [None] * len(images.all)
-        n_places = len(images.all)
-    images.require_places(n_places, "messages")
-    left = iter(images.all)
-    return [[next(left) if piece is None else piece for piece in pieces] for pieces in turns]
-
-
 def _pieces(turn: Any, key: str, images: _Images) -> list[Any]:
-    """Return the texts and pictures of a user's turn, None for a listed picture; nothing for turns of others."""
-    content, is_user = (turn.get("content"), turn.get("role") == "user") if isinstance(turn, dict) else (None, False)
-    if isinstance(content, list):
-        found = [_part(part, f"{key}.content.{index}", images) for index, part in enumerate(content)]
-        require(is_user or all(isinstance(part, str) for part in found), f"{key}: only a user's turn may have pictures")
-        return found if is_user else []
-    if not is_user or not isinstance(content, str):
+    """Return the texts and pictures of a turn that has parts, None for a listed picture; nothing for other turns."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(content, list):
         return []
-    return _split(content, [None] * content.count(MARKER)) if images.all else [content]
+    found = [_part(part, f"{key}.content.{index}", images) for index, part in enumerate(content)]
+    are_texts = all(isinstance(part, str) for part in found)
+    require(are_texts or turn.get("role") == "user", f"{key}: only a user's turn may have pictures")
+    return [] if are_texts else found
 
 
 def _part(part: Any, key: str, images: _Images) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def _builtin(run: Run) -> list[str]:
 def _score(run: Run, model: Any, questions: Sequence[_Question], usual: Mapping[Any, Any]) -> PictureScore:
     rows = [question.row for question in questions]
     right, shuffled = (_right(run, model, rows, shift) for shift in (0, 1))
-    blind = share([usual.get(_question(row)) == tuple(row.text.ids[row.start :]) for row in rows]).score
+    blind = share([usual.get(tuple(row.question)) == tuple(row.answer) for row in rows]).score
     chances = [question.by_chance for question in questions if question.by_chance is not None]
     by_chance = statistics.fmean(chances) if chances else None
     return PictureScore(*share(right), share(shuffled).score if shuffled else None, blind, by_chance)
@@ -113,7 +114,7 @@ def _right(run: Run, model: Any, rows: Sequence[Row], shift: int) -> list[bool]:
     found, tokenizer = list[bool](), run.data.tokenizer
     for part in (part for part in _parts(rows) if shift < len(part)):
         answers = answer(model, part, tokenizer, run.precision, shift)
-        found += [a == expected(row, tokenizer) for a, row in zip(answers, part, strict=True)]
+        found += map(operator.eq, answers, [tokenizer.decode(row.answer) for row in part])
     return found
 
 
@@ -125,23 +126,22 @@ def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield from (part[first : first + _AT_ONCE] for first in range(0, len(part), _AT_ONCE))
 
 
-def _question(row: Row) -> tuple[int, ...]:
-    """Return the prompt after the last picture."""
-    return tuple(row.text.ids[row.text.places[-1] : row.start])
-
-
 def _usual_answers(rows: Iterable[Row]) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Return the most frequent answer to each question."""
     answers: defaultdict[tuple[int, ...], Counter[tuple[int, ...]]] = defaultdict(Counter)
     for row in rows:
-        answers[_question(row)][tuple(row.text.ids[row.start :])] += 1
+        answers[tuple(row.question)][tuple(row.answer)] += 1
     return {question: found.most_common(1)[0][0] for question, found in answers.items()}
 
 
 def picture_answers(run: Run, model: MoEGPT, n: int) -> list[dict[str, Any]]:
     """Return at most ``n`` questions of different tasks with the right answers and the model's, as texts."""
     return [
-        {"prompt": prompt_of(row, run.data.tokenizer), "expected": expected(row, run.data.tokenizer), "answer": said}
+        {
+            "prompt": prompt_of(row, run.data.tokenizer),
+            "expected": run.data.tokenizer.decode(row.answer),
+            "answer": said,
+        }
         for row, said in _answered(run, model, n)
     ]
 
@@ -173,7 +173,7 @@ def write_looks(run: Run, model: MoEGPT) -> None:
 
 def _looks(model: Any, row: Row, ids: list[int], tokenizer: Tokenizer) -> tuple[list[str], np.ndarray | None]:
     """Return the words of an answer, and how much each looks at each part of the last picture (words, side, side)."""
-    whole = row._replace(text=row.text._replace(ids=row.text.ids[: row.start] + ids))
+    whole = row._replace(text=row.text._replace(ids=row.prompt + ids))
     with evaluating(model):
         seen = seen_by([whole], model, len(whole.text.ids))
         weights = model.weights(torch.tensor([whole.text.ids], device=seen.sees.device), seen)[0]
@@ -182,12 +182,16 @@ def _looks(model: Any, row: Row, ids: list[int], tokenizer: Tokenizer) -> tuple[
     weights = weights[:, weights.shape[1] - side**2 :]  # CLIP and others have a row for the whole picture first
     if side < 2 or model.settings.resampled_rows:
         return [], None
-    texts, starts = [tokenizer.decode([token]) for token in ids], list[int]()
-    for at, text in enumerate(texts):
-        starts += [at] * (not starts or text.startswith(" "))
-    spans = list(itertools.pairwise([*starts, len(ids)]))
-    means = [weights[a:b].mean(0).reshape(side, side).numpy() for a, b in spans]
-    return ["".join(texts[a:b]) for a, b in spans], np.stack(means) if means else np.zeros((0, side, side), np.float32)
+    spans = _spans_of_words([tokenizer.decode([token]) for token in ids])
+    means = [weights[first:end].mean(0).reshape(side, side).numpy() for first, end in spans]
+    words = [tokenizer.decode(ids[first:end]) for first, end in spans]
+    return words, np.stack(means) if means else np.zeros((0, side, side), np.float32)
+
+
+def _spans_of_words(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return where words begin and end, which begin with a blank."""
+    starts = [at for at, text in enumerate(texts) if not at or text.startswith(" ")]
+    return list(itertools.pairwise([*starts, len(texts)]))
 
 
 def prompt_of(row: Row, tokenizer: Tokenizer) -> str:
@@ -221,10 +225,10 @@ def answer(
         shift: by how many rows the pictures are moved on.
     """
     device = model.embedding.weight.device
-    tokens, valid = (part.to(device) for part in left_padded([row.text.ids[: row.start] for row in rows]))
+    tokens, valid = (part.to(device) for part in left_padded([row.prompt for row in rows]))
     seen = seen_by([_moved(row, tokens.shape[1] - row.start) for row in rows], model, tokens.shape[1], shift)
-    ends = torch.tensor([row.text.ids[_end(row)] for row in rows], device=device)[:, None]
-    longest = max(len(row.text.ids) - row.start for row in rows) + _MORE
+    ends = torch.tensor([row.text.ids[row.end] for row in rows], device=device)[:, None]
+    longest = max(len(row.answer) for row in rows) + _MORE
     found = _decode(model, tokens, valid, seen, ends, longest, precision).tolist()
     return [tokenizer.decode([token for token in row if token >= 0]) for row in found]
 
@@ -248,13 +252,3 @@ def _decode(
 def _moved(row: Row, n: int) -> Row:
     """Return a row with padding before it."""
     return row._replace(text=row.text._replace(places=[n + place for place in row.text.places]))
-
-
-def _end(row: Row) -> int:
-    """Return the place of the token that ends a row's last answer."""
-    return len(row.text.is_answer) - 1 - row.text.is_answer[::-1].index(True)
-
-
-def expected(row: Row, tokenizer: Tokenizer) -> str:
-    """Return the right answer of a row."""
-    return tokenizer.decode(row.text.ids[row.start : _end(row)])

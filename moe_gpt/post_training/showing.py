@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moe_gpt.config import RunConfig, SourceConfig
 from moe_gpt.config.vision import PictureSourceConfig, SeeConfig
@@ -131,8 +132,7 @@ def _of_files(
     lengths, places = [len(row.text.ids) for row in found.rows], [row.place for row in found.rows]
     kept, n_left_out = fitting(found.rows, lengths, places, limit)
     notes = [f"{n:,} pictures: {remark}" for remark, n in found.remarks.items()]
-    if n_left_out:
-        notes.append(f"rows of files{left_out(n_left_out)}")
+    notes += [f"rows of files{left_out(n_left_out)}"] * (n_left_out > 0)
     return *split_items(kept, lambda row: _identity(row.text.pictures[0])), notes
 
 
@@ -147,12 +147,10 @@ class Batch(NamedTuple):
 
 def batch_of(rows: Sequence[Row], model: SeeingModel) -> Batch:
     """Return rows as tensors on the model's device, with the features of their pictures."""
-    device, length = model.embedding.weight.device, max(len(row.text.ids) for row in rows)
-    tokens, is_learnt = (
-        torch.tensor([[*part, *[0] * (length - len(part))] for part in parts], device=device)
-        for parts in ([row.text.ids for row in rows], [row.text.is_answer for row in rows])
-    )
-    return Batch(tokens, is_learnt.bool(), seen_by(rows, model, length))
+    device = model.embedding.weight.device
+    tokens = pad_sequence([torch.tensor(row.text.ids) for row in rows], batch_first=True)
+    is_learnt = pad_sequence([torch.tensor(row.text.is_answer) for row in rows], batch_first=True)
+    return Batch(tokens.to(device), is_learnt.to(device), seen_by(rows, model, tokens.shape[1]))
 
 
 def seen_by(rows: Sequence[Row], model: SeeingModel, length: int, shift: int = 0) -> Seen:

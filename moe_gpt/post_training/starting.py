@@ -53,7 +53,7 @@ def settle(config: RunConfig, start: Start, say: Say, grows: bool = False) -> tu
     known = start.vocab_size
     if start.saved:
         saved = read_config(start.saved)
-        config = _completed(config, saved.model, saved.data)
+        config = completed(config, saved.model, saved.data)
     elif start.initial is None:
         raise InputError("fine-tuning needs --init-from: a run, a checkpoint or a Hugging Face folder to start with")
     else:
@@ -62,7 +62,7 @@ def settle(config: RunConfig, start: Start, say: Say, grows: bool = False) -> tu
         is_known = initial.data or config.data.sources != DataConfig().sources
         text = initial.data or DataConfig(validation_fraction=config.data.validation_fraction if is_known else 0.0)
         text = dataclasses.replace(text, tokenizer=initial.tokenizer_config)
-        config = _completed(config, initial.model, text)
+        config = completed(config, initial.model, text)
     _check_adapters(config, start.vocab_size != known, say)
     longest, row_tokens = config.model.max_seq_len, max(stage.seq_len for stage in config.schedule.stages)
     if row_tokens > longest:
@@ -82,7 +82,8 @@ def _check_adapters(config: RunConfig, grown: bool, say: Say) -> None:
         )
 
 
-def _completed(config: RunConfig, model: ModelConfig, data: DataConfig) -> RunConfig:
+def completed(config: RunConfig, model: ModelConfig, data: DataConfig) -> RunConfig:
+    """Return the config of a stage with a model and data where it leaves the defaults."""
     return dataclasses.replace(
         config, model=_with_defaults(config.model, model), data=_with_defaults(config.data, data)
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_gpt.config import SourceConfig
-from moe_gpt.data.corpus import expand_files, iterate_documents, may_be_cut, texts_of_dataset, texts_of_file
+from moe_gpt.data.corpus import expand_files, is_wanted, iterate_documents, may_be_cut, texts_of_dataset, texts_of_file
 from moe_gpt.data.document import Document
 
 
@@ -45,7 +45,7 @@ def _spans(cuts: list[int], size: int) -> Iterator[tuple[int, int] | None]:
 
 
 def read_part(source: SourceConfig, pieces: list[list[Piece]], task: int) -> Iterator[Document]:
-    """Yield the documents of one task that have at least ``min_chars``.
+    """Yield the documents of one task that have ``min_chars`` and are in the source's ``part``.
 
     ``deduplicate``, ``max_documents`` and ``max_tokens`` are for the whole source, so the merge applies them. The
     built-in corpus is small, and the first task reads all of it.
@@ -55,8 +55,9 @@ def read_part(source: SourceConfig, pieces: list[list[Piece]], task: int) -> Ite
         yield from iterate_documents(whole) if task == 0 else ()
         return
     for text in _texts(source, pieces, task):
-        if len(text) >= source.min_chars:
-            yield Document(text, text)
+        document = Document(text, text)
+        if is_wanted(document, source):
+            yield document
 
 
 def _texts(source: SourceConfig, pieces: list[list[Piece]], task: int) -> Iterator[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe_gpt.studies import statistics
-from moe_gpt.studies.plan import EACH, MEAN, ComparisonConfig
+from moe_gpt.studies.plan import EACH, MEAN, SPENT, ComparisonConfig, Moment
 from moe_gpt.studies.results import Row
 
 _P = 0.05
@@ -30,6 +32,46 @@ def scores_of(rows: Sequence[Row], at_tokens: int | None = None) -> pd.DataFrame
     return pd.concat([frame, means.assign(source=MEAN)], ignore_index=True)
 
 
+def spent_at(rows: Sequence[Row], loss: float) -> pd.DataFrame:
+    """Return what runs had spent where a source's loss fell to ``loss``, with the columns of ``scores_of``.
+
+    The place is interpolated between two evaluations. An arm with a run that does not reach the loss has no values.
+    """
+    found = [
+        (row.run.arm, row.run.seed, source, measure, value)
+        for row in rows
+        if row.counts
+        for source, tokens in _reached(row, loss).items()
+        for measure, value in _spent(row, tokens).items()
+    ]
+    frame = pd.DataFrame(found, columns=["arm", "seed", "source", "measure", "value"])
+    fail = frame[frame.value.isna()]
+    is_left_out = pd.MultiIndex.from_frame(frame[["arm", "source"]]).isin(list(zip(fail.arm, fail.source, strict=True)))
+    return frame[~is_left_out]
+
+
+def _reached(row: Row, loss: float) -> dict[str, float]:
+    """Return the tokens after which each source's loss, and the mean of them, falls to ``loss``; nan for never."""
+    assert row.records, "the row counts"
+    lines = row.records.records.evaluations
+    tokens = [float(line["tokens_seen"]) for line in lines]
+    curves = pd.DataFrame([row.losses_of(line) for line in lines], dtype=float)
+    curves[MEAN] = curves.mean(axis="columns")
+    return {str(source): _crossing(tokens, curves[source].cummin().to_numpy(), loss) for source in curves}
+
+
+def _crossing(tokens: Sequence[float], lowest: np.ndarray, loss: float) -> float:
+    return float(np.interp(-loss, -lowest, tokens)) if lowest[-1] <= loss else math.nan
+
+
+def _spent(row: Row, tokens: float) -> dict[str, float]:
+    """Return what a run had spent after so many tokens, interpolated between steps, where that is known."""
+    assert row.records, "the row counts"
+    seen = np.concatenate([[0.0], row.records.steps["tokens_seen"]])
+    sums = row.records.sums | {"tokens": seen[1:], "steps": np.arange(1.0, len(seen))}
+    return {name: float(np.interp(tokens, seen, [0.0, *sums[name]])) for name in SPENT if name in sums}
+
+
 def values_of(scores: pd.DataFrame, measure: str, source: str) -> dict[str, list[float]]:
     """Return the values of each arm, one of each run."""
     found = scores[(scores.measure == measure) & (scores.source == source)]
@@ -49,16 +91,16 @@ def _spread(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def compare_arms(
-    comparisons: Sequence[ComparisonConfig], scores: Mapping[int | None, pd.DataFrame], stale: Collection[str] = ()
+    comparisons: Sequence[ComparisonConfig], scores: Mapping[Moment, pd.DataFrame], stale: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Return the comparisons as values of table.json.
 
     Args:
         comparisons: as the study states them.
-        scores: of ``scores_of``, by the comparisons' ``at_tokens``.
+        scores: of ``scores_of`` or ``spent_at``, by the comparisons' moments.
         stale: names of stale runs.
     """
-    pairs = [(each, scores[each.at_tokens]) for each in comparisons]
+    pairs = [(each, scores[each.moment]) for each in comparisons]
     found = [_compared(each, source, frame) for each, frame in pairs for source in _sources(each, frame)]
     corrected = _corrected([entry[_deciding(entry)] for entry in found])
     for entry, p in zip(found, corrected, strict=True):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, Field
 
 from moe_gpt.config import RunConfig
-from moe_gpt.config.section import Count, Positive, Problem, Section, Seed, unless
+from moe_gpt.config.section import Count, Positive, Problem, Section, Seed, one_of, unless
 from moe_gpt.config.yaml import CONFIGS, find_config, load_run_config, parse_yaml, to_plain
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.measure.flops import stage_tokens, training_flops
@@ -23,6 +23,8 @@ from moe_gpt.studies.law import LEAST_SIZES
 
 EACH, MEAN = "all", "mean"
 """Of sources: a comparison for each of them, and one of their mean."""
+SPENT = ("tokens", "flops", "cpu_seconds", "steps")
+"""What a run has spent, in tokens, FLOPs, seconds and optimizer steps."""
 Seeds = tuple[Seed, ...]
 
 
@@ -53,6 +55,13 @@ class ArmConfig(Section):
     """Arm whose finished run of the same seed gives the weights at the start."""
 
 
+class Moment(NamedTuple):
+    """When runs are compared: at their end, after so many tokens, or where their loss is so low."""
+
+    tokens: int | None = None
+    loss: float | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonConfig(Section):
     """A claim about two arms: the difference is the second one's mean minus the first one's."""
@@ -68,16 +77,26 @@ class ComparisonConfig(Section):
     published: Published | None = None
     """What others found."""
     measure: str = "ce_loss"
-    """A key of evaluations: ce_loss, bits_per_byte, max_violation."""
+    """A key of evaluations: ce_loss, bits_per_byte, max_violation; with at_loss tokens, flops, cpu_seconds or steps."""
     source: str = EACH
     """all (a comparison for each source), mean (of the sources), or one of them."""
+    at_loss: Positive | None = None
+    """Compare what the arms have spent where the source's ce_loss first falls to this, between two evaluations."""
     at_tokens: Count | None = None
     """Compare the last evaluations up to so many tokens, instead of those at the end."""
+
+    @property
+    def moment(self) -> Moment:
+        """When the arms are compared."""
+        return Moment(self.at_tokens, self.at_loss)
 
     def problems(self) -> Iterator[Problem]:
         """Yield claims that cannot be tested."""
         text = "margin is required with claim=equivalent: the largest difference that does not matter, such as 0.02"
         yield from unless(self.claim != "equivalent" or self.margin is not None, text, "margin", "claim")
+        text = f"measure must be {', '.join(SPENT)} with at_loss and something else without it, got {self.measure}"
+        yield from unless((self.measure in SPENT) == bool(self.at_loss), text, "measure", "at_loss")
+        yield from one_of(self, "at_loss", "at_tokens")
         text = f"arms must be two different arms, got {self.arms[0]} twice"
         yield from unless(self.arms[0] != self.arms[1], text, "arms")
 
@@ -224,6 +243,11 @@ class Study(NamedTuple):
     def speeds(self) -> Path:
         """The file of the arms' speeds."""
         return self.out / "speeds.json"
+
+    @property
+    def documents(self) -> Path:
+        """The file of the differences over held-out documents."""
+        return self.out / "documents.json"
 
 
 def load_study(name: str | Path, out: Path | None = None) -> Study:

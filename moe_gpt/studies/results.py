@@ -18,6 +18,7 @@ from moe_gpt.config import RunConfig
 from moe_gpt.errors import InputError
 from moe_gpt.files.json_lines import read_json_lines
 from moe_gpt.measure.metric_names import VALIDATION
+from moe_gpt.post_training.starting import completed
 from moe_gpt.report.comparison.runs import ComparedRun
 from moe_gpt.report.run_records import is_training, read_run
 from moe_gpt.studies.plan import Planned, Study
@@ -31,6 +32,7 @@ MACHINERY = ("code", "torch", "threads")
 """What may have changed since a run whose result still answers the study's question: such a row counts, marked."""
 
 
+_LOSS = "/ce_loss"
 _UNSCORED = "its last evaluation has no finite scores"
 
 
@@ -81,6 +83,12 @@ class Row(NamedTuple):
             return self.scores
         evaluations = self.records.records.evaluations
         return _scores(evaluations[bisect.bisect(evaluations, tokens, key=_tokens_of) - 1])
+
+    @staticmethod
+    def losses_of(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
+        """Return the losses of an evaluation's line by source."""
+        found = _scores(evaluation).items()
+        return {name.removesuffix(_LOSS): value for name, value in found if name.endswith(_LOSS)}
 
     def plain(self) -> dict[str, Any]:
         """Return the row for table.json."""
@@ -213,7 +221,5 @@ def _last_start(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _other_settings(found: RunConfig, wanted: RunConfig) -> Iterator[str]:
     """Yield the settings of a run that are not those of the study; what follows from data or start may be there."""
-    of_start = "model." if wanted.stage else "no prefix"
-    for change in changed_settings(found, wanted):
-        if change.new is not None and not change.key.startswith(of_start):
-            yield change.key
+    wanted = completed(wanted, found.model, found.data) if wanted.stage else wanted
+    yield from (change.key for change in changed_settings(found, wanted) if change.new is not None)

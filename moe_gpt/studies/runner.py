@@ -36,6 +36,7 @@ class _Worker:
 
     def __init__(self, events: Events, gpu: str | None) -> None:
         self.run: Planned | None = None
+        self.gpu = gpu
         package = str(Path(moe_gpt.__file__).parents[1])
         paths = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
@@ -170,7 +171,8 @@ class Runner:
         for worker in self.workers:
             if not worker.run:
                 return worker
-        gpu = self.gpus[len(self.workers) % len(self.gpus)] if self.gpus else None
+        taken = [worker.gpu for worker in self.workers]
+        gpu = min(self.gpus, key=taken.count, default=None)  # that of a worker that died is free again
         self.workers.append(_Worker(self.events, gpu))
         return self.workers[-1]
 

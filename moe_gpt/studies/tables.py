@@ -16,8 +16,8 @@ from moe_gpt.report.comparison.runs import ComparedRun, Group
 from moe_gpt.report.pictures import Picture, Table
 from moe_gpt.report.report import make_section, write_page
 from moe_gpt.report.words import paragraphs
-from moe_gpt.studies.comparing import compare_arms, scores_of, spreads
-from moe_gpt.studies.plan import MEAN, Study
+from moe_gpt.studies.comparing import compare_arms, scores_of, spent_at, spreads
+from moe_gpt.studies.plan import MEAN, Moment, Study
 from moe_gpt.studies.prediction import told_of_law
 from moe_gpt.studies.results import Row, look, names_of, of_arms
 from moe_gpt.terminal.numbers import FLOPS, TIME, format_count
@@ -34,7 +34,7 @@ _CURVES = (
 def summarise(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
     """Return what table.json has."""
     scores, comparisons = scores_of(rows), study.config.comparisons
-    at = {each.at_tokens: scores_of(rows, each.at_tokens) for each in comparisons}
+    at = {each.moment: _scores_at(rows, each.moment) for each in comparisons}
     return {
         "study": study.name,
         "machine": "; ".join(sorted({row.machine for row in rows} - {""})),
@@ -42,8 +42,18 @@ def summarise(study: Study, rows: Sequence[Row]) -> dict[str, Any]:
         "spread": spreads(scores),
         "comparisons": compare_arms(comparisons, at, names_of(rows, "stale")),
         "law": told_of_law(study, rows),
-        "speeds": json.loads(study.speeds.read_text(encoding="utf-8")) if study.speeds.is_file() else None,
+        "speeds": _beside(study.speeds),
+        "documents": _beside(study.documents),
     }
+
+
+def _beside(path: Path) -> Any:
+    """Return what another command has written into the study's folder; None where it has not."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _scores_at(rows: Sequence[Row], moment: Moment) -> pd.DataFrame:
+    return scores_of(rows, moment.tokens) if moment.loss is None else spent_at(rows, moment.loss)
 
 
 def write_tables(study: Study, path: Path | None = None) -> tuple[list[Row], str]:

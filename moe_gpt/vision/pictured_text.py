@@ -110,8 +110,27 @@ class Row(NamedTuple):
     """What names it in messages: file and row."""
 
     @property
+    def end(self) -> int:
+        """Where the token that ends its last answer is."""
+        return len(self.text.is_answer) - 1 - self.text.is_answer[::-1].index(True)
+
+    @property
     def start(self) -> int:
-        """Where its last answer begins; what is before it is the prompt."""
-        end = len(self.text.is_answer) - self.text.is_answer[::-1].index(True)
-        asked = [at for at in range(end) if not self.text.is_answer[at]]
-        return asked[-1] + 1
+        """Where its last answer begins."""
+        before = self.text.is_answer[: self.end][::-1]
+        return self.end - before.index(False) if False in before else 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before its last answer."""
+        return self.text.ids[: self.start]
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens of its last answer, without its end."""
+        return self.text.ids[self.start : self.end]
+
+    @property
+    def question(self) -> list[int]:
+        """The tokens of the prompt from the last picture on."""
+        return self.text.ids[self.text.places[-1] : self.start]

@@ -19,6 +19,7 @@ import zstandard
 from moe_gpt.config import SourceConfig
 from moe_gpt.data import compressed
 from moe_gpt.data.corpus import ReadingProgress, describe_origin, expand_files, iterate_documents
+from moe_gpt.data.document import Document, is_held_out
 from moe_gpt.errors import InputError
 
 
@@ -434,6 +435,19 @@ def test_short_documents_and_repeats_are_passed_over():
     assert texts(files=path, min_chars=2) == ["aaaa", "aaaa", "cccc", "aaaa", "dddd"]
     assert texts(files=path, deduplicate=True) == ["aaaa", "b", "cccc", "dddd"]
     assert texts(files=path, deduplicate=True, min_chars=4, max_documents=2) == ["aaaa", "cccc"]
+
+
+def test_a_part_is_random_nested_and_says_nothing_about_the_split():
+    """About the share asked for, the same each time, a smaller one within a larger one, held out as the whole is."""
+    path = write("a.jsonl", jsonl(*({"text": f"text {i}"} for i in range(2000))))
+    half, tenth = (texts(files=path, part=part) for part in (0.5, 0.1))
+    assert 900 < len(half) < 1100
+    assert 150 < len(tenth) < 250
+    assert set(tenth) < set(half)
+    assert half == texts(files=path, part=0.5) != texts(files=path)[: len(half)]
+    assert 60 < sum(is_held_out(Document(text, text), 0.1) for text in half) < 140
+    with pytest.raises(InputError, match="part must be a number above 0 and at most 1, got 0"):
+        SourceConfig(name="mine", files="x", part=0)
 
 
 def test_json_text_stays_text():

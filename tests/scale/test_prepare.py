@@ -95,7 +95,9 @@ def test_engines(engine, n_tasks, tmp_path):
     assert stores(tmp_path / "scaled") == stores(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("limits", [{"max_documents": 17}, {"max_tokens": 700}, {"max_tokens": 300, "fim_rate": 0.5}])
+@pytest.mark.parametrize(
+    "limits", [{"max_documents": 17}, {"part": 0.3}, {"max_tokens": 700}, {"max_tokens": 300, "fim_rate": 0.5}]
+)
 def test_limits_and_rearranged_documents(limits, here, tmp_path):
     """Limits cut where one process stops, and fill-in-the-middle rearranges the same documents."""
     write_lines(tmp_path / "a.jsonl", [sentences(2, n) for n in range(60)])

@@ -10,7 +10,7 @@ import pytest
 from moe_gpt.errors import InputError
 from moe_gpt.studies import prediction, statistics
 from moe_gpt.studies.comparing import compare_arms, spreads
-from moe_gpt.studies.plan import ComparisonConfig, load_study
+from moe_gpt.studies.plan import ComparisonConfig, Moment, load_study
 from moe_gpt.studies.results import Row
 from moe_gpt.studies.tables import write_tables
 
@@ -31,7 +31,7 @@ def scores(losses: dict[str, list[float]] = LOSSES, source: str = "prose") -> pd
 
 def compared(*arms: str, found: pd.DataFrame | None = None, **keys) -> dict:
     """Return the comparison of two arms that stands alone in its table."""
-    frames = {None: scores() if found is None else found}
+    frames = {Moment(): scores() if found is None else found}
     (entry,) = compare_arms([ComparisonConfig(name="x", arms=arms, **keys)], frames)
     return entry
 
@@ -78,7 +78,7 @@ def test_p_values_are_corrected_for_the_table():
         ComparisonConfig(name="b", arms=("dense", "same"), claim="equivalent", margin=0.05),
         ComparisonConfig(name="c", arms=("dense", "one")),
     ]
-    found = compare_arms(claims, {None: scores()})
+    found = compare_arms(claims, {Moment(): scores()})
     wanted = statistics.holm([found[0]["p"], found[1]["p_equivalent"]])
     assert [entry["p_holm"] for entry in found] == [*wanted, None]
 
@@ -96,7 +96,7 @@ def test_all_sources_are_compared_one_by_one():
     """A source of its own can be asked for, too."""
     found = pd.concat([scores(), scores(source="code")])
     claims = [ComparisonConfig(name="x", arms=("dense", "lower"), source=source) for source in ("all", "code")]
-    assert [entry["source"] for entry in compare_arms(claims, {None: found})] == ["prose", "code", "code"]
+    assert [entry["source"] for entry in compare_arms(claims, {Moment(): found})] == ["prose", "code", "code"]
 
 
 @pytest.fixture

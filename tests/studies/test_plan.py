@@ -80,6 +80,10 @@ def test_shipped_studies_are_found_by_name():
             {"comparisons": [{"name": "x", "arms": ["moe", "dense"], "published": {"difference": 1}}]},
             "comparisons.0.published must be a number and its origin",
         ),
+        (
+            {"comparisons": [{"name": "x", "arms": ["moe", "dense"], "measure": "steps"}]},
+            "comparisons.0.measure must be tokens, flops, cpu_seconds, steps with at_loss and something",
+        ),
         ({"law": {"ladder": ["moe", "dense"], "held_out": "moe"}}, "law.ladder must be at least 4 different arms"),
         (
             {"arms": LADDER, "law": {"ladder": ["a", "b", "c", "d"], "held_out": "a"}},

@@ -47,6 +47,24 @@ def test_finished_runs_are_rows_with_what_they_took(write_study, out):
     assert len({row.fingerprint for row in rows}) == 4
 
 
+@pytest.mark.slow
+def test_an_arm_may_be_a_stage_after_pre_training(write_study, tmp_path):
+    """It has the model, tokenizer and text of the arm that it starts with, and other settings make it stale."""
+
+    def load(n_conversations: int) -> Study:
+        source = f"{{name: sums, builtin: calculator, max_conversations: {n_conversations}}}"
+        lines = [f"sft={{sources: [{source}], row_tokens: 256}}"]
+        lines += ["schedule={stages: [{until_tokens: 1024, seq_len: 256, batch_tokens: 512}]}"]
+        arms = {"moe": {}, "chat": {"init_from": "moe", "overrides": lines}}
+        settings = {"model": {"max_seq_len": 256}, "train": {"micro_batch_tokens": 512}}
+        file = write_study(settings, arms=arms, seeds=[0], comparisons=None)
+        return load_study(file, tmp_path / "out")
+
+    assert train_here(load(100)) == ["finished", "finished"]
+    assert [(row.state, row.cause) for row in look(load(100))] == [("finished", "")] * 2
+    assert [row.changed for row in look(load(90))] == [(), ("sft.sources.0.max_conversations",)]
+
+
 def test_arms_are_compared_before_the_end(write_study, out):
     """By the last evaluation up to so many tokens, so that a table may show where curves cross."""
     asked = [{"name": str(at), "arms": ["dense", "moe"], "at_tokens": at, "source": "code"} for at in (1, 600, 1024)]
@@ -56,6 +74,30 @@ def test_arms_are_compared_before_the_end(write_study, out):
     for place, entry in enumerate(summarise(study, look(study))["comparisons"]):
         losses = [[lines[f"{arm}-{seed}"][place]["val/code/ce_loss"] for seed in (0, 1)] for arm in ("dense", "moe")]
         assert entry["difference"] == pytest.approx((sum(losses[1]) - sum(losses[0])) / 2)
+
+
+def test_arms_are_compared_by_what_a_loss_costs(write_study, out):
+    """Where the curve between two evaluations falls to it; an arm with a run that never does has no value."""
+    runs = load_study(write_study(), out).runs
+    losses = {run.name: [e["val/code/ce_loss"] for e in read_run(run.folder).evaluations] for run in runs}
+    loss, lowest = min(values[0] for values in losses.values()), min(map(min, losses.values()))
+    asked = [
+        {"name": f"{measure} {at}", "arms": ["dense", "moe"], "at_loss": at, "measure": measure, "source": "code"}
+        for at, measure in ((loss, "tokens"), (loss, "steps"), (lowest, "steps"))
+    ]
+    study = load_study(write_study(comparisons=asked), out)
+    tokens, steps, never = summarise(study, look(study))["comparisons"]
+    places = {name: place_of(loss, values) for name, values in losses.items()}
+    expected = (places["moe-0"] + places["moe-1"] - places["dense-0"] - places["dense-1"]) / 2
+    assert tokens["difference"] == pytest.approx(512 * expected)
+    assert steps["difference"] == pytest.approx(4 * expected)
+    assert [never["verdict"], never["difference"], sorted(never["seeds"])[0]] == ["open", None, 0]
+
+
+def place_of(loss: float, curve: list[float]) -> float:
+    """Return where a falling curve passes a loss, in evaluations."""
+    place = next(place for place, value in enumerate(curve[1:]) if value <= loss)
+    return place + (curve[place] - loss) / (curve[place] - curve[place + 1])
 
 
 def test_nothing_changes_the_second_time(write_study, out):

@@ -39,6 +39,8 @@ def with_workers(monkeypatch, tmp_path):
                 task = json.loads(line)
                 with open({str(log)!r}, "a") as file:
                     print(Path(task["folder"]).name, file=file)
+                with open({str(log)!r} + ".gpus", "a") as file:
+                    print(os.environ.get("CUDA_VISIBLE_DEVICES", "none"), file=file)
                 {SAYS[does]}
             """)
         )
@@ -90,6 +92,18 @@ def test_run_gets_another_try(write_study, tmp_path, with_workers, does):
     assert sorted(started()) == ["moe-0", "moe-0", "moe-1", "moe-1"]
     assert sorted(ended) == ["moe-0", "moe-1"]
     assert {*runner.states.values()} == {"finished"}
+
+
+@pytest.mark.parametrize("does", ["finished", "dies once"])
+def test_each_gpu_gets_one_run(write_study, tmp_path, with_workers, monkeypatch, does):
+    """Of those that the process may use, by their own names; the GPU of a worker that died is used again."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(runner_module.torch.cuda, "device_count", lambda: 2)
+    with_workers(does)
+    runner, _ = train(load_study(write_study(arms={"moe": {}}, comparisons=None), tmp_path / "out"))
+    gpus = (tmp_path / "log.gpus").read_text().split()
+    assert {*runner.states.values()} == {"finished"}
+    assert sorted(gpus) == (["3", "5"] if does == "finished" else ["3", "3", "5", "5"])
 
 
 def test_run_whose_process_dies_twice_has_failed(write_study, tmp_path, with_workers):

@@ -18,6 +18,7 @@ from moe_gpt.post_training.pictured import read_pictured, render_pictured
 from moe_gpt.vision.examples import training_example
 from moe_gpt.vision.pictured_text import Row
 
+PARTS = [{"type": "image", "image": "red.png"}, {"type": "text", "text": "What?"}]
 ROW = {"images": ["red.png"], "prompt": "<image>What?", "text": " red"}
 
 
@@ -109,14 +110,14 @@ def data_url(path: Path) -> str:
 
 
 def test_conversations_have_pictures_in_every_usual_form(folder, chatting):
-    """OpenAI's image_url, parts with a path, parts and markers that take the listed pictures in turn, none of these."""
+    """OpenAI's image_url, parts with a path, parts that take the listed pictures in turn."""
     url, ask = data_url(folder / "red.png"), {"type": "text", "text": "What?"}
     contents = [
         [{"type": "image_url", "image_url": {"url": url}}, ask],
         [{"type": "image_url", "image_url": "red.png"}, ask],
         *([{"type": "image", key: "red.png"}, ask] for key in ("image", "url", "path")),
     ]
-    listed = [[{"type": "image"}, ask], "<image>What?", "What?", [ask]]
+    listed = [[{"type": "image"}, ask]]
     says = [{"role": "assistant", "content": " red "}]
     rows = [{"messages": [{"role": "user", "content": content}, *says]} for content in contents]
     rows += [{"messages": [{"role": "user", "content": x}, *says], "images": ["red.png"]} for x in listed]
@@ -137,8 +138,7 @@ def test_for_a_model_that_chats_prompt_and_text_are_turns(folder, chatting):
         folder,
         chatting,
         ROW,
-        {"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "red"}]}
-        | {"images": ["red.png"]},
+        {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "red"}]},
     )
     assert first.text[:3] == second.text[:3]
     asked = render_pictured([{"role": "user", "content": [object(), "What?"]}], chatting, add_generation_prompt=True)
@@ -174,7 +174,7 @@ BAD = {
     "part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}, SAYS]}, "messages.0.content.0 must be"),
     "places": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, SAYS]},
-        "messages has 1 <image>, and images has 0",
+        "messages have 1 parts for listed pictures, and images has 0",
     ),
     "no turns": ({"messages": "a", "images": ["red.png"]}, "messages must be a list of turns, got 'a'"),
 }  # fmt: skip
