@@ -98,7 +98,7 @@ def test_many_clients_get_their_own_pictures(url):
     """At once, with equal prompts, what each gets alone, log-probabilities included."""
     scored = {"n": 2, "logprobs": True, "top_logprobs": 3}
     bodies = [
-        {"messages": asking(*[part(png(k)) for k in seeds], "look"), "seed": 3, "max_tokens": 20} | scored
+        {"messages": asking(*[part(png(k)) for k in seeds], "look"), "seed": 3, "max_tokens": 10} | scored
         for seeds in ([], [1], [2], [1, 2], [2, 1], [1], [])
     ]
 
