@@ -20,7 +20,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.files.durable import replace_file
 from moe_gpt.model.cache import KVCache
 from moe_gpt.model.transformer import MoEGPT, evaluating
-from moe_gpt.ops.device import Precision, autocast
+from moe_gpt.ops.device import Precision, autocast, small_products
 from moe_gpt.post_training.chat import plain_text
 from moe_gpt.post_training.pictured import row_of
 from moe_gpt.post_training.rollout import left_padded
@@ -70,7 +70,7 @@ def score_pictures(run: Run, model: MoEGPT) -> dict[str, PictureScore]:
     if not _is_open(model):
         return {}
     usual = _usual_answers(_known_rows(run))
-    with evaluating(model):
+    with evaluating(model), small_products(run.device):
         return {task: _score(run, model, questions, usual) for task, questions in _questions(run).items()}
 
 

@@ -25,7 +25,7 @@ from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.model.losses import LossTerms
 from moe_gpt.model.transformer import MoEGPT
-from moe_gpt.ops.device import autocast
+from moe_gpt.ops.device import autocast, small_products
 from moe_gpt.post_training.fitting import Limit, fitting, left_out
 from moe_gpt.post_training.pictured import read_pictured, row_of
 from moe_gpt.post_training.seeing import ENCODER, digest_of_encoder
@@ -191,9 +191,10 @@ def take_step(run: Run, plan: StepPlan, should_record: bool) -> StepResult:
 def _learn(run: Run, rows: Sequence[Row], n_learnt: int) -> Tensor:
     """Add the gradients of some rows; return their part of the mean loss on the step's answers."""
     model: Any = run.state.model
-    with autocast(run.device, run.precision):
-        loss = answer_loss(model, batch_of(rows, model)) / n_learnt
-    loss.backward()
+    with small_products(run.device):
+        with autocast(run.device, run.precision):
+            loss = answer_loss(model, batch_of(rows, model)) / n_learnt
+        loss.backward()
     return loss.detach()
 
 

@@ -38,15 +38,29 @@ class SmallEncoder(nn.Module):
                 for n_in, n_out, stride in zip(channels[:-1], channels[1:], strides, strict=True)
             )
         )
-        self.block = nn.TransformerEncoderLayer(
-            width, _HEADS, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True
-        )
+        self.block = _Block(width)
         self.register_buffer("positions", _positions(size // 8, width), persistent=False)
 
     def forward(self, pictures: UInt8[Tensor, "P 3 size size"]) -> Float[Tensor, "P S Dv"]:
         """Return (size / 8)² rows for each picture, by lines from the upper left."""
         grid = self.convolutions(pictures.float() / 127.5 - 1)
         return self.block(grid.flatten(2).transpose(1, 2) + self.positions)
+
+
+class _Block(nn.Module):
+    """A transformer block. Asked for its weights, torch's attention does not take its fused form, slow on CPUs here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, _HEADS, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Float[Tensor, "P S Dv"]) -> Float[Tensor, "P S Dv"]:
+        """Return the rows after attention among them, and a feed-forward network."""
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, normed, normed, need_weights=True)[0]
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 def _positions(side: int, width: int) -> Float[Tensor, "S Dv"]:

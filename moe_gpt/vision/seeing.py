@@ -94,7 +94,7 @@ class SeeingModel(MoEGPT):
                 stack.callback(look.remove)
             with self.looking(seen):
                 self.hidden_states(tokens)
-        return torch.stack(found).mean(0)
+        return torch.stack(found).mean((0, 2))
 
     def looking(self, seen: Seen | None) -> AbstractContextManager[None]:
         """Let the model see within the block, whatever of it is called; None is text alone."""
