@@ -130,3 +130,6 @@ class RunConfig(Section):
         for key, value in given.items():
             text = f"{key} and see exclude each other: the text model stays as it is; leave {key} out"
             yield from unless(not (self.see and value), text, key, "see")
+        lengths = {stage.seq_len for stage in self.schedule.stages}
+        text = f"schedule.stages must have one seq_len in the stage see, whose rows are all visited, got {lengths}"
+        yield from unless(not self.see or len(lengths) == 1, text, "schedule.stages", "see")

@@ -10,8 +10,8 @@ from moe_gpt.config.section import Count, Flag, Positive, Problem, Section, one_
 
 BASELINES = ("shuffled", "blind", "random_object")
 """In the scores of this stage: shares of answers that are right without seeing (docs/see-and-hear.md)."""
-_PIXELS, _WIDTH = 8, 16
-"""Of the small encoder: pixels of a row of features, and what its width is a multiple of."""
+_PIXELS, _WIDTH, _SIDE = 8, 16, 64
+"""Of the small encoder: pixels of a row of features, what its width is a multiple of, and the side of pictures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,9 @@ class SeeConfig(Section):
 
     sources: tuple[PictureSourceConfig, ...]
     """The pictures and their texts; each row is visited once in a pass."""
-    size: Count = 64
-    """Side in pixels of the square that each picture is fitted into, its shape kept."""
+    size: Count | None = None
+    """Side in pixels of the square that each picture is fitted into, its shape kept; null is 64, or what the processor
+    of an encoder's folder says."""
     encoder: str = "small"
     """small: four convolutions and a transformer block, which learn with the rest; or the folder of a vision model of
     transformers, such as SigLIP or CLIP, which stays as it is."""
@@ -53,10 +54,15 @@ class SeeConfig(Section):
     on_too_long: Literal["error", "drop"] = "error"
     """What happens to rows of files that are longer than seq_len: an error, or they are left out and counted."""
 
+    @property
+    def side(self) -> int:
+        """The side of pictures, in a run that is set up."""
+        return self.size or _SIDE
+
     def problems(self) -> Iterator[Problem]:
         """Yield sizes that the small encoder cannot have."""
         is_small = self.encoder == "small"
         text = f"size must be a multiple of {_PIXELS} for the small encoder, got {self.size}"
-        yield from unless(not is_small or self.size % _PIXELS == 0, text, "size")
+        yield from unless(not is_small or self.side % _PIXELS == 0, text, "size")
         text = f"width must be a multiple of {_WIDTH}, got {self.width}"
         yield from unless(not is_small or self.width % _WIDTH == 0, text, "width")

@@ -88,7 +88,7 @@ class Eyes:
         if not isinstance(source, str | Path | bytes):
             raise InputError(f"a picture must be a path, a data URL or bytes, got {type(source).__name__}")
         with self._lock:
-            picture = open_picture(source, self.model.settings.size, max_pixels)
+            picture = open_picture(source, self.model.settings.side, max_pixels)
         digest = hashlib.sha256(picture.pixels.numpy().tobytes()).hexdigest()
         return Opened(picture.pixels, digest, picture.remarks)
 

@@ -165,7 +165,7 @@ def write_looks(run: Run, model: MoEGPT) -> None:
         pieces, weights = _looks(model, row, run.data.tokenizer.encode(said), run.data.tokenizer)
         if weights is None:
             return
-        arrays[f"{number}/picture"] = row.text.pictures[-1].pixels(present(run.config.see).size).numpy()
+        arrays[f"{number}/picture"] = row.text.pictures[-1].pixels(present(run.config.see).side).numpy()
         arrays[f"{number}/weights"], words[str(number)] = weights, json.dumps(pieces)
     if arrays:
         replace_file(run.run_dir / LOOKS, save(arrays, words))

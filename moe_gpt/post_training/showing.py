@@ -35,6 +35,7 @@ from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.stage import Say, Stage, Start
 from moe_gpt.training.step import StepResult
 from moe_gpt.vision.cross_attention import Seen, last_seen
+from moe_gpt.vision.encoders import FolderEncoder
 from moe_gpt.vision.examples import DRAWING, N_TRAINING, training_example
 from moe_gpt.vision.pictured_text import PictureFile, Row, picture_mask
 from moe_gpt.vision.seeing import SeeingModel, seeing_class
@@ -92,7 +93,8 @@ def settle_seeing(config: RunConfig, start: Start, say: Say) -> tuple[RunConfig,
     """Give the config what it leaves out, and the encoder's folder its whole path, which later commands need."""
     see = present(config.see)
     if see.encoder != "small":
-        see = dataclasses.replace(see, encoder=str(Path(see.encoder).absolute()))
+        folder = str(Path(see.encoder).absolute())
+        see = dataclasses.replace(see, encoder=folder, size=see.size or FolderEncoder(folder).side)
     return settle(dataclasses.replace(config, see=see), start, say)
 
 
@@ -164,7 +166,7 @@ def seen_by(rows: Sequence[Row], model: SeeingModel, length: int, shift: int = 0
     """
     device, pictures = model.embedding.weight.device, [row.text.pictures for row in rows]
     pictures = [*pictures[shift:], *pictures[:shift]]
-    pixels = torch.stack([picture.pixels(model.settings.size) for of_row in pictures for picture in of_row])
+    pixels = torch.stack([picture.pixels(model.settings.side) for of_row in pictures for picture in of_row])
     pixels = torch.full_like(pixels, _GREY) if model.settings.blind else pixels
     sees = last_seen(picture_mask([row.text.places for row in rows], length)).to(device)
     return model.seen(model.features(pixels.to(device)), [len(of_row) for of_row in pictures], sees)

@@ -89,6 +89,12 @@ class FolderEncoder(nn.Module):
         self._held = _load(Path(folder).absolute())
         self.width = int(self._held[0].config.hidden_size)
 
+    @property
+    def side(self) -> int | None:
+        """The side of the pictures that the processor makes; None where it does not say."""
+        size = dict(getattr(self._held[1], "size", None) or {})
+        return size.get("height") or size.get("shortest_edge")
+
     @torch.no_grad()
     def forward(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "P S Dv"]:
         """Return the last hidden states of pictures of any size, which the processor brings to the model's."""

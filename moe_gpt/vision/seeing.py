@@ -40,7 +40,7 @@ class SeeingModel(MoEGPT):
         super().__init__(config, make_router)
         see = self.settings
         self.encoder: SmallEncoder | FolderEncoder = (
-            SmallEncoder(see.size, see.width) if see.encoder == "small" else FolderEncoder(see.encoder)
+            SmallEncoder(see.side, see.width) if see.encoder == "small" else FolderEncoder(see.encoder)
         )
         width = self.encoder.width
         self.resampler = Resampler(width, see.resampled_rows) if see.resampled_rows else nn.Identity()

@@ -230,6 +230,20 @@ def test_animated_pictures_are_told_once(folder, tokenizer):
     assert list(read_pictured([path], tokenizer).remarks.values()) == [3]
 
 
+@pytest.mark.slow
+def test_digits_of_the_tests_are_none_of_the_training():
+    """And the text reads them out."""
+    pytest.importorskip("sklearn")
+    from moe_gpt.vision.examples import digits, test_examples
+
+    kept = {number for example in test_examples("digits")["digits"] for number in example.pictures[0].chosen}
+    learnt = {number for k in range(500) for number in training_example("digits", k).pictures[0].chosen}
+    assert not kept & learnt
+    example = digits("a")
+    assert len(example.turns[0][1].split()) == len(example.pictures[0].chosen)
+    assert example.pictures[0].pixels(64).equal(digits("a").pictures[0].pixels(64))
+
+
 def test_examples_follow_from_their_numbers():
     """And are what they say: of 600 scenes, none has a held-out pair, and the captions name each shape."""
     from moe_gpt.vision.scenes import HELD_OUT, Scene

@@ -12,21 +12,23 @@ import transformers
 import yaml
 from PIL import Image
 from run_scripts import command, kill_after
+from safetensors import safe_open
 from safetensors.torch import load_file
 from small_runs import CPU, run_training, steps, weights_and_state, whole_run
 from tiny_models import random_tokens, tiny_model
 
-from moe_gpt.config import RunConfig
+from moe_gpt.config import OptimizerConfig, RunConfig
 from moe_gpt.config.vision import PictureSourceConfig, SeeConfig
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.post_training.seeing import load_seeing_model
-from moe_gpt.post_training.seeing_scores import answer, picture_answers, score_pictures
+from moe_gpt.post_training.seeing_scores import LOOKS, answer, picture_answers, score_pictures, write_looks
 from moe_gpt.post_training.showing import answer_loss, batch_of
 from moe_gpt.post_training.stages import stage_of, write_findings
 from moe_gpt.training.optimizer import build_optimizer
 from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
 from moe_gpt.training.setup import Run, set_up_run
+from moe_gpt.training.step import update_weights
 from moe_gpt.vision.pictured_text import PicturedText, Row
 from moe_gpt.vision.seeing import OWN, SeeingModel, seeing_class
 
@@ -136,6 +138,42 @@ def test_the_text_model_stays_bit_for_bit(values, base_run, rows, tmp_path):
     assert any("stays behind" in text for text in said)
     for name, tensor in run.state.model.state_dict().items():
         assert model.state_dict()[name].equal(tensor), name
+
+
+@dataclasses.dataclass(frozen=True)
+class Shade:
+    """A picture of a shade of red or blue."""
+
+    number: int
+
+    def pixels(self, size: int) -> torch.Tensor:
+        """Draw it."""
+        colour = (200, 30, self.number) if self.number % 2 else (self.number, 30, 200)
+        return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, size, size)
+
+
+def test_colours_are_learnt_and_new_shades_answered():
+    """By what is new alone; with the pictures changed, the answers change."""
+    kind = seeing_class(SeeConfig(sources=SCENES, size=16, width=16))
+    model = kind.from_model(tiny_model()).eval()
+
+    def row_on(number: int) -> Row:
+        ids = [1, 2, 3, 4 + number % 2]
+        return Row(PicturedText(ids, [False] * 3 + [True], [0], [Shade(number)]), "")
+
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, weight_decay=0.0))
+    for step in range(40):
+        loss = answer_loss(model, batch_of([row_on((8 * step + k) * 5 % 100) for k in range(8)], model)) / 8
+        loss.backward()
+        update_weights(model, optimizer, 1e-2, 1.0, loss.detach())
+    new = [row_on(number) for number in range(101, 117)]
+    changed = [row._replace(text=row.text._replace(pictures=[Shade(n + 1)])) for n, row in enumerate(new, 101)]
+    with torch.no_grad():
+        for rows, right in ((new, 1.0), (changed, 0.0)):
+            batch = batch_of(rows, model)
+            with model.looking(batch.seen):
+                said = model(batch.tokens).logits[:, -2].argmax(-1)
+            assert (said == batch.tokens[:, -1]).float().mean() == right
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(values, base_run, rows, tmp_path):
@@ -273,6 +311,11 @@ def test_scores_stand_beside_those_without_pictures(values, base_run, rows, tmp_
         "<image><image>What is it?",
     }
     (tmp_path / "run").mkdir()
+    write_looks(run, run.state.model)
+    with safe_open(tmp_path / "run" / LOOKS, "np") as file:
+        words, weights = json.loads(file.metadata()["0"]), file.get_tensor("0/weights")
+    assert weights.shape == (len(words), 2, 2)
+    assert weights.sum((1, 2)) == pytest.approx(1, abs=1e-5)
     written = write_findings(run, run.state.model, "after")
     assert written["after"]["held_out_rows"].keys() == {*score._fields}
 
@@ -284,9 +327,10 @@ def test_a_vision_models_folder_stays_out_of_the_checkpoint(values, base_run, ro
     vision = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
     vision.save_pretrained(tmp_path / "vit")
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    config = config_of(values, rows, encoder=str(tmp_path / "vit"), resampled_rows=3)
+    config = config_of(values, rows, encoder=str(tmp_path / "vit"), resampled_rows=3, size=None)
     run = trained(config, tmp_path / "run", base_run)
     assert not any(name.startswith("encoder") for name in weights(tmp_path / "run"))
+    assert run.config.see.size == 16  # of the processor
     model = load_seeing_model(tmp_path / "run").model
     pictures = torch.stack([Noise(1).pixels(16)])
     with torch.no_grad():
@@ -306,6 +350,10 @@ def test_what_cannot_be_is_refused_in_a_line(values, base_run, rows, tmp_path, m
         ({"adapters": {}}, "adapters and see exclude each other"),
         ({"train": {"train_only": ["embedding"]}}, "train.train_only and see exclude each other"),
         ({"see": {"sources": [{"builtin": "scenes"}], "size": 20}}, "see.size must be a multiple of 8"),
+        (
+            {"schedule": {"stages": [{"until_tokens": 640 * n, "seq_len": n, "batch_tokens": 64} for n in (32, 64)]}},
+            "schedule.stages must have one seq_len in the stage see",
+        ),
         ({"see": {"sources": [{}]}}, "see.sources.0.builtin or files: give exactly one"),
     ):
         with pytest.raises(ConfigError, match=cause):
