@@ -14,8 +14,9 @@ from moe_gpt.config.post_training import AdaptersConfig, DpoConfig, RewardConfig
 from moe_gpt.config.schedule import OptimizerConfig, ScheduleConfig
 from moe_gpt.config.section import Problem, Section, unless
 from moe_gpt.config.training import CheckpointConfig, FaultConfig, LossConfig, TrainConfig
+from moe_gpt.config.vision import SeeConfig
 
-STAGES = ("sft", "reward", "dpo", "rl")
+STAGES = ("sft", "reward", "dpo", "rl", "see")
 """The sections of the stages after pre-training; a run is at most one of them."""
 
 
@@ -51,8 +52,10 @@ class RunConfig(Section):
     """Direct preference optimisation on pairs of answers (moe-gpt finetune)."""
     rl: RlConfig | None = None
     """Reinforcement of answers that get a reward (moe-gpt finetune)."""
+    see: SeeConfig | None = None
+    """Pictures for a finished text model, which stays as it is (moe-gpt finetune)."""
     adapters: AdaptersConfig | None = None
-    """Low-rank adapters (LoRA) beside one of the four sections above."""
+    """Low-rank adapters (LoRA) beside sft, reward, dpo or rl."""
 
     @property
     def stage(self) -> str | None:
@@ -84,6 +87,7 @@ class RunConfig(Section):
         yield from self._row_problems()
         yield from self._answer_problems()
         yield from self._adapter_problems()
+        yield from self._see_problems()
 
     def _row_problems(self) -> Iterator[Problem]:
         """Yield sequences that are no rows of conversations."""
@@ -115,3 +119,17 @@ class RunConfig(Section):
         fits = self.adapters is None or self.train.train_only is None
         text = "adapters and train.train_only exclude each other; use adapters.also_train beside adapters"
         yield from unless(fits, text, "adapters", "train.train_only")
+
+    def _see_problems(self) -> Iterator[Problem]:
+        """Yield settings that would change the text model of a stage that must not, or that it cannot have."""
+        given = {
+            "adapters": self.adapters,
+            "train.train_only": self.train.train_only,
+            "train.compile": self.train.compile,
+        }
+        for key, value in given.items():
+            text = f"{key} and see exclude each other: the text model stays as it is; leave {key} out"
+            yield from unless(not (self.see and value), text, key, "see")
+        lengths = {stage.seq_len for stage in self.schedule.stages}
+        text = f"schedule.stages must have one seq_len in the stage see, whose rows are all visited, got {lengths}"
+        yield from unless(not self.see or len(lengths) == 1, text, "schedule.stages", "see")

@@ -181,17 +181,21 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
-        grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
+        grad_rows = torch.empty_like(rows)
+        grad_gate_up, grad_down = (
+            torch.empty_like(x) if any(ctx.needs_input_grad[1:3]) else None for x in (gate_up, down)
+        )
         for group in ctx.groups:
             upstream = group.split(grad)
             grad_activated = rows.new_empty(sum(group.lengths), down.shape[2])
             _multiply(upstream, group.take(down), grad_activated.split(group.lengths))
             grad_hidden, activated = _swiglu_backward(grad_activated, hidden[group.rows])
-            _multiply([x.t() for x in upstream], activated.split(group.lengths), group.take(grad_down))
             parts = grad_hidden.split(group.lengths)
-            _multiply([part.t() for part in parts], group.split(rows), group.take(grad_gate_up))
+            if grad_gate_up is not None and grad_down is not None:  # else the experts are frozen
+                _multiply([x.t() for x in upstream], activated.split(group.lengths), group.take(grad_down))
+                _multiply([part.t() for part in parts], group.split(rows), group.take(grad_gate_up))
             _multiply(parts, group.take(gate_up), group.split(grad_rows))
         return grad_rows, grad_gate_up, grad_down, None
 

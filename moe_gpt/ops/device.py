@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import psutil
@@ -106,6 +106,21 @@ def _use_fast_float32() -> None:
     capabilities = get_capabilities()
     if capabilities.get("avx512_f") and not capabilities.get("amx_tile") and not _is_intel(capabilities):
         torch.set_float32_matmul_precision("medium")
+
+
+@contextlib.contextmanager
+def small_products(device: torch.device) -> Iterator[None]:
+    """Take the kernels of small products within the block, on a CPU.
+
+    oneDNN's, which ``tune_process`` may select, prepare each new shape: of few rows that takes longer than the product.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _is_intel(capabilities: Mapping[str, Any]) -> bool:

@@ -53,7 +53,7 @@ class Prompt(NamedTuple):
     """File and row."""
 
 
-class _Unfit(Exception):  # noqa: N818 (its reader adds file and row)
+class Unfit(Exception):  # noqa: N818 (its reader adds file and row)
     """A row that cannot be used, and why."""
 
 
@@ -67,9 +67,9 @@ def read_conversations(paths: Sequence[Path]) -> Found:
         InputError: naming file and row of the first one that cannot be used; or a file without rows.
     """
     found, forms = [], Counter[str]()
-    for place, row in _rows(paths, dict):
+    for place, row in read_rows(paths, dict):
         form = next((form for form in _FORMS if form in row), "messages")
-        found.append((place, _of_row(place, _conversation, row)))
+        found.append((place, _of_row(place, checked_conversation, row)))
         forms[_FORMS[form]] += 1
     return Found([messages for _, messages in found], [place for place, _ in found], forms)
 
@@ -83,7 +83,7 @@ def read_dataset(rows: Iterable[Mapping[str, Any]], name: str) -> Found:
     places, conversations = list[str](), list[list[Message]]()
     for number, row in enumerate(rows, 1):
         places.append(f"dataset {name} row {number}")
-        conversations.append(_of_row(places[-1], _conversation, row))
+        conversations.append(_of_row(places[-1], checked_conversation, row))
     if not conversations:
         raise InputError(f"dataset {name} has no rows")
     return Found(conversations, places, Counter())
@@ -100,22 +100,22 @@ def checked_messages(messages: Any) -> list[Message]:
     try:
         found = _messages(messages)
         _check_order([message["role"] for message in found])
-    except _Unfit as error:
+    except Unfit as error:
         raise InputError(str(error)) from None
     return found
 
 
 def read_pairs(paths: Sequence[Path]) -> list[Pair]:
     """Return the rows ``{"prompt": ..., "chosen": ..., "rejected": ...}`` of files: texts or lists of messages."""
-    return [pair._replace(place=place) for place, pair in _rows(paths, _pair)]
+    return [pair._replace(place=place) for place, pair in read_rows(paths, _pair)]
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
     """Return the rows ``{"prompt": ..., "answer": "..."}`` of jsonl files; the prompt is a text or messages."""
-    return [prompt._replace(place=place) for place, prompt in _rows(paths, _prompt)]
+    return [prompt._replace(place=place) for place, prompt in read_rows(paths, _prompt)]
 
 
-def _rows(paths: Sequence[Path], read: Callable[[dict[str, Any]], _Row]) -> Iterator[tuple[str, _Row]]:
+def read_rows(paths: Sequence[Path], read: Callable[[dict[str, Any]], _Row]) -> Iterator[tuple[str, _Row]]:
     """Yield the place and the contents of each row that is not blank."""
     for path in paths:
         n_rows = 0
@@ -132,7 +132,7 @@ def _rows(paths: Sequence[Path], read: Callable[[dict[str, Any]], _Row]) -> Iter
 def _of_row(place: str, read: Callable[[Any], _Row], value: Any) -> _Row:
     try:
         return read(value)
-    except _Unfit as error:
+    except Unfit as error:
         raise InputError(f"{place}: {error}") from None
 
 
@@ -140,40 +140,42 @@ def _under(key: str, read: Callable[[Any], _Row], value: Any) -> _Row:
     """Return what is read at a key, which an error then names."""
     try:
         return read(value)
-    except _Unfit as error:
-        raise _Unfit(f"{key}: {error}") from None
+    except Unfit as error:
+        raise Unfit(f"{key}: {error}") from None
 
 
-def _require(holds: object, text: str) -> None:
+def require(holds: object, text: str) -> None:
+    """Raise ``Unfit`` unless something holds."""
     if not holds:
-        raise _Unfit(text)
+        raise Unfit(text)
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise _Unfit(f"it must be UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise Unfit(f"it must be UTF-8 text: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise _Unfit(f"it must be a JSON object in one line: {error}") from None
-    _require(isinstance(row, dict), f"it must be a JSON object, got {shown(row)}")
+        raise Unfit(f"it must be a JSON object in one line: {error}") from None
+    require(isinstance(row, dict), f"it must be a JSON object, got {shown(row)}")
     return row
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, n in Counter(key for key, _ in pairs).items():
-        _require(n == 1, f"the key {key!r} is given twice in one object; keep one of them")
+        require(n == 1, f"the key {key!r} is given twice in one object; keep one of them")
     return dict(pairs)
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _Unfit(f"{name} is no JSON value")
+    raise Unfit(f"{name} is no JSON value")
 
 
-def _conversation(row: Mapping[str, Any]) -> list[Message]:
+def checked_conversation(row: Mapping[str, Any]) -> list[Message]:
+    """Return the turns of a row with messages or conversations; raise ``Unfit`` where they cannot be used."""
     messages = _messages(_turns(row), ": no answer to learn from")
     roles = [message["role"] for message in messages]
-    _require("assistant" in roles, "messages must have an assistant turn, got none: no answer to learn from")
+    require("assistant" in roles, "messages must have an assistant turn, got none: no answer to learn from")
     _check_order(roles)
     return _with_answers(messages, [f"messages.{index}" for index in range(len(messages))])
 
@@ -181,7 +183,7 @@ def _conversation(row: Mapping[str, Any]) -> list[Message]:
 def _messages(turns: Any, why: str = "") -> list[Message]:
     """Return the turns of a conversation; ``why`` ends the message where there is none."""
     text = f"messages must be a list with at least one turn, got {shown(turns)}{why}"
-    _require(isinstance(turns, (list, tuple)) and turns, text)
+    require(isinstance(turns, (list, tuple)) and turns, text)
     return [_message(turn, f"messages.{index}") for index, turn in enumerate(turns)]
 
 
@@ -194,15 +196,15 @@ def _with_answers(messages: list[Message], keys: Sequence[str]) -> list[Message]
 def _check_answer(message: Message, key: str) -> None:
     """Raise an error for an answer that would teach to end at once."""
     text = f"{key}.content must be an answer, got an empty text: no answer to learn from"
-    _require(message["role"] != "assistant" or message.get("tool_calls") or message["content"].strip(), text)
+    require(message["role"] != "assistant" or message.get("tool_calls") or message["content"].strip(), text)
 
 
 def _turns(row: Mapping[str, Any]) -> Any:
     """Return the list of turns, those of ShareGPT's form with role and content."""
     given = [form for form in _FORMS if form in row]
     keys = ", ".join(row) or "none"
-    _require(given, f"it must have messages, a list of role and content, got the keys {keys}")
-    _require(len(given) == 1, "it must have messages or conversations, got both")
+    require(given, f"it must have messages, a list of role and content, got the keys {keys}")
+    require(len(given) == 1, "it must have messages or conversations, got both")
     turns = row[given[0]]
     is_list_of_sharegpt = given[0] == "conversations" and isinstance(turns, list)
     return [_renamed(turn) for turn in turns] if is_list_of_sharegpt else turns
@@ -218,34 +220,34 @@ def _renamed(turn: Any) -> Any:
 
 def _message(turn: Any, key: str) -> Message:
     """Return a turn with role, content and perhaps tool calls."""
-    _require(isinstance(turn, dict), f"{key} must be an object with role and content, got {shown(turn)}")
+    require(isinstance(turn, dict), f"{key} must be an object with role and content, got {shown(turn)}")
     role, calls = turn.get("role"), turn.get("tool_calls")
-    _require(role in ROLES, f"{key}.role must be one of {', '.join(ROLES)}, got {shown(role)}")
+    require(role in ROLES, f"{key}.role must be one of {', '.join(ROLES)}, got {shown(role)}")
     for name in _UNREAD:
-        _require(turn.get(name) is None, f"{key}.{name} is not read here, got {shown(turn.get(name))}; leave it out")
+        require(turn.get(name) is None, f"{key}.{name} is not read here, got {shown(turn.get(name))}; leave it out")
     if calls:
         return _message_with_calls(turn, calls, key)
-    return {"role": role, "content": _text(turn.get("content"), f"{key}.content")}
+    return {"role": role, "content": checked_text(turn.get("content"), f"{key}.content")}
 
 
 def _message_with_calls(turn: dict[str, Any], calls: Any, key: str) -> Message:
     role = turn["role"]
-    _require(role == "assistant", f"{key}.tool_calls is for the assistant, got them from {role}")
-    _require(isinstance(calls, list), f"{key}.tool_calls must be a list, got {shown(calls)}")
-    content = _text(turn.get("content") or "", f"{key}.content")
+    require(role == "assistant", f"{key}.tool_calls is for the assistant, got them from {role}")
+    require(isinstance(calls, list), f"{key}.tool_calls must be a list, got {shown(calls)}")
+    content = checked_text(turn.get("content") or "", f"{key}.content")
     read = [_call(call, f"{key}.tool_calls.{index}.function") for index, call in enumerate(calls)]
     return {"role": role, "content": content, "tool_calls": read}
 
 
-def _text(content: Any, key: str) -> str:
+def checked_text(content: Any, key: str) -> str:
     """Return a content that is text, or a list of text parts, which are joined without anything between them."""
     if isinstance(content, list):
         return "".join(_part(part, f"{key}.{index}") for index, part in enumerate(content))
-    _require(isinstance(content, str), f"{key} must be text, got {_shown(content)}")
+    require(isinstance(content, str), f"{key} must be text, got {_shown(content)}")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:
-        raise _Unfit(f"{key} must be valid Unicode, got half of a surrogate pair") from None
+        raise Unfit(f"{key} must be valid Unicode, got half of a surrogate pair") from None
     return content
 
 
@@ -255,43 +257,43 @@ def _shown(value: Any) -> str:
 
 def _part(part: Any, key: str) -> str:
     text = f'{key} must be a text part, {{"type": "text", "text": ...}}, got {shown(part)}'
-    _require(isinstance(part, dict) and part.get("type") == "text", text)
-    return _text(part.get("text"), f"{key}.text")
+    require(isinstance(part, dict) and part.get("type") == "text", text)
+    return checked_text(part.get("text"), f"{key}.text")
 
 
 def _call(call: Any, key: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     text = f"{key} must be an object with name and arguments, got {shown(function)}"
-    _require(isinstance(function, dict), text)
+    require(isinstance(function, dict), text)
     name, arguments = function.get("name"), function.get("arguments")  # type: ignore[union-attr]
-    _require(isinstance(name, str), text)
+    require(isinstance(name, str), text)
     if isinstance(arguments, str):  # as OpenAI has them
         arguments = _under(f"{key}.arguments", _parsed, arguments.encode("utf-8", "surrogatepass"))
-    _require(isinstance(arguments, dict), f"{key}.arguments must be a JSON object, got {shown(arguments)}")
-    _text(json.dumps([name, arguments], ensure_ascii=False), key)
+    require(isinstance(arguments, dict), f"{key}.arguments must be a JSON object, got {shown(arguments)}")
+    checked_text(json.dumps([name, arguments], ensure_ascii=False), key)
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _check_order(roles: Sequence[str]) -> None:
     """Raise an error for a system turn that is not the first one, and for an answer to nothing."""
     for index, role in enumerate(roles[1:], 1):
-        _require(role != "system", f"messages.{index} must not be a system turn; one may be the first turn")
+        require(role != "system", f"messages.{index} must not be a system turn; one may be the first turn")
     first = [*roles, "system"][roles[0] == "system"]
     text = f"messages must begin with a user turn, perhaps after a system turn, got the role {first}"
-    _require(first == "user", text)
+    require(first == "user", text)
 
 
 def _pair(row: Mapping[str, Any]) -> Pair:
     prompt = _asked(row)
     chosen, rejected = (_answered(row, key, prompt) for key in ("chosen", "rejected"))
-    _require(chosen != rejected, "chosen and rejected must differ, got the same answer twice")
+    require(chosen != rejected, "chosen and rejected must differ, got the same answer twice")
     return Pair(prompt, chosen, rejected)
 
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:
-    answer = _text(row.get("answer"), "answer")
+    answer = checked_text(row.get("answer"), "answer")
     if not answer.strip():
-        raise _Unfit("answer must be a text that is not blank, or an empty reply would be the right one")
+        raise Unfit("answer must be a text that is not blank, or an empty reply would be the right one")
     return Prompt(_asked(row), answer)
 
 
@@ -300,7 +302,7 @@ def _asked(row: Mapping[str, Any]) -> list[Message]:
     prompt = _spoken(row, "prompt", "user")
     roles = [message["role"] for message in prompt]
     _check_order(roles)
-    _require(roles[-1] != "assistant", "prompt must end with a turn that waits for an answer, got an assistant turn")
+    require(roles[-1] != "assistant", "prompt must end with a turn that waits for an answer, got an assistant turn")
     return prompt
 
 
@@ -316,16 +318,16 @@ def _answered(row: Mapping[str, Any], key: str, prompt: Sequence[Message]) -> li
 def _check_answering(key: str, roles: Sequence[str]) -> None:
     """Raise an error for turns that are no answer."""
     is_answer = roles[:1] == ["assistant"] and set(roles) <= {"assistant", "tool"}
-    _require(is_answer, f"{key} must be assistant turns after the prompt, got {', '.join(roles) or 'none'}")
+    require(is_answer, f"{key} must be assistant turns after the prompt, got {', '.join(roles) or 'none'}")
 
 
 def _spoken(row: Mapping[str, Any], key: str, role: str) -> list[Message]:
     """Return the messages of a key, which has a text of this role, or a list of messages."""
-    _require(key in row, f"{key} is missing; the row has {', '.join(row)}")
+    require(key in row, f"{key} is missing; the row has {', '.join(row)}")
     value = row[key]
     if isinstance(value, list) and value:
         keys = [f"{key}.{index}" for index in range(len(value))]
     else:
-        _require(isinstance(value, str), f"{key} must be a text or a list of messages, got {_shown(value)}")
+        require(isinstance(value, str), f"{key} must be a text or a list of messages, got {_shown(value)}")
         value, keys = [{"role": role, "content": value}], [key]
     return _with_answers(list(map(_message, value, keys)), keys)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_gpt.config import ConversationSourceConfig
+from moe_gpt.config.vision import BASELINES
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.files.durable import replace_file
 from moe_gpt.inference.engine import Engine
@@ -238,14 +239,25 @@ def _plain(found: Any) -> Any:
     """Return what JSON can hold."""
     if isinstance(found, Mapping):
         return {name: _plain(part) for name, part in found.items()}
-    return found._asdict() if isinstance(found, Score) else found
+    return found._asdict() if hasattr(found, "_asdict") else found
 
 
 def format_scores(values: Mapping[str, Any]) -> str:
     """Return the scores before and after a stage as a table for people."""
     before, after = values.get("before", {}), values.get("after", {})
+    if values.get("stage") == "see":
+        return _format_seen(after)
     rows = [(task, str(after[task]["n"]), *(_shown(task, part) for part in (before, after))) for task in after]
     return format_table(("task", "n", "before", "after"), rows)
+
+
+def _format_seen(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the scores of a model that sees beside what is right without seeing."""
+    rows = list[tuple[str, ...]]()
+    for task, score in scores.items():
+        shares = ["-" if score[name] is None else f"{score[name]:.1%}" for name in BASELINES]
+        rows.append((task, str(score["n"]), _shown(task, scores), *shares))
+    return format_table(("task", "n", "score", *(name.replace("_", " ") for name in BASELINES)), rows)
 
 
 def _shown(task: str, scores: Mapping[str, Mapping[str, float]]) -> str:

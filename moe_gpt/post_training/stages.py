@@ -5,7 +5,7 @@ Scores, answers and experts are of the same held-out prompts before and after th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,35 @@ from moe_gpt.post_training.preferring import DPO, REWARD, pair_answers, pair_row
 from moe_gpt.post_training.reinforcing import RL, line_answers, line_rows, score_lines
 from moe_gpt.post_training.rollout import left_padded
 from moe_gpt.post_training.scores import (
-    Score,
     conversation_answers,
     conversation_rows,
     score_conversations,
     what_is_not_scored,
     write_scores,
 )
+from moe_gpt.post_training.seeing_scores import picture_answers, picture_rows, score_pictures, write_looks
 from moe_gpt.post_training.sft import SFT
+from moe_gpt.post_training.showing import SEE
 from moe_gpt.training.adapters import merged
 from moe_gpt.training.setup import Run
 from moe_gpt.training.stage import PRETRAINING, Stage
 
-_STAGES = {None: PRETRAINING, "sft": SFT, "reward": REWARD, "dpo": DPO, "rl": RL}
-_SCORES = {"sft": score_conversations, "reward": score_pairs, "dpo": score_pairs, "rl": score_lines}
-_ANSWERS = {"sft": conversation_answers, "reward": pair_answers, "dpo": pair_answers, "rl": line_answers}
-_ROWS = {"sft": conversation_rows, "reward": pair_rows, "dpo": pair_rows, "rl": line_rows}
+_STAGES = {None: PRETRAINING, "sft": SFT, "reward": REWARD, "dpo": DPO, "rl": RL, "see": SEE}
+_SCORES: dict[str, Callable[[Run, MoEGPT], Mapping[str, Any]]] = {
+    "sft": score_conversations,
+    "reward": score_pairs,
+    "dpo": score_pairs,
+    "rl": score_lines,
+    "see": score_pictures,
+}
+_ANSWERS = {
+    "sft": conversation_answers,
+    "reward": pair_answers,
+    "dpo": pair_answers,
+    "rl": line_answers,
+    "see": picture_answers,
+}
+_ROWS = {"sft": conversation_rows, "reward": pair_rows, "dpo": pair_rows, "rl": line_rows, "see": picture_rows}
 _N_ANSWERS, _N_ROWS = 8, 64
 """Prompts whose answers are kept, and rows whose experts are."""
 
@@ -46,7 +59,7 @@ def stage_of(config: RunConfig) -> Stage:
     return _STAGES[config.stage]
 
 
-def examine(run: Run, model: MoEGPT) -> dict[str, Score]:
+def examine(run: Run, model: MoEGPT) -> Mapping[str, Any]:
     """Return the scores of a run's model in the tasks of its stage; none for pre-training."""
     return _SCORES[run.config.stage](run, model) if run.config.stage else {}
 
@@ -73,6 +86,8 @@ def write_findings(run: Run, model: MoEGPT, time: str, **more: Any) -> dict[str,
     """Write what a run's model scores, answers and routes ``before`` or ``after`` its stage; return all scores."""
     model = merged(model)
     write_routing(run, model, time)
+    if run.config.see:
+        write_looks(run, model)
     found = {time: examine(run, model), f"answers_{time}": answers_to_fixed_prompts(run, model)}
     return write_scores(run.run_dir, run.config.stage, {**found, **more})
 

@@ -106,7 +106,12 @@ def _spread_over(values: Sequence[Any], limit: int) -> list[Any]:
 def _sections_of(run: RunRecords) -> Iterator[Section]:
     """Yield the sections of one run, as words.yaml describes them."""
     has = {None: True, "dense": run.is_dense, "experts": run.shows_experts, "config": bool(run.config)}
-    has |= {"tuned": run.stage is not None, "text": run.stage != "reward", "rl": run.stage == "rl"}
+    has |= {
+        "tuned": run.stage is not None,
+        "text": run.stage != "reward",
+        "rl": run.stage == "rl",
+        "sees": run.stage == "see",
+    }
     has |= {"pairs": run.stage in ("reward", "dpo"), "tuned_experts": run.stage is not None and not run.is_dense}
     has |= {"records": run.records_steps, "sampled": not run.stage or bool(run.section("train").get("sample_tokens"))}
     for name, told in words()["sections"].items():

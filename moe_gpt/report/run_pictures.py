@@ -28,7 +28,7 @@ _MOST_ROWS = 40
 
 def draw_losses(run: RunRecords) -> Picture:
     """Draw the training loss, raw and smoothed, and each source's validation loss."""
-    is_of_tokens = run.stage in (None, "sft")  # else the loss of a step is another quantity
+    is_of_tokens = run.stage in (None, "sft", "see")  # else the loss of a step is another quantity
     training, scores = run.step_values("ce_loss" if is_of_tokens else ""), run.all_scores()
     need(training.is_there or scores, "neither a training step nor an evaluation is recorded")
     window = max(1, len(training.values) // 60)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_gpt.config.vision import BASELINES
 from moe_gpt.report import pictures
 from moe_gpt.report.missing import need
 from moe_gpt.report.pictures import Panel, Picture, Table
@@ -41,6 +42,7 @@ def tables_of_scores(runs: Sequence[RunRecords]) -> list[Table]:
     tables = [
         _table("Exact match by task and turn", ("task", "turn", "n", "before", "after"), "score", runs, _exact),
         _table("Scores before and after", ("n", "before", "after"), "score", runs, _scores),
+        _table("Scores, and what is right without seeing", ("n", "score", *BASELINES), "task", runs, _seeing),
         _table("Forgetting", ("before (nats per token)", "after", "rise"), "held-out text", runs, _forgetting),
     ]
     return [table for table in tables if table.rows]
@@ -66,7 +68,16 @@ def _exact(run: RunRecords) -> Rows:
 
 def _scores(run: RunRecords) -> Rows:
     """Yield the other scores."""
-    yield from ((name, cells) for name, cells in _all_scores(run) if name not in words()["turns"])
+    known = {*words()["turns"]} | ({*section_of(run.stage_scores, "after")} if run.stage == "see" else set())
+    yield from ((name, cells) for name, cells in _all_scores(run) if name not in known)
+
+
+def _seeing(run: RunRecords) -> Rows:
+    """Yield the scores of a model that sees, with its baselines."""
+    for task, score in section_of(run.stage_scores, "after").items() if run.stage == "see" else ():
+        shares = [score.get(name) for name in BASELINES]
+        cells = ["–" if share is None else f"{share:.3f}" for share in shares]
+        yield task, (score.get("n"), _with_error(score), *cells)
 
 
 def _all_scores(run: RunRecords) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -145,9 +146,10 @@ def build_optimizer(model: MoEGPT, config: OptimizerConfig) -> Optimizer:
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[str, bool, Scales], Group] = {}
+    find_scales = getattr(model, "scales_of", functools.partial(scales_of, model.config))  # of a model that sees
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            scales, method = scales_of(model.config, name), _method(name, parameter, config)
+            scales, method = find_scales(name), _method(name, parameter, config)
             decays = parameter.dim() > 1 and id(parameter) not in embeddings
             group = {"weight_decay": config.weight_decay / scales.lr * decays, "method": method, "scales": scales}
             groups.setdefault((method, decays, scales), {"params": [], **group})["params"].append(parameter)

@@ -289,6 +289,8 @@ def _say_what_differs(initial: InitialWeights, config: RunConfig, say: Callable[
             f"note: these are weights of a dense model; each of the {config.model.n_experts} experts starts as a copy "
             "of its feed-forward network; to keep the model dense, set model.n_experts=1 model.top_k=1"
         )
+    if initial.sees:
+        say("note: that model sees; this run starts with its text model, and what it learnt of pictures stays behind")
     start, end = initial.tokenizer.template()
     if start or end:
         spelled = " ".join(initial.tokenizer.spell(index) for index in (*start, *end))

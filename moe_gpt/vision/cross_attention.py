@@ -8,7 +8,8 @@ from 0. Unlike there, **a token that sees no picture skips both halves**, so its
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,17 @@ class Seen(NamedTuple):
         return ((self.sees[..., None] == self.picture[:, None]) & (self.sees[..., None] > 0))[:, None]
 
 
-def last_seen(tokens: Int[Tensor, "B T"], marker: int) -> Int[Tensor, "B T"]:
+def last_seen(is_picture: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Return the number of the last picture at or before each token, from 1; 0 before the first.
 
     Args:
-        tokens: ids; the k-th ``marker`` of a row stands for its k-th picture.
-        marker: id of ``<image>``.
+        is_picture: the k-th token of a row where it is True stands for the row's k-th picture.
     """
-    return (tokens == marker).cumsum(dim=1)
+    return is_picture.cumsum(dim=1)
+
+
+Attend = Callable[[Float[Tensor, "B H T Dh"]], Float[Tensor, "B H T Dh"]]
+"""Returns what queries take from pictures."""
 
 
 class CrossAttention(nn.Module):
@@ -76,13 +80,33 @@ class CrossAttention(nn.Module):
         keys, values = rearrange(self.kv(features), "B S (two G Dh) -> two B G S Dh", two=2, Dh=self.head_dim)
         return self.k_norm(keys), values
 
-    def forward(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T D"]:
-        """Return what the tokens take from the pictures; zero where a token sees none."""
-        queries = self.q_norm(rearrange(self.q(x), "B T (H Dh) -> B H T Dh", Dh=self.head_dim))
+    def queries(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B H T Dh"]:
+        """Return the queries of tokens."""
+        return self.q_norm(rearrange(self.q(x), "B T (H Dh) -> B H T Dh", Dh=self.head_dim))
+
+    def weights(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B H T S"]:
+        """Return how much each token looks at each row, by head; zero where a token sees none."""
+        return self._weights(self.queries(x), self.keys_and_values(seen.features)[0], seen)
+
+    def _weights(self, queries: Tensor, keys: Tensor, seen: Seen) -> Tensor:
+        shared = rearrange(queries, "B (G n) T Dh -> B G (n T) Dh", G=keys.shape[1]) @ keys.mT
+        scores = rearrange(shared, "B G (n T) S -> B (G n) T S", T=queries.shape[2]) * self.head_dim**-0.5
+        # -inf would give NaN where a token sees nothing
+        scores = scores.masked_fill(~seen.visible, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1) * (seen.sees > 0)[:, None, :, None]
+
+    def attend(self, queries: Float[Tensor, "B H T Dh"], seen: Seen) -> Float[Tensor, "B H T Dh"]:
+        """Return what queries take from the pictures of a batch; zero where a token sees none."""
         keys, values = self.keys_and_values(seen.features)
-        # torch gives a token that may see nothing zero and a finite gradient; a softmax of our own would give NaN
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
-        return self.out(rearrange(mixed, "B H T Dh -> B T (H Dh)"))
+        if queries.device.type == "cpu":  # torch's fused attention takes five times as long with this precision
+            weights = rearrange(self._weights(queries, keys, seen), "B (G n) T S -> B G (n T) S", G=keys.shape[1])
+            mixed = weights.to(values.dtype) @ values
+            return rearrange(mixed, "B G (n T) Dh -> B (G n) T Dh", T=queries.shape[2])
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
+
+    def forward(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
+        """Return what the tokens take from the pictures, by ``self.attend`` or by keys that were kept."""
+        return self.out(rearrange(attend(self.queries(x)), "B H T Dh -> B T (H Dh)"))
 
 
 class GatedCrossBlock(nn.Module):
@@ -101,9 +125,13 @@ class GatedCrossBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T D"]:
         """Return the residual stream after the pictures."""
-        new = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), seen)
-        new = new + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(new))[0]
+        new = self.after(x, functools.partial(self.attention.attend, seen=seen))
         return torch.where((seen.sees > 0)[..., None], new, x)
+
+    def after(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
+        """Return the residual stream of tokens that all see a picture."""
+        new = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), attend)
+        return new + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(new))[0]
 
 
 class CrossLayers(nn.Module):

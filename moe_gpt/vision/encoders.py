@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,22 +31,36 @@ class SmallEncoder(nn.Module):
     def __init__(self, size: int = 64, width: int = 96) -> None:
         super().__init__()
         self.size, self.width = size, width
-        channels, strides = (3, width // 4, width // 2, width, width), (1, 2, 2, 2)
+        channels, strides = (3, width // 4, width // 2, width, width), (2, 2, 2, 1)
         self.convolutions = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, padding=1), nn.GroupNorm(4, n_out), nn.GELU())
                 for n_in, n_out, stride in zip(channels[:-1], channels[1:], strides, strict=True)
             )
         )
-        self.block = nn.TransformerEncoderLayer(
-            width, _HEADS, 2 * width, 0.0, F.gelu, batch_first=True, norm_first=True
-        )
+        self.block = _Block(width)
         self.register_buffer("positions", _positions(size // 8, width), persistent=False)
 
     def forward(self, pictures: UInt8[Tensor, "P 3 size size"]) -> Float[Tensor, "P S Dv"]:
         """Return (size / 8)² rows for each picture, by lines from the upper left."""
         grid = self.convolutions(pictures.float() / 127.5 - 1)
         return self.block(grid.flatten(2).transpose(1, 2) + self.positions)
+
+
+class _Block(nn.Module):
+    """A transformer block. Asked for its weights, torch's attention does not take its fused form, slow on CPUs here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, _HEADS, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Float[Tensor, "P S Dv"]) -> Float[Tensor, "P S Dv"]:
+        """Return the rows after attention among them, and a feed-forward network."""
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, normed, normed, need_weights=True)[0]
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 def _positions(side: int, width: int) -> Float[Tensor, "S Dv"]:
@@ -60,6 +75,8 @@ def _positions(side: int, width: int) -> Float[Tensor, "S Dv"]:
 class FolderEncoder(nn.Module):
     """A vision model of transformers with its own processor, such as SigLIP, CLIP or DINOv2. It is frozen.
 
+    Its weights are no part of a model that has it: they stay in their folder, and follow the pictures to their device.
+
     Args:
         folder: of the model; where it is of pictures and text, its half for pictures is taken.
 
@@ -69,19 +86,26 @@ class FolderEncoder(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        model, self._processor = _load(Path(folder))
-        self.model = model.requires_grad_(False).eval()
-        self.width = int(self.model.config.hidden_size)
+        self._held = _load(Path(folder).absolute())
+        self.width = int(self._held[0].config.hidden_size)
+
+    @property
+    def side(self) -> int | None:
+        """The side of the pictures that the processor makes; None where it does not say."""
+        size = dict(getattr(self._held[1], "size", None) or {})
+        return size.get("height") or size.get("shortest_edge")
 
     @torch.no_grad()
     def forward(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "P S Dv"]:
         """Return the last hidden states of pictures of any size, which the processor brings to the model's."""
+        model, processor = self._held
+        model.to(pictures[0].device)
         arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
-        pixels = self._processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        place = next(self.model.parameters())
-        return self.model(pixel_values=pixels.to(place.device, place.dtype)).last_hidden_state
+        pixels = processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        return model(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state
 
 
+@functools.lru_cache(maxsize=2)
 def _load(folder: Path) -> tuple[Any, Any]:
     import transformers
 
@@ -90,7 +114,8 @@ def _load(folder: Path) -> tuple[Any, Any]:
     kind = read_json(folder, "config.json").get("model_type")
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+        with torch.device("cpu"):  # also where a model of shapes alone is made
+            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         cause = str(error).strip().partition("\n")[0]
@@ -98,7 +123,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     model = getattr(model, "vision_model", model)
     if getattr(model, "main_input_name", "") != "pixel_values":
         raise InputError(f"{folder} (model_type {kind}) is no vision model: it does not read pixels")
-    return model, processor
+    return model.requires_grad_(False).eval(), processor
 
 
 class Resampler(nn.Module):

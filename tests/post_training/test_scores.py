@@ -187,7 +187,7 @@ def test_train_and_finetune_refuse_each_others_configs(chat_yaml, small_yaml, tm
     assert "has the section sft, which moe-gpt finetune reads" in done.stderr
     done = command("finetune", small_yaml, "--init-from", chat_yaml[1], "--run-dir", tmp_path / "run")
     assert done.returncode == 2
-    assert "must have a section of a stage, such as sft, reward, dpo, rl; or use moe-gpt train" in done.stderr
+    assert "must have a section of a stage, such as sft, reward, dpo, rl, see; or use moe-gpt train" in done.stderr
 
 
 def test_an_exported_chat_run_has_its_template_its_end_and_its_padding(chat_yaml, tmp_path):
@@ -244,7 +244,7 @@ def test_the_command_talks_to_a_chat_run_and_to_no_base_run(chat_yaml, tmp_path,
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n/reset\n/what\n\nb\n/quit\nc\n"))
     talk = command("chat", tmp_path / "run", *options)
     assert (talk.returncode, talk.stdout.count("\n")) == (0, 2)
-    assert talk.stderr.splitlines()[-2:] == ["forgotten", "there are /reset and /quit, got /what"]
+    assert talk.stderr.splitlines()[-2:] == ["forgotten", "there are /reset, /image FILE and /quit, got /what"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'a b ' * 500}\nb\n"))
     talk = command("chat", tmp_path / "run", *options)
     assert (talk.returncode, talk.stdout.count("\n")) == (0, 1), "what does not fit is refused, and the talk goes on"

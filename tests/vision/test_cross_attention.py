@@ -193,7 +193,7 @@ def test_a_token_sees_the_last_picture_before_it():
     cross = opened(CrossLayers(model, FEATURES))
     tokens = random_tokens(1, 10).masked_fill_(random_tokens(1, 10) == MARKER, 0)
     tokens[0, [1, 5]] = MARKER
-    sees = last_seen(tokens, MARKER)
+    sees = last_seen(tokens == MARKER)
     assert sees.tolist() == [[0, 1, 1, 1, 1, 2, 2, 2, 2, 2]]
     seen = pictures(sees.tolist())
     other = seen._replace(features=torch.where(seen.picture[..., None] == 2, -seen.features, seen.features))

@@ -20,7 +20,7 @@ def random_pictures(n: int, height: int = 64, width: int = 64) -> torch.Tensor:
 
 
 def test_the_small_encoder_sees_what_is_where():
-    """A row a square of eight pixels; a change in a corner moves the row of that corner most; gradients reach all."""
+    """A row a square of eight pixels; a change in a corner moves the rows around it most; gradients reach all."""
     torch.manual_seed(0)
     encoder, pictures = SmallEncoder(), random_pictures(2)
     changed = pictures.clone()
@@ -28,7 +28,7 @@ def test_the_small_encoder_sees_what_is_where():
     features = encoder(pictures)
     assert features.shape == (2, 64, 96)
     moved = (encoder(changed) - features).norm(dim=2)
-    assert (moved.argmax(1) == 63).all()
+    assert moved.topk(4).indices.sort().values.tolist() == [[54, 55, 62, 63]] * 2
     features.square().sum().backward()
     assert all(parameter.grad.any() for parameter in encoder.parameters())
     assert not any(name == "positions" for name in encoder.state_dict())

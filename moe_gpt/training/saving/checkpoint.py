@@ -35,8 +35,9 @@ from moe_gpt.training.saving.manifest import CONFIG, GENERATORS, OPTIMIZER, STAT
 from moe_gpt.training.saving.shards import Piece, open_tensors, take_pieces
 from moe_gpt.training.step import TrainState
 
-_VALUE_MODEL, _SCALE = "value.", "output.std"
-"""Of names: a tensor of the value model beside a policy; the scale of a reward model's scores."""
+_BESIDE_TEXT, _SCALE = ("value.", "cross.", "encoder.", "resampler."), "output.std"
+"""Of names: tensors beside those of the text model, of PPO's value model or of what sees; the scale of a reward model's
+scores."""
 
 FORMAT_VERSION = 2
 UPCYCLED = " (dense, every expert as its feed-forward network)"
@@ -193,7 +194,7 @@ def read_weights(
     """Return a checkpoint's weights by name, after comparing their names and shapes with the config.
 
     Memory is allocated only after this comparison, so a wrong config cannot exhaust it. Of a policy with a value model
-    beside it, an ordinary model (``kind``) gets the policy.
+    beside it, and of a model that sees, an ordinary model (``kind``) gets the text model.
 
     Raises:
         InputError: naming tensors that are missing, left over or of another shape; or the file, if it is not
@@ -204,7 +205,7 @@ def read_weights(
         raise InputError(f"checkpoint {path} is of another model, with {len(reader.names)} tensors")
     own = tensors_of(shapes_only(config, make_router, kind))
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    names = [name for name in reader.names if kind is not MoEGPT or not name.startswith(_VALUE_MODEL)]
+    names = [name for name in reader.names if kind is not MoEGPT or not name.startswith(_BESIDE_TEXT)]
     if _SCALE in set(names) - own.keys():
         raise InputError(
             f"checkpoint {path} is of a reward model: it scores answers (rl.reward_model), and has no text"

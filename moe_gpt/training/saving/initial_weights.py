@@ -53,6 +53,8 @@ class InitialWeights(NamedTuple):
     """The class of their routers."""
     data: DataConfig | None = None
     """The text that they were trained on; None where nobody recorded it."""
+    sees: bool = False
+    """Whether they are the text model of one that sees, whose cross-attention and encoder stay behind."""
 
     def is_upcycled_into(self, config: ModelConfig) -> bool:
         """Whether these weights are dense and the config is not, so that every expert starts as a copy."""
@@ -112,6 +114,7 @@ def open_initial_weights(
         read=lambda: read_weights(checkpoint, config.model, make_router),
         make_router=make_router,
         data=config.data,
+        sees=config.see is not None,
     )
 
 

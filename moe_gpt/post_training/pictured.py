@@ -1,0 +1,215 @@
+"""Rows of text with pictures: from jsonl files, or made offline.
+
+A row of a file is ``{"images": [...], "prompt": "<image> ...", "text": ...}``; or a conversation whose user turns have
+parts, ``{"type": "image", "image": ...}`` or OpenAI's ``image_url`` beside text. A picture is a path, relative to the
+file, or a data URL. For a model with a chat template, prompt and text are a turn each; else the text follows the
+prompt, and end-of-text follows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_gpt.data.tokenizer import Tokenizer
+from moe_gpt.errors import InputError, shown
+from moe_gpt.post_training.chat import TURN_END, TURN_START, Message, mark, render
+from moe_gpt.post_training.conversations import Unfit, checked_conversation, checked_text, read_rows, require
+from moe_gpt.vision.examples import Example
+from moe_gpt.vision.pictured_text import MARKER, Picture, PicturedText, PictureFile, Row, plain, spell
+from moe_gpt.vision.pictures import check_picture, read_data_url
+
+_ELSEWHERE = re.compile(r"[a-z]+://", re.IGNORECASE)
+
+
+class FoundRows(NamedTuple):
+    """The rows of files."""
+
+    rows: list[Row]
+    remarks: dict[str, int]
+    """What of their pictures is not quite in the pixels, and of how many."""
+
+
+def read_pictured(paths: Sequence[Path], tokenizer: Tokenizer) -> FoundRows:
+    """Return the rows of jsonl files. Their pictures must have headers that can be read; the rest is read later.
+
+    Raises:
+        InputError: naming file, row and picture of the first that cannot be used.
+    """
+    rows, remarks = list[Row](), dict[str, int]()
+    for path in paths:
+        read = functools.partial(_row, folder=path.parent, tokenizer=tokenizer, remarks=remarks)
+        for place, text in read_rows([path], read):
+            named = [picture._replace(place=f"{place}: {picture.place}") for picture in text.pictures]
+            rows.append(Row(text._replace(pictures=named), place))
+    return FoundRows(rows, remarks)
+
+
+def row_of(example: Example, tokenizer: Tokenizer) -> Row:
+    """Return the row of an example that is made offline."""
+    left = iter(example.pictures)
+    turns = [
+        (_split(prompt, [next(left) for _ in range(prompt.count(MARKER))]), answer) for prompt, answer in example.turns
+    ]
+    return Row(_asked(turns, tokenizer), "")
+
+
+def render_pictured(
+    messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool = False
+) -> PicturedText[Any]:
+    """Return the tokens of a conversation, as ``render`` does, with pictures.
+
+    Args:
+        messages: the content of a turn may be a list of texts and pictures; what is no text is a picture.
+        tokenizer: knows the special tokens of conversations.
+        add_generation_prompt: end with the header of an answer.
+    """
+    result: PicturedText[Any] = plain([])
+    for message in messages:
+        has_pictures = isinstance(message.get("content"), list)
+        result = result.then(_turn(message, tokenizer) if has_pictures else _of_text([message], tokenizer))
+    return result.then(_of_text([], tokenizer, True)) if add_generation_prompt else result
+
+
+def _of_text(messages: Sequence[Message], tokenizer: Tokenizer, add_prompt: bool = False) -> PicturedText[Any]:
+    return PicturedText(*render(messages, tokenizer, add_prompt), [], [])
+
+
+def _turn(message: Message, tokenizer: Tokenizer) -> PicturedText[Any]:
+    """Return a turn whose content has pictures, and is no answer; blanks around the content are left out."""
+    ids = render([{"role": message["role"], "content": ""}], tokenizer).ids
+    at, pieces = ids.index(mark(TURN_END, tokenizer)), [*message["content"]]
+    if isinstance(pieces[0], str):
+        pieces[0] = pieces[0].lstrip()
+    if isinstance(pieces[-1], str):
+        pieces[-1] = pieces[-1].rstrip()
+    return plain(ids[:at]).then(spell(pieces, tokenizer)).then(plain(ids[at:]))
+
+
+def _split(prompt: str, pictures: Sequence[Picture]) -> list[str | Picture]:
+    """Return the pieces of a prompt with its pictures at the markers, of which there are as many."""
+    first, *others = prompt.split(MARKER)
+    pieces = [first, *(piece for pair in zip(pictures, others, strict=True) for piece in pair)]
+    return [piece for piece in pieces if piece != ""]
+
+
+def _asked(turns: Sequence[tuple[list[str | Picture], str]], tokenizer: Tokenizer) -> PicturedText[Picture]:
+    """Return prompts, each with its answer."""
+    if tokenizer.special_id(TURN_START) is not None:
+        roles = ("user", "assistant")
+        messages: list[Message] = [
+            {"role": role, "content": content} for turn in turns for role, content in zip(roles, turn, strict=True)
+        ]
+        return render_pictured(messages, tokenizer)
+    text: PicturedText[Picture] = plain([])
+    for pieces, answer in turns:
+        ids = [*tokenizer.encode(answer), tokenizer.end_of_text_id]
+        text = text.then(spell(pieces, tokenizer)).then(plain(ids, True))
+    return text
+
+
+class _Images:
+    """The pictures of a row.
+
+    Args:
+        row: with ``images``, perhaps.
+        folder: that of the file.
+        remarks: to which those on its pictures are added.
+    """
+
+    def __init__(self, row: Mapping[str, Any], folder: Path, remarks: dict[str, int]) -> None:
+        self._folder, self._remarks = folder, remarks
+        given = row.get("images", [])
+        require(isinstance(given, list), f"images must be a list of paths or data URLs, got {shown(given)}")
+        self.all = [self.open(image, f"images.{index}") for index, image in enumerate(given)]
+
+    def open(self, source: Any, key: str) -> PictureFile:
+        """Return a picture whose header can be read."""
+        require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
+        try:
+            where = read_data_url(source) if source.startswith("data:") else self._path_of(source, key)
+            for remark in check_picture(where):
+                self._remarks[remark] = self._remarks.get(remark, 0) + 1
+        except InputError as error:
+            raise Unfit(f"{key}: {error}") from None
+        return PictureFile(where, key)
+
+    def _path_of(self, source: str, key: str) -> str:
+        text = f"{key} must be a path or a data URL, got {shown(source)}; it is not fetched"
+        require(not _ELSEWHERE.match(source), text)
+        return str(self._folder / source)
+
+    def require_places(self, n_places: int, what: str) -> None:
+        """Raise ``Unfit`` unless there are as many places for the listed pictures as there are of them."""
+        n = len(self.all)
+        require(n_places == n, f"{what}, and images has {n}; there must be one for each picture")
+
+
+def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:
+    images = _Images(row, folder, remarks)
+    text = (_conversation if "messages" in row else _prompt_and_text)(row, images, tokenizer)
+    require(text.pictures, "it has no picture, and of text alone nothing is learnt here; leave the row out")
+    return text
+
+
+def _prompt_and_text(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
+    missing = [key for key in ("prompt", "text") if key not in row]
+    require(not missing, f"it must have images, prompt and text, or messages; {' and '.join(missing)} is missing")
+    prompt, answer = (checked_text(row[key], key) for key in ("prompt", "text"))
+    require(answer.strip(), "text must be an answer, got an empty text: no answer to learn from")
+    if MARKER not in prompt:
+        prompt = MARKER * len(images.all) + prompt
+    n_markers = prompt.count(MARKER)
+    images.require_places(n_markers, f"prompt has {n_markers} {MARKER}")
+    return _asked([(_split(prompt, images.all), answer)], tokenizer)
+
+
+def _conversation(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
+    require(tokenizer.special_id(TURN_START), "messages need a model with a chat template; fine-tune it first (sft)")
+    turns = row["messages"]
+    require(isinstance(turns, list), f"messages must be a list of turns, got {shown(turns)}")
+    found = [_pieces(turn, f"messages.{index}", images) for index, turn in enumerate(turns)]
+    n_places = sum(piece is None for parts in found for piece in parts)
+    images.require_places(n_places, f"messages have {n_places} parts for listed pictures")
+    left = iter(images.all)
+    pieces = [[next(left) if piece is None else piece for piece in parts] for parts in found]
+    checked = checked_conversation({"messages": [_text_alone(*pair) for pair in zip(turns, pieces, strict=True)]})
+    messages: list[Message] = [
+        {**message, "content": parts} if parts else message for message, parts in zip(checked, pieces, strict=True)
+    ]
+    return render_pictured(messages, tokenizer)
+
+
+def _pieces(turn: Any, key: str, images: _Images) -> list[Any]:
+    """Return the texts and pictures of a turn that has parts, None for a listed picture; nothing for other turns."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(content, list):
+        return []
+    found = [_part(part, f"{key}.content.{index}", images) for index, part in enumerate(content)]
+    are_texts = all(isinstance(part, str) for part in found)
+    require(are_texts or turn.get("role") == "user", f"{key}: only a user's turn may have pictures")
+    return [] if are_texts else found
+
+
+def _part(part: Any, key: str, images: _Images) -> Any:
+    """Return the text or the picture of a part of a turn; None for a listed picture."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image_url":
+        given = part.get("image_url")
+        return images.open(given.get("url") if isinstance(given, dict) else given, f"{key}.image_url")
+    if kind == "image":
+        source = next((part[name] for name in ("image", "url", "path") if part.get(name) is not None), None)
+        return None if source is None else images.open(source, f"{key}.image")
+    wanted = f'{key} must be {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}, got {shown(part)}'
+    require(kind == "text", wanted)
+    return checked_text(part.get("text"), f"{key}.text")
+
+
+def _text_alone(turn: Any, pieces: Sequence[Any]) -> Any:
+    """Return a turn without its pictures."""
+    if not pieces:
+        return turn
+    return {**turn, "content": "".join(piece for piece in pieces if isinstance(piece, str))}
