@@ -19,7 +19,7 @@ STUDIES = sorted((DOCS / "evidence").glob("*.json"))
 
 def rows_of(study: dict[str, Any]) -> Iterator[str]:
     """Yield the rows that the page must have."""
-    tables = (comparisons_of, documents_of, arms_of, law_of, speeds_of, spreads_of)
+    tables = (comparisons_of, documents_of, law_of, arms_of, speeds_of, spreads_of)
     for cells in (cells for table in tables for cells in table(study)):
         yield f"| {' | '.join([study['study'], *cells])} |"
 

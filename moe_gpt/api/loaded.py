@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import re
 import warnings
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from moe_gpt.config import ModelConfig, RunConfig, SourceConfig
 from moe_gpt.config.section import Count, Seed, require
@@ -20,24 +23,28 @@ from moe_gpt.errors import InputError
 from moe_gpt.files.inside import inside
 from moe_gpt.inference.generate import generate
 from moe_gpt.inference.quantised import kind_of, quantise, weight_bytes
+from moe_gpt.inference.request import Beside
 from moe_gpt.inference.sampling import SamplingConfig
 from moe_gpt.inference.speculation import Draft
 from moe_gpt.interop import hugging_face, quantised_folder
 from moe_gpt.interop.foreign_tokenizer import ANOTHER_KIND
 from moe_gpt.measure.parameters import count_parameters
 from moe_gpt.model.router import MakeRouter
-from moe_gpt.model.transformer import MoEGPT, evaluating
-from moe_gpt.ops.device import Precision, autocast, pick_device, pick_precision, tune_process
+from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.ops.device import Precision, pick_device, pick_precision, tune_process
+from moe_gpt.post_training.seeing import load_seeing
 from moe_gpt.terminal.numbers import format_value
 from moe_gpt.training.evaluation import Score
-from moe_gpt.training.saving.saved_model import load_model
+from moe_gpt.training.saving.saved_model import load_saved, open_checkpoint
 from moe_gpt.training.score_text import score_documents
+from moe_gpt.vision.seeing import SeeingModel
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
     from moe_gpt.post_training.chat import Message
+    from moe_gpt.post_training.eyes import Eyes, Looked, Source
     from moe_gpt.post_training.tools import Tool
 
 
@@ -81,6 +88,7 @@ class LanguageModel:
         prompt: str,
         max_new_tokens: int = 200,
         *,
+        images: Sequence[Source] = (),
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -97,6 +105,7 @@ class LanguageModel:
         Args:
             prompt: the text to continue; see ``bos`` for a token before it.
             max_new_tokens: largest number of new tokens.
+            images: paths, data URLs or bytes of pictures, at the markers <image> of the prompt; without any, before it.
             temperature: divides the logits; 0 chooses the most likely token each time.
             top_k: sample from this many most likely tokens; 0 samples from all.
             top_p: sample from the most likely tokens that together have this probability.
@@ -107,12 +116,14 @@ class LanguageModel:
                 unknown, the model's ``max_seq_len``.
 
         Raises:
-            InputError: where the prompt has no token or fills the context, or a setting is out of its range.
+            InputError: where the prompt has no token or fills the context, a setting is out of its range, the model
+                sees no pictures, one cannot be read, or there are more or fewer markers.
         """
         return "".join(
             self.stream(
                 prompt,
                 max_new_tokens,
+                images=images,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -128,6 +139,7 @@ class LanguageModel:
         prompt: str,
         max_new_tokens: int = 200,
         *,
+        images: Sequence[Source] = (),
         temperature: float = 0.8,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -144,8 +156,8 @@ class LanguageModel:
         require(Count, max_new_tokens=max_new_tokens)
         require(Seed, seed=seed)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-        ids = self.encode(prompt, bos, special_tokens)
-        new = self.continue_ids(ids, max_new_tokens, sampling, seed, context)
+        ids, beside = self.look(prompt, images, bos, special_tokens)
+        new = self.continue_ids(ids, max_new_tokens, sampling, seed, context, beside=beside)
         return self.require_tokenizer().decode_stream(new, context=ids)
 
     def chat(
@@ -172,11 +184,42 @@ class LanguageModel:
         seed: int,
         context: int | None = None,
         draft: Draft | None = None,
+        beside: Beside | None = None,
     ) -> Iterator[int]:
         """Yield the ids of new tokens that continue the given ids; see ``moe_gpt.generate``."""
         end = self.require_tokenizer().end_of_text_id
         limit = self.context if context is None else context
-        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision, limit, draft)
+        return generate(self.model, ids, max_new_tokens, sampling, seed, end, self.precision, limit, draft, beside)
+
+    @functools.cached_property
+    def eyes(self) -> Eyes:
+        """What opens pictures for the model; raises ``InputError`` where the model sees none."""
+        from moe_gpt.post_training.eyes import Eyes
+
+        if not isinstance(self.model, SeeingModel):
+            raise InputError(
+                f"{self.path} sees no pictures; leave them out, or give it eyes: moe-gpt finetune tiny-sees.yaml "
+                "--init-from RUN"
+            )
+        return Eyes(self.model, self.require_tokenizer())
+
+    def look(
+        self, prompt: str, images: Sequence[Source] = (), bos: bool = False, special_tokens: bool = False
+    ) -> Looked:
+        """Return the tokens of a prompt, and its pictures for ``continue_ids``; ``generate`` explains the arguments."""
+        from moe_gpt.post_training.eyes import Looked, open_all
+
+        if not images:
+            return Looked(self.encode(prompt, bos, special_tokens))
+        pictures = open_all(self.eyes, images)
+        self.encode(prompt)  # warns of what is lost
+        return self.eyes.read_prompt(prompt, pictures, self.encode("", bos), special_tokens)
+
+    def features(self, images: Sequence[Source]) -> Float[Tensor, "P S Dv"]:
+        """Return what the model's encoder makes of pictures."""
+        from moe_gpt.post_training.eyes import open_all
+
+        return self.eyes.features(open_all(self.eyes, images))
 
     def encode(self, text: str, bos: bool = False, special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text, as the model reads them. Warns where the tokenizer loses some of the text."""
@@ -232,7 +275,6 @@ class LanguageModel:
         stride = stride or max(1, context // 2)
         return score_documents(self.model, self.require_tokenizer(), documents, self.precision, stride, context=context)
 
-    @torch.inference_mode()
     def route(self, text: str) -> pandas.DataFrame:
         """Return the experts of each token: a row for each token, layer and choice.
 
@@ -242,53 +284,18 @@ class LanguageModel:
         Raises:
             InputError: where the model is dense, or the text has no token or more than the context.
         """
-        import pandas
+        from moe_gpt.api.routes import find_routes
 
-        ids = self.encode(text)
-        if self.config.is_dense:
-            raise InputError("a dense model has no router: model.n_experts is 1")
-        if not 0 < len(ids) <= self.config.max_seq_len:
-            raise InputError(f"the text must have from 1 to {self.config.max_seq_len} tokens, got {len(ids)}")
-        device = self.model.embedding.weight.device
-        with evaluating(self.model), autocast(device, self.precision):
-            _, routings = self.model.hidden_states(torch.tensor([ids], device=device))
-        names = [self.require_tokenizer().decode([token]) for token in ids]
-        rows = [
-            (position, names[position], layer, choice, expert, weight)
-            for layer, routing in enumerate(routings)
-            for position, (experts, weights) in enumerate(
-                zip(routing.expert_indices.tolist(), routing.expert_weights.tolist(), strict=True)
-            )
-            for choice, (expert, weight) in enumerate(zip(experts, weights, strict=True))
-        ]
-        return pandas.DataFrame(rows, columns=["position", "token", "layer", "choice", "expert", "weight"])
+        return find_routes(self, text)
 
     def plot_route(self, text: str) -> Figure:
         """Return a picture of ``route``: tokens from left to right, layers from bottom to top, experts as colours.
 
         The number in a cell is the first choice. A stronger colour means a larger weight.
         """
-        from matplotlib.figure import Figure
+        from moe_gpt.api.routes import draw_route
 
-        table = self.route(text)
-        first = table[table["choice"] == 0]
-        experts = first.pivot(index="layer", columns="position", values="expert")
-        weights = first.pivot(index="layer", columns="position", values="weight")
-        n_layers, n_tokens = experts.shape
-        figure = Figure(figsize=(max(4.0, 0.45 * n_tokens + 1), 0.45 * n_layers + 1.4), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(
-            experts.to_numpy() % 20, alpha=weights.to_numpy().clip(0.2, 1), cmap="tab20", vmin=0, vmax=20, aspect="auto"
-        )
-        for layer in range(n_layers):
-            for position in range(n_tokens):
-                axes.text(position, layer, str(experts.iat[layer, position]), ha="center", va="center", fontsize=8)
-        tokens = first[first["layer"] == 0]["token"].map(lambda token: token.replace("\n", "↵").replace(" ", "␣"))
-        axes.set_xticks(range(n_tokens), tokens, rotation=60, ha="right", parse_math=False)
-        axes.set_yticks(range(n_layers))
-        axes.invert_yaxis()
-        axes.set(xlabel="token", ylabel="layer", title="First expert of each token")
-        return figure
+        return draw_route(self.route(text))
 
     def __repr__(self) -> str:
         """Return path, size and vocabulary in a line."""
@@ -356,7 +363,8 @@ def _load(
             kind = "folder of quantised weights" if is_quantised else "Hugging Face folder"
             raise InputError(f"{path} is a {kind}, whose routers are Mixtral's; leave make_router out")
         return (_load_quantised if is_quantised else _load_hugging_face)(path, place, chosen, max_seq_len)
-    run = load_model(path, place, make_router)
+    saved = open_checkpoint(path)
+    run = (load_seeing if saved.config.see else load_saved)(saved, place, make_router)
     _set_context(run.model, max_seq_len)
     return LanguageModel(
         run.model, run.tokenizer, run.path, run.config, precision=chosen, trained_length=run.trained_length

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from moe_gpt.commands.generate import DEFAULTS, PROMPT, SAMPLING, SampledModelOptions, load_as_told, warn_of_context
+from moe_gpt.commands.generate import (
+    DEFAULTS,
+    PROMPT,
+    SAMPLING,
+    SampledModelOptions,
+    load_as_told,
+    show,
+    warn_of_context,
+)
 from moe_gpt.commands.options import Switch, Whole, Words, flat, read_as
 from moe_gpt.config.section import NonNegative
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
+    from moe_gpt.api.loaded import LanguageModel
     from moe_gpt.inference.request import TokenExperts
     from moe_gpt.post_training.chat import Message
     from moe_gpt.post_training.dialogue import Dialogue, Piece
+    from moe_gpt.post_training.eyes import Opened
 
 
 @flat
@@ -28,6 +38,9 @@ class ChatOptions:
 
     message: Annotated[str | None, Parameter(group=PROMPT)] = None
     """Answer this message and end. Without it, each line that you type is a message."""
+    image: Annotated[Words, Parameter(group=PROMPT)] = ()
+    """A picture for a model that sees, shown with the first question: at <image> in it, or before it. Repeat the option
+    for several."""
     system: Annotated[str | None, Parameter(group=PROMPT)] = None
     """The system's message, before all others."""
     tools: Annotated[Words, Parameter(group=PROMPT)] = ()
@@ -45,7 +58,8 @@ class ChatOptions:
 def chat(model: str, *, options: ChatOptions = ChatOptions(), sampled: SampledModelOptions = DEFAULTS) -> None:
     """Talk to a model that moe-gpt finetune made, or to a Hugging Face folder with a chat template.
 
-    In a conversation, /reset forgets everything, and /quit or the end of the input ends. Ctrl-C ends an answer.
+    In a conversation, /reset forgets everything, /image FILE shows a picture with the next question, and /quit or the
+    end of the input ends. Ctrl-C ends an answer.
 
     Args:
         model: A run (its newest checkpoint), a checkpoint, or a folder: quantised, or Mixtral, Mistral or Llama.
@@ -54,6 +68,7 @@ def chat(model: str, *, options: ChatOptions = ChatOptions(), sampled: SampledMo
     from moe_gpt.inference.sampling import SamplingConfig
 
     loaded = load_as_told(model, sampled)
+    pending = [show(loaded, image) for image in options.image]
     sampling = SamplingConfig(temperature=options.temperature, top_k=sampled.top_k, top_p=sampled.top_p)
     dialogue = make_dialogue(
         loaded, options.tools, options.max_new_tokens, sampling, sampled.seed, options.context or sampled.max_seq_len
@@ -61,41 +76,60 @@ def chat(model: str, *, options: ChatOptions = ChatOptions(), sampled: SampledMo
     warn_of_context(loaded, options.context)
     beginning: list[Message] = [] if options.system is None else [{"role": "system", "content": options.system}]
     if options.message is not None:
-        _answer(dialogue, [*beginning, {"role": "user", "content": options.message}], options.experts)
+        _answer(dialogue, [*beginning, _question(options.message, pending)], options.experts)
         return
-    _talk(dialogue, beginning, options.experts)
+    _Conversation(loaded, dialogue, beginning, pending, options.experts).talk()
 
 
-def _talk(dialogue: Dialogue, beginning: list[Message], with_experts: bool) -> None:
-    messages = list(beginning)
-    for line in _lines():
-        if line == "/quit":
-            return
+def _question(text: str, pictures: Sequence[Opened]) -> Message:
+    from moe_gpt.post_training.eyes import pieces_of
+
+    return {"role": "user", "content": pieces_of(text, pictures) if pictures else text}
+
+
+@dataclasses.dataclass
+class _Conversation:
+    """What was said, and the pictures for the next question."""
+
+    loaded: LanguageModel
+    dialogue: Dialogue
+    beginning: list[Message]
+    pending: list[Opened]
+    with_experts: bool
+    messages: list[Message] = dataclasses.field(default_factory=list)
+
+    def talk(self) -> None:
+        """Answer what is typed until the end."""
+        self.messages = list(self.beginning)
+        for line in _lines():
+            if line == "/quit":
+                return
+            try:
+                self._take(line)
+            except KeyboardInterrupt:
+                print("interrupted; this question is forgotten", file=sys.stderr)
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def _take(self, line: str) -> None:
         if line == "/reset":
-            messages = list(beginning)
+            self.messages, self.pending = list(self.beginning), []
             print("forgotten", file=sys.stderr)
+        elif line.startswith("/image "):
+            self.pending.append(show(self.loaded, line.removeprefix("/image ").strip()))
+            print("it is shown with your next question", file=sys.stderr)
         elif line.startswith("/"):
-            print(f"there are /reset and /quit, got {line}", file=sys.stderr)
+            print(f"there are /reset, /image FILE and /quit, got {line}", file=sys.stderr)
         elif line:
-            messages = _ask(dialogue, messages, line, with_experts)
-
-
-def _ask(dialogue: Dialogue, messages: list[Message], question: str, with_experts: bool) -> list[Message]:
-    """Return the conversation with a question and its answer, without both where it is interrupted or does not fit."""
-    try:
-        return _answer(dialogue, [*messages, {"role": "user", "content": question}], with_experts)
-    except KeyboardInterrupt:
-        print("interrupted; this question is forgotten", file=sys.stderr)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    return messages
+            question = _question(line, self.pending)
+            self.messages, self.pending = _answer(self.dialogue, [*self.messages, question], self.with_experts), []
 
 
 def _lines() -> Iterator[str]:
     """Yield what is typed, without the ends of the lines."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        print("type a message and press return; /reset forgets, /quit ends", file=sys.stderr)
+        print("type a message and press return; /reset forgets, /image FILE shows, /quit ends", file=sys.stderr)
     while True:
         if is_terminal:
             print("> ", end="", file=sys.stderr, flush=True)

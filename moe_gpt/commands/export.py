@@ -14,6 +14,8 @@ from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
+    from moe_gpt.interop.model_card import Training
+    from moe_gpt.interop.tokenizer_files import Chat
     from moe_gpt.training.saving.saved_model import SavedModel
 
 
@@ -36,7 +38,7 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
     """Write a model as a Hugging Face folder, and print how to use it.
 
     A model with experts becomes a MixtralForCausalLM, a dense one a LlamaForCausalLM. Transformers, vLLM and llama.cpp
-    open them without moe_gpt (docs/running-elsewhere.md).
+    open them without moe_gpt (docs/running-elsewhere.md). A dense model that sees becomes a MllamaForCausalLM.
 
     Args:
         model: A run folder (its newest checkpoint) or a checkpoint; with --quantize also a Hugging Face folder.
@@ -48,20 +50,24 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
         (export_adapters if options.adapters else export_quantised)(model, folder, options)
         return
 
-    from moe_gpt.interop import hugging_face
-    from moe_gpt.interop.model_card import Training, model_card
-    from moe_gpt.post_training.chat import TEMPLATE, TRAINING_TEMPLATE, TURN_END, can_chat
-    from moe_gpt.training.records.metrics import scores_at
-    from moe_gpt.training.saving.saved_model import describe_model, open_checkpoint
+    from moe_gpt.training.saving.saved_model import open_checkpoint
 
     saved = open_checkpoint(model)
-    config = saved.config
-    is_chat = can_chat(config.stage, saved.tokenizer)
-    chat = hugging_face.Chat(TEMPLATE, TRAINING_TEMPLATE, TURN_END) if is_chat else None
     _require_model_of_text(saved)
-    scores = scores_at(saved.run_dir / "metrics.jsonl", saved.step)
-    origin = describe_model(saved.initialised_from) if saved.initialised_from else None
-    training = Training(config, saved.step, saved.tokens_seen, scores, origin, saved.trained_length)
+    if saved.config.see:
+        _export_mllama(saved, folder, options)
+        return
+    is_chat = _export_text(saved, folder, options)
+    print(f"next:\n  {_next_command(folder, is_chat)}")
+    print(f"or, in Python with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def _export_text(saved: SavedModel, folder: Path, options: ExportOptions) -> bool:
+    """Write a Mixtral or a Llama; return whether it can chat."""
+    from moe_gpt.interop import hugging_face
+    from moe_gpt.interop.model_card import model_card
+
+    config, chat = saved.config, _chat_of(saved)
     hugging_face.export(
         config.model,
         saved.weights.read,
@@ -69,16 +75,58 @@ def export(model: str, folder: Path, *, options: ExportOptions = ExportOptions()
         saved.tokenizer,
         hugging_face.DTYPES[options.dtype],
         config.loss.load_balancing_loss_weight,
-        model_card(folder.absolute().name, training, options.dtype, options.license),
+        model_card(folder.absolute().name, _training_of(saved), options.dtype, options.license),
         keep_template=False,
         chat=chat,
     )
-    architecture = "LlamaForCausalLM" if config.model.is_dense else "MixtralForCausalLM"
-    print(f"{saved.path} -> {folder}: {architecture}, {options.dtype}, {_megabytes(folder)}")
+    _say(saved, folder, "LlamaForCausalLM" if config.model.is_dense else "MixtralForCausalLM", options.dtype)
+    return chat is not None
+
+
+def _export_mllama(saved: SavedModel, folder: Path, options: ExportOptions) -> None:
+    """Write the text model and cross-attention of a run that sees, and say what it takes to use them."""
+    from moe_gpt.interop import mllama_folder
+    from moe_gpt.interop.hugging_face import DTYPES
+    from moe_gpt.interop.model_card import model_card
+
+    config, weights = saved.config, saved.weights
+    assert config.see is not None
+    mllama_folder.refuse_mixture(config.model, str(saved.path))
+    features = weights.shape("cross.layers.0.attention.kv.weight")[1]
+    layout = mllama_folder.Layout(config.model, features, config.see.every)
+    card = model_card(folder.absolute().name, _training_of(saved), options.dtype, options.license, layout.width)
+    mllama_folder.export(
+        layout, weights.read, weights.shape, folder, saved.tokenizer, DTYPES[options.dtype], card, _chat_of(saved)
+    )
+    _say(saved, folder, "MllamaForCausalLM", options.dtype)
+    for note in mllama_folder.notes(layout):
+        print(wrap(f"note: {note}"))
+    print(f"next, in Python with transformers: see {folder / 'README.md'}")
+
+
+def _training_of(saved: SavedModel) -> Training:
+    from moe_gpt.interop.model_card import Training
+    from moe_gpt.training.records.metrics import scores_at
+    from moe_gpt.training.saving.saved_model import describe_model
+
+    scores = scores_at(saved.run_dir / "metrics.jsonl", saved.step)
+    origin = describe_model(saved.initialised_from) if saved.initialised_from else None
+    return Training(saved.config, saved.step, saved.tokens_seen, scores, origin, saved.trained_length)
+
+
+def _chat_of(saved: SavedModel) -> Chat | None:
+    """Return how conversations are written, for a model that chats."""
+    from moe_gpt.interop.tokenizer_files import Chat
+    from moe_gpt.post_training.chat import TEMPLATE, TRAINING_TEMPLATE, TURN_END, can_chat
+
+    is_chat = can_chat(saved.config.stage, saved.tokenizer)
+    return Chat(TEMPLATE, TRAINING_TEMPLATE, TURN_END) if is_chat else None
+
+
+def _say(saved: SavedModel, folder: Path, architecture: str, dtype: str) -> None:
+    print(f"{saved.path} -> {folder}: {architecture}, {dtype}, {_megabytes(folder)}")
     for note in notes(saved):
         print(wrap(f"note: {note}"))
-    print(f"next:\n  {_next_command(folder, is_chat)}")
-    print(f"or, in Python with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 def _next_command(folder: Path, is_chat: bool) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
-from moe_gpt.commands.options import Device, Precision, Quantize, Switch, Whole, WholeOrZero, flat, read_as
+from moe_gpt.commands.options import Device, Precision, Quantize, Switch, Whole, WholeOrZero, Words, flat, read_as
 from moe_gpt.commands.speculation import NO_SPECULATION, SpeculationOptions, make_draft
 from moe_gpt.config.section import AtMostOne, NonNegative, Seed
 from moe_gpt.errors import InputError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_gpt.commands.evaluate import EvaluateOptions
     from moe_gpt.commands.serve import ServeOptions
     from moe_gpt.inference.speculation import Draft
+    from moe_gpt.post_training.eyes import Opened
 
 PROMPT, SAMPLING, PLACE = (Group.create_ordered(name) for name in ("Prompt", "Sampling", "Model"))
 _LONGEST_PROMPT = 10_000_000  # a device such as /dev/zero has no end
@@ -60,6 +61,9 @@ class GenerateOptions(SampledModelOptions):
     prompt: Annotated[str | None, Parameter(group=PROMPT)] = None
     """The text to continue. Only the token that --bos describes may stand before it. Without a prompt, on a terminal,
     each line that you type is continued."""
+    image: Annotated[Words, Parameter(group=PROMPT)] = ()
+    """A picture for a model that sees: at a marker <image> of the prompt, or before the prompt where it has none.
+    Repeat the option for several."""
     prompt_file: Annotated[Path | None, Parameter(group=PROMPT)] = None
     """A file whose text is the prompt."""
     bos: Annotated[Switch, Parameter(group=PROMPT)] = False
@@ -117,6 +121,14 @@ def load_as_told(model: str, options: SampledModelOptions | EvaluateOptions | Se
     return loaded
 
 
+def show(loaded: LanguageModel, image: str) -> Opened:
+    """Open a picture, and say on stderr what of it is not seen."""
+    picture = loaded.eyes.open(image)
+    for remark in picture.remarks:
+        print(wrap(f"note: {image}: {remark}"), file=sys.stderr)
+    return picture
+
+
 def find_prompt(options: GenerateOptions) -> str | None:
     """Return the prompt of --prompt or of --prompt-file; None without either.
 
@@ -142,11 +154,12 @@ def write_samples(loaded: LanguageModel, prompt: str, options: GenerateOptions, 
     from moe_gpt.inference.sampling import SamplingConfig
 
     sampling = SamplingConfig(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    ids, limit = loaded.encode(prompt, options.bos, options.special_tokens), options.context or loaded.context
+    pictures, limit = [show(loaded, image) for image in options.image], options.context or loaded.context
+    ids, beside = loaded.look(prompt, pictures, options.bos, options.special_tokens)
     _warn_of_the_prompt(loaded, prompt, options)
     for index in range(options.samples):
         written = list(ids)
-        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index, limit, draft)
+        new = loaded.continue_ids(ids, options.max_new_tokens, sampling, options.seed + index, limit, draft, beside)
         pieces = loaded.require_tokenizer().decode_stream(_remember(new, written), context=ids)
         first = next(pieces, "")  # a prompt that cannot be used fails here, before anything is printed
         if options.samples > 1:

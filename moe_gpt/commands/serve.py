@@ -38,8 +38,8 @@ class ServeOptions:
     """The model's name for clients; by default the folder's name."""
     max_waiting: Annotated[WholeOrZero, Parameter(group=CLIENTS)] = 256
     """Requests that may wait for a row; more get 429."""
-    max_bytes: Annotated[Whole, Parameter(group=CLIENTS)] = 1 << 20
-    """Bytes of a request at most; more get 413."""
+    max_bytes: Annotated[Whole | None, Parameter(group=CLIENTS)] = None
+    """Bytes of a request at most; more get 413. By default 1 MiB, for a model that sees 8 MiB."""
     max_seconds: Annotated[AboveZero, Parameter(group=CLIENTS)] = 600.0
     """Seconds for an answer at most; slower ones get 504, or an error event in a stream."""
     stop_seconds: Annotated[Whole, Parameter(group=CLIENTS)] = 30
@@ -102,8 +102,9 @@ def _service(loaded: LanguageModel, model: str, options: ServeOptions, draft: Dr
     from moe_gpt.serving.jobs import Service
     from moe_gpt.serving.live import Live
     from moe_gpt.serving.process import LOOPBACK
+    from moe_gpt.vision.seeing import SeeingModel
 
-    tokenizer = loaded.require_tokenizer()
+    tokenizer, sees = loaded.require_tokenizer(), isinstance(loaded.model, SeeingModel)
     context = options.context or options.max_seq_len or loaded.context
     try:
         engine = Engine(
@@ -126,6 +127,7 @@ def _service(loaded: LanguageModel, model: str, options: ServeOptions, draft: Dr
         template=find_template(loaded, Path(model)),
         hosts=LOOPBACK if options.host in LOOPBACK else None,
         api_key=options.api_key,
-        max_bytes=options.max_bytes,
+        eyes=loaded.eyes if sees else None,
+        max_bytes=options.max_bytes or (8 << 20 if sees else 1 << 20),
         max_seconds=options.max_seconds,
     )

@@ -179,6 +179,8 @@ class Engine:
         """Raise ``InputError`` for a request that ``add`` would refuse, whatever the load."""
         n_prompt = len(request.prompt)
         _check_ids(request.prompt, self.model.embedding.num_embeddings)
+        if request.beside:
+            request.beside.check(self.model, request.prompt)
         require(CountOrZero, max_new_tokens=request.max_new_tokens, n_logprobs=request.n_logprobs or 0)
         if n_prompt + (request.max_new_tokens > 0) > self.context:
             raise InputError(f"the prompt must be shorter than the context of {self.context} tokens, got {n_prompt}")
@@ -198,13 +200,14 @@ class Engine:
         with self._lock:
             while self._waiting and self._rows.n_free and not self._can_share_soon(self._waiting[0]):
                 running = self._waiting.popleft()
-                running.row, running.n_cached = self._rows.take(running.tokens, self._may_share(running))
+                reuse, digest = self._may_share(running), running.request.digest
+                running.row, running.n_cached = self._rows.take(running.tokens, reuse, digest)
                 self._running[running.id] = running
 
     def _can_share_soon(self, waiting: Running) -> bool:
         """Whether a running request is reading the same prompt, as other choices of a request do: it is read once."""
-        prompt = waiting.request.prompt
-        is_read = any(running.is_reading and running.request.prompt == prompt for running in self._running.values())
+        prompt, read = waiting.request.prompt, [each.request for each in self._running.values() if each.is_reading]
+        is_read = any(each.prompt == prompt and each.digest == waiting.request.digest for each in read)
         return is_read and len(prompt) > FEWEST_REUSED and self._may_share(waiting)
 
     def _may_share(self, running: Running) -> bool:
@@ -227,6 +230,8 @@ class Engine:
         if not works:
             return
         with autocast(self.model.embedding.weight.device, self.precision), self._law():
+            for work in works:
+                work.running.keep(self.model)
             guesses = self._guess(ready, works)
             results = run_pass(self.model, self._rows, works)
         self.load.add([layer.indices for layer in results[0].chosen])

@@ -9,7 +9,7 @@ import torch
 
 from moe_gpt.errors import InputError
 from moe_gpt.inference.engine import LONGER, Engine, checked_context
-from moe_gpt.inference.request import Request
+from moe_gpt.inference.request import Beside, Request
 from moe_gpt.inference.sampling import DAMAGED, SamplingConfig, are_finite, sample
 from moe_gpt.inference.speculation import Draft
 from moe_gpt.model.cache import KVCache
@@ -27,6 +27,7 @@ def generate(
     precision: Precision = "fp32",
     context: int | None = None,
     draft: Draft | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[int]:
     """Yield new token ids, at most ``max_new_tokens``, until end-of-text (not yielded) or the context is full.
 
@@ -40,34 +41,41 @@ def generate(
         precision: compute type.
         context: positions of prompt and new tokens together; ``max_seq_len`` of the model by default.
         draft: guesses tokens, which the model checks several at a time (``speculation``).
+        beside: what the tokens read beside the text, such as pictures.
 
     Raises:
         InputError: at the call, where the prompt is empty, fills the context or is text; at a token, where the logits
             are not finite.
     """
     limit = checked_context(model, context)
+    _check_prompt(prompt, limit, model.config.max_seq_len)
+    request = Request(
+        prompt=prompt,
+        max_new_tokens=min(max_new_tokens, limit - len(prompt)),
+        sampling=sampling or SamplingConfig(),
+        seed=seed,
+        ends=() if end_of_text_id is None else (end_of_text_id,),
+        beside=beside,
+    )
+    if draft is None and beside is None:
+        return _generate(model, request, precision)
+    return _by_engine(model, request, precision, draft)
+
+
+def _check_prompt(prompt: Sequence[int], limit: int, most: int) -> None:
     if isinstance(prompt, str):
         raise InputError(f"the prompt must be token ids, got {prompt!r}; use moe_gpt.load(...).generate for text")
     if not len(prompt):
         raise InputError("the prompt must have at least one token, got none; give text or --bos (bos=True)")
     if len(prompt) >= limit:
-        longer = f"raise the context up to the model's {model.config.max_seq_len} (--context, context=)"
+        longer = f"raise the context up to the model's {most} (--context, context=)"
         raise InputError(
             f"the prompt must be shorter than the context of {limit} tokens, got {len(prompt)}; shorten it, or "
-            + (longer if limit < model.config.max_seq_len else LONGER)
+            + (longer if limit < most else LONGER)
         )
-    n_new = min(max_new_tokens, limit - len(prompt))
-    request = Request(
-        prompt=prompt,
-        max_new_tokens=n_new,
-        sampling=sampling or SamplingConfig(),
-        seed=seed,
-        ends=() if end_of_text_id is None else (end_of_text_id,),
-    )
-    return _generate(model, request, precision) if draft is None else _speculate(model, request, precision, draft)
 
 
-def _speculate(model: MoEGPT, request: Request, precision: Precision, draft: Draft) -> Iterator[int]:
+def _by_engine(model: MoEGPT, request: Request, precision: Precision, draft: Draft | None) -> Iterator[int]:
     with evaluating(model):
         context = len(request.prompt) + request.max_new_tokens
         engine = Engine(model, n_rows=1, context=context, precision=precision, draft=draft)

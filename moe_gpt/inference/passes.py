@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_gpt.inference.request import Chosen
+from moe_gpt.inference.request import Chosen, Span
 from moe_gpt.inference.rows import Piece, RowCache
 from moe_gpt.inference.running import Running
 from moe_gpt.model.transformer import MoEGPT
@@ -59,12 +60,23 @@ def run_pass(model: MoEGPT, rows: RowCache, works: Sequence[Work]) -> list[Resul
     ordered = [work_of_row[piece.row] for piece in pieces]
     device = model.embedding.weight.device
     tokens = torch.tensor([[token for work in ordered for token in work.tokens]], device=device)
-    hidden, routings = model.hidden_states(tokens, cache=rows)
+    with _reading(model, ordered):
+        hidden, routings = model.hidden_states(tokens, cache=rows)
     logits = model.output(hidden[0, torch.tensor(_wanted(ordered), dtype=torch.long, device=device)]).float()
     parts = logits.split([len(work.tokens) - work.first_wanted for work in ordered])
     starts = accumulate((len(work.tokens) for work in ordered), initial=0)
     chosen = [Chosen(routing.expert_indices.contiguous(), routing.expert_weights) for routing in routings]
     return [Result(work, part, chosen, start) for work, part, start in zip(ordered, parts, starts, strict=False)]
+
+
+def _reading(model: MoEGPT, works: Sequence[Work]) -> contextlib.AbstractContextManager[None]:
+    """Let the tokens read what their requests keep beside the text."""
+    spans, start = list[Span](), 0
+    for work in works:
+        if work.running.kept is not None:
+            spans.append(Span(work.running.kept, start, work.running.n_cached, len(work.tokens)))
+        start += len(work.tokens)
+    return spans[0].kept.read_by(model, spans) if spans else contextlib.nullcontext()
 
 
 def _wanted(works: Sequence[Work]) -> list[int]:

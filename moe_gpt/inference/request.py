@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Literal, NamedTuple, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_gpt.inference.sampling import SamplingConfig
 from moe_gpt.inference.text import TextStream
+from moe_gpt.model.transformer import MoEGPT
+
+
+class Span(NamedTuple):
+    """New tokens of a request that has something beside its text."""
+
+    kept: Kept
+    start: int
+    """Where they begin among all tokens of the pass."""
+    position: int
+    """Of the first of them, in its sequence."""
+    n_tokens: int
+
+
+class Kept(Protocol):
+    """What a request keeps from its first pass to its end, such as keys and values of pictures."""
+
+    def read_by(self, model: MoEGPT, spans: Sequence[Span]) -> AbstractContextManager[None]:
+        """Let the model read, within the block, what each of the spans keeps, this one among them."""
+        ...
+
+
+class Beside(Protocol):
+    """What a request's tokens read beside the text, such as pictures. The engine knows nothing more of it."""
+
+    digest: str
+    """Not empty; equal prompts share the keys of their tokens only where it is equal, too."""
+
+    def check(self, model: MoEGPT, prompt: Sequence[int]) -> None:
+        """Raise ``InputError`` where a model cannot read it, or it does not belong to a prompt."""
+        ...
+
+    def keep(self, model: MoEGPT) -> Kept:
+        """Return what all passes need; it is computed once."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +68,13 @@ class Request:
     """Report the log-probability of each token and of this many most likely ones. None reports nothing."""
     scores_prompt: bool = False
     """Report that of the prompt's tokens, too."""
+    beside: Beside | None = None
+    """What the tokens read beside the text; None is text alone, for which nothing more is computed."""
+
+    @property
+    def digest(self) -> str:
+        """Of what is beside the text; empty for text alone."""
+        return self.beside.digest if self.beside else ""
 
 
 class TokenScore(NamedTuple):

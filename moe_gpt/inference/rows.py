@@ -33,7 +33,7 @@ class RowCache(KVCache):
     """Keys and values of sequences that start and end independently: a row of ``context`` positions for each.
 
     A row keeps its tokens' keys when its sequence has ended, until another sequence takes it. A new sequence that
-    begins with the same tokens takes the row, or copies of its keys.
+    begins with the same tokens, and has the same beside its text, takes the row, or copies of its keys.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class RowCache(KVCache):
         capacity = -(-context // ops.KEY_BLOCK) * ops.KEY_BLOCK
         super().__init__(dataclasses.replace(config, max_seq_len=capacity), n_rows, capacity, device, dtype)
         self._tokens: list[list[int]] = [[] for _ in range(n_rows)]
+        self._beside = [""] * n_rows  # digests
         self._free = deque(range(n_rows))  # the longest unused first
         self._plan = ops.RowPlan([], torch.zeros(1, 0, dtype=torch.long, device=device))
         self._places = torch.zeros(0, dtype=torch.long, device=device)
@@ -52,14 +53,16 @@ class RowCache(KVCache):
         """Rows that no sequence has."""
         return len(self._free)
 
-    def take(self, prompt: Sequence[int], reuse: bool = True) -> tuple[int, int]:
+    def take(self, prompt: Sequence[int], reuse: bool = True, beside: str = "") -> tuple[int, int]:
         """Give a row to a new sequence; return the row and how many tokens of the prompt it holds already.
 
         Args:
             prompt: the sequence's first tokens; the last is never reused, because its logits are wanted.
             reuse: whether to look for keys of the same beginning.
+            beside: digest of what the tokens read beside the text, on which their keys depend.
         """
-        n_common = [_common(tokens, prompt[:-1]) if reuse else 0 for tokens in self._tokens]
+        held = zip(self._tokens, self._beside, strict=True)
+        n_common = [_common(tokens, prompt[:-1]) if reuse and digest == beside else 0 for tokens, digest in held]
         free = set(self._free)
         donor = max(range(len(n_common)), key=lambda row: (n_common[row], row in free))
         length = n_common[donor]
@@ -68,7 +71,7 @@ class RowCache(KVCache):
         if length and row != donor:
             for buffer in (self.keys, self.values):
                 buffer[:, row, :, :length] = buffer[:, donor, :, :length]
-        self._tokens[row] = list(prompt[:length])
+        self._tokens[row], self._beside[row] = list(prompt[:length]), beside
         return row, length
 
     def keep(self, row: int, length: int) -> None:

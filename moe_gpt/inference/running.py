@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from moe_gpt.inference.request import Event, Finish, Request, TokenScore
+from moe_gpt.inference.request import Event, Finish, Kept, Request, TokenScore
+from moe_gpt.model.transformer import MoEGPT
 
 
 class Running:
@@ -18,6 +19,8 @@ class Running:
         """The row, and how many of the tokens it holds."""
         self.limit = min(len(self.tokens) + request.max_new_tokens, context)
         """Tokens of prompt and answer at most."""
+        self.kept: Kept | None = None
+        """What its tokens read beside the text, from its first pass on."""
         self.prompt_scores: list[TokenScore] = []
         self.rng = random.Random(request.seed)
         self._uniforms: list[float] = []
@@ -36,6 +39,11 @@ class Running:
     def scores_prompt(self) -> bool:
         """Whether the next tokens are of a prompt whose log-probabilities are wanted."""
         return self.request.scores_prompt and self.is_reading
+
+    def keep(self, model: MoEGPT) -> None:
+        """Compute what its tokens read beside the text, where there is something, and nobody has done it."""
+        if self.request.beside and self.kept is None:
+            self.kept = self.request.beside.keep(model)
 
     def uniform(self, ahead: int) -> float:
         """Return the random number of the answer's token that lies ``ahead`` of the next one; always the same."""

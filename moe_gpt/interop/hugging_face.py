@@ -7,12 +7,11 @@ llama.cpp's converter read without moe_gpt. An imported folder becomes a ``MoEGP
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +24,15 @@ from moe_gpt.files.inside import read_json
 from moe_gpt.files.mistaken import odd_name
 from moe_gpt.files.tensors import TensorReader, TensorSpec, open_folder, write_sharded
 from moe_gpt.inference.quantised import kind_of
-from moe_gpt.interop.foreign_tokenizer import check_vocabulary, load_tokenizer
+from moe_gpt.interop.foreign_tokenizer import load_tokenizer
 from moe_gpt.interop.mixtral_layout import Slice, from_hugging_face, tensor_table, to_hugging_face
+from moe_gpt.interop.tokenizer_files import Chat, token_ids, write_json, write_tokenizer
 from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.router import Router
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.vision.seeing import SeeingModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PADDINGS = ("<|pad|>", "<|padding|>")
-"""Names of the token of padding."""
 _READABLE_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
@@ -45,17 +44,6 @@ class LoadedFolder(NamedTuple):
     text_start: list[int]
     """Ids that the tokenizer's template puts before every text, such as Llama's <s>; none for models trained here."""
     path: Path
-
-
-class Chat(NamedTuple):
-    """How a model that chats is written, for programs that read its folder."""
-
-    template: str
-    """The Jinja template of a conversation."""
-    training_template: str
-    """The same with the tag ``generation``, which gives the mask of the answers. Some programs cannot read it."""
-    turn_end: str
-    """The token that ends an answer."""
 
 
 def is_model_folder(path: str | Path) -> bool:
@@ -241,10 +229,17 @@ def save(
     export(model.config, own.__getitem__, folder, tokenizer, dtype, load_balancing_loss_weight)
 
 
-def require_exportable(model: MoEGPT) -> None:
-    """Raise ``InputError`` for a user's router and for quantised weights."""
+def require_plain_weights(model: MoEGPT) -> None:
+    """Raise ``InputError`` for quantised weights."""
     if kind := kind_of(model):
         raise InputError(f"the model's weights are {kind} already; export the model that they were made from")
+
+
+def require_exportable(model: MoEGPT) -> None:
+    """Raise ``InputError`` for quantised weights, for a user's router and for a model that sees."""
+    require_plain_weights(model)
+    if isinstance(model, SeeingModel):
+        raise InputError("this kind of folder has no place for the encoder and cross-attention of a model that sees")
     for layer in model.moe_layers():
         if type(layer.router) is not Router:
             raise InputError(own_router_text(type(layer.router).__qualname__))
@@ -285,12 +280,12 @@ def export(
     settings = to_hugging_face(config, load_balancing_loss_weight)
     _check_biases(config, read)
     name = str(dtype).removeprefix("torch.")
-    settings |= {"torch_dtype": name, "dtype": name, **_token_ids(config, tokenizer, keep_template)}
+    settings |= {"torch_dtype": name, "dtype": name, **token_ids(config, tokenizer, keep_template)}
     with new_folder(folder) as temporary:
         _write_weights(temporary, config, read, dtype)
         write_json(temporary / "config.json", settings)
         if tokenizer:
-            _write_tokenizer(temporary, tokenizer, settings, keep_template, chat)
+            write_tokenizer(temporary, tokenizer, settings, keep_template, chat)
         if model_card:
             write_file(temporary / "README.md", [model_card.encode("utf-8")])
 
@@ -304,15 +299,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
             yield temporary
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
-
-
-def _token_ids(config: ModelConfig, tokenizer: Tokenizer | None, keep_template: bool) -> dict[str, int | None]:
-    """Return the tokens that start and end a text; end-of-text also starts it if the template has no start."""
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None}
-    check_vocabulary("", tokenizer, config.vocab_size or tokenizer.vocab_size)
-    start = tokenizer.template()[0] if keep_template else []
-    return {"bos_token_id": [*start, tokenizer.end_of_text_id][0], "eos_token_id": tokenizer.end_of_text_id}
 
 
 def _write_weights(folder: Path, config: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype) -> None:
@@ -348,45 +334,3 @@ def _check_biases(config: ModelConfig, read: Callable[[str], Tensor]) -> None:
             f"model.balance: bias cannot be exported as Mixtral: the balancing bias of {n_moved} of {config.n_layers} "
             "layers changes which experts are chosen, and Mixtral has no such bias; train with model.balance=loss"
         )
-
-
-def _write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], keep_template: bool, chat: Chat | None
-) -> None:
-    """Write the tokenizer as a class that old and new versions of transformers know."""
-    values = json.loads(tokenizer.to_json())
-    if not keep_template and any(tokenizer.template()):
-        values["post_processor"] = None
-    write_json(folder / "tokenizer.json", values)
-    special = tokenizer.special_tokens()
-    pad = next((token for token in PADDINGS if token in special), tokenizer.end_of_text)
-    values = _tokenizer_config(tokenizer, settings, pad)
-    ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id")} | {"pad_token_id": special.get(pad)}
-    if chat:
-        values |= {"eos_token": chat.turn_end, "chat_template": chat.template}
-        ids["eos_token_id"] = [special[chat.turn_end], tokenizer.end_of_text_id]
-        write_file(folder / "chat_template.jinja", [chat.template.encode()])
-        write_file(folder / "chat_template_training.jinja", [chat.training_template.encode()])
-    write_json(folder / "tokenizer_config.json", values)
-    write_json(folder / "generation_config.json", ids)
-
-
-def _tokenizer_config(tokenizer: Tokenizer, settings: dict[str, Any], pad: str) -> dict[str, Any]:
-    special = {"special": True, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.spell(settings["bos_token_id"]),
-        "eos_token": tokenizer.end_of_text,
-        "pad_token": pad,
-        "unk_token": None,
-        "padding_side": "left",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": settings["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {str(i): {**special, "content": t} for t, i in tokenizer.special_tokens().items()},
-    }
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a mapping as indented JSON."""
-    write_file(path, [json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8"), b"\n"])

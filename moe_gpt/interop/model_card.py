@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import NamedTuple
 
-from moe_gpt.config import RunConfig, SourceConfig
+from moe_gpt.config import ModelConfig, RunConfig, SourceConfig
 from moe_gpt.measure.parameters import count_parameters
 
 
@@ -26,7 +26,7 @@ class Training(NamedTuple):
     """The longest sequence of training, if it is known."""
 
 
-def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
+def model_card(name: str, training: Training, dtype: str, licence: str, mllama_width: int | None = None) -> str:
     """Return a model card in Markdown, with the front matter that the Hugging Face hub reads.
 
     Args:
@@ -34,6 +34,7 @@ def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
         training: the run that made the model.
         dtype: of the weights in the files.
         licence: an identifier that the hub knows, or "unknown".
+        mllama_width: of the features that a model with cross-attention takes; None for a model of text.
     """
     from huggingface_hub import CardData, RepoCard  # slow to import
 
@@ -42,7 +43,7 @@ def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["moe_gpt", "llama"] if model.is_dense else ["moe_gpt", "moe", "mixtral"],
+        tags=["moe_gpt", *_kind(model, mllama_width)],
     )
     card = RepoCard.from_template(
         front_matter,
@@ -53,10 +54,17 @@ def model_card(name: str, training: Training, dtype: str, licence: str) -> str:
         model=model,
         counts=count_parameters(dataclasses.replace(model, attention_sharing=1)),  # files repeat shared attention
         dtype=dtype,
+        mllama_width=mllama_width,
         json=json.dumps,
         sources=[(source.name, _origin(source), _share(source)) for source in config.data.sources],
     )
     return card.content + "\n"
+
+
+def _kind(model: ModelConfig, mllama_width: int | None) -> list[str]:
+    if mllama_width:
+        return ["mllama"]
+    return ["llama"] if model.is_dense else ["moe", "mixtral"]
 
 
 def _origin(source: SourceConfig) -> str:

@@ -25,7 +25,8 @@ from moe_gpt.files.inside import inside, read_json
 from moe_gpt.files.tensors import TensorReader, TensorSpec, write_tensors
 from moe_gpt.inference.quantised import Quantised, matrix_kind, put, round_weight
 from moe_gpt.interop.foreign_tokenizer import check_vocabulary, read_tokenizer
-from moe_gpt.interop.hugging_face import finite, new_folder, require_exportable, write_json
+from moe_gpt.interop.hugging_face import finite, new_folder, require_exportable
+from moe_gpt.interop.tokenizer_files import write_json
 from moe_gpt.measure.shapes import shapes_only
 from moe_gpt.model.transformer import MoEGPT
 

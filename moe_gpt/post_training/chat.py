@@ -106,9 +106,9 @@ def spell_call(call: Mapping[str, Any]) -> str:
 
 def read_calls(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Return the tool calls in an answer's tokens; what is between the marks and is no call is left out."""
-    start, end = mark(CALL_START, tokenizer), mark(CALL_END, tokenizer)
-    calls, rest = [], list(ids)
-    while start in rest and end in rest[rest.index(start) :]:
+    start, end = tokenizer.special_id(CALL_START), tokenizer.special_id(CALL_END)
+    calls, rest = list[dict[str, Any]](), list(ids)
+    while start is not None and end is not None and start in rest and end in rest[rest.index(start) :]:
         first = rest.index(start)
         last = rest.index(end, first)
         calls += _parsed(tokenizer.decode(rest[first + 1 : last]))

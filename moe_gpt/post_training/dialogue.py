@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moe_gpt.data.tokenizer import TextDecoder, Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.inference.engine import Engine
-from moe_gpt.inference.request import Event, Request, TokenExperts
+from moe_gpt.inference.request import Beside, Event, Request, TokenExperts
 from moe_gpt.inference.sampling import SamplingConfig
 from moe_gpt.post_training.chat import CALL_START, Message, mark, read_calls
 from moe_gpt.post_training.tools import Call, Tool, run_tool
@@ -39,6 +39,8 @@ class Dialogue:
     """Turns messages into tokens, the beginning of the answer included."""
     ends: Collection[int]
     """Tokens that end an answer."""
+    beside: Callable[[Sequence[Message]], Beside | None] = lambda _: None
+    """Returns what the tokens of messages read beside the text, such as pictures."""
     tools: Mapping[str, Tool] = dataclasses.field(default_factory=dict)
     max_new_tokens: int = 200
     sampling: SamplingConfig = SamplingConfig(temperature=0)
@@ -112,6 +114,7 @@ class Dialogue:
             sampling=self.sampling,
             seed=self.seed,
             ends=self.ends,
+            beside=self.beside(messages),
         )
         number = self.engine.add(request)
         decoder, special = TextDecoder(self.tokenizer, prompt), set(self.tokenizer.special_tokens().values())

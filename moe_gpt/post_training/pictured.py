@@ -8,8 +8,6 @@ prompt, and end-of-text follows it.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -22,9 +20,8 @@ from moe_gpt.post_training.chat import TURN_END, TURN_START, Message, mark, rend
 from moe_gpt.post_training.conversations import Unfit, checked_conversation, checked_text, read_rows, require
 from moe_gpt.vision.examples import Example
 from moe_gpt.vision.pictured_text import MARKER, Picture, PicturedText, PictureFile, Row, plain, spell
-from moe_gpt.vision.pictures import check_picture
+from moe_gpt.vision.pictures import check_picture, read_data_url
 
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.DOTALL)
 _ELSEWHERE = re.compile(r"[a-z]+://", re.IGNORECASE)
 
 
@@ -132,8 +129,8 @@ class _Images:
     def open(self, source: Any, key: str) -> PictureFile:
         """Return a picture whose header can be read."""
         require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
-        where = _bytes_of(source, key) if source.startswith("data:") else self._path_of(source, key)
         try:
+            where = read_data_url(source) if source.startswith("data:") else self._path_of(source, key)
             for remark in check_picture(where):
                 self._remarks[remark] = self._remarks.get(remark, 0) + 1
         except InputError as error:
@@ -149,14 +146,6 @@ class _Images:
         """Raise ``Unfit`` unless there are as many places for the listed pictures as there are of them."""
         n = len(self.all)
         require(n_places == n, f"{what}, and images has {n}; there must be one for each picture")
-
-
-def _bytes_of(url: str, key: str) -> bytes:
-    found = _DATA_URL.fullmatch(url)
-    try:
-        return base64.b64decode(found[1] if found else "?", validate=True)
-    except (binascii.Error, ValueError):
-        raise Unfit(f"{key} must be data:image/TYPE;base64, and base64 after it, got {shown(url[:60])}") from None
 
 
 def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:

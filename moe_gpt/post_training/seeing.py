@@ -11,7 +11,7 @@ from moe_gpt.errors import InputError
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.training.saving.checkpoint import load_weights, read_state
 from moe_gpt.training.saving.own_code import router_for
-from moe_gpt.training.saving.saved_model import LoadedRun, open_checkpoint
+from moe_gpt.training.saving.saved_model import LoadedRun, SavedModel, open_checkpoint
 from moe_gpt.vision.seeing import SeeingModel, seeing_class
 
 ENCODER = "encoder"
@@ -33,7 +33,11 @@ def load_seeing_model(
         InputError: if it is damaged, of a model that sees nothing, of another router, or if its encoder's folder is
             not there or has other files.
     """
-    saved = open_checkpoint(run_or_checkpoint)
+    return load_seeing(open_checkpoint(run_or_checkpoint), device, make_router)
+
+
+def load_seeing(saved: SavedModel, device: str | torch.device, make_router: MakeRouter | None) -> LoadedRun:
+    """Return what ``load_seeing_model`` returns of a checkpoint that is open; the errors are the same."""
     see, config = saved.config.see, saved.config.model
     if see is None:
         raise InputError(f"checkpoint {saved.path} must be of a model that sees (a config with see), got one of text")

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from moe_gpt.data.tokenizer import Tokenizer
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 from moe_gpt.inference.request import Request
 from moe_gpt.inference.text import TextStream
+from moe_gpt.post_training.eyes import Eyes, Looked, Opened, Source
 from moe_gpt.serving.chat import ChatTemplate
 from moe_gpt.serving.live import Live
 from moe_gpt.serving.protocol import AnyBody, ChatBody, CompletionBody, Refused, parse
 from moe_gpt.serving.replies import Replies
+from moe_gpt.vision.pictures import read_data_url
 
 
 @dataclasses.dataclass
@@ -29,7 +31,13 @@ class Service:
     name: str
     """The model's name for clients; any other name is 404."""
     template: ChatTemplate | None = None
-    """How a chat is written; None answers chats with 400."""
+    """How a chat is written; None answers chats with 400, unless the model sees."""
+    eyes: Eyes | None = None
+    """Of a model that sees; None refuses pictures."""
+    max_pictures: int = 8
+    """Pictures of a request at most."""
+    max_pixels: int = 20_000_000
+    """Pixels of a picture at most."""
     api_key: str | None = None
     """Clients must send it as a bearer token; None asks for none."""
     max_bytes: int = 1 << 20
@@ -49,6 +57,8 @@ class Service:
     @functools.cached_property
     def ends(self) -> list[int]:
         """Tokens that end an answer."""
+        if self.template is None and self.eyes is not None:
+            return self.eyes.ends
         turn = self.template.end_of_turn() if self.template else None
         return [token for token in (self.tokenizer.end_of_text_id, turn) if token is not None]
 
@@ -76,7 +86,7 @@ def completion_job(service: Service, data: bytes) -> Job:
     body = parse(data, CompletionBody)
     if body.max_tokens == 0 and not body.echo:
         raise Refused("max_tokens must be at least 1 unless echo is true, got 0", "max_tokens")
-    return _job(service, body, _tokens(service, body), echoes=bool(body.echo))
+    return _job(service, body, [Looked(ids) for ids in _tokens(service, body)], echoes=bool(body.echo))
 
 
 def _tokens(service: Service, body: CompletionBody) -> list[list[int]]:
@@ -94,17 +104,48 @@ def chat_job(service: Service, data: bytes) -> Job:
         Refused: where the body is wrong, the model cannot chat, or model, messages or limits are not this server's.
     """
     body = parse(data, ChatBody)
-    if service.template is None:
+    n_pictures = sum(message.n_pictures for message in body.messages)
+    _check_pictures(service, n_pictures)
+    if service.template is None and service.eyes is None:
         text = f"{service.name} has no chat template, so it only continues text: use /v1/completions"
         raise Refused(text, "messages")
     if body.max_tokens == 0:
         raise Refused("max_tokens must be at least 1, got 0", "max_tokens")
     _refuse_long(service, body, ["".join(message.text for message in body.messages)])
     try:
-        prompt = service.template.encode([(message.role, message.text) for message in body.messages])
+        prompt = _look(service, body) if n_pictures or service.template is None else _read(service.template, body)
     except InputError as error:
         raise Refused(str(error), "messages") from None
     return _job(service, body, [prompt], echoes=False)
+
+
+def _check_pictures(service: Service, n_pictures: int) -> None:
+    if n_pictures and service.eyes is None:
+        raise Refused(f"{service.name} sees no pictures; send parts of type text alone", "messages")
+    if n_pictures > service.max_pictures:
+        text = f"a request may have at most {service.max_pictures} pictures, got {n_pictures}"
+        raise Refused(text, "messages")
+
+
+def _read(template: ChatTemplate, body: ChatBody) -> Looked:
+    return Looked(template.encode([(message.role, message.text) for message in body.messages]))
+
+
+def _look(service: Service, body: ChatBody) -> Looked:
+    """Return the tokens of a conversation with its pictures, which are decoded and encoded here."""
+    assert service.eyes is not None
+    eyes, given = service.eyes, [message.model_dump() for message in body.messages]
+    for message in given:
+        message["role"] = "system" if message["role"] == "developer" else message["role"]
+
+    def open_one(url: Source) -> Opened:
+        if not str(url).startswith("data:"):
+            text = "it must be data:image/TYPE;base64, and base64 after it; no address is fetched and no file is read"
+            raise InputError(f"{text}, got {shown(str(url)[:60])}")
+        return eyes.open(read_data_url(str(url)), service.max_pixels)
+
+    text = eyes.spell_conversation(eyes.take_pictures(given, open_one))
+    return Looked(text.ids, eyes.shown(text))
 
 
 def _refuse_long(service: Service, body: AnyBody, texts: Sequence[str]) -> None:
@@ -117,8 +158,8 @@ def _refuse_long(service: Service, body: AnyBody, texts: Sequence[str]) -> None:
         )
 
 
-def _job(service: Service, body: AnyBody, prompts: Sequence[list[int]], echoes: bool) -> Job:
-    _check(service, body, prompts)
+def _job(service: Service, body: AnyBody, prompts: Sequence[Looked], echoes: bool) -> Job:
+    _check(service, body, [prompt.ids for prompt in prompts])
     seed = secrets.randbits(63) if body.seed is None else body.seed
     requests = [
         _request(service, body, prompt, (seed + choice) % 2**64, echoes)
@@ -132,19 +173,20 @@ def _job(service: Service, body: AnyBody, prompts: Sequence[list[int]], echoes: 
         raise Refused(str(error), body.prompt_field) from None
     echoed = [service.tokenizer.decode(request.prompt) if echoes else "" for request in requests]
     replies = Replies(body, service.name, service.tokenizer)
-    return Job(body, requests, replies, sum(map(len, prompts)), echoed)
+    return Job(body, requests, replies, sum(len(prompt.ids) for prompt in prompts), echoed)
 
 
-def _request(service: Service, body: AnyBody, prompt: list[int], seed: int, echoes: bool) -> Request:
+def _request(service: Service, body: AnyBody, prompt: Looked, seed: int, echoes: bool) -> Request:
     return Request(
-        prompt=prompt,
-        max_new_tokens=_limit(service, body, len(prompt)),
+        prompt=prompt.ids,
+        max_new_tokens=_limit(service, body, len(prompt.ids)),
         sampling=body.sampling,
         seed=seed,
         ends=service.ends,
-        text=TextStream(service.tokenizer, prompt, body.stops),
+        text=TextStream(service.tokenizer, prompt.ids, body.stops),
         n_logprobs=body.n_logprobs,
         scores_prompt=echoes and body.n_logprobs is not None,
+        beside=prompt.beside,
     )
 
 

@@ -168,16 +168,32 @@ class _TextPart(_Body):
     text: str
 
 
+class _ImageUrl(_Body):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None  # pictures have one size here
+
+
+class _ImagePart(_Body):
+    type: Literal["image_url"]
+    image_url: _ImageUrl
+
+
 class Message(_Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
+    content: str | list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]]
 
     @property
     def text(self) -> str:
-        """The content; the texts of several parts follow each other."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The content without pictures; the texts of several parts follow each other."""
+        parts = [self.content] if isinstance(self.content, str) else self.content
+        return "".join(part if isinstance(part, str) else getattr(part, "text", "") for part in parts)
+
+    @property
+    def n_pictures(self) -> int:
+        """Parts that are pictures."""
+        return sum(isinstance(part, _ImagePart) for part in self.content)
 
 
 class ChatBody(Generation):
@@ -221,7 +237,7 @@ Body = TypeVar("Body", CompletionBody, ChatBody)
 _MUST_BE = {
     "prompt": "a text, a list of texts, a list of tokens or a list of lists of tokens",
     "messages": "a list of {role, content}, where role is system, developer, user or assistant and content is a text, "
-    "or a list of parts of type text",
+    "or a list of parts of type text and, for a model that sees, image_url",
     "stop": "a text or at most 16 texts, of at most 1,000 characters",
     "presence_penalty": "0 or absent, because penalties are not built",
     "frequency_penalty": "0 or absent, because penalties are not built",

@@ -106,7 +106,7 @@ def _check_key(service: Service, request: HttpRequest) -> None:
 
 async def _read(service: Service, request: HttpRequest) -> bytes:
     """Return the body, counted as it is read; what a header says of its length is believed where it is too much."""
-    data, announced = b"", request.headers.get("content-length", "")
+    data, announced = bytearray(), request.headers.get("content-length", "")
     too_long = Refused(f"the body may have at most {service.max_bytes:,} bytes", status=413)
     if announced.isdecimal() and int(announced) > service.max_bytes:
         raise too_long
@@ -118,7 +118,7 @@ async def _read(service: Service, request: HttpRequest) -> bytes:
                     raise too_long
     except TimeoutError:
         raise Refused(f"the body took more than {_BODY_SECONDS} seconds", status=408) from None
-    return data
+    return bytes(data)
 
 
 async def _answer(make_job: Callable[[Service, bytes], Job], service: Service, http: HttpRequest) -> Response:
@@ -160,9 +160,9 @@ class _Stream(StreamingResponse):
 
 
 async def _prepare(make_job: Callable[[Service, bytes], Job], service: Service, data: bytes) -> Job:
-    # long texts are read beside the event loop, which others wait for; for short ones that would take longer
+    # what takes long is read beside the event loop, which others wait for; for short texts that would take longer
     try:
-        if len(data) > _LONG_BODY:
+        if len(data) > _LONG_BODY or service.eyes is not None:  # a short body may hold many pixels
             return await asyncio.to_thread(make_job, service, data)
         return make_job(service, data)
     except Refused:
@@ -298,7 +298,7 @@ async def _state(service: Service, request: HttpRequest) -> Response:
             "load": engine.load.counts().tolist(),
             "context": engine.context,
             "model": service.name,
-            "chats": service.template is not None,
+            "chats": service.template is not None or service.eyes is not None,
             "needs_key": service.api_key is not None,
         }
     )

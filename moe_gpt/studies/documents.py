@@ -56,11 +56,13 @@ def write_documents(study: Study, say: Callable[[str], None] = print) -> list[di
     """
     claims = list(filter(is_of_losses, study.config.comparisons))
     scored = {arm: _of_arm(rows, say) for arm, rows in _finished(study, claims).items()}
-    told = [entry for each in claims if scored.keys() >= {*each.arms} for entry in _compared(each, scored)]
+    told: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in (entry for each in claims if scored.keys() >= {*each.arms} for entry in _compared(each, scored)):
+        told.setdefault((*entry["arms"], entry["source"]), entry)  # a comparison of the mean has the same documents
     if not told:
         raise InputError("no comparison is of ce_loss at the end of finished runs; documents are for such comparisons")
-    replace_file(study.documents, json.dumps(told, indent=2) + "\n")
-    return told
+    replace_file(study.documents, json.dumps(list(told.values()), indent=2) + "\n")
+    return list(told.values())
 
 
 def _finished(study: Study, claims: Sequence[ComparisonConfig]) -> dict[str, list[Row]]:

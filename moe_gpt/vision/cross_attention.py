@@ -8,7 +8,8 @@ from 0. Unlike there, **a token that sees no picture skips both halves**, so its
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,10 @@ def last_seen(is_picture: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
         is_picture: the k-th token of a row where it is True stands for the row's k-th picture.
     """
     return is_picture.cumsum(dim=1)
+
+
+Attend = Callable[[Float[Tensor, "B H T Dh"]], Float[Tensor, "B H T Dh"]]
+"""Returns what queries take from pictures."""
 
 
 class CrossAttention(nn.Module):
@@ -90,16 +95,18 @@ class CrossAttention(nn.Module):
         scores = scores.masked_fill(~seen.visible, torch.finfo(scores.dtype).min)
         return scores.softmax(-1) * (seen.sees > 0)[:, None, :, None]
 
-    def forward(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T D"]:
-        """Return what the tokens take from the pictures; zero where a token sees none."""
-        queries = self.queries(x)
+    def attend(self, queries: Float[Tensor, "B H T Dh"], seen: Seen) -> Float[Tensor, "B H T Dh"]:
+        """Return what queries take from the pictures of a batch; zero where a token sees none."""
         keys, values = self.keys_and_values(seen.features)
-        if x.device.type == "cpu":  # torch's fused attention takes five times as long with the products' precision here
+        if queries.device.type == "cpu":  # torch's fused attention takes five times as long with this precision
             weights = rearrange(self._weights(queries, keys, seen), "B (G n) T S -> B G (n T) S", G=keys.shape[1])
-            mixed = rearrange(weights.to(values.dtype) @ values, "B G (n T) Dh -> B T (G n Dh)", T=x.shape[1])
-            return self.out(mixed)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
-        return self.out(rearrange(mixed, "B H T Dh -> B T (H Dh)"))
+            mixed = weights.to(values.dtype) @ values
+            return rearrange(mixed, "B G (n T) Dh -> B (G n) T Dh", T=queries.shape[2])
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
+
+    def forward(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
+        """Return what the tokens take from the pictures, by ``self.attend`` or by keys that were kept."""
+        return self.out(rearrange(attend(self.queries(x)), "B H T Dh -> B T (H Dh)"))
 
 
 class GatedCrossBlock(nn.Module):
@@ -118,9 +125,13 @@ class GatedCrossBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], seen: Seen) -> Float[Tensor, "B T D"]:
         """Return the residual stream after the pictures."""
-        new = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), seen)
-        new = new + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(new))[0]
+        new = self.after(x, functools.partial(self.attention.attend, seen=seen))
         return torch.where((seen.sees > 0)[..., None], new, x)
+
+    def after(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:
+        """Return the residual stream of tokens that all see a picture."""
+        new = x + self.attention_gate.tanh() * self.attention(self.attention_norm(x), attend)
+        return new + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(new))[0]
 
 
 class CrossLayers(nn.Module):

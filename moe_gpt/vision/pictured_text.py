@@ -69,19 +69,26 @@ def plain(ids: list[int], is_answer: bool = False) -> PicturedText[Picture]:
     return PicturedText(ids, [is_answer] * len(ids), [], [])
 
 
-def spell(pieces: Iterable[str | Picture], tokenizer: Tokenizer) -> PicturedText[Picture]:
+def spell(pieces: Iterable[str | Picture], tokenizer: Tokenizer, special_tokens: bool = False) -> PicturedText[Picture]:
     """Return the tokens of pieces of text, each encoded apart, and of the pictures between them.
+
+    Args:
+        pieces: texts, and pictures of any type that is not text.
+        tokenizer: has a token for a line end.
+        special_tokens: read special tokens that texts spell as those tokens.
 
     Raises:
         InputError: where the tokenizer makes no token of a line end.
     """
-    line_end = tokenizer.encode("\n")
+    line_end, encode = tokenizer.encode("\n"), tokenizer.encode
+    if special_tokens:
+        encode = tokenizer.encode_with_special_tokens
     if not line_end:
         raise InputError("the tokenizer must have a token for a line end, whose place a picture takes")
     result: PicturedText[Picture] = plain([])
     for piece in pieces:
         if isinstance(piece, str):
-            result = result.then(plain(tokenizer.encode(piece)))
+            result = result.then(plain(encode(piece)))
         else:
             result = result.then(PicturedText(line_end, [False] * len(line_end), [0], [piece]))
     return result

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +19,14 @@ from jaxtyping import UInt8
 from PIL import ImageOps
 from torch import Tensor
 
-from moe_gpt.errors import InputError
+from moe_gpt.errors import InputError, shown
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """What is read. Others, such as EPS, would start another program."""
 MAX_PIXELS = 50_000_000
+_MOST_SCANS, _SCAN = 100, b"\xff\xda"
+"""Of a progressive JPEG, which has about ten; and the mark of one."""
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.DOTALL)
 _GROUND = (255, 255, 255)
 _BAD = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
 """What Pillow raises for bytes that are no picture, or half of one."""
@@ -62,6 +68,15 @@ def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> t
         return _remarks(image)
 
 
+def read_data_url(url: str) -> bytes:
+    """Return what a data URL holds, whose base64 may be in lines; raise ``InputError`` for one of no picture."""
+    found = _DATA_URL.fullmatch(url)
+    try:
+        return base64.b64decode("".join(found[1].split()) if found else "?", validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"it must be data:image/TYPE;base64, and base64 after it, got {shown(url[:60])}") from None
+
+
 @contextlib.contextmanager
 def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[PIL.Image.Image]:
     """Open a file and read its header; turn what Pillow raises, here and within the block, into one kind of error."""
@@ -89,11 +104,25 @@ def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
 
 
 def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
-    return ("it is animated; its first picture is taken",) if getattr(image, "n_frames", 1) > 1 else ()
+    return ("it is animated; its first picture is taken",) if getattr(image, "is_animated", False) else ()
+
+
+def _check_scans(image: PIL.Image.Image) -> None:
+    """Refuse a JPEG that refines its pixels in so many scans, of a few bytes each, that decoding takes minutes."""
+    file, n_scans, last = getattr(image, "fp", None), 0, b""
+    if file is None or image.format not in ("JPEG", "MPO"):
+        return
+    file.seek(0)
+    while n_scans <= _MOST_SCANS and (part := file.read(1 << 20)):
+        n_scans += (last + part).count(_SCAN)
+        last = part[-1:]
+    if n_scans > _MOST_SCANS:
+        raise InputError(f"it has more than {_MOST_SCANS} scans, which would take long to decode")
 
 
 def _read(image: PIL.Image.Image, size: int | None) -> Picture:
     remarks = [*_remarks(image)]
+    _check_scans(image)
     image.load()
     try:
         upright = ImageOps.exif_transpose(image)

@@ -89,7 +89,7 @@ class SeeingModel(MoEGPT):
         with contextlib.ExitStack() as stack:
             for layer in layers:
                 look = layer.attention.register_forward_pre_hook(
-                    lambda module, given: found.append(module.weights(*given))
+                    lambda module, given: found.append(module.weights(given[0], seen))
                 )
                 stack.callback(look.remove)
             with self.looking(seen):

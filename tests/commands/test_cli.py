@@ -19,6 +19,7 @@ from moe_gpt.commands.options import describe_settings
 from moe_gpt.config import AdaptersConfig, ConversationSourceConfig, MupBase, RunConfig, SftConfig
 from moe_gpt.config.post_training import DpoConfig, PairsConfig, PromptsConfig, RewardConfig, RlConfig, RuleConfig
 from moe_gpt.config.run import STAGES
+from moe_gpt.config.vision import PictureSourceConfig, SeeConfig
 from moe_gpt.config.yaml import to_plain
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.report.words import say
@@ -174,6 +175,7 @@ def with_every_section() -> dict:
         "reward": RewardConfig(pairs=pairs),
         "dpo": DpoConfig(pairs=pairs),
         "rl": RlConfig(prompts=PromptsConfig(builtin="lines"), rewards=(RuleConfig(rule="parses"),)),
+        "see": SeeConfig(sources=(PictureSourceConfig(builtin="scenes"),)),
     }
     assert stages.keys() == set(STAGES)
     sections = stages | {"adapters": AdaptersConfig()}

@@ -244,7 +244,7 @@ def test_the_command_talks_to_a_chat_run_and_to_no_base_run(chat_yaml, tmp_path,
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n/reset\n/what\n\nb\n/quit\nc\n"))
     talk = command("chat", tmp_path / "run", *options)
     assert (talk.returncode, talk.stdout.count("\n")) == (0, 2)
-    assert talk.stderr.splitlines()[-2:] == ["forgotten", "there are /reset and /quit, got /what"]
+    assert talk.stderr.splitlines()[-2:] == ["forgotten", "there are /reset, /image FILE and /quit, got /what"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{'a b ' * 500}\nb\n"))
     talk = command("chat", tmp_path / "run", *options)
     assert (talk.returncode, talk.stdout.count("\n")) == (0, 1), "what does not fit is refused, and the talk goes on"

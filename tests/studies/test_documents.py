@@ -44,9 +44,10 @@ def test_a_document_ends_with_its_end_of_text(finished_runs):
     assert found["prose"].n_tokens[:-1].tolist() == whole.tolist()
 
 
-def test_differences_over_documents_are_those_of_the_table(write_study, out):
-    """The same differences as over seeds, which the tables then have with their intervals."""
-    study = load_study(write_study(), out)
+def test_differences_over_documents_are_those_of_the_table(study_values, write_study, out):
+    """The same differences as over seeds, each once, which the tables then have with their intervals."""
+    again = [*study_values["comparisons"], {"name": "their mean", "arms": ["dense", "moe"], "source": "mean"}]
+    study = load_study(write_study(comparisons=again), out)
     told = write_documents(study, say=lambda line: None)
     _, text = write_tables(study)
     compared = json.loads((out / "table.json").read_text())["comparisons"]

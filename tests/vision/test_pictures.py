@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -126,6 +127,29 @@ def test_bombs_are_refused_before_they_are_decoded(side):
     """By the size in the header, whatever Pillow says to it."""
     with pytest.raises(InputError, match=r"pixels"):
         open_picture(bomb(side))
+
+
+def test_a_jpeg_of_many_scans_is_refused(tmp_path):
+    """Each takes a few bytes and a pass over all pixels: a megabyte of them would take minutes."""
+    file = io.BytesIO()
+    flag().save(file, "JPEG", progressive=True, quality=95)
+    whole = file.getvalue()
+    assert open_picture(whole).pixels.shape == (3, 32, 32)
+    last = whole[whole.rindex(b"\xff\xc4", 0, whole.rindex(b"\xff\xda")) : -2]  # with its table
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(whole[:-2] + 100 * last + whole[-2:])
+    with pytest.raises(InputError, match=r"scans.jpg: it has more than 100 scans"):
+        open_picture(path)
+
+
+def test_frames_are_not_counted():
+    """To know that there is a second one takes no time, however many there are."""
+    file = io.BytesIO()
+    Image.new("P", (4, 4)).save(file, "GIF")
+    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    began = time.process_time()
+    assert open_picture(file.getvalue()[:-1] + 200_000 * frame + b";").remarks
+    assert time.process_time() - began < 0.1
 
 
 def test_what_is_no_picture_is_named(tmp_path):

@@ -161,7 +161,7 @@ BAD = {
     "no list": (ROW | {"images": "red.png"}, "images must be a list of paths or data URLs, got 'red.png'"),
     "no path": (ROW | {"images": [7]}, "images.0 must be a path or a data URL, got 7"),
     "elsewhere": (ROW | {"images": ["https://a.b/c.png"]}, "images.0 must be a path or a data URL.*not fetched"),
-    "no base64": (ROW | {"images": ["data:image/png;base64,%%"]}, "images.0 must be data:image/TYPE;base64"),
+    "no base64": (ROW | {"images": ["data:image/png;base64,%%"]}, "images.0: it must be data:image/TYPE;base64"),
     "no picture inside": (ROW | {"images": ["data:image/png;base64,AAAA"]}, "images.0: the picture is no"),
     "no text": ({"images": ["red.png"], "prompt": "a"}, "it must have images, prompt and text.*text is missing"),
     "empty text": (ROW | {"text": " "}, "text must be an answer, got an empty text"),

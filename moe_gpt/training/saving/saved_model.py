@@ -175,7 +175,11 @@ def load_model(
         FileNotFoundError: if there is no complete checkpoint.
         InputError: if the checkpoint is damaged or has another format, or if its router is missing or different.
     """
-    saved = open_checkpoint(run_or_checkpoint)
+    return load_saved(open_checkpoint(run_or_checkpoint), device, make_router)
+
+
+def load_saved(saved: SavedModel, device: str | torch.device, make_router: MakeRouter | None) -> LoadedRun:
+    """Return what ``load_model`` returns of a checkpoint that is open; the errors are the same."""
     make_router = router_for(saved.router, make_router, str(saved.path))
     weights = read_weights(saved.path, saved.config.model, make_router)
     model = MoEGPT(saved.config.model, make_router)
