@@ -47,6 +47,13 @@ def pictures(tmp_path_factory) -> list[Path]:
     return [folder / "1.png", folder / "white.png"]
 
 
+def test_text_has_the_context_of_the_text_model(runs):
+    """Rows with pictures are short, and say nothing of how long a text the model knows."""
+    loaded = moe_gpt.load(runs["base"])
+    assert loaded.trained_length is None
+    assert loaded.context == loaded.model.config.max_seq_len
+
+
 def talk(run: Path, typed: str, *options: object) -> tuple[str, str]:
     """What a conversation prints, and says on stderr."""
     with mock.patch.object(sys, "stdin", io.StringIO(typed)):

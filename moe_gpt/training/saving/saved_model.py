@@ -52,7 +52,8 @@ class SavedModel(NamedTuple):
     router: dict[str, str] | None
     """Name and source digest of a user's router; None for ours."""
     trained_length: int | None
-    """The longest sequence that the model was trained on; None where a user's own schedule chose it."""
+    """The longest sequence that the model was trained on; None where a user's own schedule chose it, or where
+    pictures were shown to a finished text model."""
 
     @property
     def weights(self) -> TensorReader | ShardReader:
@@ -74,7 +75,8 @@ class LoadedRun(NamedTuple):
     step: int
     path: Path
     trained_length: int | None
-    """The longest sequence that the model was trained on; None where a user's own schedule chose it."""
+    """The longest sequence that the model was trained on; None where a user's own schedule chose it, or where
+    pictures were shown to a finished text model."""
 
 
 def resolve_checkpoint(run_or_checkpoint: str | Path) -> Path:
@@ -145,7 +147,7 @@ def open_checkpoint(run_or_checkpoint: str | Path) -> SavedModel:
         state["tokens_seen"],
         state["initialised_from"],
         state["router"],
-        None if state["schedule"] else _trained_length(config, state["tokens_seen"]),
+        None if state["schedule"] or config.see else _trained_length(config, state["tokens_seen"]),
     )
 
 
