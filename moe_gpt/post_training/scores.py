@@ -254,7 +254,7 @@ def format_scores(values: Mapping[str, Any]) -> str:
 def _format_seen(scores: Mapping[str, Mapping[str, float]]) -> str:
     """Return the scores of a model that sees beside what is right without seeing."""
     rows = list[tuple[str, ...]]()
-    for task, score in scores.items():
+    for task, score in ((task, score) for task, score in scores.items() if score["n"]):
         shares = ["-" if score[name] is None else f"{score[name]:.1%}" for name in BASELINES]
         rows.append((task, str(score["n"]), _shown(task, scores), *shares))
     return format_table(("task", "n", "score", *(name.replace("_", " ") for name in BASELINES)), rows)

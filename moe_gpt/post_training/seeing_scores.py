@@ -28,7 +28,7 @@ from moe_gpt.post_training.scores import share
 from moe_gpt.post_training.showing import PicturedRows, seen_by
 from moe_gpt.post_training.starting import present
 from moe_gpt.vision.cross_attention import Seen
-from moe_gpt.vision.examples import test_examples, training_example
+from moe_gpt.vision.examples import TASKS, test_examples, training_example
 from moe_gpt.vision.pictured_text import MARKER, Row
 from moe_gpt.vision.seeing import SeeingModel
 
@@ -44,17 +44,20 @@ _N_COUNTED, _N_HELD_OUT = 4000, 256
 
 
 class PictureScore(NamedTuple):
-    """A share of right answers, beside what is right without seeing."""
+    """A share of right answers, beside what is right without seeing; all None for a task that was not run."""
 
-    score: float
+    score: float | None
     n: int
-    standard_error: float
+    standard_error: float | None
     shuffled: float | None
     """Share that is right where each question has the pictures of another one; None where there is one question."""
-    blind: float
+    blind: float | None
     """Share that is right with the usual answer to the same question in training: no model does better blind."""
     random_object: float | None
     """Share that is right about a random object of the right picture; None where the question is of no object."""
+
+
+_NOT_RUN = PictureScore(None, 0, None, None, None, None)
 
 
 class _Question(NamedTuple):
@@ -65,13 +68,15 @@ class _Question(NamedTuple):
 def score_pictures(run: Run, model: MoEGPT) -> dict[str, PictureScore]:
     """Return the score of each task of the built-in sources, and of the held-out rows of files.
 
+    A run with a built-in source also has the other one's tasks, with None for each number.
     There are none for a model with closed gates, which sees nothing: it is the text model.
     """
     if not _is_open(model):
         return {}
     usual = _usual_answers(_known_rows(run))
     with evaluating(model), small_products(run.device):
-        return {task: _score(run, model, questions, usual) for task, questions in _questions(run).items()}
+        found = {task: _score(run, model, questions, usual) for task, questions in _questions(run).items()}
+    return found | {task: _NOT_RUN for task in TASKS if _builtin(run) and task not in found}
 
 
 def _is_open(model: MoEGPT) -> bool:

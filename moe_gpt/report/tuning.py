@@ -74,7 +74,8 @@ def _scores(run: RunRecords) -> Rows:
 
 def _seeing(run: RunRecords) -> Rows:
     """Yield the scores of a model that sees, with its baselines."""
-    for task, score in section_of(run.stage_scores, "after").items() if run.stage == "see" else ():
+    found = section_of(run.stage_scores, "after").items() if run.stage == "see" else ()
+    for task, score in ((task, score) for task, score in found if score.get("n")):
         shares = [score.get(name) for name in BASELINES]
         cells = ["–" if share is None else f"{share:.3f}" for share in shares]
         yield task, (score.get("n"), _with_error(score), *cells)

@@ -136,6 +136,8 @@ _TASKS: dict[str, dict[str, Callable[[str], Example]]] = {
     },
     "digits": {"digits_seen": digits, "digits": functools.partial(digits, is_test=True)},
 }
+TASKS = [task for tasks in _TASKS.values() for task in tasks]
+"""The names of all tasks."""
 
 
 def training_example(source: str, number: int) -> Example:
