@@ -100,6 +100,18 @@ def test_figures_of_the_page_are_those_of_the_study(path):
     assert [line for line in lines if line.startswith(f"| {path.stem} |")] == list(rows_of(study))
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/faq.md"])
+def test_the_lead_that_other_pages_name_is_that_of_the_study(page):
+    """Of the mixture over its dense twin, by source."""
+    found = json.loads((DOCS / "evidence" / "noise.json").read_text(encoding="utf-8"))["comparisons"]
+    text = " ".join((DOCS.parent / page).read_text(encoding="utf-8").split())
+    for entry in found:
+        low, high = (f"{-edge:.3f}" for edge in reversed(entry["interval"]))
+        assert f"{-entry['difference']:.3f} nats ({low} to {high}) on {entry['source']}" in text
+        assert "eight seeds against six" in text
+        assert entry["seeds"] == [6, 8]
+
+
 def test_slopes_of_the_page_are_those_of_the_coordinate_check():
     """Each with standard parametrisation and with muP."""
     found = json.loads((DOCS / "evidence" / "coordinates" / "mup.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from moe_gpt.config import OptimizerConfig, RunConfig
 from moe_gpt.config.vision import PictureSourceConfig, SeeConfig
 from moe_gpt.errors import ConfigError, InputError
 from moe_gpt.model.transformer import MoEGPT
+from moe_gpt.post_training import seeing_scores
+from moe_gpt.post_training.scores import format_scores
 from moe_gpt.post_training.seeing import load_seeing_model
 from moe_gpt.post_training.seeing_scores import LOOKS, answer, picture_answers, score_pictures, write_looks
 from moe_gpt.post_training.showing import answer_loss, batch_of
@@ -29,6 +32,7 @@ from moe_gpt.training.optimizer import build_optimizer
 from moe_gpt.training.saving.saved_model import load_model, resolve_checkpoint
 from moe_gpt.training.setup import Run, set_up_run
 from moe_gpt.training.step import update_weights
+from moe_gpt.vision.examples import TASKS
 from moe_gpt.vision.pictured_text import PicturedText, Row
 from moe_gpt.vision.seeing import OWN, SeeingModel, seeing_class
 
@@ -174,6 +178,24 @@ def test_colours_are_learnt_and_new_shades_answered():
             with model.looking(batch.seen):
                 said = model(batch.tokens).logits[:, -2].argmax(-1)
             assert (said == batch.tokens[:, -1]).float().mean() == right
+
+
+def test_tasks_that_were_not_run_have_no_numbers(monkeypatch):
+    """They are in scores.json, and not in the table for people."""
+    score = seeing_scores.PictureScore(0.5, 200, 0.1, 0.2, 0.3, None)
+    monkeypatch.setattr(seeing_scores, "_questions", lambda run: {"count": []})
+    monkeypatch.setattr(seeing_scores, "_score", lambda *arguments: score)
+    monkeypatch.setattr(seeing_scores, "_known_rows", lambda run: [])
+    model = seeing_class(SeeConfig(sources=SCENES, size=16, width=16)).from_model(tiny_model())
+    torch.nn.init.ones_(model.cross.layers[0].attention_gate)
+    run = SimpleNamespace(config=SimpleNamespace(see=SeeConfig(sources=SCENES)), device=torch.device("cpu"))
+    found = seeing_scores.score_pictures(run, model)
+    assert {*found} == {*TASKS} >= {"caption_seen", "caption_held_out", "count", "second_picture", "digits"}
+    assert found["count"] == score
+    assert {*found["digits"]} == {None, 0}
+    text = format_scores({"stage": "see", "after": {task: each._asdict() for task, each in found.items()}})
+    assert "count" in text
+    assert "digits" not in text
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(values, base_run, rows, tmp_path):
