@@ -52,7 +52,8 @@ def kill_after(n_checkpoints: int, run_dir: Path, name: str, *words: object) -> 
     """Start a script, and kill it once its run folder has so many checkpoints."""
     script = [sys.executable, ROOT / "scripts" / f"{name}.py", *words, "--run-dir", run_dir]
     process = subprocess.Popen(list(map(str, script)), stdout=subprocess.DEVNULL)
-    while len(list(run_dir.glob("checkpoints/step_*/manifest.json"))) < n_checkpoints:
+    complete = f"checkpoints/step_{'[0-9]' * 8}/manifest.json"  # a folder that is being written has a longer name
+    while len(list(run_dir.glob(complete))) < n_checkpoints:
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
