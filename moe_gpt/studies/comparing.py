@@ -11,7 +11,7 @@ import pandas as pd
 
 from moe_gpt.studies import statistics
 from moe_gpt.studies.plan import EACH, MEAN, SPENT, ComparisonConfig, Moment
-from moe_gpt.studies.results import Row
+from moe_gpt.studies.results import Row, losses_of
 
 _P = 0.05
 _NAME = r"(?:(?P<source>.+)/)?(?P<measure>[^/]+)"
@@ -45,9 +45,8 @@ def spent_at(rows: Sequence[Row], loss: float) -> pd.DataFrame:
         for measure, value in _spent(row, tokens).items()
     ]
     frame = pd.DataFrame(found, columns=["arm", "seed", "source", "measure", "value"])
-    fail = frame[frame.value.isna()]
-    is_left_out = pd.MultiIndex.from_frame(frame[["arm", "source"]]).isin(list(zip(fail.arm, fail.source, strict=True)))
-    return frame[~is_left_out]
+    failed = {(row.arm, row.source) for row in frame[frame.value.isna()].itertuples()}
+    return frame[[(row.arm, row.source) not in failed for row in frame.itertuples()]]
 
 
 def _reached(row: Row, loss: float) -> dict[str, float]:
@@ -55,7 +54,7 @@ def _reached(row: Row, loss: float) -> dict[str, float]:
     assert row.records, "the row counts"
     lines = row.records.records.evaluations
     tokens = [float(line["tokens_seen"]) for line in lines]
-    curves = pd.DataFrame([row.losses_of(line) for line in lines], dtype=float)
+    curves = pd.DataFrame([losses_of(line) for line in lines], dtype=float)
     curves[MEAN] = curves.mean(axis="columns")
     return {str(source): _crossing(tokens, curves[source].cummin().to_numpy(), loss) for source in curves}
 

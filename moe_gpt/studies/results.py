@@ -84,12 +84,6 @@ class Row(NamedTuple):
         evaluations = self.records.records.evaluations
         return _scores(evaluations[bisect.bisect(evaluations, tokens, key=_tokens_of) - 1])
 
-    @staticmethod
-    def losses_of(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
-        """Return the losses of an evaluation's line by source."""
-        found = _scores(evaluation).items()
-        return {name.removesuffix(_LOSS): value for name, value in found if name.endswith(_LOSS)}
-
     def plain(self) -> dict[str, Any]:
         """Return the row for table.json."""
         facts: dict[str, Any] = {"arm": self.run.arm, "seed": self.run.seed, "state": self.state, "cause": self.cause}
@@ -209,6 +203,11 @@ def _ended(row: Row) -> Row:
 
 def _scores(line: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name.removeprefix(VALIDATION): value for name, value in line.items() if name.startswith(VALIDATION)}
+
+
+def losses_of(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the losses of an evaluation's line by source."""
+    return {name.removesuffix(_LOSS): value for name, value in _scores(evaluation).items() if name.endswith(_LOSS)}
 
 
 def _tokens_of(evaluation: Mapping[str, Any]) -> int:
