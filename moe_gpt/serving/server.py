@@ -299,6 +299,7 @@ async def _state(service: Service, request: HttpRequest) -> Response:
             "context": engine.context,
             "model": service.name,
             "chats": service.template is not None or service.eyes is not None,
+            "sees": service.eyes is not None,
             "needs_key": service.api_key is not None,
         }
     )

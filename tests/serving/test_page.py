@@ -13,6 +13,8 @@ import httpx
 import pytest
 from serving.browser import CONTROL, ENTER, ESCAPE, MISSING, RIGHT, TAB, Browser, browse
 from serving.served import make_model, make_service, make_tokenizer, serve
+from serving.test_pictures import asking, part, png, seeing_service
+from tiny_seeing import SIZE
 
 from moe_gpt.config import ModelConfig
 from moe_gpt.inference.engine import Engine
@@ -224,6 +226,34 @@ def test_a_chat_remembers_what_was_said(page, url):
     page.run("ui.fresh.click()")
     send(page, "hello")
     assert page.run("return ui.answer.textContent") == f"YouhelloModel{turns[1]['content']}"
+
+
+@pytest.mark.slow
+@in_browser
+def test_a_chat_shows_pictures_to_a_model_that_sees(chromium):
+    """The answer is the server's to the same picture, later turns keep it, and the page shows it."""
+    data = png(1)
+    put = """
+        const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0)), given = new DataTransfer();
+        given.items.add(new File([bytes], "a.png", {type: "image/png"}));
+        ui.files.files = given.files;
+    """
+    with serve(seeing_service()) as url:
+        load(chromium, url)
+        fill(chromium, limit=5, seed=7)
+        assert not chromium.run("return ui.files.checkVisibility()")
+        chromium.run("ui.chat.click()")
+        chromium.run(put, base64.b64encode(data).decode())
+        turns = asking(part(data), "hello")
+        for said in ("hello", "again"):
+            send(chromium, said)
+            settings = SETTINGS | {"max_tokens": 5, "messages": turns}
+            expected = httpx.post(f"{url}/v1/chat/completions", json=settings).json()["choices"][0]["message"]
+            assert chromium.run("return ui.answer.lastChild.lastChild.textContent") == expected["content"]
+            turns += [expected, {"role": "user", "content": "again"}]
+        assert chromium.run("return [...document.images].map(image => image.naturalWidth)") == [SIZE]
+        assert chromium.run("return ui.files.value") == ""
+        assert chromium.complaints() == []
 
 
 @pytest.mark.slow
