@@ -112,15 +112,16 @@ def test_the_lead_that_other_pages_name_is_that_of_the_study(page):
         assert entry["seeds"] == [6, 8]
 
 
-def test_slopes_of_the_page_are_those_of_the_coordinate_check():
+@pytest.mark.parametrize("name", ["mup", "mup-10"])
+def test_slopes_of_the_page_are_those_of_the_coordinate_check(name):
     """Each with standard parametrisation and with muP."""
-    found = json.loads((DOCS / "evidence" / "coordinates" / "mup.json").read_text(encoding="utf-8"))
+    found = json.loads((DOCS / "evidence" / "coordinates" / f"{name}.json").read_text(encoding="utf-8"))
     rows = [
-        f"| mup coordinates | {name} | {slope:.2f} | {found['mup'][name]:.2f} |"
-        for name, slope in found["standard"].items()
+        f"| {name} coordinates | {output} | {slope:.2f} | {found['mup'][output]:.2f} |"
+        for output, slope in found["standard"].items()
     ]
     lines = (DOCS / "evidence.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("| mup coordinates |")] == rows
+    assert [line for line in lines if line.startswith(f"| {name} coordinates |")] == rows
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -34,14 +34,15 @@ _STEP_TOKENS = 512
 
 
 def coordinates(study: Study, say: Callable[[str], None] = print) -> Slopes:
-    """Return the slopes that a study asks for, of the model, text and learning rate of its first arm.
+    """Return the slopes that a study asks for.
 
     Raises:
         InputError: where the study has no section ``coordinates``, and those of ``coordinate_slopes``.
     """
-    asked, config = study.config.coordinates, study.runs[0].config
+    asked = study.config.coordinates
     if not asked:
-        raise InputError("coordinates is required here: coordinates: {widths: [32, 64, 128], seeds: [0, 1, 2]}")
+        raise InputError("coordinates is required here: coordinates: {widths: [32, 64, 128]}")
+    config = next(run.config for run in study.runs if run.arm == (asked.of_arm or run.arm))
     material = PRETRAINING.prepare(config, Start(), say)
     config, _, shares = fill_in(config, material.data, None)
     stage, stream = config.schedule.stages[0], cast(Stream, material.stream(config, shares))

@@ -128,6 +128,8 @@ class CoordinatesConfig(Section):
 
     widths: tuple[Count, ...]
     """Values of d_model; heads and d_ff go with it."""
+    of_arm: str | None = None
+    """Whose model, text and learning rate it takes; those of the first arm by default."""
     seeds: Seeds = (0, 1, 2)
     """Of initial weights and tokens."""
     steps: Count = 10
@@ -169,6 +171,8 @@ class StudyConfig(ArmConfig):
         if self.law:
             yield from zip(itertools.repeat("law.ladder"), self.law.ladder)
             yield "law.held_out", self.law.held_out
+        if self.coordinates and self.coordinates.of_arm:
+            yield "coordinates.of_arm", self.coordinates.of_arm
 
     def _problems_of(self, arm: str) -> Iterator[Problem]:
         key, seeds = f"arms.{arm}", self.seeds_of(arm)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from moe_gpt.config import ModelConfig, OptimizerConfig, Scales
 from moe_gpt.errors import InputError
-from moe_gpt.studies.coordinates import coordinate_slopes, widened
+from moe_gpt.studies import coordinates as coordinates_module
+from moe_gpt.studies.coordinates import coordinate_slopes, coordinates, widened
+from moe_gpt.studies.plan import load_study
 from moe_gpt.training import optimizer as optimizer_module
 
 TEXT = torch.tensor(list(Path(argparse.__file__).read_bytes()))
@@ -72,3 +74,13 @@ def test_a_wider_model_keeps_its_ratios():
         widened(NARROW, 40)
     with pytest.raises(InputError, match=r"coordinates\.widths must be at least two different ones, got \[32\]"):
         slopes([32], [0], 1)
+
+
+@pytest.mark.parametrize(("of_arm", "lr"), [(None, 1e-3), ("fast", 9e-3)])
+def test_model_and_learning_rate_are_those_of_the_arm_that_is_named(write_study, tmp_path, monkeypatch, of_arm, lr):
+    """Or of the first one."""
+    arms = {"slow": {"overrides": ["optimizer.lr=1e-3"]}, "fast": {"overrides": ["optimizer.lr=9e-3"]}}
+    asked = {"widths": [32, 64], "of_arm": of_arm}
+    study = load_study(write_study(arms=arms, comparisons=None, coordinates=asked), tmp_path / "out")
+    monkeypatch.setattr(coordinates_module, "coordinate_slopes", lambda *given: given)
+    assert coordinates(study)[1].lr == lr

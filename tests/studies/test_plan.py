@@ -90,6 +90,10 @@ def test_shipped_studies_are_found_by_name():
             "law.held_out must not be in the ladder that predicts it, got a",
         ),
         ({"arms": LADDER, "law": {"ladder": ["a", "b", "c", "d"], "held_out": "x"}}, "law.held_out must be arms of"),
+        (
+            {"coordinates": {"widths": [32], "of_arm": "x"}},
+            "coordinates.of_arm must be arms of this study (dense, moe)",
+        ),
     ],
 )
 def test_bad_studies_are_errors_that_say_what_is_right(write_study, keys, problem):
