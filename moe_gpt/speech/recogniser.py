@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from moe_gpt.errors import InputError
-from moe_gpt.files.inside import read_json
+from moe_gpt.files.transformers_folder import open_parts
 from moe_gpt.speech.sound import RATE, Samples
 
 _WINDOW_SECONDS = 30.0
@@ -90,20 +90,8 @@ class _Ends(transformers.StoppingCriteria):
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder of transformers: it has no config.json")
-    kind = read_json(folder, "config.json").get("model_type")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{folder} (model_type {kind}) is not loaded as a model from speech to text: {cause}"
-        ) from None
+    names = ("AutoModelForSpeechSeq2Seq", "AutoTokenizer", "AutoFeatureExtractor")
+    model, tokenizer, extractor = open_parts(folder, "a model from speech to text", *names)
     rate = getattr(extractor, "sampling_rate", RATE)
     if rate != RATE:
         raise InputError(f"{folder} takes {rate:,} samples a second; only models of {RATE:,} are supported")

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from moe_gpt.errors import InputError
-from moe_gpt.files.inside import read_json
+from moe_gpt.files.transformers_folder import open_parts
 
 _HEADS = 4
 
@@ -107,22 +107,11 @@ class FolderEncoder(nn.Module):
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path) -> tuple[Any, Any]:
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder of transformers: it has no config.json")
-    kind = read_json(folder, "config.json").get("model_type")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with torch.device("cpu"):  # also where a model of shapes alone is made
-            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise InputError(f"{folder} (model_type {kind}) is not loaded as a vision model: {cause}") from None
+    with torch.device("cpu"):  # also where a model of shapes alone is made
+        model, processor = open_parts(folder, "a vision model", "AutoModel", "AutoImageProcessor")
     model = getattr(model, "vision_model", model)
     if getattr(model, "main_input_name", "") != "pixel_values":
-        raise InputError(f"{folder} (model_type {kind}) is no vision model: it does not read pixels")
+        raise InputError(f"{folder} (model_type {model.config.model_type}) is no vision model: it does not read pixels")
     return model.requires_grad_(False).eval(), processor
 
 
