@@ -9,6 +9,8 @@ from tiny_models import random_tokens, tiny_config, tiny_model
 from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttentionLayer
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 
+from moe_gpt.config.yaml import load_run_config
+from moe_gpt.measure.parameters import count_parameters, model_of
 from moe_gpt.model.cache import KVCache
 from moe_gpt.vision.cross_attention import CrossLayers, GatedCrossBlock, Seen, last_seen
 
@@ -232,3 +234,19 @@ def test_decoding_token_by_token_gives_the_same_logits():
         with cross.looking(model, seen._replace(sees=seen.sees[:, at : at + 1])):
             step = model(tokens[:, at : at + 1], cache=cache).logits
         torch.testing.assert_close(step[:, 0], whole[:, at], atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_of_the_reported_model_are_those_of_the_page():
+    """See "At the reported size" of docs/see-and-hear.md."""
+    config = model_of(load_run_config("gpt4.yaml"))
+    with torch.device("meta"):
+        layer = GatedCrossBlock(config, 1408)
+    counts, n_layers = count_parameters(config), config.n_layers // 8
+    size = sum(parameter.numel() for parameter in layer.parameters())
+    assert [round(size / 1e9, 2), round(n_layers * size / 1e9, 1)] == [1.39, 20.8]
+    assert round(100 * n_layers * size / counts.total, 1) == 1.1
+    assert [round(n * counts.active * 2e12 / 1e24, 1) for n in (4, 6)] == [2.2, 3.3]
+    assert [round(100 * n * 2 / (6 * 13)) for n in (4, 6)] == [10, 15]
+    keys_and_values = 2 * config.n_kv_heads * config.head_dim * 2
+    assert round(n_layers * 1024 * keys_and_values / 1e6, 1) == 7.9
+    assert [config.n_layers * keys_and_values // 1000, n_layers * 1024 // config.n_layers] == [61, 128]
