@@ -105,8 +105,9 @@ def next_after_stage(run: Run) -> list[str]:
     if run.config.reward:
         start, setting = run.identity.initialised_from, f"rl.reward_model={run.run_dir}"
         return [command_line("finetune", "tiny-ppo.yaml", "--init-from", start, setting)]
-    if run.config.see:
-        return [command_line("generate", run.run_dir, "--prompt", "The picture shows", "--image", "FILE")]
+    if see := run.config.see:
+        prompt = "The digits are" if see.sources[0].builtin == "digits" else "The picture shows"
+        return [command_line("generate", run.run_dir, "--prompt", prompt, "--image", "FILE")]
     if not can_chat(run.config.stage, run.data.tokenizer):
         return [command_line("generate", run.run_dir, "--prompt", "def ")]
     return [command_line("chat", run.run_dir), command_line("serve", run.run_dir)]
