@@ -39,8 +39,8 @@ class ChatOptions:
     message: Annotated[str | None, Parameter(group=PROMPT)] = None
     """Answer this message and end. Without it, each line that you type is a message."""
     image: Annotated[Words, Parameter(group=PROMPT)] = ()
-    """A picture for a model that sees, shown with the first question: at <image> in it, or before it. Repeat the option
-    for several."""
+    """A picture for a model that sees, shown with the first question: at `<image>` in it, or before it. Repeat the
+    option for several."""
     system: Annotated[str | None, Parameter(group=PROMPT)] = None
     """The system's message, before all others."""
     tools: Annotated[Words, Parameter(group=PROMPT)] = ()

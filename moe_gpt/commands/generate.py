@@ -62,7 +62,7 @@ class GenerateOptions(SampledModelOptions):
     """The text to continue. Only the token that --bos describes may stand before it. Without a prompt, on a terminal,
     each line that you type is continued."""
     image: Annotated[Words, Parameter(group=PROMPT)] = ()
-    """A picture for a model that sees: at a marker <image> of the prompt, or before the prompt where it has none.
+    """A picture for a model that sees: at a marker `<image>` of the prompt, or before the prompt where it has none.
     Repeat the option for several."""
     prompt_file: Annotated[Path | None, Parameter(group=PROMPT)] = None
     """A file whose text is the prompt."""

@@ -57,6 +57,9 @@ def model_card(name: str, training: Training, dtype: str, licence: str, mllama_w
         mllama_width=mllama_width,
         json=json.dumps,
         sources=[(source.name, _origin(source), _share(source)) for source in config.data.sources],
+        pictures=[
+            source.builtin or _names(source.files or ()) for source in (config.see.sources if config.see else ())
+        ],
     )
     return card.content + "\n"
 
@@ -71,10 +74,15 @@ def _origin(source: SourceConfig) -> str:
     if source.builtin:
         return {"prose": "Python's documentation", "code": "Python's standard library"}[source.builtin]
     if source.files:
-        patterns = (source.files,) if isinstance(source.files, str) else source.files
-        return "files: " + ", ".join(pattern.replace("\\", "/").rpartition("/")[2] for pattern in patterns)
+        return _names(source.files)
     return "dataset: " + ", ".join(filter(None, (source.dataset, source.subset, source.split, source.revision)))
 
 
 def _share(source: SourceConfig) -> str:
     return f"weight {source.weight:g}" if source.weight else f"{source.passes:g} x per big epoch"
+
+
+def _names(files: str | tuple[str, ...]) -> str:
+    """Return the names of files without their folders, which are the user's own."""
+    patterns = (files,) if isinstance(files, str) else files
+    return "files: " + ", ".join(pattern.replace("\\", "/").rpartition("/")[2] for pattern in patterns)

@@ -85,11 +85,12 @@ def _all_scores(run: RunRecords) -> Rows:
     before, after = (section_of(run.stage_scores, time) for time in ("before", "after"))
     for task in dict.fromkeys([*before, *after]):
         parts = [section_of(part, task) for part in (before, after)]
-        yield task, (*[part["n"] for part in parts if part][-1:], *map(_with_error, parts))
+        if numbers := [part["n"] for part in parts if part.get("n")]:  # a task that was not run has none
+            yield task, (numbers[-1], *map(_with_error, parts))
 
 
 def _with_error(score: dict[str, Any]) -> str:
-    return f"{score['score']:.3f} ± {score['standard_error']:.3f}" if score else "–"
+    return f"{score['score']:.3f} ± {score['standard_error']:.3f}" if score.get("n") else "–"
 
 
 def _forgetting(run: RunRecords) -> Rows:

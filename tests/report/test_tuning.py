@@ -61,6 +61,15 @@ def test_scores_are_a_table_with_errors_and_forgetting_another():
     assert forgetting.rows == [("prose", 3.5, 3.75, 0.25)]
 
 
+def test_a_task_that_was_not_run_has_no_row():
+    """As scenes have it for digits: its numbers are None."""
+    seen = {"score": 0.75, "n": 8, "standard_error": 0.15, "shuffled": 0.0, "blind": 0.1, "random_object": None}
+    scores = {"before": {}, "after": {"count": seen, "digits": dict.fromkeys(seen) | {"n": 0}}}
+    tables = tuning.tables_of_scores([make_tuned("see", scores=scores)])
+    assert [row[0] for table in tables for row in table.rows] == ["count"] * len(tables)
+    assert tuning.meanings(make_tuned("see", scores=scores))
+
+
 def test_scores_of_several_runs_are_in_one_table():
     """The rows of a score are together, with the runs' names; a run of another stage has its own scores."""
     pair = {"score": 0.75, "n": 8, "standard_error": 0.15}
