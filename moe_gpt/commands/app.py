@@ -23,7 +23,8 @@ from moe_gpt.terminal.wrapping import terminal_width, wrap
 _READER_GONE = 128 + 13
 COMMANDS = {
     "train": "Train a model.",
-    "finetune": "Go on from a base model: conversations (sft), pairs of answers (reward, dpo), rewarded prompts (rl).",
+    "finetune": "Go on from a base model: conversations (sft), pairs of answers (reward, dpo), rewarded prompts (rl), "
+    "pictures (see).",
     "generate": "Continue a prompt.",
     "chat": "Talk to a model that was fine-tuned for it.",
     "serve": "Answer requests over HTTP, many at once, with a page for browsers.",

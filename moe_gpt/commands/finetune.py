@@ -20,7 +20,8 @@ def finetune(config: str, *overrides: str, options: TrainOptions = NO_OPTIONS) -
     """Train a stage after pre-training, save its model, and print scores before and after.
 
     The config's section is the stage and names its data: sft has conversations, reward and dpo have pairs of answers,
-    rl has prompts and rewards. All of them can be built-in sets or .jsonl files (docs/from-base-to-chat.md).
+    rl has prompts and rewards, see has pictures with questions. All of them can be built-in sets or .jsonl files
+    (docs/from-base-to-chat.md, docs/see-and-hear.md).
 
     Args:
         config: A YAML file, or the name of a config that comes with moe_gpt, such as tiny-chat.yaml.

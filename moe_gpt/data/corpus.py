@@ -126,7 +126,8 @@ def _matches(name: str, pattern: str) -> set[Path]:
     found = [path] if path.is_file() else found
     files = {match.parent.resolve() / match.name for match in found if os.path.isfile(match)}
     if not files:
-        remedy = f"for a folder, write '{pattern}/*.txt'" if path.is_dir() else f"the current folder is {Path.cwd()}"
+        inside = f"for a folder, write '{pattern}/*.txt' or '{pattern}/*.jsonl'"
+        remedy = inside if path.is_dir() else f"the current folder is {Path.cwd()}"
         if (path / "dataset_info.json").is_file():
             remedy = f"it was made by save_to_disk, so write dataset: {pattern}"
         raise InputError(f"source {name}: files={pattern!r} matches no file; {remedy}")

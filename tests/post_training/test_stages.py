@@ -14,6 +14,7 @@ from safetensors.numpy import load_file as load_arrays
 from small_runs import CPU, run_training, steps, weights_and_state, whole_run
 
 from moe_gpt.api.loaded import load
+from moe_gpt.commands.evaluate import EvaluateOptions, score_held_out
 from moe_gpt.commands.finetune import note_on_rewards
 from moe_gpt.config import RunConfig
 from moe_gpt.data.stream import TrainingStream
@@ -103,6 +104,13 @@ def set_up(config: RunConfig, run_dir: Path, init_from: Path) -> Run:
 def prompts(n: int, answer: str = "⊢∃") -> list[dict]:
     """Return prompts with an answer that the model never gives."""
     return [{"prompt": f"What is {number}?", "answer": answer} for number in range(n)]
+
+
+def test_the_text_of_pretraining_is_the_same_after_a_stage(chat_run, capsys):
+    """Evaluating says that it has changed where it has, and not because the stage has rows of its own beside it."""
+    options = EvaluateOptions()
+    score_held_out(load(chat_run), options)
+    assert "has changed" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
