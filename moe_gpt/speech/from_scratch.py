@@ -24,7 +24,8 @@ from moe_gpt.speech.sound import RATE, Samples, read_sound
 from moe_gpt.speech.synthesis import Synthesiser
 
 SECONDS, MELS, WIDTH, LAYERS, HEADS, VOCAB, MOST_TOKENS = 4, 80, 96, 2, 4, 400, 40
-CLIPS, STEPS, BATCH, RATE_OF_LEARNING, WARM_UP, LEAST_SHARE = 6000, 1400, 32, 1.5e-3, 100, 0.05
+CLIPS, STEPS, BATCH, WARM_UP, LEAST_SHARE = 6000, 2000, 16, 100, 0.05
+RATE_OF_MATRICES, RATE_OF_THE_REST = 4e-3, 1.5e-3
 TEST_CLIPS, NARROW_SHARE, MOST_SHIFT, MASKED_MELS, NOISE = 150, 0.4, 20, 12, 0.05
 END, START = "<|endoftext|>", "<|startoftranscript|>"
 Say = Callable[[str], None]
@@ -137,7 +138,7 @@ def train(
     Args:
         folder: where the model goes.
         seed: of sentences, speakers, weights and order.
-        steps: of 32 clips each.
+        steps: of 16 clips each.
         n_clips: number of sentences that are said for training.
         human: folder with a person's digits, to be tested with too.
         say: told about progress.
@@ -171,23 +172,35 @@ def targets_of(texts: Sequence[str], tokenizer: Any) -> Tensor:
 
 
 def fit(model: Any, features: Tensor, targets: Tensor, steps: int, say: Say) -> None:
-    """Train a model in place with AdamW on random batches."""
+    """Train a model in place on random batches."""
     generator = torch.Generator().manual_seed(int(torch.initial_seed()) % 2**31)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE_OF_LEARNING, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = optimizers_of(model)
+    shares = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: share_of_rate(step, steps)) for each in optimizers]
     model.train()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE_OF_LEARNING * share_of_rate(step, steps)
         rows = torch.randint(0, len(features), (BATCH,), generator=generator)
         labels = targets[rows]
         labels = labels[:, : int((labels >= 0).sum(1).max())]
         loss = model(input_features=roughen(features[rows].float(), generator), labels=labels).loss
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for each in (*optimizers, *shares):
+            each.step()
         if step % 100 == 99:
             say(f"step {step + 1:,} of {steps:,}: ce_loss {loss.item():.3f}")
+
+
+def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of attention and feed-forward networks, and AdamW for the rest."""
+    is_matrix = {name: value.ndim == 2 and "embed" not in name for name, value in model.named_parameters()}
+    matrices, rest = (
+        [value for name, value in model.named_parameters() if is_matrix[name] == asked] for asked in (True, False)
+    )
+    return [
+        torch.optim.Muon(matrices, lr=RATE_OF_MATRICES, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=RATE_OF_THE_REST, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def score(hears: Recogniser, tests: dict[str, Clips], known: Sequence[str]) -> dict[str, Any]:
