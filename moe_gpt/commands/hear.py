@@ -32,8 +32,8 @@ class HearOptions:
 
     seed: WholeOrZero = 0
     """Seed of sentences, speakers, weights and order."""
-    steps: Whole = 1400
-    """Optimizer steps of 32 sentences."""
+    steps: Whole = 2000
+    """Optimizer steps of 16 sentences."""
     clips: Whole = 6000
     """Sentences that are said for training."""
     human: Annotated[Path | None, Parameter(negative="")] = None

@@ -185,8 +185,9 @@ def fit(model: Any, features: Tensor, targets: Tensor, steps: int, say: Say) -> 
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimizers, *shares):
-            each.step()
+        for optimizer, share in zip(optimizers, shares, strict=True):
+            optimizer.step()
+            share.step()
         if step % 100 == 99:
             say(f"step {step + 1:,} of {steps:,}: ce_loss {loss.item():.3f}")
 
