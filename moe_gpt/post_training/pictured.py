@@ -20,7 +20,7 @@ from moe_gpt.post_training.chat import TURN_END, TURN_START, Message, mark, rend
 from moe_gpt.post_training.conversations import Unfit, checked_conversation, checked_text, read_rows, require
 from moe_gpt.vision.examples import Example
 from moe_gpt.vision.pictured_text import MARKER, Picture, PicturedText, PictureFile, Row, plain, spell
-from moe_gpt.vision.pictures import check_picture, read_data_url
+from moe_gpt.vision.pictures import check_picture, is_data_url, read_data_url
 
 _ELSEWHERE = re.compile(r"[a-z]+://", re.IGNORECASE)
 
@@ -130,7 +130,7 @@ class _Images:
         """Return a picture whose header can be read."""
         require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
         try:
-            where = read_data_url(source) if source.startswith("data:") else self._path_of(source, key)
+            where = read_data_url(source) if is_data_url(source) else self._path_of(source, key)
             for remark in check_picture(where):
                 self._remarks[remark] = self._remarks.get(remark, 0) + 1
         except InputError as error:

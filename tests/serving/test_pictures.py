@@ -154,7 +154,7 @@ def bomb(side: int) -> bytes:
         ([{"type": "image_url", "image_url": "data:image/png;base64,aaaa"}], "messages must be a list"),
         ([{"type": "image_url", "image_url": {"url": "x", "size": 3}}], "messages must be a list"),
         ([{"type": "input_audio"}], "messages must be a list"),
-        ([part(b"hello")], "messages.0.content.0.image_url.url: the picture is no picture in PNG, JPEG"),
+        ([part(b"hello")], "messages.0.content.0.image_url.url: the picture must be PNG, JPEG"),
         ([part(png(1)[:60])], "cannot be read as a picture"),
         (
             ["look", part(bomb(5_000))],
