@@ -224,7 +224,7 @@ def _part(part: Any, key: str) -> _Part:
     if isinstance(value, dict) and name == "image_url":
         value, name = value.get("url"), "image_url.url"
     if value is None:
-        raise InputError(f"{key}.{name} must be a path, a data URL or bytes, got none")
+        raise InputError(f"{key}.{name} must be a picture, got none")
     return _Part(f"{key}.{name}", value, False)
 
 

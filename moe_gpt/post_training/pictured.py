@@ -149,6 +149,9 @@ class _Images:
 
 
 def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:
+    require("image" not in row or "images" in row, "image is no key of a row; write images: [...], a list of pictures")
+    is_one = "messages" not in row or not {"prompt", "text"} & row.keys()
+    require(is_one, "it must have messages, or prompt and text, got both; keep one of them")
     images = _Images(row, folder, remarks)
     text = (_conversation if "messages" in row else _prompt_and_text)(row, images, tokenizer)
     require(text.pictures, "it has no picture, and of text alone nothing is learnt here; leave the row out")
@@ -157,7 +160,7 @@ def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[
 
 def _prompt_and_text(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
     missing = [key for key in ("prompt", "text") if key not in row]
-    require(not missing, f"it must have images, prompt and text, or messages; {' and '.join(missing)} is missing")
+    require(not missing, f"it must have images, prompt and text, or messages; missing: {' and '.join(missing)}")
     prompt, answer = (checked_text(row[key], key) for key in ("prompt", "text"))
     require(answer.strip(), "text must be an answer, got an empty text: no answer to learn from")
     if MARKER not in prompt:

@@ -28,8 +28,6 @@ _MOST_SCANS, _SCAN = 100, b"\xff\xda"
 """Of a progressive JPEG, which has about ten; and the mark of one."""
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w.+-]+=[^;,]*)*;base64,(.*)", re.DOTALL | re.IGNORECASE)
 _GROUND = (255, 255, 255)
-_LONGEST_NAME = 100
-"""Characters between two slashes of what is not there; with more, it is likely base64."""
 _BITS, _MEANING, _KIND = 258, 262, 339
 """TIFF's tags for bits of a number, for what 0 means (0: white), and for the kind of numbers (1: unsigned)."""
 
@@ -116,7 +114,7 @@ def _check_path(path: Path) -> None:
         cause = "no file" if path.exists() else cause
     except (OSError, ValueError):  # too long, or with a zero byte
         cause = "no path"
-    if max(map(len, path.parts), default=0) > _LONGEST_NAME:
+    if max(map(len, path.parts), default=0) > 100:  # between two slashes
         name, cause = shown(name), f"{cause}; base64 must have data:image/TYPE;base64, before it"
     elif "\\" in name and cause == "not there":
         cause += "; write / for \\"
@@ -131,9 +129,9 @@ def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
 
 def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
     """Return what a header tells; the second picture in a phone's JPEG is none that a person sees."""
-    if image.format == "MPO" or not getattr(image, "is_animated", False):
-        return ()
-    return ("several pages; the first is taken" if image.format == "TIFF" else "animated; the first frame is taken",)
+    known: dict[str | None, tuple[str, ...]] = {"MPO": (), "TIFF": ("several pages; the first is taken",)}
+    found = known.get(image.format, ("animated; the first frame is taken",))
+    return found if getattr(image, "is_animated", False) else ()
 
 
 def _turned(image: PIL.Image.Image) -> tuple[PIL.Image.Image, tuple[str, ...]]:
@@ -185,25 +183,23 @@ def _to_rgb(image: PIL.Image.Image, file: PIL.Image.Image) -> PIL.Image.Image:
 
 def _to_bytes(image: PIL.Image.Image, file: PIL.Image.Image) -> np.ndarray:
     """Return grey values of 16 bits, or of any range, as bytes."""
-    values, tags = np.asarray(image), getattr(file, "tag_v2", {})
-    has_16_bits = values.dtype.itemsize == 2 or (image.mode == "I" and file.format != "TIFF")
-    if image.mode == "I" and tags and tags.get(_KIND, (1,))[0] == 1:
+    values, tags = np.asarray(image), getattr(file, "tag_v2", {_KIND: (2,)})
+    if (image.mode, tags.get(_KIND, (1,))) == ("I", (1,)):
         values = values.view(np.uint32)
-    found = _scaled(values, 2.0 ** tags.get(_BITS, (16,))[0] - 1 if has_16_bits else None)
-    if has_16_bits and tags.get(_MEANING) == 0:
-        found = 255 - found
-    clear = image.info.get("transparency")
-    return found if clear is None else np.where(values == clear, np.uint8(255), found)
+    if image.mode.startswith("I;") or (image.mode, file.format) in (("I", "PPM"), ("I", "PNG")):
+        found = _scaled(values, 0, 2.0 ** tags.get(_BITS, (16,))[0] - 1)
+        found = 255 - found if tags.get(_MEANING) == 0 else found
+        return np.where(values == image.info.get("transparency", -1), np.uint8(255), found)
+    return _scaled(values, float(values.min()), float(values.max()))
 
 
-def _scaled(values: np.ndarray, white: float | None) -> np.ndarray:
-    """Return numbers as bytes; what is white is None where the greatest is, and the least is black."""
+def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Return numbers as bytes."""
     numbers = values.astype(np.float64)
     if not np.isfinite(numbers).all():
         raise InputError("it has pixels that are infinite or no number")
-    least, most = (float(numbers.min()), float(numbers.max())) if white is None else (0.0, white)
-    if most == least:  # of one number, nobody knows which grey it is
+    if white == black:  # of one number, nobody knows which grey it is
         return np.full(numbers.shape, 128, np.uint8)
-    numbers -= least
-    numbers *= 255 / (most - least)
+    numbers -= black
+    numbers *= 255 / (white - black)
     return np.round(numbers, out=numbers).astype(np.uint8)

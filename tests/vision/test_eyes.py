@@ -138,7 +138,7 @@ def test_markers_stand_for_as_many_pictures():
             "image_url.url: it must be data:im",
         ),
         ([{"type": "image_url", "image_url": {"url": "data:text/plain;base64,aaaa"}}], "it must be data:image"),
-        ([{"type": "image_url", "image_url": {}}], "content.0.image_url.url must be a path"),
+        ([{"type": "image_url", "image_url": {}}], "content.0.image_url.url must be a picture, got none"),
         ([{"type": "image", "image": 7}], "must be a path, a data URL or bytes, got int"),
         ([{"type": "image", "image": b"hello"}, {"type": "video"}], r"content.0 must be a text part"),
         ([{"type": "image", "image": b"hello"}], "the picture must be PNG"),

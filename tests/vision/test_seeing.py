@@ -213,8 +213,21 @@ def test_a_resumed_run_refuses_other_pictures(values, base_run, rows, tmp_path):
     config = config_of(values, rows)
     trained(config, tmp_path / "run", base_run, max_steps=2)
     Image.new("RGB", (99, 99)).save(tmp_path / "3.png")
-    with pytest.raises(InputError, match=r"data\.pictures"):
+    with pytest.raises(InputError, match=r"data\.pictures was 'pictures with digest"):
         run_training(config, tmp_path / "run", resume=True, stage=stage_of(config))
+
+
+def test_a_damaged_picture_that_is_scored_ends_the_run_before_its_first_step(values, base_run, rows, tmp_path):
+    """With file, row and cause; of a row that is learnt, the step that reads it says so."""
+    config = config_of(values, rows)
+    held_out = stage_of(config).prepare(config, stage_start(base_run), str).held_out
+    whole = Path(held_out[-1].text.pictures[-1].source)
+    whole.write_bytes(whole.read_bytes()[:-30] + bytes(30))  # a row is held out by the size
+    with pytest.raises(
+        InputError, match=rf"rows\.jsonl row \d+: images\.\d: .*{whole.name} cannot be read as a picture"
+    ):
+        trained(config, tmp_path / "run", base_run)
+    assert not list((tmp_path / "run").glob("metrics*")), "no step was taken"
 
 
 @pytest.mark.slow
