@@ -236,7 +236,6 @@ def test_animated_pictures_are_told_once(folder, tokenizer):
     assert list(read_pictured([path], tokenizer).remarks.values()) == [3]
 
 
-@pytest.mark.slow
 def test_digits_of_the_tests_are_none_of_the_training():
     """And the text reads them out."""
     pytest.importorskip("sklearn")
@@ -245,9 +244,45 @@ def test_digits_of_the_tests_are_none_of_the_training():
     kept = {number for example in test_examples("digits")["digits"] for number in example.pictures[0].chosen}
     learnt = {number for k in range(500) for number in training_example("digits", k).pictures[0].chosen}
     assert not kept & learnt
+    seen = {number for example in test_examples("digits")["digits_seen"] for number in example.pictures[0].chosen}
+    assert seen
+    assert not kept & seen
     example = digits("a")
     assert len(example.turns[0][1].split()) == len(example.pictures[0].chosen)
     assert example.pictures[0].pixels(64).equal(digits("a").pictures[0].pixels(64))
+
+
+def test_scenes_of_the_tests_are_none_of_the_training():
+    """Neither by name nor by what is drawn; those of pairs that no training has are told apart."""
+    from moe_gpt.vision.examples import test_examples
+    from moe_gpt.vision.scenes import HELD_OUT
+
+    learnt = {scene for number in range(3000) for scene in training_example("scenes", number).pictures}
+    drawn = {scene.shapes for scene in learnt}
+    for task, examples in test_examples("scenes").items():
+        for scene in (scene for example in examples for scene in example.pictures):
+            assert scene not in learnt
+            assert scene.shapes not in drawn
+            has_held_out = bool({(shape.colour, shape.name) for shape in scene.shapes} & set(HELD_OUT))
+            assert has_held_out == (task == "caption_held_out")
+
+
+def test_answers_on_scenes_are_right():
+    """Numbers and colours, counted here anew, and what a random object would score."""
+    from moe_gpt.vision.examples import colour, count
+
+    numbers, chances = set(), set()
+    for name in map(str, range(100)):
+        ((_, said),), (scene,), _ = count(name)
+        assert said == {1: " one.", 2: " two.", 3: " three."}[len(scene.shapes)]
+        numbers.add(said)
+        ((asked, said),), (scene,), chance = colour(name)
+        (right,) = [shape.colour for shape in scene.shapes if shape.name == asked.split()[-1]]
+        assert said == f" is {right}."
+        assert chance == [shape.colour for shape in scene.shapes].count(right) / len(scene.shapes)
+        chances.add(round(chance, 2))
+    assert len(numbers) == 3
+    assert {0.33, 0.5, 0.67} <= chances
 
 
 def test_examples_follow_from_their_numbers():
