@@ -157,7 +157,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
         raise Unfit(f"it must be UTF-8 text: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
         found = shown(line[:60].decode(errors="replace").strip())
-        raise Unfit(f"it must be a JSON object in one line, as every row of jsonl, got {found}: {error}") from None
+        raise Unfit(f"it must be a JSON object in one line (jsonl has one in each), got {found}: {error}") from None
     require(isinstance(row, dict), f"it must be a JSON object, got {shown(row)}")
     return row
 

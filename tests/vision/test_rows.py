@@ -169,7 +169,7 @@ BAD = {
     "two ways": (ROW | {"messages": [SAYS]}, "it must have messages, or prompt and text, got both; keep one"),
     "base64 alone": (ROW | {"images": ["/9j/" + "iVBORw0KGgo" * 400]}, "images.0: .* base64 must have data:image/TYPE"),
     "Windows": (ROW | {"images": ["a\\\\b.png"]}, "images.0: .* is not there; write / for"),
-    "a table": ("image,text", "it must be a JSON object in one line, as every row of jsonl, got 'image,text'"),
+    "a table": ("image,text", "it must be a JSON object in one line .jsonl has one in each., got 'image,text'"),
     "empty text": (ROW | {"text": " "}, "text must be an answer, got an empty text"),
     "number": (ROW | {"text": 3}, "text must be text, got 3"),
     "no JSON": ("{", "it must be a JSON object in one line"),
