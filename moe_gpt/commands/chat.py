@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -116,7 +118,8 @@ class _Conversation:
             self.messages, self.pending = list(self.beginning), []
             print("forgotten", file=sys.stderr)
         elif line.startswith("/image "):
-            self.pending.append(show(self.loaded, line.removeprefix("/image ").strip()))
+            path = re.sub(r"""^(["'])(.*)\1$""", r"\2", line.removeprefix("/image ").strip())  # as in a shell
+            self.pending.append(show(self.loaded, os.path.expanduser(path)))
             print("it is shown with your next question", file=sys.stderr)
         elif line.startswith("/"):
             print(f"there are /reset, /image FILE and /quit, got {line}", file=sys.stderr)

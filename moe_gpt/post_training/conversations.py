@@ -156,7 +156,8 @@ def _parsed(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Unfit(f"it must be UTF-8 text: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise Unfit(f"it must be a JSON object in one line: {error}") from None
+        found = shown(line[:60].decode(errors="replace").strip())
+        raise Unfit(f"it must be a JSON object in one line (jsonl has one in each), got {found}: {error}") from None
     require(isinstance(row, dict), f"it must be a JSON object, got {shown(row)}")
     return row
 

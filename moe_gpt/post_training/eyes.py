@@ -25,7 +25,7 @@ from moe_gpt.post_training.chat import TURN_END, TURN_START, Message
 from moe_gpt.post_training.conversations import checked_messages
 from moe_gpt.post_training.pictured import render_pictured
 from moe_gpt.vision.pictured_text import MARKER, PicturedText, plain, spell
-from moe_gpt.vision.pictures import MAX_PIXELS, open_picture, read_data_url
+from moe_gpt.vision.pictures import MAX_PIXELS, is_data_url, open_picture, read_data_url
 from moe_gpt.vision.seeing import SeeingModel
 from moe_gpt.vision.shown import ShownPictures, encode
 
@@ -81,7 +81,7 @@ class Eyes:
         """Return a picture; raise ``InputError`` for what cannot be read, is too large, or lies elsewhere."""
         if isinstance(source, Opened):
             return source
-        if isinstance(source, str) and source.startswith("data:"):
+        if isinstance(source, str) and is_data_url(source):
             source = read_data_url(source)
         if isinstance(source, str) and _ELSEWHERE.match(source):
             raise InputError(f"a picture must be a path or a data URL, got {shown(source)}, which is not fetched")
@@ -224,7 +224,7 @@ def _part(part: Any, key: str) -> _Part:
     if isinstance(value, dict) and name == "image_url":
         value, name = value.get("url"), "image_url.url"
     if value is None:
-        raise InputError(f"{key}.{name} must be a path, a data URL or bytes, got none")
+        raise InputError(f"{key}.{name} must be a picture, got none")
     return _Part(f"{key}.{name}", value, False)
 
 

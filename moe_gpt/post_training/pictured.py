@@ -20,7 +20,7 @@ from moe_gpt.post_training.chat import TURN_END, TURN_START, Message, mark, rend
 from moe_gpt.post_training.conversations import Unfit, checked_conversation, checked_text, read_rows, require
 from moe_gpt.vision.examples import Example
 from moe_gpt.vision.pictured_text import MARKER, Picture, PicturedText, PictureFile, Row, plain, spell
-from moe_gpt.vision.pictures import check_picture, read_data_url
+from moe_gpt.vision.pictures import check_picture, is_data_url, read_data_url
 
 _ELSEWHERE = re.compile(r"[a-z]+://", re.IGNORECASE)
 
@@ -130,7 +130,7 @@ class _Images:
         """Return a picture whose header can be read."""
         require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
         try:
-            where = read_data_url(source) if source.startswith("data:") else self._path_of(source, key)
+            where = read_data_url(source) if is_data_url(source) else self._path_of(source, key)
             for remark in check_picture(where):
                 self._remarks[remark] = self._remarks.get(remark, 0) + 1
         except InputError as error:
@@ -149,6 +149,9 @@ class _Images:
 
 
 def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:
+    require("image" not in row or "images" in row, "image is no key of a row; write images: [...], a list of pictures")
+    is_one = "messages" not in row or not {"prompt", "text"} & row.keys()
+    require(is_one, "it must have messages, or prompt and text, got both; keep one of them")
     images = _Images(row, folder, remarks)
     text = (_conversation if "messages" in row else _prompt_and_text)(row, images, tokenizer)
     require(text.pictures, "it has no picture, and of text alone nothing is learnt here; leave the row out")
@@ -157,7 +160,7 @@ def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[
 
 def _prompt_and_text(row: Mapping[str, Any], images: _Images, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
     missing = [key for key in ("prompt", "text") if key not in row]
-    require(not missing, f"it must have images, prompt and text, or messages; {' and '.join(missing)} is missing")
+    require(not missing, f"it must have images, prompt and text, or messages; missing: {' and '.join(missing)}")
     prompt, answer = (checked_text(row[key], key) for key in ("prompt", "text"))
     require(answer.strip(), "text must be an answer, got an empty text: no answer to learn from")
     if MARKER not in prompt:

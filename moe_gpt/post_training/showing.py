@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from moe_gpt.training.setup import Run
 
 _GREY, _N_MEASURED = 128, 1000
+N_SCORED = 256
+"""Held-out rows of files that are answered."""
 Item = Row | tuple[str, int]
 """A row of a file; or the source and the number of an example that is drawn when it is needed."""
 
@@ -99,11 +101,11 @@ def settle_seeing(config: RunConfig, start: Start, say: Say) -> tuple[RunConfig,
 
 
 def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
-    """Return the rows of a run. Headers of pictures are checked here; a step reads those that it needs."""
+    """Return the rows of a run. Of pictures that are scored, all is checked here; of others, the header."""
     tokenizer, see = present(start.tokenizer), present(config.see)
     check_steps(config, 1, "a row")
     row_tokens = min(stage.seq_len for stage in config.schedule.stages)
-    items, held_out, notes = list[Item](), list[Item](), list[str]()
+    items, held_out, notes = list[Item](), list[Row](), list[str]()
     for source in see.sources:
         if source.builtin:
             _check_lengths(source.builtin, tokenizer, row_tokens)
@@ -111,6 +113,8 @@ def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
         else:
             learnt, kept, told = _of_files(source, see, tokenizer, row_tokens)
             items, held_out, notes = [*items, *learnt], [*held_out, *kept], [*notes, *told]
+    for picture in (picture for row in held_out[:N_SCORED] for picture in row.text.pictures):
+        picture.pixels(see.side)  # a damaged one would be found after the last step
     data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say))
     return PicturedRows(data, items, held_out, row_tokens, digest_of_encoder(see.encoder), notes)
 
@@ -133,7 +137,7 @@ def _of_files(
     limit = Limit("the row has", row_tokens, "schedule.stages.0.seq_len", "see.on_too_long", see.on_too_long)
     lengths, places = [len(row.text.ids) for row in found.rows], [row.place for row in found.rows]
     kept, n_left_out = fitting(found.rows, lengths, places, limit)
-    notes = [f"{n:,} pictures: {remark}" for remark, n in found.remarks.items()]
+    notes = [f"{n:,} picture{'s' * (n > 1)}: {remark}" for remark, n in found.remarks.items()]
     notes += [f"rows of files{left_out(n_left_out)}"] * (n_left_out > 0)
     return *split_items(kept, lambda row: _identity(row.text.pictures[0])), notes
 

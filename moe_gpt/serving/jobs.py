@@ -17,7 +17,7 @@ from moe_gpt.serving.chat import ChatTemplate
 from moe_gpt.serving.live import Live
 from moe_gpt.serving.protocol import AnyBody, ChatBody, CompletionBody, Refused, parse
 from moe_gpt.serving.replies import Replies
-from moe_gpt.vision.pictures import read_data_url
+from moe_gpt.vision.pictures import is_data_url, read_data_url
 
 
 @dataclasses.dataclass
@@ -139,7 +139,7 @@ def _look(service: Service, body: ChatBody) -> Looked:
         message["role"] = "system" if message["role"] == "developer" else message["role"]
 
     def open_one(url: Source) -> Opened:
-        if not str(url).startswith("data:"):
+        if not is_data_url(str(url)):
             text = "it must be data:image/TYPE;base64, and base64 after it; no address is fetched and no file is read"
             raise InputError(f"{text}, got {shown(str(url)[:60])}")
         return eyes.open(read_data_url(str(url)), service.max_pixels)

@@ -174,8 +174,9 @@ class _ImageUrl(_Body):
 
 
 class _ImagePart(_Body):
-    type: Literal["image_url"]
-    image_url: _ImageUrl
+    type: Literal["image_url", "image"]
+    image_url: _ImageUrl | str | None = None
+    image: str | None = None
 
 
 class Message(_Body):
@@ -237,7 +238,7 @@ Body = TypeVar("Body", CompletionBody, ChatBody)
 _MUST_BE = {
     "prompt": "a text, a list of texts, a list of tokens or a list of lists of tokens",
     "messages": "a list of {role, content}, where role is system, developer, user or assistant and content is a text, "
-    "or a list of parts of type text and, for a model that sees, image_url",
+    "or a list of parts of type text and, for a model that sees, image_url or image",
     "stop": "a text or at most 16 texts, of at most 1,000 characters",
     "presence_penalty": "0 or absent, because penalties are not built",
     "frequency_penalty": "0 or absent, because penalties are not built",

@@ -107,7 +107,7 @@ def _check_key(service: Service, request: HttpRequest) -> None:
 async def _read(service: Service, request: HttpRequest) -> bytes:
     """Return the body, counted as it is read; what a header says of its length is believed where it is too much."""
     data, announced = bytearray(), request.headers.get("content-length", "")
-    too_long = Refused(f"the body may have at most {service.max_bytes:,} bytes", status=413)
+    too_long = Refused(f"the body may have at most {service.max_bytes:,} bytes (moe-gpt serve --max-bytes)", status=413)
     if announced.isdecimal() and int(announced) > service.max_bytes:
         raise too_long
     try:

@@ -102,6 +102,9 @@ class CrossAttention(nn.Module):
             weights = rearrange(self._weights(queries, keys, seen), "B (G n) T S -> B G (n T) S", G=keys.shape[1])
             mixed = weights.to(values.dtype) @ values
             return rearrange(mixed, "B G (n T) Dh -> B (G n) T Dh", T=queries.shape[2])
+        return self._fused(queries, keys, values, seen)
+
+    def _fused(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen.visible, enable_gqa=True)
 
     def forward(self, x: Float[Tensor, "B T D"], attend: Attend) -> Float[Tensor, "B T D"]:

@@ -26,10 +26,10 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000
 _MOST_SCANS, _SCAN = 100, b"\xff\xda"
 """Of a progressive JPEG, which has about ten; and the mark of one."""
-_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,(.*)", re.DOTALL)
+_DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w.+-]+=[^;,]*)*;base64,(.*)", re.DOTALL | re.IGNORECASE)
 _GROUND = (255, 255, 255)
-_BAD = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no picture, or half of one."""
+_BITS, _MEANING, _KIND = 258, 262, 339
+"""TIFF's tags for bits of a number, for what 0 means (0: white), and for the kind of numbers (1: unsigned)."""
 
 
 class Picture(NamedTuple):
@@ -45,7 +45,8 @@ def open_picture(source: str | Path | bytes, size: int | None = None, max_pixels
     """Return the pixels of a file.
 
     A turn in the EXIF data is carried out. Transparent points become white. 16 bits become 8, and numbers without a
-    range, such as floats, are scaled from their own least and greatest. Of an animation, the first picture is taken.
+    range, such as floats, are scaled from their own least and greatest, or are mid-grey where all are equal. Of an
+    animation, the first frame is taken.
 
     Args:
         source: path of a file, or its bytes.
@@ -69,20 +70,26 @@ def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> t
 
 
 def read_data_url(url: str) -> bytes:
-    """Return what a data URL holds, whose base64 may be in lines; raise ``InputError`` for one of no picture."""
+    """Return what a data URL holds, whose base64 may be in lines and without =; else raise ``InputError``."""
     found = _DATA_URL.fullmatch(url)
+    text = "".join(found[1].split()) if found else "?"
     try:
-        return base64.b64decode("".join(found[1].split()) if found else "?", validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise InputError(f"it must be data:image/TYPE;base64, and base64 after it, got {shown(url[:60])}") from None
+
+
+def is_data_url(text: str) -> bool:
+    """Return whether a text is meant to hold a picture, and is no path."""
+    return text[:5].lower() == "data:"
 
 
 @contextlib.contextmanager
 def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[PIL.Image.Image]:
     """Open a file and read its header; turn what Pillow raises, here and within the block, into one kind of error."""
     name = "the picture" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise InputError(f"{name} is {'no file' if Path(source).exists() else 'not there'}")
+    if not isinstance(source, bytes):
+        _check_path(Path(source))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of damaged EXIF data
@@ -92,9 +99,26 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[PIL.Image.I
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except PIL.UnidentifiedImageError:
-        raise InputError(f"{name} is no picture in {', '.join(FORMATS)}") from None
-    except _BAD as error:
-        raise InputError(f"{name} cannot be read as a picture: {str(error).rstrip('.')}") from None
+        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise InputError(f"{name} must be {known}, and is none of them") from None
+    except Exception as error:  # Pillow raises whatever half a header leads it to
+        cause = str(error).rstrip(".") or type(error).__name__
+        raise InputError(f"{name} cannot be read as a picture: {cause}") from None
+
+
+def _check_path(path: Path) -> None:
+    name, cause = str(path), "not there"
+    try:
+        if path.is_file():
+            return
+        cause = "no file" if path.exists() else cause
+    except (OSError, ValueError):  # too long, or with a zero byte
+        cause = "no path"
+    if max(map(len, path.parts), default=0) > 100:  # between two slashes
+        name, cause = shown(name), f"{cause}; base64 must have data:image/TYPE;base64, before it"
+    elif "\\" in name and cause == "not there":
+        cause += "; write / for \\"
+    raise InputError(f"{name} is {cause}")
 
 
 def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
@@ -104,7 +128,19 @@ def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
 
 
 def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
-    return ("it is animated; its first picture is taken",) if getattr(image, "is_animated", False) else ()
+    """Return what a header tells; the second picture in a phone's JPEG is none that a person sees."""
+    known: dict[str | None, tuple[str, ...]] = {"MPO": (), "TIFF": ("several pages; the first is taken",)}
+    found = known.get(image.format, ("animated; the first frame is taken",))
+    return found if getattr(image, "is_animated", False) else ()
+
+
+def _turned(image: PIL.Image.Image) -> tuple[PIL.Image.Image, tuple[str, ...]]:
+    """Return a picture upright, with remarks."""
+    try:
+        PIL.Image.Exif().load(image.info.get("exif", b""))  # that of a JPEG fails here alone
+        return ImageOps.exif_transpose(image), ()
+    except Exception:  # as above
+        return image, ("damaged EXIF data; taken as upright",)
 
 
 def _check_scans(image: PIL.Image.Image) -> None:
@@ -121,33 +157,49 @@ def _check_scans(image: PIL.Image.Image) -> None:
 
 
 def _read(image: PIL.Image.Image, size: int | None) -> Picture:
-    remarks = [*_remarks(image)]
+    remarks = _remarks(image)
     _check_scans(image)
     image.load()
-    try:
-        upright = ImageOps.exif_transpose(image)
-    except _BAD:
-        upright = image
-        remarks.append("its EXIF data are damaged; it is taken as upright")
-    rgb = _to_rgb(upright)
+    upright, more = _turned(image)
+    rgb = _to_rgb(upright, image)
     if size is not None:
         rgb = ImageOps.pad(rgb, (size, size), color=_GROUND)
-    return Picture(torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous(), tuple(remarks))
+    return Picture(torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous(), remarks + more)
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def _to_rgb(image: PIL.Image.Image, file: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a picture in RGB; the file that it is from knows what its numbers mean."""
     if image.mode.startswith(("I", "F")):
-        return PIL.Image.fromarray(_to_bytes(np.asarray(image))).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
+        return PIL.Image.fromarray(_to_bytes(image, file)).convert("RGB")
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(part >> 8 for part in clear)
+    if "A" in image.getbands() or clear is not None:
         rgba = image.convert("RGBA")
         ground = PIL.Image.new("RGBA", rgba.size, (*_GROUND, 255))
         return PIL.Image.alpha_composite(ground, rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
+def _to_bytes(image: PIL.Image.Image, file: PIL.Image.Image) -> np.ndarray:
     """Return grey values of 16 bits, or of any range, as bytes."""
-    if not np.isfinite(values).all():
+    values, tags = np.asarray(image), getattr(file, "tag_v2", {_KIND: (2,)})
+    if (image.mode, tags.get(_KIND, (1,))) == ("I", (1,)):
+        values = values.view(np.uint32)
+    if image.mode.startswith("I;") or (image.mode, file.format) in (("I", "PPM"), ("I", "PNG")):
+        found = _scaled(values, 0, 2.0 ** tags.get(_BITS, (16,))[0] - 1)
+        found = 255 - found if tags.get(_MEANING) == 0 else found
+        return np.where(values == image.info.get("transparency", -1), np.uint8(255), found)
+    return _scaled(values, float(values.min()), float(values.max()))
+
+
+def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    """Return numbers as bytes."""
+    numbers = values.astype(np.float64)
+    if not np.isfinite(numbers).all():
         raise InputError("it has pixels that are infinite or no number")
-    least, most = (0.0, 65535.0) if values.dtype == np.uint16 else (float(values.min()), float(values.max()))
-    return np.round((values - least) * (255 / max(most - least, 1e-30))).astype(np.uint8)
+    if white == black:  # of one number, nobody knows which grey it is
+        return np.full(numbers.shape, 128, np.uint8)
+    numbers -= black
+    numbers *= 255 / (white - black)
+    return np.round(numbers, out=numbers).astype(np.uint8)

@@ -119,6 +119,15 @@ def test_what_cannot_be_shown_is_one_line(runs, pictures, tmp_path):
     assert "nosuch.png is not there" in talk(runs["base"], "/image nosuch.png\n")[1]
 
 
+def test_a_typed_path_may_have_quotes_blanks_and_a_home(runs, pictures, tmp_path, monkeypatch):
+    """As in a shell, and blanks without quotes, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a b.png").write_bytes(pictures[0].read_bytes())
+    forms = [f'"{tmp_path}/a b.png"', f"'{tmp_path}/a b.png'", f"{tmp_path}/a b.png", "~/a b.png", '"~/a b.png"']
+    err = talk(runs["base"], "".join(f"/image {form}\n" for form in forms))[1]
+    assert err.count("it is shown with your next question") == 5
+
+
 @torch.no_grad()
 def test_a_dense_run_is_exported_as_mllama(runs, pictures, tmp_path):
     """By the command, which says what differs, and by ``moe_gpt.save``; both load and compute the same."""

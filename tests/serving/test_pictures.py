@@ -87,8 +87,12 @@ def test_an_answer_is_that_of_python(can_chat, service, url):
         whole = client.chat.completions.create(model="small", messages=messages, **kept).choices[0].message.content
         chunks = lines(address, CHAT, {"model": "small", "messages": messages} | kept)
         other = post(address, CHAT, messages=asking(part(png(2)), "what is it?"), **kept).json()
+        url = messages[0]["content"][0]["image_url"]["url"]
+        forms = [{"type": "image_url", "image_url": url}, {"type": "image", "image": url}]
+        same = [post(address, CHAT, messages=asking(form, "what is it?"), **kept).json() for form in forms]
         blind = post(address, CHAT, messages=asking("what is it?"), **kept).json()
     expected = loaded.chat(messages, max_new_tokens=16)
+    assert [each["choices"][0]["message"]["content"] for each in same] == [whole, whole]
     assert whole.strip() == expected.strip()
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole
     assert len({whole, *(each["choices"][0]["message"]["content"] for each in (other, blind))}) == 3
@@ -151,10 +155,15 @@ def bomb(side: int) -> bytes:
         ([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "no file is read"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}], "must be data:image/TYPE;base64"),
         ([{"type": "image_url", "image_url": {"url": "data:,x"}}], "must be data:image/TYPE;base64"),
-        ([{"type": "image_url", "image_url": "data:image/png;base64,aaaa"}], "messages must be a list"),
+        (
+            [{"type": "image_url", "image_url": "data:image/png;base64,aaaa"}],
+            "content.0.image_url: the picture must be",
+        ),
+        ([{"type": "image", "image": "/etc/passwd"}], "content.0.image: it must be data:image/TYPE;base64, and base64"),
+        ([{"type": "image"}], "messages.0.content.0.image must be a picture, got none"),
         ([{"type": "image_url", "image_url": {"url": "x", "size": 3}}], "messages must be a list"),
         ([{"type": "input_audio"}], "messages must be a list"),
-        ([part(b"hello")], "messages.0.content.0.image_url.url: the picture is no picture in PNG, JPEG"),
+        ([part(b"hello")], "messages.0.content.0.image_url.url: the picture must be PNG, JPEG"),
         ([part(png(1)[:60])], "cannot be read as a picture"),
         (
             ["look", part(bomb(5_000))],
@@ -177,7 +186,9 @@ def test_only_users_show_pictures(url):
     answer = post(url, CHAT, messages=[{"role": "system", "content": [part(png(1))]}, *asking("x")])
     assert answer.status_code == 400
     assert "only a user's message may have pictures" in answer.json()["error"]["message"]
-    assert httpx.post(url + CHAT, content=b'{"a":"' + b"x" * (1 << 20) + b'"}', timeout=30).status_code == 413
+    long = httpx.post(url + CHAT, content=b'{"a":"' + b"x" * (1 << 20) + b'"}', timeout=30)
+    assert long.status_code == 413
+    assert long.json()["error"]["message"].endswith("bytes (moe-gpt serve --max-bytes)")
 
 
 def test_a_model_without_turns_chats_on_the_page(url):

@@ -90,6 +90,24 @@ def test_a_layer_is_mllamas_where_a_token_sees():
     torch.testing.assert_close(block(x, seen), right, atol=1e-5, rtol=1e-5)
 
 
+def test_fused_attention_is_that_of_the_products():
+    """As other devices than CPUs compute it: values and gradients, with tokens that see nothing, for which it is 0."""
+    attention = opened(GatedCrossBlock(tiny_config(n_kv_heads=2, **DENSE), FEATURES)).attention
+    seen, x = pictures([[0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0]]), torch.randn(2, 6, 32)
+    weight, found = torch.randn(2, 4, 6, attention.head_dim), []
+    for attend in (attention.attend, lambda q, s: attention._fused(q, *attention.keys_and_values(s.features), s)):
+        attention.zero_grad()
+        mixed = attend(attention.queries(x), seen)
+        assert not mixed.movedim(1, 2)[seen.sees == 0].any()
+        (mixed * weight).sum().backward()
+        found.append(
+            [mixed, *(attention.get_parameter(f"{name}.weight").grad for name in ("q", "kv", "q_norm", "k_norm"))]
+        )
+    for products, fused in zip(*found, strict=True):
+        assert products.any()
+        torch.testing.assert_close(fused, products, atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_is_that_of_idefics_where_a_token_sees():
     """The layer of Flamingo's open successor, with as many key-value heads as query heads."""
     block = opened(GatedCrossBlock(tiny_config(n_kv_heads=4, **DENSE), FEATURES))

@@ -138,10 +138,10 @@ def test_markers_stand_for_as_many_pictures():
             "image_url.url: it must be data:im",
         ),
         ([{"type": "image_url", "image_url": {"url": "data:text/plain;base64,aaaa"}}], "it must be data:image"),
-        ([{"type": "image_url", "image_url": {}}], "content.0.image_url.url must be a path"),
+        ([{"type": "image_url", "image_url": {}}], "content.0.image_url.url must be a picture, got none"),
         ([{"type": "image", "image": 7}], "must be a path, a data URL or bytes, got int"),
         ([{"type": "image", "image": b"hello"}, {"type": "video"}], r"content.0 must be a text part"),
-        ([{"type": "image", "image": b"hello"}], "the picture is no picture in PNG"),
+        ([{"type": "image", "image": b"hello"}], "the picture must be PNG"),
     ],
 )
 def test_parts_that_cannot_be_used_are_named(content, message):
@@ -171,7 +171,7 @@ def test_an_animation_is_said_once(tmp_path):
     """As a warning that names the file."""
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match=r"a.gif: it is animated") as found:
+    with pytest.warns(UserWarning, match=r"a.gif: animated") as found:
         loaded_with(TOKENIZER).generate("x", images=[tmp_path / "a.gif"], max_new_tokens=2)
     assert len(found) == 1
 

@@ -150,8 +150,8 @@ SAYS = {"role": "assistant", "content": "red"}
 BAD = {
     "missing": (ROW | {"images": ["no.png"]}, r"images.0: .*no\.png is not there"),
     "folder": (ROW | {"images": ["."]}, r"images.0: .* is no file"),
-    "empty file": (ROW | {"images": ["empty.png"]}, r"images.0: .*empty\.png is no picture in PNG"),
-    "text": (ROW | {"images": ["text.png"]}, r"images.0: .*text\.png is no picture in PNG"),
+    "empty file": (ROW | {"images": ["empty.png"]}, r"images.0: .*empty\.png must be PNG"),
+    "text": (ROW | {"images": ["text.png"]}, r"images.0: .*text\.png must be PNG"),
     "too many pixels": (ROW | {"images": ["huge.png"]}, r"images.0: .*it has 12,000 x 12,000 pixels"),
     "a bomb": (ROW | {"images": ["bomb.png"]}, r"images.0: .*bomb\.png.*(20,000 x 20,000|decompression bomb)"),
     "two markers": (ROW | {"prompt": "<image><image>"}, "prompt has 2 <image>, and images has 1"),
@@ -162,8 +162,14 @@ BAD = {
     "no path": (ROW | {"images": [7]}, "images.0 must be a path or a data URL, got 7"),
     "elsewhere": (ROW | {"images": ["https://a.b/c.png"]}, "images.0 must be a path or a data URL.*not fetched"),
     "no base64": (ROW | {"images": ["data:image/png;base64,%%"]}, "images.0: it must be data:image/TYPE;base64"),
-    "no picture inside": (ROW | {"images": ["data:image/png;base64,AAAA"]}, "images.0: the picture is no"),
-    "no text": ({"images": ["red.png"], "prompt": "a"}, "it must have images, prompt and text.*text is missing"),
+    "no picture inside": (ROW | {"images": ["data:image/png;base64,AAAA"]}, "images.0: the picture must be PNG"),
+    "no text": ({"images": ["red.png"], "prompt": "a"}, "it must have images, prompt and text.*missing: text"),
+    "no text nor prompt": ({"images": ["red.png"]}, "it must have images, prompt and text.* missing: prompt and text"),
+    "one key for another": ({"image": "red.png", "prompt": "<image>a", "text": "b"}, "image is no key of a row; write"),
+    "two ways": (ROW | {"messages": [SAYS]}, "it must have messages, or prompt and text, got both; keep one"),
+    "base64 alone": (ROW | {"images": ["/9j/" + "iVBORw0KGgo" * 400]}, "images.0: .* base64 must have data:image/TYPE"),
+    "Windows": (ROW | {"images": ["a\\\\b.png"]}, "images.0: .* is not there; write / for"),
+    "a table": ("image,text", "it must be a JSON object in one line .jsonl has one in each., got 'image,text'"),
     "empty text": (ROW | {"text": " "}, "text must be an answer, got an empty text"),
     "number": (ROW | {"text": 3}, "text must be text, got 3"),
     "no JSON": ("{", "it must be a JSON object in one line"),
@@ -230,7 +236,6 @@ def test_animated_pictures_are_told_once(folder, tokenizer):
     assert list(read_pictured([path], tokenizer).remarks.values()) == [3]
 
 
-@pytest.mark.slow
 def test_digits_of_the_tests_are_none_of_the_training():
     """And the text reads them out."""
     pytest.importorskip("sklearn")
@@ -239,9 +244,45 @@ def test_digits_of_the_tests_are_none_of_the_training():
     kept = {number for example in test_examples("digits")["digits"] for number in example.pictures[0].chosen}
     learnt = {number for k in range(500) for number in training_example("digits", k).pictures[0].chosen}
     assert not kept & learnt
+    seen = {number for example in test_examples("digits")["digits_seen"] for number in example.pictures[0].chosen}
+    assert seen
+    assert not kept & seen
     example = digits("a")
     assert len(example.turns[0][1].split()) == len(example.pictures[0].chosen)
     assert example.pictures[0].pixels(64).equal(digits("a").pictures[0].pixels(64))
+
+
+def test_scenes_of_the_tests_are_none_of_the_training():
+    """Neither by name nor by what is drawn; those of pairs that no training has are told apart."""
+    from moe_gpt.vision.examples import test_examples
+    from moe_gpt.vision.scenes import HELD_OUT
+
+    learnt = {scene for number in range(3000) for scene in training_example("scenes", number).pictures}
+    drawn = {scene.shapes for scene in learnt}
+    for task, examples in test_examples("scenes").items():
+        for scene in (scene for example in examples for scene in example.pictures):
+            assert scene not in learnt
+            assert scene.shapes not in drawn
+            has_held_out = bool({(shape.colour, shape.name) for shape in scene.shapes} & set(HELD_OUT))
+            assert has_held_out == (task == "caption_held_out")
+
+
+def test_answers_on_scenes_are_right():
+    """Numbers and colours, counted here anew, and what a random object would score."""
+    from moe_gpt.vision.examples import colour, count
+
+    numbers, chances = set(), set()
+    for name in map(str, range(100)):
+        ((_, said),), (scene,), _ = count(name)
+        assert said == {1: " one.", 2: " two.", 3: " three."}[len(scene.shapes)]
+        numbers.add(said)
+        ((asked, said),), (scene,), chance = colour(name)
+        (right,) = [shape.colour for shape in scene.shapes if shape.name == asked.split()[-1]]
+        assert said == f" is {right}."
+        assert chance == [shape.colour for shape in scene.shapes].count(right) / len(scene.shapes)
+        chances.add(round(chance, 2))
+    assert len(numbers) == 3
+    assert {0.33, 0.5, 0.67} <= chances
 
 
 def test_examples_follow_from_their_numbers():

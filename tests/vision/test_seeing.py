@@ -162,8 +162,8 @@ def test_colours_are_learnt_and_new_shades_answered():
     model = kind.from_model(tiny_model()).eval()
 
     def row_on(number: int) -> Row:
-        ids = [1, 2, 3, 4 + number % 2]
-        return Row(PicturedText(ids, [False] * 3 + [True], [0], [Shade(number)]), "")
+        ids = [1, 2, 3, 4 + number % 2, 6]
+        return Row(PicturedText(ids, [False] * 3 + [True, True], [0], [Shade(number)]), "")
 
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2, weight_decay=0.0))
     for step in range(40):
@@ -176,8 +176,15 @@ def test_colours_are_learnt_and_new_shades_answered():
         for rows, right in ((new, 1.0), (changed, 0.0)):
             batch = batch_of(rows, model)
             with model.looking(batch.seen):
-                said = model(batch.tokens).logits[:, -2].argmax(-1)
-            assert (said == batch.tokens[:, -1]).float().mean() == right
+                said = model(batch.tokens).logits[:, -3].argmax(-1)
+            assert (said == batch.tokens[:, -2]).float().mean() == right
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    run, chances = SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer), precision="fp32"), [0.25, 0.75, None, 1.0]
+    questions = [seeing_scores._Question(row, chances[n % 4]) for n, row in enumerate(new)]
+    score = seeing_scores._score(run, model, questions, {(1, 2, 3): (5,)})
+    assert (score.score, score.n, score.blind) == (1, 16, 0.5)
+    assert score.shuffled == 0, "each question has the picture of the next one, of the other colour"
+    assert score.random_object == pytest.approx(2 / 3)
 
 
 def test_tasks_that_were_not_run_have_no_numbers(monkeypatch):
@@ -213,8 +220,21 @@ def test_a_resumed_run_refuses_other_pictures(values, base_run, rows, tmp_path):
     config = config_of(values, rows)
     trained(config, tmp_path / "run", base_run, max_steps=2)
     Image.new("RGB", (99, 99)).save(tmp_path / "3.png")
-    with pytest.raises(InputError, match=r"data\.pictures"):
+    with pytest.raises(InputError, match=r"data\.pictures was 'pictures with digest"):
         run_training(config, tmp_path / "run", resume=True, stage=stage_of(config))
+
+
+def test_a_damaged_picture_that_is_scored_ends_the_run_before_its_first_step(values, base_run, rows, tmp_path):
+    """With file, row and cause; of a row that is learnt, the step that reads it says so."""
+    config = config_of(values, rows)
+    held_out = stage_of(config).prepare(config, stage_start(base_run), str).held_out
+    whole = Path(held_out[-1].text.pictures[-1].source)
+    whole.write_bytes(whole.read_bytes()[:-30] + bytes(30))  # a row is held out by the size
+    with pytest.raises(
+        InputError, match=rf"rows\.jsonl row \d+: images\.\d: .*{whole.name} cannot be read as a picture"
+    ):
+        trained(config, tmp_path / "run", base_run)
+    assert not list((tmp_path / "run").glob("metrics*")), "no step was taken"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 
@@ -71,9 +72,15 @@ def differences(model, n_requests: int, n_schedules: int, seed: int, **engine: o
     return n_wrong
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
 @torch.no_grad()
-def test_the_engine_sees_what_training_sees(model):
-    """Log-probabilities of a prompt with two pictures, read in pieces, are those of one forward pass with a batch."""
+def test_the_engine_sees_what_training_sees(every):
+    """Log-probabilities of a prompt with two pictures, read in pieces, are those of one forward pass with a batch.
+
+    Whatever blocks have cross-attention before them.
+    """
+    model = give_eyes(tiny_text_model(VOCAB_SIZE, n_layers=4), dataclasses.replace(SEE, every=every))
+    assert len(model.cross.layers) == -(-4 // every)
     prompt, places = [random.Random(0).randrange(VOCAB_SIZE) for _ in range(30)], [4, 17]
     beside = shown(model, [1, 2], places)
     mask = torch.zeros(1, 30, dtype=torch.bool)

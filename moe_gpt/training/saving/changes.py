@@ -37,6 +37,7 @@ _MAY_DIFFER = (
     "faults.dead_expert_load",
     "faults.collapsed_share",
 )
+_NOT_TOKENS = ("pictures", "encoder", "pairs", "prompts")  # of stages
 _ROOMS_THAT_COMPUTE = ("config", "data", "distributed", "model", "ops", "post_training", "training")
 _NEEDS_PERMISSION = ("moe_gpt", "torch", "code")
 _SHAPE = ["vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts"]
@@ -132,7 +133,8 @@ def changed_settings(saved: RunConfig, wanted: RunConfig) -> Iterator[Change]:
 def _changed_data(saved: dict[str, str], found: dict[str, str]) -> Iterator[Change]:
     for name in saved.keys() & found.keys():  # a new or missing source is a changed setting
         if saved[name] != found[name]:
-            old, new = (f"tokens with digest {digest[:12]}" for digest in (saved[name], found[name]))
+            kind = name if name in _NOT_TOKENS else "tokens"
+            old, new = (f"{kind} with digest {digest[:12]}" for digest in (saved[name], found[name]))
             yield Change(f"data.{name}", old, new, needs_permission=True)
 
 
