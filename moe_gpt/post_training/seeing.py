@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from moe_gpt.errors import InputError
+from moe_gpt.files.transformers_folder import check_is_model, digest_of_folder
 from moe_gpt.model.router import MakeRouter
 from moe_gpt.training.saving.checkpoint import load_weights, read_state
 from moe_gpt.training.saving.own_code import router_for
@@ -59,11 +59,5 @@ def digest_of_encoder(encoder: str) -> str:
     """Return a digest of the config and weights in the folder of an encoder; empty for the small one."""
     if encoder == "small":
         return ""
-    folder, digest = Path(encoder), hashlib.sha256()
-    if not (folder / "config.json").is_file():
-        raise InputError(f"see.encoder: {folder} is no model folder of transformers: it has no config.json")
-    names = ("config.json", "preprocessor_config.json", "*.safetensors", "*.bin")
-    for path in sorted({path for name in names for path in folder.glob(name)}):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    check_is_model(Path(encoder), "see.encoder: ")
+    return digest_of_folder(Path(encoder))

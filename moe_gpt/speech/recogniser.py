@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from moe_gpt.errors import InputError
-from moe_gpt.files.transformers_folder import open_parts
+from moe_gpt.files.transformers_folder import open_parts, refusal
 from moe_gpt.speech.sound import RATE, Samples
 
 _WINDOW_SECONDS = 30.0
@@ -90,8 +90,10 @@ class _Ends(transformers.StoppingCriteria):
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
-    names = ("AutoModelForSpeechSeq2Seq", "AutoTokenizer", "AutoFeatureExtractor")
-    model, tokenizer, extractor = open_parts(folder, "a model from speech to text", *names)
+    what, names = "a model from speech to text", ("AutoModelForSpeechSeq2Seq", "AutoTokenizer", "AutoFeatureExtractor")
+    model, tokenizer, extractor = open_parts(folder, what, *names)
+    if not tokenizer.vocab_size:
+        raise refusal(folder, what, "its tokenizer has no tokens; put tokenizer.json or vocab.json into the folder")
     rate = getattr(extractor, "sampling_rate", RATE)
     if rate != RATE:
         raise InputError(f"{folder} takes {rate:,} samples a second; only models of {RATE:,} are supported")

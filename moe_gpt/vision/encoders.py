@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from moe_gpt.errors import InputError
-from moe_gpt.files.transformers_folder import open_parts
+from moe_gpt.files.transformers_folder import open_parts, refusal
 
 _HEADS = 4
+_UNUSED = r"(^|\.)(pooler|head)\."
+"""Tensors behind the last hidden states; classifiers are saved without them."""
 
 
 class SmallEncoder(nn.Module):
@@ -86,8 +87,7 @@ class FolderEncoder(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self._held = _load(Path(folder).absolute())
-        self.width = int(self._held[0].config.hidden_size)
+        *self._held, self.width = _load(Path(folder).absolute())
 
     @property
     def side(self) -> int | None:
@@ -95,24 +95,35 @@ class FolderEncoder(nn.Module):
         size = dict(getattr(self._held[1], "size", None) or {})
         return size.get("height") or size.get("shortest_edge")
 
-    @torch.no_grad()
     def forward(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "P S Dv"]:
         """Return the last hidden states of pictures of any size, which the processor brings to the model's."""
         model, processor = self._held
-        model.to(pictures[0].device)
-        arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
-        pixels = processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        return model(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state
+        return _last_states(model.to(pictures[0].device), processor, pictures)
+
+
+@torch.no_grad()
+def _last_states(model: Any, processor: Any, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "P S Dv"]:
+    arrays = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
+    pixels = processor(images=arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return model(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state
 
 
 @functools.lru_cache(maxsize=2)
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(folder: Path) -> tuple[Any, Any, int]:
+    """Return model, processor and width, after a try with a grey picture."""
+    what = "a vision model"
     with torch.device("cpu"):  # also where a model of shapes alone is made
-        model, processor = open_parts(folder, "a vision model", "AutoModel", "AutoImageProcessor")
-    model = getattr(model, "vision_model", model)
-    if getattr(model, "main_input_name", "") != "pixel_values":
-        raise InputError(f"{folder} (model_type {model.config.model_type}) is no vision model: it does not read pixels")
-    return model.requires_grad_(False).eval(), processor
+        model, processor = open_parts(folder, what, "AutoModel", "AutoImageProcessor", unused=_UNUSED)
+        model = getattr(model, "vision_model", model).requires_grad_(False).eval()
+        if getattr(model, "main_input_name", "") != "pixel_values":
+            raise refusal(folder, what, "it does not read pixels")
+        try:
+            shape = _last_states(model, processor, [torch.full((3, 64, 64), 128, dtype=torch.uint8)]).shape
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+            raise refusal(folder, what, f"pixels alone give no features ({error})") from None
+    if len(shape) != 3 or shape[0] != 1:
+        raise refusal(folder, what, f"it gives features of shape {tuple(shape)}, not rows of one width for a picture")
+    return model, processor, shape[2]
 
 
 class Resampler(nn.Module):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import soundfile
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_whisper import save_tiny_whisper
 
 from moe_gpt.commands.next_command import command_line
@@ -210,6 +213,58 @@ def test_folders_that_are_no_such_model_are_refused(model, tmp_path):
         Recogniser(model, language="en")
     with pytest.raises(InputError, match="does not know the language English; it knows de, en"):
         Recogniser(save_tiny_whisper(tmp_path / "two", ("en", "de")), language="English")
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a model's folder with other tensors."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_hear_in_single(model, tmp_path, dtype):
+    """The library keeps the dtype of the files, and features are float32."""
+    folder = changed(model, tmp_path / "half", lambda found: found.update({k: v.to(dtype) for k, v in found.items()}))
+    [heard] = Recogniser(folder)([read_sound(knocks(tmp_path / "a.wav", 2, np.random.default_rng(0)))])
+    assert heard.text
+    assert Recogniser(folder)._model.dtype == torch.float32
+
+
+def test_folders_that_lack_something_are_refused(model, tmp_path):
+    """The library would draw random weights, or write nothing; never a traceback of its own."""
+
+    def lacks_fc1(found: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in found if "fc1" in key]:
+            del found[key]
+
+    def other_shape(found: dict[str, torch.Tensor]) -> None:
+        found["model.decoder.embed_tokens.weight"] = torch.zeros(5, 5)
+
+    fc1 = r"model.decoder.layers.0.fc1.bias, model.decoder.layers.0.fc1.weight, \S+ and 1 more"
+    for number, (change, cause) in enumerate(
+        ((lacks_fc1, f"it lacks the tensors {fc1}"), (other_shape, "in other shapes the tensors model.decoder.embed"))
+    ):
+        with pytest.raises(InputError, match=rf"\(model_type whisper\) is not loaded as .*: .*{cause}"):
+            Recogniser(changed(model, tmp_path / str(number), change))
+    whole = (model / "model.safetensors").read_bytes()
+    folder = changed(model, tmp_path / "bytes", lambda found: None)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n"
+    for content, cause in (
+        (whole[:-1000], "file not fully covered"),
+        (b"", "model.safetensors: it is empty"),
+        (pointer, "a Git LFS pointer"),
+    ):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=rf"bytes \(model_type whisper\) .*{cause}"):
+            Recogniser(folder)
+    mute = changed(model, tmp_path / "mute", lambda found: None)
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match="its tokenizer has no tokens"):
+        Recogniser(mute)
 
 
 def test_the_command_makes_a_source_of_text(model, tmp_path, capsys):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from moe_gpt.errors import InputError
-from moe_gpt.vision.encoders import FolderEncoder, Resampler, SmallEncoder
+from moe_gpt.vision.encoders import FolderEncoder, Resampler, SmallEncoder, _load
 
 SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 PICTURE = {"image_size": 32, "patch_size": 8}
@@ -84,6 +85,39 @@ def test_folders_that_see_nothing_are_refused(tmp_path):
         FolderEncoder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nosuch"}')
     with pytest.raises(InputError, match=r"\(model_type nosuch\) is not loaded as a vision model"):
+        FolderEncoder(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet", "siglip2"])
+def test_models_that_give_no_rows_are_refused(kind, tmp_path):
+    """Grids of features, and models that want more than pixels."""
+    if kind == "siglip2":
+        vision = SIZE | {"patch_size": 8, "num_patches": 16}
+        model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=TEXT, vision_config=vision))
+        processor, cause = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16), "pixels alone give no"
+    else:
+        sizes, processor = {"hidden_sizes": [8] * 4, "depths": [1] * 4}, transformers.ConvNextImageProcessor()
+        cause = r"it gives features of shape \(1, 8, "
+        if kind == "convnext":
+            model = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
+        else:
+            model = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, **sizes))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"\(model_type {kind}\S*\) is not loaded as a vision model: {cause}"):
+        FolderEncoder(tmp_path)
+
+
+def test_encoders_in_half_precision_and_without_a_pooler_give_float32(tmp_path):
+    """A classifier has no pooler, and none is used; what is used must be there."""
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZE, **PICTURE)).half()
+    model.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    assert FolderEncoder(tmp_path)(random_pictures(1)).dtype == torch.float32
+    tensors = {key: value for key, value in model.state_dict().items() if "layernorm" not in key}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    _load.cache_clear()
+    with pytest.raises(InputError, match="it lacks the tensors .*layernorm"):
         FolderEncoder(tmp_path)
 
 
