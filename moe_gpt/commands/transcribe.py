@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -13,6 +14,9 @@ from moe_gpt.commands.next_command import command_line
 from moe_gpt.commands.options import Device, flat
 from moe_gpt.errors import InputError
 from moe_gpt.terminal.wrapping import wrap
+
+if TYPE_CHECKING:
+    from moe_gpt.speech.transcribe import Outcome
 
 
 @flat
@@ -42,17 +46,19 @@ def transcribe(*sounds: Path, options: TranscribeOptions) -> int:
         raise InputError("SOUNDS is missing; give sound files or a folder of them")
     try:
         from moe_gpt.speech.recogniser import Recogniser
-        from moe_gpt.speech.transcribe import find_sounds, open_transcript, transcribe_files
+        from moe_gpt.speech.transcribe import find_sounds, open_transcript, printable, transcribe_files
     except ImportError as error:
         raise InputError(
             f"transcribe needs {error.name}, which is not installed: pip install 'moe_gpt[senses]'"
         ) from None
 
+    from moe_gpt.files.transformers_folder import digest_of_folder
     from moe_gpt.ops.device import pick_device
     from moe_gpt.terminal.progress import ProgressBar
 
-    paths = find_sounds(sounds)
-    with open_transcript(options.out, str(options.model)) as transcript:
+    paths = find_sounds(sounds, lambda text: print(wrap(f"note: {printable(text)}"), file=sys.stderr))
+    digest = digest_of_folder(options.model, "tokenizer*", "vocab*", "generation_config.json")
+    with open_transcript(options.out, str(options.model), digest, options.language) as transcript:
         hears = Recogniser(options.model, pick_device(options.device), options.language)
         bar = ProgressBar("transcribing", total=len(paths))
 
@@ -60,12 +66,23 @@ def transcribe(*sounds: Path, options: TranscribeOptions) -> int:
             text = f"{done:,} of {len(paths):,} files"
             bar.update(done, text, text)
 
-        with contextlib.closing(bar):
-            outcome = transcribe_files(paths, hears, transcript, bar.warn, tick)
-    kept = f", {outcome.kept:,} were there already" if outcome.kept else ""
-    print(wrap(f"{outcome.done:,} files transcribed into {options.out}{kept}; {len(outcome.failed):,} failed"))
-    print(*[f"next:\n  {command_line('train', 'tiny.yaml', source_of(options.out))}\n"] * bool(transcript.rows), end="")
+        try:
+            with contextlib.closing(bar):
+                outcome = transcribe_files(paths, hears, transcript, bar.warn, tick)
+        except KeyboardInterrupt:
+            n = f"{len(transcript.rows):,} of {len(paths):,}"
+            print(f"interrupted; {options.out} has {n} files, and the same command continues", file=sys.stderr)
+            return 130
+    _tell(outcome, options.out, bool(transcript.rows))
     return 1 if outcome.failed else 0
+
+
+def _tell(outcome: Outcome, out: Path, has_rows: bool) -> None:
+    """Print what became of the files, and a command that trains on the text."""
+    kept = f", {outcome.kept:,} were there already" if outcome.kept else ""
+    print(wrap(f"{outcome.done:,} files transcribed into {out}{kept}; {len(outcome.failed):,} failed"))
+    if has_rows:
+        print(f"next:\n  {command_line('train', 'tiny.yaml', '--run-dir', 'runs/speech', source_of(out))}")
 
 
 def source_of(path: Path) -> str:

@@ -66,6 +66,12 @@ def _open_part(kind: Any, folder: Path, unused: str) -> Any:
     model, found = kind.from_pretrained(
         folder, local_files_only=True, dtype="float32", output_loading_info=True, ignore_mismatched_sizes=True
     )
+    _require_tensors(found, unused)
+    return model
+
+
+def _require_tensors(found: dict[str, Any], unused: str) -> None:
+    """Raise ``ValueError`` where what a reader found leaves tensors as they were drawn."""
     for problem, keys in (
         ("lacks", sorted(key for key in found["missing_keys"] if not re.search(unused, key))),
         ("has in other shapes", sorted(key for key, *_ in found["mismatched_keys"])),
@@ -73,10 +79,9 @@ def _open_part(kind: Any, folder: Path, unused: str) -> Any:
         if keys:
             more = f" and {len(keys) - _MOST_NAMED:,} more" * (len(keys) > _MOST_NAMED)
             raise ValueError(f"it {problem} the tensors {', '.join(keys[:_MOST_NAMED])}{more}")
-    return model
 
 
 def _disguised(folder: Path) -> str:
     """Name a file of weights that is something else, such as a Git LFS pointer; empty where none is."""
-    found = [(path.name, disguise(path)) for name in _WEIGHTS[:1] for path in sorted(folder.glob(name))]
-    return "".join([f"{name}: {text}" for name, text in found if text][:1])
+    found = {path.name: disguise(path) for path in sorted(folder.glob(_WEIGHTS[0]))}
+    return next((f"{name}: {text}" for name, text in found.items() if text), "")

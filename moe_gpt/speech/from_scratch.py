@@ -143,6 +143,8 @@ def train(
         human: folder with a person's digits, to be tested with too.
         say: told about progress.
     """
+    if human is not None:
+        join_digits(human, np.random.default_rng())  # what is lacking there is told before the long part
     rng, synthesiser = np.random.default_rng(seed), Synthesiser()
     variants, new_variants = split_variants(synthesiser.variants(), rng)
     say(f"saying {n_clips:,} sentences with {len(ACCENTS) * len(variants)} voices")
@@ -194,13 +196,12 @@ def fit(model: Any, features: Tensor, targets: Tensor, steps: int, say: Say) -> 
 
 def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of attention and feed-forward networks, and AdamW for the rest."""
-    is_matrix = {name: value.ndim == 2 and "embed" not in name for name, value in model.named_parameters()}
-    matrices, rest = (
-        [value for name, value in model.named_parameters() if is_matrix[name] == asked] for asked in (True, False)
-    )
+    of_kind: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, value in model.named_parameters():
+        of_kind[value.ndim == 2 and "embed" not in name].append(value)
     return [
-        torch.optim.Muon(matrices, lr=RATE_OF_MATRICES, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=RATE_OF_THE_REST, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(of_kind[True], lr=RATE_OF_MATRICES, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(of_kind[False], lr=RATE_OF_THE_REST, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 

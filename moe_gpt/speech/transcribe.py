@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ from moe_gpt.speech.windows import Window, windows
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"}
 """What is taken from a folder. A file that is named itself may have any."""
+_MADE_BY = ("model", "model_sha256", "language")
 _KEYS = {"text": str, "audio": str, "seconds": float, "sha256": str, "model": str}
 _START = b'{"text": "'
 _FOREIGN = "has lines that transcribe did not write; give another --out"
@@ -47,28 +49,48 @@ class Outcome(NamedTuple):
     """An error for each of the others."""
 
 
-def find_sounds(places: Iterable[Path]) -> list[Path]:
+def find_sounds(places: Iterable[Path], warn: Callable[[str], None] = lambda text: None) -> list[Path]:
     """Return the sound files among files and folders, each once, those of a folder in the order of their names.
+
+    Args:
+        places: files and folders.
+        warn: told of the files in a folder that are not looked at.
 
     Raises:
         InputError: where a place is not there, or a folder has no sound.
     """
     first: dict[Path, Path] = {}
     for place in places:
-        for path in _sounds_in(place):
+        for path in _sounds_in(place, warn):
             first.setdefault(path.resolve(), path)
     return list(first.values())
 
 
-def _sounds_in(place: Path) -> list[Path]:
+def _sounds_in(place: Path, warn: Callable[[str], None]) -> list[Path]:
     if not place.exists():
         raise InputError(f"{place} is not there")
-    if not place.is_dir():
-        return [place]
-    paths = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return _search(place, warn) if place.is_dir() else [place]
+
+
+def _search(place: Path, warn: Callable[[str], None]) -> list[Path]:
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    paths = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not paths:
         raise InputError(f"{place} has no sound files ({', '.join(sorted(SUFFIXES))})")
+    if len(paths) < len(files):
+        warn(f"{place} has files that are not taken for sound: {_kinds(files)}; name a file to have it read")
     return paths
+
+
+def _kinds(files: Iterable[Path]) -> str:
+    """Return how many files have each ending that is none of sound, the most frequent first."""
+    found = collections.Counter(path.suffix or path.name for path in files if path.suffix.lower() not in SUFFIXES)
+    return ", ".join(f"{n:,} {kind}" for kind, n in found.most_common())
+
+
+def printable(text: object) -> str:
+    """Return a text, such as a path, with what is no Unicode of a file's name as an escape."""
+    return str(text).encode(errors="backslashreplace").decode()
 
 
 def transcribe(sound: Sound, hears: Hears) -> tuple[dict[str, Any], list[str]]:
@@ -94,7 +116,12 @@ def _lacking(window: Window, heard: Heard) -> Iterator[str]:
 
 
 def _facts(sound: Sound) -> dict[str, Any]:
-    return {"audio": str(sound.path), "seconds": round(sound.seconds, 3), "sha256": sound.sha256}
+    return {"audio": _name(sound), "seconds": round(sound.seconds, 3), "sha256": sound.sha256}
+
+
+def _name(sound: Sound) -> str:
+    """Return the whole path, so that one file has one name from wherever the command is called."""
+    return printable(sound.path.resolve())
 
 
 class Transcript:
@@ -103,13 +130,16 @@ class Transcript:
     Args:
         path: of the JSON lines.
         model: name of the model, which every row has.
+        digest: of the model's files.
+        language: that it was told to write.
 
     Raises:
-        InputError: where the file has rows of something else, or of another model.
+        InputError: where the file has rows of something else, or of another model or language.
     """
 
-    def __init__(self, path: Path, model: str) -> None:
-        self.path, self.model = path, model
+    def __init__(self, path: Path, model: str, digest: str = "", language: str | None = None) -> None:
+        self.path = path
+        self.made_by = dict(zip(_MADE_BY, (model, digest, language), strict=True))
         self.rows: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return
@@ -123,10 +153,13 @@ class Transcript:
     def _check(self, row: dict[str, Any]) -> None:
         if any(not isinstance(row.get(key), kind) for key, kind in _KEYS.items()):
             raise InputError(f"{self.path} {_FOREIGN}")
-        if row["model"] != self.model:
-            raise InputError(
-                f"{self.path} was written with the model {row['model']}, not {self.model}; give another --out"
-            )
+        self._check_maker(row)
+
+    def _check_maker(self, row: dict[str, Any]) -> None:
+        for key, value in self.made_by.items():
+            if row.get(key) != value:
+                text = f"{self.path} was written with the {key} {row.get(key)}, not {value}; give another --out"
+                raise InputError(text)
 
     def _drop_torn_line(self, n_lines: int) -> None:
         """Write the rows without the start of a line that a killed process left at the end of the file."""
@@ -137,12 +170,12 @@ class Transcript:
 
     def has(self, sound: Sound) -> bool:
         """Whether a file is transcribed, with the contents that it has now."""
-        row = self.rows.get(str(sound.path))
+        row = self.rows.get(_name(sound))
         return row is not None and row["sha256"] == sound.sha256
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row and force it to the disk. It takes the place of an earlier row of the same file."""
-        row = row | {"model": self.model}
+        row = row | self.made_by
         is_new = row["audio"] not in self.rows
         self.rows[row["audio"]] = row
         if not is_new or not self.path.exists():
@@ -152,15 +185,14 @@ class Transcript:
                 file.write(_line(row))
                 file.flush()
                 os.fsync(file.fileno())
-        return
 
     def _write_anew(self) -> None:
         replace_file(self.path, b"".join(map(_line, self.rows.values())))
 
 
 @contextlib.contextmanager
-def open_transcript(path: Path, model: str) -> Iterator[Transcript]:
-    """Give the transcript of a file that no other process writes meanwhile.
+def open_transcript(path: Path, model: str, digest: str = "", language: str | None = None) -> Iterator[Transcript]:
+    """Give the transcript of a file that no other process writes meanwhile; the arguments are those of ``Transcript``.
 
     Raises:
         InputError: where another process does, or as for ``Transcript``.
@@ -172,7 +204,7 @@ def open_transcript(path: Path, model: str) -> Iterator[Transcript]:
     except filelock.Timeout:
         raise InputError(f"another process is writing {path}") from None
     try:
-        yield Transcript(path, model)
+        yield Transcript(path, model, digest, language)
     finally:
         lock.release()  # its file stays: deleting it would let two others in
 
@@ -206,11 +238,11 @@ def transcribe_files(
             else:
                 row, remarks = transcribe(sound, hears)
                 for remark in (*sound.remarks, *remarks):
-                    warn(f"{path}: {remark}")
+                    warn(printable(f"{path}: {remark}"))
                 transcript.add(row)
                 done += 1
         except InputError as error:
-            failed.append(str(error))
-            warn(f"left out: {error}")
+            failed.append(printable(error))
+            warn(f"left out: {failed[-1]}")
         tick(number)
     return Outcome(done, kept, failed)

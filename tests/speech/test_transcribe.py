@@ -84,7 +84,7 @@ def test_every_word_of_a_long_file_is_written_once(tmp_path):
     assert not warnings
     assert hears.n_windows > 15
     assert row["text"] == " ".join(["knock"] * 100)
-    assert set(row) == {"text", "audio", "seconds", "sha256", "model"}
+    assert set(row) == {"text", "audio", "seconds", "sha256", "model", "model_sha256", "language"}
 
 
 def test_a_second_call_does_only_what_is_left(tmp_path):
@@ -116,6 +116,55 @@ def test_a_transcript_of_something_else_is_not_touched(tmp_path):
     call([knocks(tmp_path / "a.wav", 1, np.random.default_rng(0))], Transcript(out, "m"))
     with pytest.raises(InputError, match="was written with the model m, not n"):
         Transcript(out, "n")
+
+
+@pytest.mark.parametrize(
+    ("maker", "text"),
+    [
+        (("m", "1", "en"), "was written with the model_sha256 0, not 1; give another --out"),
+        (("m", "0", None), "was written with the language en, not None; give another --out"),
+    ],
+)
+def test_other_weights_and_another_language_are_another_model(tmp_path, maker, text):
+    """A folder that was trained again has the name that it had."""
+    out = tmp_path / "t.jsonl"
+    call([knocks(tmp_path / "a.wav", 1, np.random.default_rng(0))], Transcript(out, "m", "0", "en"))
+    assert Transcript(out, "m", "0", "en").rows
+    with pytest.raises(InputError, match=text):
+        Transcript(out, *maker)
+
+
+def test_files_of_one_name_in_two_folders_are_two_rows(tmp_path, monkeypatch):
+    """However their paths are spelled; one file under two spellings is one row."""
+    out = tmp_path / "t.jsonl"
+    for number, day in enumerate(("day1", "day2"), 1):
+        knocks(tmp_path / day / "a.wav", number, np.random.default_rng(number))
+        monkeypatch.chdir(tmp_path / day)
+        call([Path("a.wav")], Transcript(out, "m"))
+    outcome, _ = call([Path("../day1/a.wav"), tmp_path / "day2" / "a.wav"], Transcript(out, "m"))
+    assert (outcome.done, outcome.kept) == (0, 2)
+    assert [row["text"].count("knock") for row in rows(out)] == [1, 2]
+
+
+def test_a_name_that_is_no_text_is_escaped(tmp_path):
+    """As old Macs and Windows wrote them; the other files go on."""
+    good, bad = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.wav", b"bad\xe9.wav"))
+    knocks(tmp_path / "a.wav", 1, np.random.default_rng(0)).rename(good)
+    bad.write_text("no sound")
+    outcome, warnings = call([bad, good], Transcript(tmp_path / "t.jsonl", "m"))
+    assert outcome.done == 1
+    assert r"bad\udce9.wav" in " ".join(warnings)
+    assert rows(tmp_path / "t.jsonl")[0]["audio"].endswith(r"caf\udce9.wav")
+
+
+def test_what_a_folder_has_beside_sound_is_said(tmp_path):
+    """A phone's memos are not passed over without a word."""
+    knocks(tmp_path / "a.wav", 1, np.random.default_rng(0))
+    for name in ("b.m4a", "c.m4a", "notes.txt"):
+        (tmp_path / name).touch()
+    said: list[str] = []
+    assert [path.name for path in find_sounds([tmp_path], said.append)] == ["a.wav"]
+    assert "2 .m4a, 1 .txt" in said[0]
 
 
 def test_two_processes_do_not_write_one_transcript(tmp_path):
@@ -276,13 +325,26 @@ def test_the_command_makes_a_source_of_text(model, tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "1 files transcribed into" in out
     assert "1 failed" in out
-    assert command_line("train", "tiny.yaml", source_of(options.out)) in out
+    assert command_line("train", "tiny.yaml", "--run-dir", "runs/speech", source_of(options.out)) in out
     assert transcribe(good, options=options) == 0
     assert "1 were there already" in " ".join(capsys.readouterr().out.split())
     [document] = iterate_documents(SourceConfig(name="speech", files=str(options.out)))
     assert document.text == rows(options.out)[0]["text"]
     with pytest.raises(InputError, match="SOUNDS is missing"):
         transcribe(options=options)
+
+
+def test_an_interruption_says_what_is_there(model, tmp_path, capsys, monkeypatch):
+    """And that the same command goes on."""
+    sound = knocks(tmp_path / "a.wav", 1, np.random.default_rng(0))
+    options = TranscribeOptions(model=model, out=tmp_path / "t.jsonl", device="cpu")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe_gpt.speech.transcribe.transcribe_files", interrupted)
+    assert transcribe(sound, options=options) == 130
+    assert "t.jsonl has 0 of 1 files, and the same command continues" in capsys.readouterr().err
 
 
 @pytest.mark.slow
