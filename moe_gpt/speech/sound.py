@@ -22,6 +22,8 @@ Samples = NDArray[np.float32]
 _BLOCK_VALUES = 1 << 20
 _MOST_HOURS = 24
 _LEAST_SECONDS = 0.1
+_UNKNOWN_FRAMES = 1 << 62
+"""libsndfile claims more where a header has no length."""
 _SILENT = 1e-4
 """Peak below which a file has nothing to hear: less than four steps of 16 bits."""
 _CANCELLED = 0.1
@@ -53,9 +55,9 @@ class Sound:
             for block in _blocks(file):
                 mono = block.mean(axis=1) if self.channel is None else block[:, self.channel]
                 mono = np.ascontiguousarray(mono * np.float32(self.scale))
-                yield mono if resampler is None else resampler.resample_chunk(mono)
+                yield mono if resampler is None else resampler.resample_chunk(mono).clip(-1, 1)  # edges overshoot
         if resampler is not None:
-            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True).clip(-1, 1)
 
 
 def open_sound(path: Path) -> Sound:
@@ -92,12 +94,19 @@ def read_sound(path: str | Path) -> Samples:
     return np.concatenate(list(open_sound(Path(path)).blocks()))
 
 
+class _Stream(soundfile.SoundFile):
+    """A file that is read from end to end: libsndfile cannot seek where a pipe left the length open, as in FLAC."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
     if path.stat().st_size == 0:
         raise InputError("the file is empty")
     try:
-        with open(path, "rb") as binary, soundfile.SoundFile(binary) as file:
+        with open(path, "rb") as binary, _Stream(binary) as file:
             yield file
     except soundfile.LibsndfileError as error:
         raise InputError(
@@ -153,7 +162,7 @@ def _survey(path: Path, file: soundfile.SoundFile, remarks: list[str]) -> Sound:
         raise InputError(f"it has {levels.count:,} samples, less than {_LEAST_SECONDS} seconds")
     with open(path, "rb") as binary:
         digest = hashlib.file_digest(binary, "sha256").hexdigest()
-    claimed = levels.count if remarks else file.frames
+    claimed = levels.count if remarks or file.frames > _UNKNOWN_FRAMES else file.frames
     return Sound(
         path,
         rate=file.samplerate,

@@ -14,6 +14,8 @@ from moe_gpt.errors import InputError
 _MOST_CHUNKS = 1000
 _UNKNOWN_BYTES = 0x7FFFF000
 """Programs that write into a pipe claim this many bytes or more."""
+_UNCOMPRESSED = (1, 3, 6, 7, 0xFFFE)
+"""Formats with so many bytes for each sample: whole numbers, floats, A-law, mu-law, and their extensible form."""
 CHANNELS, RATES = (1, 64), (1_000, 384_000)
 """The least and the most that are read."""
 
@@ -31,6 +33,8 @@ class WaveHeader(NamedTuple):
     """Of samples at most, from the start of the data to the file's end."""
     has_chunk_after: bool
     """Whether what follows the claimed samples looks like another chunk."""
+    unit: str = "samples"
+    """What a frame is: a block of many samples where they are compressed."""
 
     def differs(self) -> str:
         """Say how the number of samples differs from what the header says; empty where it does not.
@@ -38,13 +42,14 @@ class WaveHeader(NamedTuple):
         Raises:
             InputError: where the header says that there are none, although bytes follow.
         """
+        unit = self.unit
         claimed, present = (count // self.frame_bytes for count in (self.claimed_bytes, self.present_bytes))
         if claimed == 0 < present:
             raise InputError(f"the header says 0 samples, but {self.present_bytes:,} bytes follow it")
         if present < claimed and self.claimed_bytes < _UNKNOWN_BYTES:
-            return f"ends early: {present:,} of {claimed:,} samples"
+            return f"ends early: {present:,} of {claimed:,} {unit}"
         if present > claimed and not self.has_chunk_after:
-            return f"only the {claimed:,} samples that the header claims are read; some {present:,} are there"
+            return f"only the {claimed:,} {unit} that the header claims are read; some {present:,} are there"
         return ""
 
 
@@ -82,7 +87,7 @@ def _read_chunks(file: BinaryIO, file_bytes: int) -> WaveHeader | None:
 
 def _with_data(file: BinaryIO, chunks: dict[bytes, bytes], size: int, file_bytes: int) -> WaveHeader:
     """Return the facts of a file that stands at its samples."""
-    channels, rate, _, frame_bytes = struct.unpack_from("<HIIH", chunks[b"fmt "], 2)
+    code, channels, rate, _, frame_bytes = struct.unpack_from("<HHIIH", chunks[b"fmt "])
     check_form(channels, rate)
     is_long = size == 0xFFFFFFFF and len(chunks.get(b"ds64", b"")) >= 16
     claimed = int.from_bytes(chunks[b"ds64"][8:16], "little") if is_long else size
@@ -90,4 +95,5 @@ def _with_data(file: BinaryIO, chunks: dict[bytes, bytes], size: int, file_bytes
     file.seek(start + claimed + claimed % 2)
     head = file.read(8)
     has_chunk = len(head) == 8 and head[:4].isascii() and head[:4].decode("ascii").isprintable()
-    return WaveHeader(channels, rate, max(1, frame_bytes), claimed, file_bytes - start, has_chunk)
+    unit = "samples" if code in _UNCOMPRESSED else "compressed blocks"
+    return WaveHeader(channels, rate, max(1, frame_bytes), claimed, file_bytes - start, has_chunk, unit)

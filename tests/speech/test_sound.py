@@ -193,3 +193,31 @@ def test_an_hour_takes_the_memory_of_a_minute(tmp_path):
     assert abs(total - 20 * 60 * RATE) <= 1
     assert largest < 2**20
     assert time.process_time() - started < 60
+
+
+def test_a_flac_header_that_a_pipe_left_open_is_read_to_the_end(tmp_path):
+    """Its 36 bits for the number of samples are 0, and libsndfile cannot seek then."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, exact(), RATE)
+    data, whole = bytearray(path.read_bytes()), read_sound(path)
+    data[18:26] = (int.from_bytes(data[18:26], "big") >> 36 << 36).to_bytes(8, "big")
+    path.write_bytes(data)
+    assert open_sound(path).remarks == ()
+    np.testing.assert_array_equal(read_sound(path), whole)
+
+
+def test_compressed_blocks_are_not_counted_as_samples(tmp_path):
+    """ADPCM has 505 samples in a block of 256 bytes."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, exact(), RATE, subtype="IMA_ADPCM")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    [remark] = open_sound(path).remarks
+    assert remark.startswith("ends early: ")
+    assert remark.endswith(" compressed blocks")
+
+
+def test_resampled_edges_stay_within_one(tmp_path):
+    """A square wave of full scale overshoots by a fifth."""
+    square = np.sign(np.sin(np.arange(44_100) / 20)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", square, 44_100, subtype="FLOAT")
+    assert np.abs(read_sound(tmp_path / "a.wav")).max() == 1
