@@ -17,6 +17,9 @@ SAYS = {
     "dies": "os._exit(7)",
     "dies once": "marker = Path(task['folder'] + '.died'); marker.exists() or (marker.touch(), os._exit(7));"
     "print(json.dumps('finished'), flush=True)",
+    "dies beside the other": "tries = 2 if Path(task['folder'] + '.died').exists() else 1;"
+    "wait_for(2 * tries, 'runs were started'); Path(task['folder'] + '.died').touch(); tries == 1 and os._exit(7);"
+    "print(json.dumps('finished'), flush=True)",
     "busy once": "marker = Path(task['folder'] + '.busy'); was = marker.exists(); marker.touch();"
     "print(json.dumps('finished' if was else 'busy'), flush=True)",
     "wild fails": "print(json.dumps('failed' if task['arm'] == 'wild' else 'finished'), flush=True)",
@@ -33,8 +36,14 @@ def with_workers(monkeypatch, tmp_path):
         log.touch()
         script.write_text(
             textwrap.dedent(f"""
-            import json, os, sys
+            import json, os, sys, time
             from pathlib import Path
+            def wait_for(lines, what):
+                for _ in range(3000):
+                    if len(Path({str(log)!r}).read_text().split()) >= lines:
+                        return
+                    time.sleep(0.01)
+                raise TimeoutError(f"not {{lines}} {{what}} in 30 s")
             for line in sys.stdin:
                 task = json.loads(line)
                 with open({str(log)!r}, "a") as file:
@@ -94,8 +103,8 @@ def test_run_gets_another_try(write_study, tmp_path, with_workers, does):
     assert {*runner.states.values()} == {"finished"}
 
 
-@pytest.mark.parametrize("does", ["finished", "dies once"])
-def test_each_gpu_gets_one_run(write_study, tmp_path, with_workers, monkeypatch, does):
+@pytest.mark.parametrize("does, starts", [("finished", ["3", "5"]), ("dies beside the other", ["3", "3", "5", "5"])])
+def test_each_gpu_gets_one_run(write_study, tmp_path, with_workers, monkeypatch, does, starts):
     """Of those that the process may use, by their own names; the GPU of a worker that died is used again."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(runner_module.torch.cuda, "device_count", lambda: 2)
@@ -103,7 +112,7 @@ def test_each_gpu_gets_one_run(write_study, tmp_path, with_workers, monkeypatch,
     runner, _ = train(load_study(write_study(arms={"moe": {}}, comparisons=None), tmp_path / "out"))
     gpus = (tmp_path / "log.gpus").read_text().split()
     assert {*runner.states.values()} == {"finished"}
-    assert sorted(gpus) == (["3", "5"] if does == "finished" else ["3", "3", "5", "5"])
+    assert sorted(gpus) == starts
 
 
 def test_run_whose_process_dies_twice_has_failed(write_study, tmp_path, with_workers):
