@@ -103,7 +103,9 @@ def test_run_gets_another_try(write_study, tmp_path, with_workers, does):
     assert {*runner.states.values()} == {"finished"}
 
 
-@pytest.mark.parametrize("does, starts", [("finished", ["3", "5"]), ("dies beside the other", ["3", "3", "5", "5"])])
+@pytest.mark.parametrize(
+    ("does", "starts"), [("finished", ["3", "5"]), ("dies beside the other", ["3", "3", "5", "5"])]
+)
 def test_each_gpu_gets_one_run(write_study, tmp_path, with_workers, monkeypatch, does, starts):
     """Of those that the process may use, by their own names; the GPU of a worker that died is used again."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
