@@ -8,11 +8,13 @@ prompt, and end-of-text follows it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError, shown
@@ -20,32 +22,43 @@ from moe_gpt.post_training.chat import TURN_END, TURN_START, Message, mark, rend
 from moe_gpt.post_training.conversations import Unfit, checked_conversation, checked_text, read_rows, require
 from moe_gpt.vision.examples import Example
 from moe_gpt.vision.pictured_text import MARKER, Picture, PicturedText, PictureFile, Row, plain, spell
-from moe_gpt.vision.pictures import check_picture, is_data_url, read_data_url
+from moe_gpt.vision.pictures import is_data_url, read_data_url
 
 _ELSEWHERE = re.compile(r"[a-z]+://", re.IGNORECASE)
 
 
-class FoundRows(NamedTuple):
-    """The rows of files."""
-
-    rows: list[Row]
-    remarks: dict[str, int]
-    """What of their pictures is not quite in the pixels, and of how many."""
-
-
-def read_pictured(paths: Sequence[Path], tokenizer: Tokenizer) -> FoundRows:
-    """Return the rows of jsonl files. Their pictures must have headers that can be read; the rest is read later.
+def read_pictured(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Row]:
+    """Return the rows of jsonl files. Their pictures are not opened.
 
     Raises:
-        InputError: naming file, row and picture of the first that cannot be used.
+        InputError: naming file and row of the first that cannot be used.
     """
-    rows, remarks = list[Row](), dict[str, int]()
+    rows = list[Row]()
     for path in paths:
-        read = functools.partial(_row, folder=path.parent, tokenizer=tokenizer, remarks=remarks)
-        for place, text in read_rows([path], read):
+        for place, text in read_rows([path], functools.partial(_row, folder=path.parent, tokenizer=tokenizer)):
             named = [picture._replace(place=f"{place}: {picture.place}") for picture in text.pictures]
             rows.append(Row(text._replace(pictures=named), place))
-    return FoundRows(rows, remarks)
+    return rows
+
+
+def check_pictures(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Read all pictures of rows to their end, several at a time.
+
+    Returns:
+        the rows, whose pictures have digests; what is not quite in the pixels, and of how many pictures.
+
+    Raises:
+        InputError: naming file, row and picture of the first that cannot be read.
+    """
+    remarks, pictures = dict[str, int](), [picture for row in rows for picture in row.text.pictures]
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")  # here, since threads that do so leave it to each other
+        found = list(pool.map(PictureFile.checked, pictures))
+    for remark in (remark for _, told in found for remark in told):
+        remarks[remark] = remarks.get(remark, 0) + 1
+    left = iter(picture for picture, _ in found)
+    checked = [row._replace(text=row.text._replace(pictures=[next(left) for _ in row.text.pictures])) for row in rows]
+    return checked, remarks
 
 
 def row_of(example: Example, tokenizer: Tokenizer) -> Row:
@@ -117,25 +130,21 @@ class _Images:
     Args:
         row: with ``images``, perhaps.
         folder: that of the file.
-        remarks: to which those on its pictures are added.
     """
 
-    def __init__(self, row: Mapping[str, Any], folder: Path, remarks: dict[str, int]) -> None:
-        self._folder, self._remarks = folder, remarks
+    def __init__(self, row: Mapping[str, Any], folder: Path) -> None:
+        self._folder = folder
         given = row.get("images", [])
         require(isinstance(given, list), f"images must be a list of paths or data URLs, got {shown(given)}")
         self.all = [self.open(image, f"images.{index}") for index, image in enumerate(given)]
 
     def open(self, source: Any, key: str) -> PictureFile:
-        """Return a picture whose header can be read."""
+        """Return a picture that is not opened yet."""
         require(isinstance(source, str) and source, f"{key} must be a path or a data URL, got {shown(source)}")
         try:
-            where = read_data_url(source) if is_data_url(source) else self._path_of(source, key)
-            for remark in check_picture(where):
-                self._remarks[remark] = self._remarks.get(remark, 0) + 1
+            return PictureFile(read_data_url(source) if is_data_url(source) else self._path_of(source, key), key)
         except InputError as error:
             raise Unfit(f"{key}: {error}") from None
-        return PictureFile(where, key)
 
     def _path_of(self, source: str, key: str) -> str:
         text = f"{key} must be a path or a data URL, got {shown(source)}; it is not fetched"
@@ -148,11 +157,11 @@ class _Images:
         require(n_places == n, f"{what}, and images has {n}; there must be one for each picture")
 
 
-def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer, remarks: dict[str, int]) -> PicturedText[PictureFile]:
+def _row(row: dict[str, Any], folder: Path, tokenizer: Tokenizer) -> PicturedText[PictureFile]:
     require("image" not in row or "images" in row, "image is no key of a row; write images: [...], a list of pictures")
     is_one = "messages" not in row or not {"prompt", "text"} & row.keys()
     require(is_one, "it must have messages, or prompt and text, got both; keep one of them")
-    images = _Images(row, folder, remarks)
+    images = _Images(row, folder)
     text = (_conversation if "messages" in row else _prompt_and_text)(row, images, tokenizer)
     require(text.pictures, "it has no picture, and of text alone nothing is learnt here; leave the row out")
     return text

@@ -52,8 +52,3 @@ def implicit_rewards(
 ) -> Float[Tensor, "N"]:
     """Return beta · ln(p / p_reference), the reward under which the policy is the best one (DPO, eq. 5)."""
     return beta * (log_probs - reference_log_probs)
-
-
-def pair_accuracy(chosen: Float[Tensor, "N"], rejected: Float[Tensor, "N"]) -> Float[Tensor, ""]:
-    """Return the share of pairs whose chosen answer has the higher score. A tie is no hit, and NaN is none."""
-    return (chosen > rejected).float().mean()

@@ -25,7 +25,7 @@ from moe_gpt.post_training.chat import plain_text
 from moe_gpt.post_training.pictured import row_of
 from moe_gpt.post_training.rollout import left_padded
 from moe_gpt.post_training.scores import share
-from moe_gpt.post_training.showing import N_SCORED, PicturedRows, seen_by
+from moe_gpt.post_training.showing import PicturedRows, seen_by
 from moe_gpt.post_training.starting import present
 from moe_gpt.vision.cross_attention import Seen
 from moe_gpt.vision.examples import TASKS, test_examples, training_example
@@ -39,8 +39,8 @@ _AT_ONCE, _MORE = 100, 4
 """Rows that are answered together, and tokens that an answer may be longer than the right one."""
 LOOKS, _N_LOOKS = "looks.safetensors", 5
 """File with where answers look, and how many answers are in it."""
-_N_COUNTED = 4000
-"""Training examples whose answers are counted."""
+_N_SCORED, _N_COUNTED = 256, 4000
+"""Held-out rows of files that are answered, and training examples whose answers are counted."""
 
 
 class PictureScore(NamedTuple):
@@ -89,7 +89,7 @@ def _questions(run: Run) -> dict[str, list[_Question]]:
     for source in _builtin(run):
         for task, examples in test_examples(source).items():
             tasks[task] = [_Question(row_of(each, run.data.tokenizer), each.by_chance) for each in examples]
-    if held_out := _material(run).held_out[:N_SCORED]:
+    if held_out := _material(run).held_out[:_N_SCORED]:
         tasks["held_out_rows"] = [_Question(row) for row in held_out]
     return tasks
 

@@ -27,7 +27,7 @@ from moe_gpt.model.losses import LossTerms
 from moe_gpt.model.transformer import MoEGPT
 from moe_gpt.ops.device import autocast, small_products
 from moe_gpt.post_training.fitting import Limit, fitting, left_out
-from moe_gpt.post_training.pictured import read_pictured, row_of
+from moe_gpt.post_training.pictured import check_pictures, read_pictured, row_of
 from moe_gpt.post_training.seeing import ENCODER, digest_of_encoder
 from moe_gpt.post_training.starting import describe_forgetting, present, settle, split_items, text_of_pretraining
 from moe_gpt.post_training.update import ItemOrder, Items, check_steps, count_step, rows_of_step, update
@@ -37,15 +37,13 @@ from moe_gpt.training.step import StepResult
 from moe_gpt.vision.cross_attention import Seen, last_seen
 from moe_gpt.vision.encoders import FolderEncoder
 from moe_gpt.vision.examples import DRAWING, N_TRAINING, training_example
-from moe_gpt.vision.pictured_text import PictureFile, Row, picture_mask
+from moe_gpt.vision.pictured_text import Row, picture_mask
 from moe_gpt.vision.seeing import SeeingModel, seeing_class
 
 if TYPE_CHECKING:
     from moe_gpt.training.setup import Run
 
 _GREY, _N_MEASURED = 128, 1000
-N_SCORED = 256
-"""Held-out rows of files that are answered."""
 Item = Row | tuple[str, int]
 """A row of a file; or the source and the number of an example that is drawn when it is needed."""
 
@@ -61,11 +59,11 @@ class PicturedRows(Items):
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        """The digests of pre-training's text, of the rows with their pictures' names and sizes, and of the encoder."""
+        """The digests of pre-training's text, of the rows with their pictures, and of the encoder."""
         digest = hashlib.sha256()
         for item in (*self.items, *self.held_out):
             is_row = isinstance(item, Row)
-            parts = [*item.text[:3], *map(_identity, item.text.pictures)] if is_row else [DRAWING, *item]
+            parts = [*item.text[:3], *(each.digest for each in item.text.pictures)] if is_row else [DRAWING, *item]
             digest.update(repr(parts).encode())
         own = {self.name: digest.hexdigest()} | ({ENCODER: self.encoder} if self.encoder else {})
         return {**self.data.fingerprint, **own}
@@ -84,13 +82,6 @@ class PicturedRows(Items):
         return item if isinstance(item, Row) else row_of(training_example(*item), self.data.tokenizer)
 
 
-def _identity(picture: PictureFile) -> str:
-    """Return what tells a picture from others without decoding it: its bytes, or its path and size."""
-    if isinstance(picture.source, bytes):
-        return hashlib.sha256(picture.source).hexdigest()
-    return f"{Path(picture.source).name} {Path(picture.source).stat().st_size}"
-
-
 def settle_seeing(config: RunConfig, start: Start, say: Say) -> tuple[RunConfig, Start]:
     """Give the config what it leaves out, and the encoder's folder its whole path, which later commands need."""
     see = present(config.see)
@@ -101,7 +92,7 @@ def settle_seeing(config: RunConfig, start: Start, say: Say) -> tuple[RunConfig,
 
 
 def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
-    """Return the rows of a run. Of pictures that are scored, all is checked here; of others, the header."""
+    """Return the rows of a run, whose pictures are checked."""
     tokenizer, see = present(start.tokenizer), present(config.see)
     check_steps(config, 1, "a row")
     row_tokens = min(stage.seq_len for stage in config.schedule.stages)
@@ -111,10 +102,8 @@ def prepare(config: RunConfig, start: Start, say: Say) -> PicturedRows:
             _check_lengths(source.builtin, tokenizer, row_tokens)
             items += [(source.builtin, number) for number in range(N_TRAINING)]
         else:
-            learnt, kept, told = _of_files(source, see, tokenizer, row_tokens)
+            learnt, kept, told = _of_files(source, see, tokenizer, row_tokens, say)
             items, held_out, notes = [*items, *learnt], [*held_out, *kept], [*notes, *told]
-    for picture in (picture for row in held_out[:N_SCORED] for picture in row.text.pictures):
-        picture.pixels(see.side)  # a damaged one would be found after the last step
     data = PreparedData(tokenizer, text_of_pretraining(config, tokenizer, say))
     return PicturedRows(data, items, held_out, row_tokens, digest_of_encoder(see.encoder), notes)
 
@@ -130,16 +119,17 @@ def _check_lengths(source: str, tokenizer: Tokenizer, row_tokens: int) -> None:
 
 
 def _of_files(
-    source: PictureSourceConfig, see: SeeConfig, tokenizer: Tokenizer, row_tokens: int
+    source: PictureSourceConfig, see: SeeConfig, tokenizer: Tokenizer, row_tokens: int, say: Say
 ) -> tuple[list[Row], list[Row], list[str]]:
     """Return rows for training, held-out ones, and notes."""
     found = read_pictured(expand_files(SourceConfig(name="pictures", files=source.files)), tokenizer)
     limit = Limit("the row has", row_tokens, "schedule.stages.0.seq_len", "see.on_too_long", see.on_too_long)
-    lengths, places = [len(row.text.ids) for row in found.rows], [row.place for row in found.rows]
-    kept, n_left_out = fitting(found.rows, lengths, places, limit)
-    notes = [f"{n:,} picture{'s' * (n > 1)}: {remark}" for remark, n in found.remarks.items()]
+    fits, n_left_out = fitting(found, [len(row.text.ids) for row in found], [row.place for row in found], limit)
+    say(f"reading {sum(len(row.text.pictures) for row in fits):,} pictures to their end")
+    kept, remarks = check_pictures(fits)
+    notes = [f"{n:,} picture{'s' * (n > 1)}: {remark}" for remark, n in remarks.items()]
     notes += [f"rows of files{left_out(n_left_out)}"] * (n_left_out > 0)
-    return *split_items(kept, lambda row: _identity(row.text.pictures[0])), notes
+    return *split_items(kept, lambda row: row.text.pictures[0].digest), notes
 
 
 class Batch(NamedTuple):

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 from numpy.typing import NDArray
 
 from moe_gpt.errors import InputError
-from moe_gpt.speech.wave_header import check_form, read_wave_header
+from moe_gpt.speech.sound_file import SoundStream, opened
 
 RATE = 16_000
 """Samples a second of all that is given to a model."""
 Samples = NDArray[np.float32]
-_BLOCK_VALUES = 1 << 20
 _MOST_HOURS = 24
 _LEAST_SECONDS = 0.1
-_UNKNOWN_FRAMES = 1 << 62
-"""libsndfile claims more where a header has no length."""
 _SILENT = 1e-4
 """Peak below which a file has nothing to hear: less than four steps of 16 bits."""
 _CANCELLED = 0.1
@@ -51,8 +46,8 @@ class Sound:
     def blocks(self) -> Iterator[Samples]:
         """Yield the samples at 16 kHz in pieces of about a minute, each of shape (n_samples,)."""
         resampler = None if self.rate == RATE else soxr.ResampleStream(self.rate, RATE, 1, dtype="float32")
-        with _opened(self.path) as file:
-            for block in _blocks(file):
+        with opened(self.path) as file:
+            for block in file.blocks():
                 mono = block.mean(axis=1) if self.channel is None else block[:, self.channel]
                 mono = np.ascontiguousarray(mono * np.float32(self.scale))
                 yield mono if resampler is None else resampler.resample_chunk(mono).clip(-1, 1)  # edges overshoot
@@ -66,7 +61,7 @@ def open_sound(path: Path) -> Sound:
     The contents decide what the file is, not its name.
 
     Args:
-        path: in any form that libsndfile reads: WAV, FLAC, Ogg, MP3, AIFF and others.
+        path: WAV, RF64, W64, FLAC, Ogg, MP3, AIFF, AU, CAF or NIST.
 
     Raises:
         InputError: naming the file and the cause.
@@ -74,11 +69,8 @@ def open_sound(path: Path) -> Sound:
     if not path.is_file():
         raise InputError(f"{path} is no file" if path.exists() else f"{path} is not there")
     try:
-        header = read_wave_header(path)
-        remark = header.differs() if header else ""
-        with _opened(path) as file:
-            check_form(file.channels, file.samplerate)
-            return _survey(path, file, [remark] if remark else [])
+        with opened(path) as file:
+            return _survey(path, file)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
@@ -92,32 +84,6 @@ def read_sound(path: str | Path) -> Samples:
         InputError: where the file is not sound, as for ``open_sound``.
     """
     return np.concatenate(list(open_sound(Path(path)).blocks()))
-
-
-class _Stream(soundfile.SoundFile):
-    """A file that is read from end to end: libsndfile cannot seek where a pipe left the length open, as in FLAC."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[soundfile.SoundFile]:
-    if path.stat().st_size == 0:
-        raise InputError("the file is empty")
-    try:
-        with open(path, "rb") as binary, _Stream(binary) as file:
-            yield file
-    except soundfile.LibsndfileError as error:
-        raise InputError(
-            f"it cannot be read as sound ({error.error_string.rstrip('.')}); convert it to WAV or FLAC"
-        ) from None
-
-
-def _blocks(file: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:
-    """Yield pieces of shape (n_frames, n_channels)."""
-    while len(block := file.read(max(1, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)):
-        yield block
 
 
 class _Levels:
@@ -136,11 +102,10 @@ class _Levels:
         self.energy += np.square(block, dtype=np.float64).sum(axis=0)
         self.mean_energy += float(np.square(block.mean(axis=1), dtype=np.float64).sum())
 
-    def remarks(self, claimed: int) -> dict[str, bool]:
+    def remarks(self) -> dict[str, bool]:
         """Return what may be said of the file, and whether it is true."""
         loudest = int(self.energy.argmax()) + 1
         return {
-            f"ends early: {self.count:,} of {claimed:,} samples": claimed > self.count,
             f"its channels cancel each other; channel {loudest} of {len(self.energy)} is taken alone": self.cancels,
             f"its loudest sample is {self.peak:.3g}, above 1; all are scaled down by it": self.peak > 1,
             "it is silent": self.peak < _SILENT,
@@ -152,17 +117,17 @@ class _Levels:
         return self.mean_energy < _CANCELLED**2 * float(self.energy.max())
 
 
-def _survey(path: Path, file: soundfile.SoundFile, remarks: list[str]) -> Sound:
+def _survey(path: Path, file: SoundStream) -> Sound:
     levels = _Levels(file.channels)
-    for block in _blocks(file):
+    for block in file.blocks():
         levels.add(block)
         if levels.count > _MOST_HOURS * 3600 * file.samplerate:
             raise InputError(f"it is longer than {_MOST_HOURS} hours; cut it into parts")
+    of_length = file.differs()
     if levels.count < _LEAST_SECONDS * file.samplerate:
         raise InputError(f"it has {levels.count:,} samples, less than {_LEAST_SECONDS} seconds")
     with open(path, "rb") as binary:
         digest = hashlib.file_digest(binary, "sha256").hexdigest()
-    claimed = levels.count if remarks or file.frames > _UNKNOWN_FRAMES else file.frames
     return Sound(
         path,
         rate=file.samplerate,
@@ -171,5 +136,5 @@ def _survey(path: Path, file: soundfile.SoundFile, remarks: list[str]) -> Sound:
         is_silent=levels.peak < _SILENT,
         scale=1 / max(1.0, levels.peak),
         channel=int(levels.energy.argmax()) if levels.cancels else None,
-        remarks=(*remarks, *(text for text, is_so in levels.remarks(claimed).items() if is_so)),
+        remarks=tuple(text for text, is_so in {of_length: of_length, **levels.remarks()}.items() if is_so),
     )

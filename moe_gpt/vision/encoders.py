@@ -114,6 +114,8 @@ def _load(folder: Path) -> tuple[Any, Any, int]:
     what = "a vision model"
     with torch.device("cpu"):  # also where a model of shapes alone is made
         model, processor = open_parts(folder, what, "AutoModel", "AutoImageProcessor", unused=_UNUSED)
+        if getattr(processor, "do_center_crop", False):  # which would cut the border off a picture fitted into a square
+            processor.size, processor.do_center_crop = processor.crop_size, False
         model = getattr(model, "vision_model", model).requires_grad_(False).eval()
         if getattr(model, "main_input_name", "") != "pixel_values":
             raise refusal(folder, what, "it does not read pixels")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
-from moe_gpt.vision.pictures import open_picture
+from moe_gpt.vision.pictures import check_picture, open_picture
 
 MARKER = "<image>"
 """Stands for a picture in a prompt that is a text."""
@@ -34,6 +34,16 @@ class PictureFile(NamedTuple):
     source: str | bytes
     place: str
     """What names it in messages: the file and row that have it."""
+    digest: str = ""
+    """SHA-256 of the file, once it is checked."""
+
+    def checked(self) -> tuple[PictureFile, tuple[str, ...]]:
+        """Return it with its digest after reading all of it, and remarks; raise ``InputError`` as ``pixels`` does."""
+        try:
+            digest, remarks = check_picture(self.source)
+        except InputError as error:
+            raise InputError(f"{self.place}: {error}") from None
+        return self._replace(digest=digest), remarks
 
     def pixels(self, size: int) -> UInt8[Tensor, "3 size size"]:
         """Return it, fitted into a square; raise ``InputError`` with its place where it cannot be read."""

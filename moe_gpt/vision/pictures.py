@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import hashlib
 import io
 import re
 import warnings
@@ -24,6 +25,7 @@ from moe_gpt.errors import InputError, shown
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """What is read. Others, such as EPS, would start another program."""
 MAX_PIXELS = 50_000_000
+_MOST_BYTES = 1 << 29
 _MOST_SCANS, _SCAN = 100, b"\xff\xda"
 """Of a progressive JPEG, which has about ten; and the mark of one."""
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w.+-]+=[^;,]*)*;base64,(.*)", re.DOTALL | re.IGNORECASE)
@@ -60,13 +62,23 @@ def open_picture(source: str | Path | bytes, size: int | None = None, max_pixels
         return _read(image, size)
 
 
-def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[str, ...]:
-    """Return remarks on a picture after reading no more than its header; errors are those of ``open_picture``.
+class Checked(NamedTuple):
+    """A picture that can be read to its end."""
 
-    A file that is damaged behind its header is found by ``open_picture`` alone.
-    """
+    digest: str
+    """SHA-256 of the file."""
+    remarks: tuple[str, ...]
+
+
+def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Checked:
+    """Read all of a picture, in less time than ``open_picture`` where its format allows; errors are the same."""
     with _opened(source, max_pixels) as image:
-        return _remarks(image)
+        image.draft(None, (1, 1))
+        remarks = _read(image, 1).remarks
+    if isinstance(source, bytes):
+        return Checked(hashlib.sha256(source).hexdigest(), remarks)
+    with open(source, "rb") as file:
+        return Checked(hashlib.file_digest(file, "sha256").hexdigest(), remarks)
 
 
 def read_data_url(url: str) -> bytes:
@@ -95,6 +107,7 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[PIL.Image.I
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of damaged EXIF data
             with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
                 _check_size(image, max_pixels)
+                _check_bytes(len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
                 yield image
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
@@ -127,6 +140,11 @@ def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
         raise InputError(f"it has {width:,} x {height:,} pixels; at most {max_pixels:,} are read")
 
 
+def _check_bytes(n_bytes: int) -> None:
+    if n_bytes > _MOST_BYTES:
+        raise InputError(f"the file has {n_bytes:,} bytes; at most {_MOST_BYTES:,} are read")
+
+
 def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
     """Return what a header tells; the second picture in a phone's JPEG is none that a person sees."""
     known: dict[str | None, tuple[str, ...]] = {"MPO": (), "TIFF": ("several pages; the first is taken",)}
@@ -136,11 +154,12 @@ def _remarks(image: PIL.Image.Image) -> tuple[str, ...]:
 
 def _turned(image: PIL.Image.Image) -> tuple[PIL.Image.Image, tuple[str, ...]]:
     """Return a picture upright, with remarks."""
-    try:
-        PIL.Image.Exif().load(image.info.get("exif", b""))  # that of a JPEG fails here alone
-        return ImageOps.exif_transpose(image), ()
-    except Exception:  # as above
-        return image, ("damaged EXIF data; taken as upright",)
+    given, exif = image.info.get("exif", b""), PIL.Image.Exif()
+    with contextlib.suppress(Exception):  # as above
+        exif.load(given)  # that of a JPEG fails here alone
+        if exif or not given:
+            return ImageOps.exif_transpose(image), ()
+    return image, ("damaged EXIF data; taken as upright",)
 
 
 def _check_scans(image: PIL.Image.Image) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import hashlib
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
@@ -167,11 +166,3 @@ def encode(model: SeeingModel, pictures: Sequence[UInt8[Tensor, "3 size size"]])
     device = model.embedding.weight.device
     with ops.as_if_alone() if device.type == "cpu" else contextlib.nullcontext():
         return torch.cat([model.features(picture[None].to(device)) for picture in pictures])
-
-
-def digest_of(pictures: Sequence[UInt8[Tensor, "3 size size"]]) -> str:
-    """Return a digest of the pixels of pictures in their order."""
-    digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(str(tuple(picture.shape)).encode() + picture.cpu().numpy().tobytes())
-    return digest.hexdigest()

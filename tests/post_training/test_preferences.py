@@ -11,7 +11,6 @@ from moe_gpt.post_training.preferences import (
     bradley_terry_loss,
     dpo_loss,
     implicit_rewards,
-    pair_accuracy,
     sequence_log_probs,
 )
 
@@ -56,9 +55,3 @@ def test_sums_leave_out_what_the_mask_leaves_out():
     log_probs = torch.tensor([[math.nan, -1.0, -2.0], [-4.0, -math.inf, -8.0]])
     mask = torch.tensor([[False, True, True], [True, False, True]])
     assert sequence_log_probs(log_probs, mask).tolist() == [-3.0, -12.0]
-
-
-def test_ties_are_no_hits():
-    """Nor are scores that are not finite."""
-    chosen = torch.tensor([1.0, 2.0, 0.0, math.nan])
-    assert pair_accuracy(chosen, torch.tensor([0.0, 2.0, 3.0, 0.0])).item() == 0.25

@@ -75,6 +75,18 @@ def test_any_vision_model_in_a_folder_is_an_encoder(kind, tmp_path):
     torch.testing.assert_close(features[:1], right)
 
 
+@pytest.mark.parametrize("processor", [transformers.BitImageProcessor, transformers.CLIPImageProcessor])
+def test_the_border_of_a_square_picture_is_seen(processor, tmp_path):
+    """Processors of DINOv2 and CLIP would make it larger, and crop it."""
+    transformers.Dinov2Model(transformers.Dinov2Config(**SIZE, **PICTURE)).save_pretrained(tmp_path)
+    processor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    encoder, picture = FolderEncoder(tmp_path), random_pictures(1, 32, 32)
+    assert encoder.side == 32
+    changed = picture.clone()
+    changed[:, :, 0] = 255 - changed[:, :, 0]
+    assert not encoder([*picture])[0, 1:5].allclose(encoder([*changed])[0, 1:5], atol=1e-3)
+
+
 def test_folders_that_see_nothing_are_refused(tmp_path):
     """Without a config, of a text model, of a kind that transformers does not know."""
     with pytest.raises(InputError, match="has no config.json"):

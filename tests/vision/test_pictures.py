@@ -140,9 +140,9 @@ def test_turns_of_phones_are_carried_out(tmp_path, turn, form):
         assert np.abs(pixels[:, y, x].numpy() - np.array(colour)).max() <= (8 if form == "jpg" else 0)
 
 
-@pytest.mark.parametrize("exif", [b"\xff" * 8, b"MM"])
+@pytest.mark.parametrize("exif", [b"\xff" * 8, b"MM", b"II*\0\0\x10\0\0"])
 def test_damaged_exif_data_are_said_and_the_picture_is_upright(tmp_path, exif):
-    """Of a JPEG, where Pillow hides it, and of a PNG."""
+    """Of a JPEG, where Pillow hides it, and of a PNG; the last has its tags behind the data's end."""
     for name in ("a.jpg", "a.png"):
         picture = open_picture(save(flag(), tmp_path / name, exif=b"Exif\0\0" + exif))
         assert picture.remarks == ("damaged EXIF data; taken as upright",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from moe_gpt.data.tokenizer import Tokenizer
 from moe_gpt.errors import InputError
 from moe_gpt.post_training.chat import SPECIAL_TOKENS, mark, render
-from moe_gpt.post_training.pictured import read_pictured, render_pictured
+from moe_gpt.post_training.pictured import check_pictures, read_pictured, render_pictured
 from moe_gpt.vision.examples import training_example
 from moe_gpt.vision.pictured_text import Row
 
@@ -64,7 +65,7 @@ def write(folder: Path, *rows: object) -> Path:
 
 def read(folder: Path, tokenizer: Tokenizer, *rows: object) -> list[Row]:
     """Write rows and read them."""
-    return read_pictured([write(folder, *rows)], tokenizer).rows
+    return read_pictured([write(folder, *rows)], tokenizer)
 
 
 def colour_of(row: Row, number: int = 0) -> list[int]:
@@ -197,7 +198,7 @@ def test_a_bad_row_is_an_error_with_file_row_and_cause(folder, chatting, name):
         (folder / file).write_bytes(whole[:16] + side.to_bytes(4, "big") * 2 + _crc_of(whole, side) + whole[33:])
     path = write(folder, ROW, "", row)
     with pytest.raises(InputError, match=f"(?s)^{path} row 3: {cause}"):
-        read_pictured([path], chatting)
+        check_pictures(read_pictured([path], chatting))
 
 
 def _crc_of(png: bytes, side: int) -> bytes:
@@ -216,16 +217,26 @@ def test_conversations_need_a_chat_template(folder, tokenizer):
 
 
 def test_a_picture_that_is_damaged_behind_its_header_is_an_error_of_its_row(folder, tokenizer):
-    """Found in the step that shows it: cut in half, and with a byte that is another."""
+    """Cut in half, with a byte that is another, and of more bytes than a picture has."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "cut.png")
     whole = (folder / "cut.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "flipped.png").write_bytes(whole[:200] + bytes([whole[200] ^ 255]) + whole[201:])
-    for name in ("cut", "flipped"):
-        (row,) = read(folder, tokenizer, ROW | {"images": [f"{name}.png"]})
-        with pytest.raises(InputError, match=rf"rows\.jsonl row 1: images\.0: .*{name}\.png cannot be read"):
-            row.text.pictures[0].pixels(16)
+    (folder / "long.png").write_bytes(whole)
+    os.truncate(folder / "long.png", 1 << 40)
+    for name, cause in (("cut", " cannot be read"), ("flipped", " cannot be read"), ("long", ": the file has 1,099,")):
+        rows = read(folder, tokenizer, ROW, ROW | {"images": ["red.png", f"{name}.png"], "prompt": "?"}, ROW)
+        with pytest.raises(InputError, match=rf"rows\.jsonl row 2: images\.1: .*{name}\.png{cause}"):
+            check_pictures(rows)
+
+
+def test_a_picture_is_known_by_its_bytes(folder, tokenizer):
+    """Under whatever name: one that was changed is another, and equal ones are on one side of a split."""
+    (folder / "same.png").write_bytes((folder / "red.png").read_bytes())
+    rows = read(folder, tokenizer, *(ROW | {"images": [f"{name}.png"]} for name in ("red", "same", "blue")))
+    red, same, blue = (row.text.pictures[0].digest for row in check_pictures(rows)[0])
+    assert red == same != blue
 
 
 def test_animated_pictures_are_told_once(folder, tokenizer):
@@ -233,7 +244,7 @@ def test_animated_pictures_are_told_once(folder, tokenizer):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "moves.gif", save_all=True, append_images=frames[1:])
     path = write(folder, *[ROW | {"images": ["moves.gif"]}] * 3)
-    assert list(read_pictured([path], tokenizer).remarks.values()) == [3]
+    assert list(check_pictures(read_pictured([path], tokenizer))[1].values()) == [3]
 
 
 def test_digits_of_the_tests_are_none_of_the_training():

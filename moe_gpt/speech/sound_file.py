@@ -1,0 +1,187 @@
+"""A sound file from end to end, and whether it is as long as it claims. libsndfile tells that in its log at most."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from moe_gpt.errors import InputError
+
+CHANNELS, RATES = (1, 64), (1_000, 384_000)
+"""The least and the most that are read."""
+_KINDS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
+"""Those that tell whether they are whole."""
+_BLOCK_VALUES = 1 << 20
+_MOST_BYTES = 1 << 35
+"""A day of two channels at 48 kHz and 24 bits has fewer."""
+_UNKNOWN_FRAMES, _UNKNOWN_BYTES = 1 << 62, 0x7FFFF000
+"""Claimed, or more, where a program wrote into a pipe and could not know."""
+_PAGE, _LAST = 65_307, 4
+"""Most bytes of a page of Ogg, and the flag of the last one (RFC 3533)."""
+_LOGGED = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)$", re.MULTILINE)
+"""Of libsndfile's log: the number of bytes that a header claims, and that of those there are."""
+_COUNTS = {"NIST": rb"sample_count -i (\d+)", "RF64": rb"does not match value from 'ds64' chunk of (\d+)"}
+"""What has the number of samples, in the header or in the log."""
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[SoundStream]:
+    """Open a file to read it once from end to end.
+
+    Raises:
+        InputError: where it is empty, of a kind whose length is not known, larger than any recording, or no sound.
+    """
+    size = path.stat().st_size
+    if not 0 < size <= _MOST_BYTES:
+        raise InputError(
+            f"the file has {size:,} bytes; at most {_MOST_BYTES:,} are read" if size else "the file is empty"
+        )
+    try:
+        with _OpenEnded(path) as binary, SoundStream(binary) as file:
+            if file.format not in _KINDS:
+                raise InputError(f"nothing tells whether a file of {file.format} is whole; convert it to WAV or FLAC")
+            check_form(file.channels, file.samplerate)
+            yield file
+    except soundfile.LibsndfileError as error:
+        _check_wave_form(path)
+        raise InputError(
+            f"it cannot be read as sound ({error.error_string.rstrip('.')}); convert it to WAV or FLAC"
+        ) from None
+
+
+def check_form(channels: int, rate: int) -> None:
+    """Raise ``InputError`` where a file claims a rate or a number of channels that no recording has."""
+    for name, value, (least, most) in (("channels", channels, CHANNELS), ("samples a second", rate, RATES)):
+        if not least <= value <= most:
+            raise InputError(f"the header says {value:,} {name}; it must be {least:,} to {most:,}")
+
+
+def _check_wave_form(path: Path) -> None:
+    """Name the number that libsndfile refuses without naming it."""
+    with open(path, "rb") as file:
+        _, is_wave, form = file.read(4096).partition(b"fmt ")
+    if is_wave and len(form) >= 12:
+        check_form(*struct.unpack_from("<HI", form, 6))
+
+
+class _OpenEnded(io.BufferedReader):
+    """A file; where it is FLAC, its number of samples reads as 0, for unknown, so that all that is there is read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.path = path
+        start = self.read(10)
+        tag = int("".join(f"{byte & 127:07b}" for byte in start[6:]), 2) + 10 if start[:3] == b"ID3" else 0
+        self.seek(tag)
+        head = self.read(26)
+        is_flac = head[:4] == b"fLaC"
+        self.count = int.from_bytes(head[18:]) & (1 << 36) - 1 if is_flac else 0
+        self.zeros = {tag + 21: 0xF0, **dict.fromkeys(range(tag + 22, tag + 26), 0)} if is_flac else {}
+        self.seek(0)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer; return the number of bytes."""
+        start, n_read = self.tell(), super().readinto(buffer)
+        view = memoryview(buffer).cast("B")
+        for place, kept in self.zeros.items():
+            if start <= place < start + n_read:
+                view[place - start] &= kept
+        return n_read
+
+
+class SoundStream(soundfile.SoundFile):
+    """A sound file that is read once, from end to end."""
+
+    def __init__(self, binary: _OpenEnded) -> None:
+        super().__init__(binary)
+        self.binary, self.path = binary, binary.path
+        self.count, self.behind = 0, 0
+
+    def seekable(self) -> bool:
+        """Return False: libsndfile cannot seek in FLAC of unknown length."""
+        return False
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield pieces of shape (n_frames, n_channels): first those that the header claims, then what else is there."""
+        claimed, most = self._claimed(), max(1, _BLOCK_VALUES // self.channels)
+        while True:
+            if self.count == claimed and self.format in ("WAV", "WAVEX", "RF64", "AIFF", "AU"):
+                self.behind = self._bytes_behind()
+            left = claimed - self.count if claimed > self.count else most
+            try:
+                block = self.read(min(most, left), dtype="float32", always_2d=True)
+            except soundfile.LibsndfileError:
+                if self.count < max(1, claimed):
+                    raise
+                return  # what follows the samples is none, such as a tag
+            if not len(block):
+                return
+            self.count += len(block)
+            yield block
+
+    def differs(self) -> str:
+        """Say how a file that was read differs from its header; empty where it does not.
+
+        Raises:
+            InputError: where the header says that there are no samples, although bytes follow.
+        """
+        claimed = self._claimed() or self.count
+        found = _LOGGED.search(self.extra_info)
+        if self.format == "OGG":
+            return "" if _has_last_page(self.path) else "ends early: its last page is missing"
+        if claimed != self.count:
+            return _compared(self.count, claimed, "samples")
+        if found and int(found[1]) < _UNKNOWN_BYTES:
+            return _compared(int(found[2]), int(found[1]), "bytes")
+        if self.behind and not self.count:
+            raise InputError(f"the header says 0 samples, but {self.behind:,} bytes follow it")
+        if self.behind:
+            return f"only the {claimed:,} samples that the header claims are read; {self.behind:,} bytes follow"
+        return ""
+
+    def _claimed(self) -> int:
+        """Return the number of samples that the header claims; 0 where it claims none."""
+        if self.format in _COUNTS:
+            with open(self.path, "rb") as file:
+                found = re.search(_COUNTS[self.format], file.read(1024) + self.extra_info.encode())
+            if found:
+                return int(found[1])
+        if self.format == "FLAC":
+            return self.binary.count
+        return self.frames if self.frames < _UNKNOWN_FRAMES else 0
+
+    def _bytes_behind(self) -> int:
+        """Return how many bytes follow that are neither a chunk with a name and a size, nor one that fills up."""
+        place = self.binary.tell()
+        self.binary.seek(place + place % 2)
+        head, there = self.binary.read(8), self.path.stat().st_size
+        self.binary.seek(place)
+        is_chunk = len(head) == 8 and head[:4].isascii() and head[:4].decode("ascii").isprintable()
+        return 0 if is_chunk or there - place < 2 else there - place
+
+
+def _compared(there: int, claimed: int, unit: str) -> str:
+    if there < claimed:
+        return f"ends early: {there:,} of {claimed:,} {unit}"
+    return f"longer than its header says: {there:,} {unit}, not {claimed:,}"
+
+
+def _has_last_page(path: Path) -> bool:
+    """Return whether the last page of an Ogg file is whole, and marked as the last one."""
+    with open(path, "rb") as file:
+        file.seek(-min(_PAGE, path.stat().st_size), os.SEEK_END)
+        end = file.read()
+    page = end[max(0, end.rfind(b"OggS")) :]
+    n_parts = page[26] if len(page) > 26 else 0
+    size = 27 + n_parts + sum(page[27 : 27 + n_parts])
+    return size <= len(page) and bool(page[5] & _LAST)
