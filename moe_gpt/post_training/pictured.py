@@ -8,11 +8,12 @@ prompt, and end-of-text follows it.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_pictured(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Row]:
     return rows
 
 
-def check_pictures(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
+def check_pictures(rows: Sequence[Row]) -> tuple[list[Row], collections.Counter[str]]:
     """Read all pictures of rows to their end, several at a time.
 
     Returns:
@@ -50,15 +51,17 @@ def check_pictures(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
     Raises:
         InputError: naming file, row and picture of the first that cannot be read.
     """
-    remarks, pictures = dict[str, int](), [picture for row in rows for picture in row.text.pictures]
+    pictures = [picture for row in rows for picture in row.text.pictures]
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # here, since threads that do so leave it to each other
         found = list(pool.map(PictureFile.checked, pictures))
-    for remark in (remark for _, told in found for remark in told):
-        remarks[remark] = remarks.get(remark, 0) + 1
     left = iter(picture for picture, _ in found)
-    checked = [row._replace(text=row.text._replace(pictures=[next(left) for _ in row.text.pictures])) for row in rows]
-    return checked, remarks
+    return [_with(row, left) for row in rows], collections.Counter(remark for _, told in found for remark in told)
+
+
+def _with(row: Row, pictures: Iterator[PictureFile]) -> Row:
+    """Return a row with the next pictures in the place of its own."""
+    return row._replace(text=row.text._replace(pictures=[next(pictures) for _ in row.text.pictures]))
 
 
 def row_of(example: Example, tokenizer: Tokenizer) -> Row:

@@ -30,8 +30,11 @@ _PAGE, _LAST = 65_307, 4
 """Most bytes of a page of Ogg, and the flag of the last one (RFC 3533)."""
 _LOGGED = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)$", re.MULTILINE)
 """Of libsndfile's log: the number of bytes that a header claims, and that of those there are."""
-_COUNTS = {"NIST": rb"sample_count -i (\d+)", "RF64": rb"does not match value from 'ds64' chunk of (\d+)"}
-"""What has the number of samples, in the header or in the log."""
+_COUNTS = re.compile(rb"(?:^NIST_1A.*?sample_count -i|does not match value from 'ds64' chunk of) (\d+)", re.DOTALL)
+"""What has the number of samples: NIST's header, and the log of RF64."""
+_CHUNK = re.compile(rb"[ -~]{4}.{4}", re.DOTALL)
+_PLAIN = ("WAV", "WAVEX", "RF64", "AIFF", "AU")
+"""Those of which no more is read than the header claims."""
 
 
 @contextlib.contextmanager
@@ -80,8 +83,8 @@ class _OpenEnded(io.BufferedReader):
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
         self.path = path
-        start = self.read(10)
-        tag = int("".join(f"{byte & 127:07b}" for byte in start[6:]), 2) + 10 if start[:3] == b"ID3" else 0
+        self.start = self.read(1024)
+        tag = _tag_bytes(self.start)
         self.seek(tag)
         head = self.read(26)
         is_flac = head[:4] == b"fLaC"
@@ -97,6 +100,11 @@ class _OpenEnded(io.BufferedReader):
             if start <= place < start + n_read:
                 view[place - start] &= kept
         return n_read
+
+
+def _tag_bytes(start: bytes) -> int:
+    """Return how long a tag of ID3v2 is that a file begins with."""
+    return 10 + int("".join(f"{byte & 127:07b}" for byte in start[6:10]), 2) if start.startswith(b"ID3") else 0
 
 
 class SoundStream(soundfile.SoundFile):
@@ -115,19 +123,22 @@ class SoundStream(soundfile.SoundFile):
         """Yield pieces of shape (n_frames, n_channels): first those that the header claims, then what else is there."""
         claimed, most = self._claimed(), max(1, _BLOCK_VALUES // self.channels)
         while True:
-            if self.count == claimed and self.format in ("WAV", "WAVEX", "RF64", "AIFF", "AU"):
+            if self.count == claimed and self.format in _PLAIN:
                 self.behind = self._bytes_behind()
             left = claimed - self.count if claimed > self.count else most
-            try:
-                block = self.read(min(most, left), dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError:
-                if self.count < max(1, claimed):
-                    raise
-                return  # what follows the samples is none, such as a tag
+            block = self._block(min(most, left), must_be=self.count < max(1, claimed))
             if not len(block):
                 return
             self.count += len(block)
             yield block
+
+    def _block(self, n_frames: int, must_be: bool) -> NDArray[np.float32]:
+        try:
+            return self.read(n_frames, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError:
+            if must_be:
+                raise
+            return np.zeros((0, self.channels), np.float32)  # what follows the samples is none, such as a tag
 
     def differs(self) -> str:
         """Say how a file that was read differs from its header; empty where it does not.
@@ -143,22 +154,20 @@ class SoundStream(soundfile.SoundFile):
             return _compared(self.count, claimed, "samples")
         if found and int(found[1]) < _UNKNOWN_BYTES:
             return _compared(int(found[2]), int(found[1]), "bytes")
-        if self.behind and not self.count:
+        return self._told_of_bytes_behind() if self.behind else ""
+
+    def _told_of_bytes_behind(self) -> str:
+        if not self.count:
             raise InputError(f"the header says 0 samples, but {self.behind:,} bytes follow it")
-        if self.behind:
-            return f"only the {claimed:,} samples that the header claims are read; {self.behind:,} bytes follow"
-        return ""
+        return f"only the {self.count:,} samples that the header claims are read; {self.behind:,} bytes follow"
 
     def _claimed(self) -> int:
         """Return the number of samples that the header claims; 0 where it claims none."""
-        if self.format in _COUNTS:
-            with open(self.path, "rb") as file:
-                found = re.search(_COUNTS[self.format], file.read(1024) + self.extra_info.encode())
-            if found:
-                return int(found[1])
         if self.format == "FLAC":
             return self.binary.count
-        return self.frames if self.frames < _UNKNOWN_FRAMES else 0
+        found = _COUNTS.search(self.binary.start + self.extra_info.encode())
+        frames = int(found[1]) if found else self.frames
+        return frames if frames < _UNKNOWN_FRAMES else 0
 
     def _bytes_behind(self) -> int:
         """Return how many bytes follow that are neither a chunk with a name and a size, nor one that fills up."""
@@ -166,8 +175,7 @@ class SoundStream(soundfile.SoundFile):
         self.binary.seek(place + place % 2)
         head, there = self.binary.read(8), self.path.stat().st_size
         self.binary.seek(place)
-        is_chunk = len(head) == 8 and head[:4].isascii() and head[:4].decode("ascii").isprintable()
-        return 0 if is_chunk or there - place < 2 else there - place
+        return 0 if _CHUNK.match(head) or there - place < 2 else there - place
 
 
 def _compared(there: int, claimed: int, unit: str) -> str:
