@@ -21,7 +21,7 @@ CONFIGS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 """The configs that come with the package; at the top of a checkout on systems without symbolic links."""
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # that in C, if it is there
     """Safe YAML in which a repeated key is an error, and dates, very long and odd numbers (1:30, 017) are text."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:

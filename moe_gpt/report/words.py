@@ -19,7 +19,7 @@ from moe_gpt.terminal.numbers import TOKENS, format_count, format_digits, format
 from moe_gpt.terminal.wrapping import typed
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
 
 
 @functools.cache
@@ -57,7 +57,12 @@ class Glossary:
 
 
 def _render(template: str, facts: dict[str, Any]) -> str:
-    return _environment().from_string(template).render(facts)
+    return _compiled(template).render(facts)
+
+
+@functools.cache
+def _compiled(template: str) -> Template:
+    return _environment().from_string(template)
 
 
 @functools.cache

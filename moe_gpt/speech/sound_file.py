@@ -46,9 +46,7 @@ def opened(path: Path) -> Iterator[SoundStream]:
     """
     size = path.stat().st_size
     if not 0 < size <= _MOST_BYTES:
-        raise InputError(
-            f"the file has {size:,} bytes; at most {_MOST_BYTES:,} are read" if size else "the file is empty"
-        )
+        raise InputError(f"the file has {size:,} bytes, more than {_MOST_BYTES:,}" if size else "the file is empty")
     try:
         with _OpenEnded(path) as binary, SoundStream(binary) as file:
             if file.format not in _KINDS:

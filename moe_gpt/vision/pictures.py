@@ -106,8 +106,8 @@ def _opened(source: str | Path | bytes, max_pixels: int) -> Iterator[PIL.Image.I
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked here, and of damaged EXIF data
             with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-                _check_size(image, max_pixels)
-                _check_bytes(len(source) if isinstance(source, bytes) else Path(source).stat().st_size)
+                n_bytes = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+                _check_size(image, max_pixels, n_bytes)
                 yield image
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
@@ -134,13 +134,10 @@ def _check_path(path: Path) -> None:
     raise InputError(f"{name} is {cause}")
 
 
-def _check_size(image: PIL.Image.Image, max_pixels: int) -> None:
+def _check_size(image: PIL.Image.Image, max_pixels: int, n_bytes: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise InputError(f"it has {width:,} x {height:,} pixels; at most {max_pixels:,} are read")
-
-
-def _check_bytes(n_bytes: int) -> None:
     if n_bytes > _MOST_BYTES:
         raise InputError(f"the file has {n_bytes:,} bytes; at most {_MOST_BYTES:,} are read")
 

@@ -119,6 +119,7 @@ def take_turns_here(names, build, n_rounds, n_turns, warmup, at_once, say):
     return {name: rounds.Turns([turn() for _ in range(n_turns)], 1) for name, turn in contenders.items()}
 
 
+@pytest.mark.slow
 def test_table_of_training(monkeypatch):
     """Every contender has a line with its figures, and the ratio is ours over its."""
     said: list[str] = []

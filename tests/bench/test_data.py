@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 
+import pytest
+
 from moe_gpt.bench import data as bench
 from moe_gpt.bench.processes import Measured
 from moe_gpt.config.yaml import load_run_config
@@ -24,6 +26,7 @@ def test_corpus_has_the_size_asked_for(tmp_path, monkeypatch):
     assert passes[0] != passes[1]
 
 
+@pytest.mark.slow
 def test_both_sides_make_the_same_number_of_tokens(small_values, tmp_path, monkeypatch):
     """So the ratio compares the same work; every result has its name and figures, and is told."""
     import yaml

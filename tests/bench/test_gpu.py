@@ -50,6 +50,7 @@ def test_shapes_for_a_gpu_can_be_built(shape):
         assert sum(parameter.numel() for parameter in parameters) == count_parameters(model_of(work, name)).total
 
 
+@pytest.mark.slow
 def test_training_is_measured_and_who_does_not_run_has_a_reason(tmp_path):
     """The stage goes on; only where one of ours does not run, its result says that the stage failed."""
     names = ["moe_gpt", "transformers/none", "nanoGPT", "dense"]
@@ -71,6 +72,7 @@ def test_compiled_training_is_measured(tmp_path):
     assert [sorted(result.keys() & {"failed", "not_run", "mfu"}) for result in results] == [["mfu"]] * 3
 
 
+@pytest.mark.slow
 def test_memory_is_compared_with_the_plan(tmp_path, monkeypatch):
     """Twice as much memory in one case as in the other is twice the ratio; the plan of the twin is smaller."""
     ratios = []
@@ -214,6 +216,7 @@ def test_ways_of_attention_see_what_they_say(monkeypatch):
     assert [gradient.shape[1] for gradient in made[name]] == [2, 1, 1]
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_by_batch_size(tmp_path, monkeypatch):
     """With the cache of the shape."""
     monkeypatch.setattr(generate, "NAMES", ["moe_gpt"])
@@ -225,6 +228,7 @@ def test_decoding_is_measured_by_batch_size(tmp_path, monkeypatch):
     assert all(result["tokens_per_second"] > 0 for result in results)
 
 
+@pytest.mark.slow
 def test_operations_of_a_cpu_are_profiled(tmp_path):
     """The heaviest first."""
     results = [*gpu.profile(CPU, tmp_path, "M")]

@@ -32,6 +32,7 @@ def end() -> None:
     os._exit(3)
 
 
+@pytest.mark.slow
 @on_linux
 def test_memory_of_what_the_work_starts_counts():
     """The peak is at least what a grandchild held, and it ran elsewhere for as long as it says."""

@@ -81,6 +81,7 @@ def is_gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_others_go_on_after_failures():
     """Each failure is a row with its reason and what came before it, and what is skipped is no failure."""
     works = {"dies": die, "breaks": break_down, "finds": find_fault, "skips": skip, "lacks": lack, "counts": count_two}
@@ -114,6 +115,7 @@ def test_table_has_stages_and_their_results():
     ]
 
 
+@pytest.mark.slow
 def test_stage_that_hangs_is_killed_with_what_it_started(tmp_path):
     """Its results and the later stages stay, its folder goes."""
     rows, _ = run([Stage("hangs", functools.partial(hang, tmp_path / "note"), 1.5), Stage("counts", count_one, 58.5)])

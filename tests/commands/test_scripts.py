@@ -65,6 +65,7 @@ def test_train_on_an_existing_run_exits_2(run_dir):
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_interrupted_training_saves_and_says_how_to_resume(small_yaml, tmp_path):
     """SIGINT: status 130, a checkpoint, and the command that goes on."""
     command = [sys.executable, ROOT / "scripts/train.py", "--config", small_yaml, "--run-dir", tmp_path / "run"]
@@ -123,6 +124,7 @@ def test_export_then_generate_gives_the_same_text(run_dir, tmp_path):
     assert sizes[1] < 0.6 * sizes[0]
 
 
+@pytest.mark.slow
 def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
     """The error says which settings the folder needs; with them it trains on, and resumes without the folder."""
     script("export.py", run_dir, tmp_path / "hf")
@@ -228,6 +230,7 @@ def test_evaluate_scores_any_file(run_dir, tmp_path):
     assert script("evaluate.py", run_dir, "--stride", 4).returncode == 2
 
 
+@pytest.mark.slow
 def test_finished_run_is_tidied(run_dir, tmp_path):
     """A checkpoint that a process killed at the very end did not prune goes when the run is resumed again."""
     folder = tmp_path / "run"

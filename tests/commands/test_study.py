@@ -53,6 +53,7 @@ def starts_of(run: Path) -> int:
     return (run / "events.jsonl").read_text().count('"kind": "start"')
 
 
+@pytest.mark.slow
 def test_study_from_one_command(study, tmp_path):
     """It trains, prints the tables and writes them; the second time there is nothing to do."""
     values = yaml.safe_load(study.read_text()) | {"seeds": [0], "arms": {"moe": {}}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from run_scripts import command
 
 PLAY = "".join(f"Anna:\nThe moon is up {number}.\n\nBert:\nSo it is.\n\n" for number in range(300))
@@ -29,6 +30,7 @@ def test_all_of_one_document_is_for_training(tmp_path, monkeypatch):
     assert "holds out no text" in command("evaluate", "run").stderr
 
 
+@pytest.mark.slow
 def test_its_report_has_no_validation(tmp_path, monkeypatch):
     """And is written all the same."""
     monkeypatch.chdir(tmp_path)

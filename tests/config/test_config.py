@@ -106,9 +106,11 @@ def test_a_number_of_many_digits_is_named(problems, number):
 
 
 def test_half_of_a_surrogate_pair_is_named(problems):
-    """It is text, and UTF-8 cannot represent it."""
+    """It is text, and UTF-8 cannot represent it; a file with one is no YAML."""
+    with pytest.raises(ConfigError, match=r"prompt must be text without halves of surrogate pairs, got 'a\\ud800'"):
+        SourceConfig(name="a", builtin="prose", prompt="a\ud800")
     (line,) = problems('data: {sources: [{name: a, builtin: prose, prompt: "a\\ud800"}]}')
-    assert line == r"data.sources.0.prompt must be text without halves of surrogate pairs, got 'a\ud800'"
+    assert "invalid Unicode character escape code" in line
 
 
 def test_empty_key_is_not_taken_for_its_section(problems):

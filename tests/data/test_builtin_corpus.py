@@ -120,6 +120,7 @@ def real_sources(library) -> list[Source]:
     return sample
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_real_sources_without_docstrings_are_the_same_programs(real_sources):
     """For files of the standard library the result parses to the same tree minus docstrings."""

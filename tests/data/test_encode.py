@@ -106,6 +106,7 @@ def test_script_without_a_guard_is_encoded_by_one_process_and_told_why(tmp_path)
     assert done.stdout.endswith("300\n")
 
 
+@pytest.mark.slow
 def test_script_without_a_guard_prepares_data_all_the_same(tmp_path):
     """The process that runs it again does not wait for the lock that the first one holds."""
     for i in range(9):
@@ -144,6 +145,7 @@ def test_multiprocessing_still_marks_a_process_that_is_starting(tmp_path):
     assert "__main__ no mark" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
 def test_killed_process_takes_its_workers_along(tmp_path):
     """SIGKILL leaves no orphans that wait for ever."""

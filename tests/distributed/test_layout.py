@@ -151,6 +151,7 @@ def test_a_process_alone_has_no_group(monkeypatch):
     assert join(config({})) is SOLO
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_are_named(monkeypatch, capsys):
     """Within the time that is given, with the variables."""
     port = free_port()

@@ -160,6 +160,7 @@ print(check_the_law(make_model(**SHAPES["wide"]), 8, 2, seed=3), end="")
     assert done.stdout == "0"
 
 
+@pytest.mark.slow
 def test_without_exactness_the_law_is_broken():
     """The ordinary way to compute fails the test above, so the test can fail."""
     assert check_the_law(make_model(), 8, 2, seed=1, is_exact=False) > 0

@@ -129,6 +129,7 @@ def test_shapes_only_has_the_names_shapes_and_types_of_a_model(changes):
     assert all(parameter.is_meta for parameter in found.parameters())
 
 
+@pytest.mark.slow
 def test_counting_imports_no_compiler():
     """Drawing weights on meta would import torch's compiler, which takes seconds; counting does not."""
     code = """

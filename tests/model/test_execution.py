@@ -91,15 +91,11 @@ def test_execution_changes_no_parameter_name():
     assert list(wrapped.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    ("variant", "activation_checkpointing"),
-    [
-        pytest.param("balance_by_bias", False, marks=pytest.mark.slow),  # the next case has all of it, and more
-        ("balance_by_bias", True),
-        pytest.param("dense", False, marks=pytest.mark.slow),
-    ],
+    ("variant", "activation_checkpointing"), [("balance_by_bias", False), ("balance_by_bias", True), ("dense", False)]
 )
 def test_compiled_blocks_change_no_loss_no_count_and_no_gradient(
     monkeypatch, variant, backend, activation_checkpointing
@@ -118,6 +114,7 @@ def test_compiled_blocks_change_no_loss_no_count_and_no_gradient(
         assert (actual[2][name] - gradient).norm() <= 0.03 * gradient.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_compiled_blocks_share_one_graph(monkeypatch):
     """Twelve layers compile once, not twelve times, and stay below torch's limit of 8 recompilations."""

@@ -59,6 +59,7 @@ def test_watch_adds_threads_when_it_is_crowded_and_removes_them_when_it_is_quiet
     assert seen == [False, True, True, False, False]
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(("given", "expected"), [({}, "True"), ({"OMP_WAIT_POLICY": "passive"}, "False")])
 def test_watch_starts_once_unless_the_user_says_how_threads_wait(given, expected):

@@ -331,6 +331,7 @@ def test_labels_are_the_shortest_that_differ(folders, labels):
     assert [run.name for run in tell_apart([make_run(folder) for folder in folders])] == labels
 
 
+@pytest.mark.slow
 def test_many_long_names_fit_the_legend(rendered):
     """Names that begin with an underscore, or are longer than the legend is wide, have their entry whole."""
     names = ["_hidden", "long-" * 30 + "name", *(f"run{i}" for i in range(10))]

@@ -39,6 +39,7 @@ def run(tmp_path) -> RunRecords:
     return dataclasses.replace(made, run_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_words_are_drawn_over_what_they_look_at(run, page_of, rendered):
     """The table has the place; the page has the picture, and the scores with their baselines."""
     picture = looks.draw_looks(run)
@@ -51,6 +52,7 @@ def test_words_are_drawn_over_what_they_look_at(run, page_of, rendered):
     assert table.rows == [("count", 200, "0.900 ± 0.020", "0.250", "0.300", "–")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no file", "cut", "other names"])
 def test_a_page_without_that_file_lacks_the_picture(run, page_of, damage):
     """Also where it is damaged."""

@@ -192,6 +192,7 @@ def test_unfinished_run_says_how_far_it_came(page_of):
     assert pictures_of(page_of(run)) == ["losses", "schedule", "speed"]
 
 
+@pytest.mark.slow
 def test_single_evaluation_claims_no_change(page_of):
     """One evaluation is compared with guessing, not with itself; saturation needs two."""
     run = make_run(evaluations=[make_evaluation(30, 2.0)], arrays=[make_arrays(30, 2.0)])
@@ -326,6 +327,7 @@ def test_other_versions_are_read_as_far_as_possible(page_of):
     assert "router" in pictures_of(page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil",
     [

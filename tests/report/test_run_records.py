@@ -206,6 +206,7 @@ def test_what_was_not_wanted_is_said_so(small_config, tmp_path, settings, note):
     assert found.endswith(f"(train.{next(iter(settings))} is 0)")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="names are Unicode there")
 def test_a_folder_whose_name_is_not_utf8_is_reported(run_dir, tmp_path):
     """Everything in it is read; pages show the bytes as escapes."""

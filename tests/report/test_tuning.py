@@ -183,6 +183,7 @@ def test_rules_over_the_kl_begin_with_the_first_step():
     np.testing.assert_allclose(values, [1 - 1 / N, *(1 - (np.arange(1, N, 2) + 0.5) / N)])
 
 
+@pytest.mark.slow
 def test_reinforcement_has_three_pictures():
     """Every recorded value is in one of them; the words say where the lines begin and end."""
     drawn = {picture.name: picture for picture in tuning.draw_reinforcement(make_rl())}
@@ -294,6 +295,7 @@ def test_meanings_say_what_a_score_of_pairs_is_worth():
     assert "every pair is a tie" in dpo
 
 
+@pytest.mark.slow
 def test_page_does_not_miss_what_a_stage_never_records(page_of):
     """Steps of rewards and pairs record no norms and no routing, and configs of stages sample no text."""
     page = page_of(make_run(config=make_rl().config, steps=make_rl().steps, records=[], stage_scores=answers()))

@@ -198,7 +198,7 @@ def test_files_that_do_not_tell_their_length_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"a.paf: nothing tells whether a file of PAF is whole; convert it to WAV"):
         open_sound(tmp_path / "a.paf")
     os.truncate(wav(tmp_path / "a.wav"), 1 << 36)
-    with pytest.raises(InputError, match="the file has 68,719,476,736 bytes; at most 34,359,738,368 are read"):
+    with pytest.raises(InputError, match="the file has 68,719,476,736 bytes, more than 34,359,738,368"):
         open_sound(tmp_path / "a.wav")
 
 
@@ -239,16 +239,16 @@ def test_what_is_no_sound_is_refused(tmp_path):
             open_sound(tmp_path / name)
 
 
-def test_an_hour_takes_the_memory_of_a_minute(tmp_path):
-    """Pieces, not the whole: 20 minutes at 48 kHz are 230 MB of float samples."""
+def test_long_files_take_the_memory_of_a_minute(tmp_path):
+    """Pieces, not the whole: 5 minutes at 48 kHz are 58 MB of float samples."""
     with soundfile.SoundFile(tmp_path / "a.flac", "w", 48_000, 1) as file:
-        for _ in range(20):
+        for _ in range(5):
             file.write(np.zeros(60 * 48_000, np.int16) + np.int16(1000))
     started = time.process_time()
     largest, total = 0, 0
     for block in open_sound(tmp_path / "a.flac").blocks():
         largest, total = max(largest, len(block)), total + len(block)
-    assert abs(total - 20 * 60 * RATE) <= 1
+    assert abs(total - 5 * 60 * RATE) <= 1
     assert largest < 2**20
     assert time.process_time() - started < 60
 

@@ -244,6 +244,7 @@ def test_a_text_that_ended_is_whole(model, tmp_path):
     assert hears([sound, sound]) == [Heard("", True)] * 2
 
 
+@pytest.mark.slow
 def test_folders_that_are_no_such_model_are_refused(model, tmp_path):
     """Without a config, of another kind, of another rate; and a language where there is one only."""
     for change, cause in (

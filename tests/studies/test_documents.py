@@ -44,6 +44,7 @@ def test_a_document_ends_with_its_end_of_text(finished_runs):
     assert found["prose"].n_tokens[:-1].tolist() == whole.tolist()
 
 
+@pytest.mark.slow
 def test_differences_over_documents_are_those_of_the_table(study_values, write_study, out):
     """The same differences as over seeds, each once, which the tables then have with their intervals."""
     again = [*study_values["comparisons"], {"name": "their mean", "arms": ["dense", "moe"], "source": "mean"}]

@@ -32,6 +32,7 @@ def test_a_floor_below_zero_is_no_floor():
     assert law.c == 0.0
 
 
+@pytest.mark.slow
 def test_the_interval_covers_a_held_out_run():
     """In about 95 % of simulated ladders of six sizes and three seeds; the power law is further off."""
     rng, n_covered, errors, rivals = np.random.default_rng(0), 0, [], []

@@ -185,6 +185,7 @@ def change_file(path: Path, text: str) -> None:
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_failed_run_is_a_row_and_does_not_stop_the_others(write_study, out):
     """It is tried again only when asked."""
     arms = {"lost": {"overrides": ["data.sources.0.files=nowhere"]}, "wild": {"overrides": ["optimizer.lr=1e30"]}}
@@ -203,6 +204,7 @@ def test_failed_run_is_a_row_and_does_not_stop_the_others(write_study, out):
     assert [path.name for path in (out / "replaced").iterdir()] == ["wild-0.1"]
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_missing_and_goes_on(write_study, out, finished_runs):
     """It ends as if it had not been interrupted."""
     study = load_study(write_study(), out)

@@ -44,6 +44,7 @@ def test_the_spread_is_pooled_over_all_arms_with_two_values():
     assert pooled_spread({"alone": [1.0]}) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pools", [True, False])
 def test_intervals_cover_the_truth_as_often_as_they_say(pools):
     """Over simulated studies of five arms with three seeds each; Welch's are a little wide with so few."""
@@ -56,6 +57,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(pools):
     assert 0.93 <= n_covered / N_STUDIES <= (0.97 if pools else 0.98)
 
 
+@pytest.mark.slow
 def test_equivalence_is_seldom_claimed_at_the_margin():
     """Where the truth is the margin, at most 5 % of studies call the arms equivalent; where it is 0, most do."""
     rng, n_claimed = np.random.default_rng(0), {0.02: 0, 0.0: 0}
@@ -89,6 +91,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@pytest.mark.slow
 def test_an_arm_with_its_own_variance_is_found():
     """And hardly ever one that has none."""
     rng = np.random.default_rng(0)

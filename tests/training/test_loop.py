@@ -109,6 +109,7 @@ def test_resume_with_compiled_blocks_is_bit_identical(small_config, tmp_path):
     assert weights_and_state(tmp_path / "pieces") == weights_and_state(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_deterministic_runs_are_what_a_cpu_gives_anyway(small_config, tmp_path):
     """The switch is on while such a run trains, refuses what cannot repeat, and changes nothing here."""
     run_training(small_config, tmp_path / "plain", max_steps=4)
@@ -146,6 +147,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused(small_config, tmp_path
         run_training(small_config, tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint_drops_later_lines(small_config, tmp_path):
     """After a crash between checkpoints every step is in metrics.jsonl exactly once, with the same values."""
     config = change(small_config, "checkpoint", every_steps=5, keep_last=10)
@@ -229,6 +231,7 @@ def test_run_folder_that_changed_meanwhile_is_refused(small_config, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_names_them(small_config, tmp_path):
     """Settings that would change the result are refused with both values; others may change."""
     run_training(small_config, tmp_path, max_steps=2)
@@ -255,6 +258,7 @@ def test_resume_with_other_data_is_refused(small_config, corpus_dir, tmp_path):
         run_training(config, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_init_from_continues_at_a_longer_context(small_config, tmp_path):
     """A new run takes weights and tokenizer, with its own schedule, max_seq_len and rope_theta."""
     run_training(small_config, tmp_path / "first")
@@ -298,6 +302,7 @@ def test_open_schedule_is_one_big_epoch(small_config, tmp_path):
     assert run.passes == {"prose": pytest.approx(1, rel=0.01), "code": pytest.approx(2, rel=0.01)}
 
 
+@pytest.mark.slow
 def test_round_ends_are_said_and_resumed(small_config, tmp_path):
     """The start says where stages really end; the config that is saved has these ends, and the same run goes on."""
     ends = zip(small_config.schedule.stages, (1010, 3000, 6000), strict=True)
@@ -354,6 +359,7 @@ def test_interrupt_in_the_last_step_still_evaluates(small_config, tmp_path):
     assert "val/prose/ce_loss" in read_metrics(tmp_path / "metrics.jsonl")[-1]
 
 
+@pytest.mark.slow
 def test_run_with_documents_kept_apart(small_config, tmp_path):
     """It trains, scores fewer tokens, none of them behind an end-of-text, and resumes to the bit."""
     config = change(small_config, "data", document_masking=True)

@@ -120,6 +120,7 @@ def test_eight_bits_keep_numbers_near_and_signs_and_squares_above_zero(numbers):
         assert torch.allclose(scale, scale_again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "state_type"), KINDS)
 def test_resume_is_exact(small_config, tmp_path, name, state_type):
     """Weights and running means of a run with a pause are those of one without, to the byte."""

@@ -61,6 +61,7 @@ def test_a_run_folder_whose_name_is_not_utf8_is_refused_before_training(small_co
         load_model(odd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_background", [True, False])
 def test_disk_that_is_full_for_a_while_costs_checkpoints_only(small_config, tmp_path, full_disk, in_background):
     """Training goes on, warns, and saves again when there is room; the result is the same."""
@@ -79,6 +80,7 @@ def test_disk_that_is_full_for_a_while_costs_checkpoints_only(small_config, tmp_
     assert "cannot_save" in [event["kind"] for event in events(tmp_path / "full")]
 
 
+@pytest.mark.slow
 def test_last_step_that_cannot_be_saved_is_an_error(small_config, tmp_path, full_disk):
     """It says which checkpoint there is; --resume then does the rest again."""
     config = change(small_config, "checkpoint", every_steps=10)
@@ -94,6 +96,7 @@ def test_last_step_that_cannot_be_saved_is_an_error(small_config, tmp_path, full
     assert outcome == "finished"
 
 
+@pytest.mark.slow
 def test_metrics_wait_for_room_and_checkpoints_for_metrics(small_config, tmp_path, monkeypatch):
     """Lines that cannot be written are kept; no checkpoint is saved that is ahead of its metrics."""
     config = change(small_config, "checkpoint", every_steps=4)
@@ -187,6 +190,7 @@ def test_other_errors_are_not_taken_for_memory(small_config, tmp_path):
         run_training(small_config, tmp_path, take_step=broken)
 
 
+@pytest.mark.slow
 def test_clock_that_jumps_changes_nothing(small_config, tmp_path, monkeypatch):
     """An hour back, a day ahead: neither the limit on minutes nor the results notice."""
     plain = whole_run(small_config)
@@ -224,6 +228,7 @@ def test_events_have_a_time_a_kind_and_a_step(small_config, tmp_path):
     assert all({"time", "kind", "step"} <= line.keys() for line in lines)
 
 
+@pytest.mark.slow
 def test_metrics_that_somebody_removed_come_back(small_config, tmp_path):
     """Deleted in mid-run, the file is written anew, whole; saving goes on."""
     plain = whole_run(small_config)
@@ -263,6 +268,7 @@ def test_run_whose_checkpoints_vanished_is_not_started_over(small_config, tmp_pa
     assert run_training(config, tmp_path / "young", resume=True, max_steps=1)[1] == "max_steps"
 
 
+@pytest.mark.slow
 def test_way_back_survives_another_interval(small_config, tmp_path, poison):
     """What was scheduled when it was saved stays a place to go back to."""
     config = change(change(small_config, "checkpoint", every_steps=4), "faults", max_skips_in_a_row=2)
@@ -275,6 +281,7 @@ def test_way_back_survives_another_interval(small_config, tmp_path, poison):
     assert run.state.rollbacks > 0
 
 
+@pytest.mark.slow
 def test_stopped_run_leaves_metrics_and_the_good_checkpoint(small_config, tmp_path, poison):
     """Every step that was done has its line and its event; what was saved within the series is set aside."""
     config = change(change(small_config, "checkpoint", every_steps=1, keep_last=2), "train", log_every_steps=1)

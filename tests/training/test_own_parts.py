@@ -220,6 +220,7 @@ def own_schedule_run(config, folder, schedule, resume=False, **limits):
         return run, train(run, Limits(**limits), Silent())
 
 
+@pytest.mark.slow
 def test_own_schedule_plans_every_step_and_the_end(small_config, tmp_path):
     """Every step is as planned, the run ends at its total, and a resumed run goes on to the same metrics."""
     run, outcome = own_schedule_run(small_config, tmp_path / "a", Constant())
@@ -333,6 +334,7 @@ def test_early_stopping_waits_for_its_patience():
     assert answers == [False, False, False, False, False, True]
 
 
+@pytest.mark.slow
 def test_summary_of_a_shortened_run_speaks_of_the_learning_rate(own_run, tmp_path):
     """--max-steps below the schedule: the learning rate follows the whole; with --fit-schedule it ends at min_lr, 0."""
     words = ["--config", own_run / "small.yaml", "--max-steps", 5]

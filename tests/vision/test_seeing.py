@@ -156,6 +156,7 @@ class Shade:
         return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, size, size)
 
 
+@pytest.mark.slow
 def test_colours_are_learnt_and_new_shades_answered():
     """By what is new alone; with the pictures changed, the answers change."""
     kind = seeing_class(SeeConfig(sources=SCENES, size=16, width=16))

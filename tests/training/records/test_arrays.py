@@ -154,6 +154,7 @@ def without_times(line: dict) -> dict:
     return {key: value for key, value in line.items() if key not in ("tokens_per_second", "cpu_seconds")}
 
 
+@pytest.mark.slow
 def test_interrupted_run_records_the_same(small_config, tmp_path):
     """Killed after a later evaluation than its checkpoint, it is brought to the same lines and bytes."""
     config = change(change(small_config, "train", eval_every_steps=8), "checkpoint", every_steps=6)
@@ -175,6 +176,7 @@ def test_interrupted_run_records_the_same(small_config, tmp_path):
     assert [line["step"] for line in records[0]] == [5, 10, 15, 20, 25]
 
 
+@pytest.mark.slow
 def test_recording_can_be_turned_off_and_changes_no_weight(small_config, tmp_path):
     """Nothing is recorded, sampled or kept; the weights are the same bytes."""
     off = change(small_config, "train", record_every_steps=0, record_tokens=0, sample_tokens=0)

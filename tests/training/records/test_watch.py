@@ -44,6 +44,7 @@ def test_single_faults_are_skipped_counted_and_located(small_config, tmp_path, p
     assert run.state.rollbacks == 0
 
 
+@pytest.mark.slow
 def test_series_of_faults_goes_back_and_past_them(small_config, tmp_path, poison):
     """Back to the last checkpoint before the series; its tokens up to the third fault are never trained on."""
     config = change(change(small_config, "checkpoint", every_steps=3), "faults", max_skips_in_a_row=3)
@@ -64,9 +65,8 @@ def test_series_of_faults_goes_back_and_past_them(small_config, tmp_path, poison
     assert read_state(list_checkpoints(tmp_path)[-1])["skipped_windows"] == [[start, end]]
 
 
-@pytest.mark.parametrize(
-    "stop_at", [pytest.param(7, marks=pytest.mark.slow), 11, pytest.param(13, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [7, 11, 13])
 def test_series_of_faults_ends_the_same_when_interrupted(small_config, tmp_path, poison, stop_at):
     """Stopped before, within or after the series and resumed: bit for bit the run that was not."""
     config = change(change(small_config, "checkpoint", every_steps=3), "faults", max_skips_in_a_row=3)
@@ -106,6 +106,7 @@ def test_faults_before_the_first_checkpoint_stop_the_run(small_config, tmp_path,
         run_training(config, tmp_path, take_step=poison.take_step)
 
 
+@pytest.mark.slow
 def test_faults_up_to_the_end_finish_the_run(small_config, tmp_path, poison):
     """The window that is passed over reaches the end: the run is finished with what it had."""
     config = change(change(small_config, "checkpoint", every_steps=2), "faults", max_skips_in_a_row=2)

@@ -133,6 +133,7 @@ def test_changed_code_is_noticed(small_config, tmp_path, monkeypatch):
     assert outcome == "max_steps"
 
 
+@pytest.mark.slow
 def test_schedule_may_be_extended_on_purpose(small_config, tmp_path):
     """A finished run goes on when its last stage is made longer."""
     run_training(small_config, tmp_path)

@@ -245,6 +245,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from([*FILES, MANIFEST]),
@@ -266,6 +267,7 @@ def test_fuzzed_files_end_in_a_clear_error(name, content, saved, tmp_path_factor
 KEYS = st.sampled_from(["model", "data", "schedule", "stages", "n_layers", "lr", "sources", "files", "faults", "x"])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.recursive(
@@ -278,6 +280,7 @@ def test_fuzzed_configs_end_in_a_clear_error(values):
         RunConfig.from_mapping(parse_yaml(yaml.safe_dump(values), "fuzz"))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 8),

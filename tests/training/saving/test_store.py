@@ -203,6 +203,7 @@ def test_leftovers_of_killed_processes_go_with_the_next_save(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
+@pytest.mark.slow
 def test_run_keeps_its_best_checkpoint(small_config, tmp_path):
     """The score is the mean validation loss at the step, and the best stays when it is no longer among the last."""
     config = change(small_config, "checkpoint", every_steps=4, keep_last=1)
