@@ -17,7 +17,7 @@ import soxr
 from moe_gpt.errors import InputError
 from moe_gpt.speech.sound import RATE, Samples
 
-_RETRIEVAL, _UTF8, _RATE, _PITCH = 1, 1, 1, 3
+_SYNCHRONOUS, _UTF8, _RATE, _PITCH = 2, 1, 1, 3
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -34,7 +34,7 @@ class Speaker(NamedTuple):
 
 
 class Synthesiser:
-    """espeak-ng of the package espeakng-loader. One a process.
+    """espeak-ng of the package espeakng-loader, without its own thread, which may wait for ever. One a process.
 
     Raises:
         InputError: where the library does not start.
@@ -43,7 +43,7 @@ class Synthesiser:
     def __init__(self) -> None:
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         self._data = Path(espeakng_loader.get_data_path())
-        self._rate = self._library.espeak_Initialize(_RETRIEVAL, 0, str(self._data).encode(), 0)
+        self._rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, str(self._data).encode(), 0)
         if self._rate <= 0:
             raise InputError("espeak-ng does not start; install espeakng-loader anew")
         self._pieces: list[np.ndarray[Any, np.dtype[np.int16]]] = []
@@ -68,7 +68,6 @@ class Synthesiser:
         self._library.espeak_SetParameter(_PITCH, speaker.pitch, 0)
         self._pieces, encoded = [], text.encode()
         self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, _UTF8, None, None)
-        self._library.espeak_Synchronize()
         samples = np.concatenate(self._pieces).astype(np.float32) / 32768
         return soxr.resample(samples, self._rate, RATE)
 
