@@ -40,7 +40,7 @@ _PEERS = ("transformers", "SDPA")  # where they do not run, no stage fails
 _TABLE = parse_yaml(Path(__file__).with_name("gpu.yaml").read_text(encoding="utf-8"), "gpu.yaml")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATE = {"bf16": MIXED_PRECISION, "fp32": FLOAT32}
-_SPEED = re.compile(rb'"tokens_per_second": [^,}]*')
+_SPEED = re.compile(rb'"(?:tokens_per_second|cpu_seconds)": [^,}]*')
 
 
 class Setup(NamedTuple):

@@ -124,7 +124,6 @@ def test_export_then_generate_gives_the_same_text(run_dir, tmp_path):
     assert sizes[1] < 0.6 * sizes[0]
 
 
-@pytest.mark.slow
 def test_train_starts_from_a_hugging_face_folder(run_dir, tmp_path):
     """The error says which settings the folder needs; with them it trains on, and resumes without the folder."""
     script("export.py", run_dir, tmp_path / "hf")
