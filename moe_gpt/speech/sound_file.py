@@ -32,6 +32,8 @@ _LOGGED = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+
 """Of libsndfile's log: the number of bytes that a header claims, and that of those there are."""
 _COUNTS = re.compile(rb"(?:^NIST_1A.*?sample_count -i|does not match value from 'ds64' chunk of) (\d+)", re.DOTALL)
 """What has the number of samples: NIST's header, and the log of RF64."""
+_MP3_COUNT = re.compile(b"Xing|Info|VBRI")
+"""Names in the first frame of an MP3 file with its length, which libsndfile guesses without it."""
 _CHUNK = re.compile(rb"[ -~]{4}.{4}", re.DOTALL)
 _PLAIN = ("WAV", "WAVEX", "RF64", "AIFF", "AU")
 """Those of which no more is read than the header claims."""
@@ -84,9 +86,9 @@ class _OpenEnded(io.BufferedReader):
         self.start = self.read(1024)
         tag = _tag_bytes(self.start)
         self.seek(tag)
-        head = self.read(26)
-        is_flac = head[:4] == b"fLaC"
-        self.count = int.from_bytes(head[18:]) & (1 << 36) - 1 if is_flac else 0
+        self.head = self.read(256)
+        is_flac = self.head[:4] == b"fLaC"
+        self.count = int.from_bytes(self.head[18:26]) & (1 << 36) - 1 if is_flac else 0
         self.zeros = {tag + 21: 0xF0, **dict.fromkeys(range(tag + 22, tag + 26), 0)} if is_flac else {}
         self.seek(0)
 
@@ -165,7 +167,8 @@ class SoundStream(soundfile.SoundFile):
             return self.binary.count
         found = _COUNTS.search(self.binary.start + self.extra_info.encode())
         frames = int(found[1]) if found else self.frames
-        return frames if frames < _UNKNOWN_FRAMES else 0
+        is_guess = frames > _UNKNOWN_FRAMES or (self.format == "MP3" and not _MP3_COUNT.search(self.binary.head))
+        return 0 if is_guess else frames
 
     def _bytes_behind(self) -> int:
         """Return how many bytes follow that are neither a chunk with a name and a size, nor one that fills up."""

@@ -192,6 +192,19 @@ def test_all_of_a_flac_file_is_read_whatever_its_header_claims(tmp_path, claimed
     np.testing.assert_array_equal(read_sound(path), whole)
 
 
+def test_of_an_mp3_file_without_a_length_nothing_is_claimed(tmp_path):
+    """Without it, libsndfile guesses one from the first frame, here twice as much as there is."""
+    path = tmp_path / "a.mp3"
+    noise = np.random.default_rng(0).normal(0, 0.2, RATE)
+    soundfile.write(path, np.concatenate((np.zeros(RATE), noise)), RATE, bitrate_mode="VARIABLE")
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(data[:2], 4) :])
+    with soundfile.SoundFile(path) as file:
+        assert file.frames > 3 * RATE
+    assert open_sound(path).remarks == ()
+    assert abs(open_sound(path).seconds - 2) < 0.2
+
+
 def test_files_that_do_not_tell_their_length_are_refused(tmp_path):
     """They might be cut, and nobody would know; neither is a file read that is larger than any recording."""
     soundfile.write(tmp_path / "a.paf", exact(), RATE)
