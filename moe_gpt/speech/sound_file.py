@@ -1,4 +1,4 @@
-"""A sound file from end to end, and whether it is as long as it claims. libsndfile tells that in its log at most."""
+"""A sound file from end to end, and whether it is as long as it claims. libsndfile reads what it finds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -28,12 +28,12 @@ _UNKNOWN_FRAMES, _UNKNOWN_BYTES = 1 << 62, 0x7FFFF000
 """Claimed, or more, where a program wrote into a pipe and could not know."""
 _PAGE, _LAST = 65_307, 4
 """Most bytes of a page of Ogg, and the flag of the last one (RFC 3533)."""
-_LOGGED = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d+) \(should be (\d+)\)$", re.MULTILINE)
-"""Of libsndfile's log: the number of bytes that a header claims, and that of those there are."""
-_COUNTS = re.compile(rb"(?:^NIST_1A.*?sample_count -i|does not match value from 'ds64' chunk of) (\d+)", re.DOTALL)
-"""What has the number of samples: NIST's header, and the log of RF64."""
+_ORDERS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"RF64": "little", b"RIFX": "big", b"FORM": "big"}
+"""How files of chunks begin, and the order of the bytes in their sizes."""
+_MOST_CHUNKS = 10_000
+_NIST_COUNT = re.compile(rb"^NIST_1A.*?sample_count -i (\d+)", re.DOTALL)
 _MP3_COUNT = re.compile(b"Xing|Info|VBRI")
-"""Names in the first frame of an MP3 file with its length, which libsndfile guesses without it."""
+"""Names in the first frame of an MP3 file that has its length."""
 _CHUNK = re.compile(rb"[ -~]{4}.{4}", re.DOTALL)
 _PLAIN = ("WAV", "WAVEX", "RF64", "AIFF", "AU")
 """Those of which no more is read than the header claims."""
@@ -87,9 +87,10 @@ class _OpenEnded(io.BufferedReader):
         tag = _tag_bytes(self.start)
         self.seek(tag)
         self.head = self.read(256)
-        is_flac = self.head[:4] == b"fLaC"
-        self.count = int.from_bytes(self.head[18:26]) & (1 << 36) - 1 if is_flac else 0
-        self.zeros = {tag + 21: 0xF0, **dict.fromkeys(range(tag + 22, tag + 26), 0)} if is_flac else {}
+        self.count, self.zeros = 0, dict[int, int]()
+        if self.head.startswith(b"fLaC"):
+            self.count = int.from_bytes(self.head[18:26]) & (1 << 36) - 1
+            self.zeros = {tag + 21: 0xF0, **dict.fromkeys(range(tag + 22, tag + 26), 0)}
         self.seek(0)
 
     def readinto(self, buffer: Any) -> int:
@@ -147,13 +148,13 @@ class SoundStream(soundfile.SoundFile):
             InputError: where the header says that there are no samples, although bytes follow.
         """
         claimed = self._claimed() or self.count
-        found = _LOGGED.search(self.extra_info)
+        claimed_bytes, there = _sizes(self.path)
         if self.format == "OGG":
-            return "" if _has_last_page(self.path) else "ends early: its last page is missing"
+            return _told_of_last_page(self.path)
         if claimed != self.count:
             return _compared(self.count, claimed, "samples")
-        if found and int(found[1]) < _UNKNOWN_BYTES:
-            return _compared(int(found[2]), int(found[1]), "bytes")
+        if there < claimed_bytes or there != claimed_bytes and self.format == "W64":
+            return _compared(there, claimed_bytes, "bytes")
         return self._told_of_bytes_behind() if self.behind else ""
 
     def _told_of_bytes_behind(self) -> str:
@@ -165,10 +166,13 @@ class SoundStream(soundfile.SoundFile):
         """Return the number of samples that the header claims; 0 where it claims none."""
         if self.format == "FLAC":
             return self.binary.count
-        found = _COUNTS.search(self.binary.start + self.extra_info.encode())
+        found = _NIST_COUNT.search(self.binary.start)
         frames = int(found[1]) if found else self.frames
-        is_guess = frames > _UNKNOWN_FRAMES or (self.format == "MP3" and not _MP3_COUNT.search(self.binary.head))
-        return 0 if is_guess else frames
+        return 0 if frames > _UNKNOWN_FRAMES or self._is_guess() else frames
+
+    def _is_guess(self) -> bool:
+        """Return whether libsndfile guesses the number of samples of an MP3 file from its first frame."""
+        return self.format == "MP3" and not _MP3_COUNT.search(self.binary.head)
 
     def _bytes_behind(self) -> int:
         """Return how many bytes follow that are neither a chunk with a name and a size, nor one that fills up."""
@@ -179,18 +183,51 @@ class SoundStream(soundfile.SoundFile):
         return 0 if _CHUNK.match(head) or there - place < 2 else there - place
 
 
+def _sizes(path: Path) -> tuple[int, int]:
+    """Return how many bytes, of samples mostly, a header claims, 0 for unknown, and how many there are."""
+    there = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(24)
+        if start.startswith(b".snd"):
+            claimed, there = int.from_bytes(start[8:12]), there - int.from_bytes(start[4:8])
+        elif start.startswith(b"riff"):
+            claimed = int.from_bytes(start[16:], "little")
+        else:
+            claimed, place = _data_chunk(file, start[:4])
+            there -= place
+    return claimed, there
+
+
+def _data_chunk(file: BinaryIO, kind: bytes) -> tuple[int, int]:
+    """Return how many bytes of samples a file of chunks claims, and where they begin; zeros where it does not say."""
+    place, long = 12, 0
+    for _ in range(_MOST_CHUNKS if kind in _ORDERS else 0):
+        file.seek(place)
+        name, size = file.read(4), int.from_bytes(file.read(4), _ORDERS[kind])
+        if name in (b"data", b"SSND"):
+            return long or _known(size), place + 8
+        if name == b"ds64":
+            long = int.from_bytes(file.read(16)[8:], "little")
+        place += 8 + size + size % 2
+    return 0, 0
+
+
+def _known(size: int) -> int:
+    return size if size < _UNKNOWN_BYTES else 0
+
+
 def _compared(there: int, claimed: int, unit: str) -> str:
     if there < claimed:
         return f"ends early: {there:,} of {claimed:,} {unit}"
     return f"longer than its header says: {there:,} {unit}, not {claimed:,}"
 
 
-def _has_last_page(path: Path) -> bool:
-    """Return whether the last page of an Ogg file is whole, and marked as the last one."""
+def _told_of_last_page(path: Path) -> str:
+    """Say whether the last page of an Ogg file is cut, or not marked as the last one."""
     with open(path, "rb") as file:
         file.seek(-min(_PAGE, path.stat().st_size), os.SEEK_END)
         end = file.read()
     page = end[max(0, end.rfind(b"OggS")) :]
     n_parts = page[26] if len(page) > 26 else 0
     size = 27 + n_parts + sum(page[27 : 27 + n_parts])
-    return size <= len(page) and bool(page[5] & _LAST)
+    return "" if size <= len(page) and page[5] & _LAST else "ends early: its last page is missing"

@@ -132,9 +132,12 @@ def test_headers_of_pipes_and_editors_lose_nothing_and_add_nothing(tmp_path, hea
 
 
 def test_headers_that_lie_are_told(tmp_path):
-    """Never shorter without a word."""
-    short = wav(tmp_path / "short.wav", claimed=32_000, samples=(exact() * 32768).astype("<i2").tobytes()[:-22])
-    assert open_sound(short).remarks == ("ends early: 31,978 of 32,000 bytes",)
+    """Never shorter without a word, whatever stands before the samples."""
+    samples = (exact() * 32768).astype("<i2").tobytes()[:-22]
+    for before in (b"", 100 * LIST, b"ds64" + struct.pack("<IQQQI", 28, 0, 32_000, 0, 0)):
+        riff, claimed = (b"RF64", 0xFFFFFFFF) if before[:4] == b"ds64" else (b"RIFF", 32_000)
+        short = wav(tmp_path / "short.wav", claimed=claimed, samples=samples, before=before, riff=riff)
+        assert open_sound(short).remarks == ("ends early: 31,978 of 32,000 bytes",)
     half = wav(tmp_path / "half.wav", claimed=16_000)
     assert open_sound(half).remarks == ("only the 8,000 samples that the header claims are read; 16,000 bytes follow",)
 
@@ -147,7 +150,7 @@ ONLY = "only the 64,000 samples that the header claims are read; 4,000 bytes fol
     [
         ("WAV", "ends early: 76,8.. of 128,000 bytes", ONLY),
         ("WAVEX", "ends early: 76,8.. of 128,000 bytes", ONLY),
-        ("RF64", "ends early: 38,4.. of 64,000 samples", ONLY),
+        ("RF64", "ends early: 76,8.. of 128,000 bytes", ONLY),
         ("W64", "ends early: 76,9.. of 128,104 bytes", "longer than its header says: 132,104 bytes, not 128,104"),
         ("AIFF", "ends early: 76,8.. of 128,008 bytes", ONLY),
         ("AU", "ends early: 76,8.. of 128,000 bytes", ONLY),
