@@ -20,7 +20,7 @@ from moe_gpt.errors import InputError
 CHANNELS, RATES = (1, 64), (1_000, 384_000)
 """The least and the most that are read."""
 _KINDS = ("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "NIST")
-"""Those that tell whether they are whole."""
+"""Those of which a cut is noticed."""
 _BLOCK_VALUES = 1 << 20
 _MOST_BYTES = 1 << 35
 """A day of two channels at 48 kHz and 24 bits has fewer."""
@@ -44,7 +44,7 @@ def opened(path: Path) -> Iterator[SoundStream]:
     """Open a file to read it once from end to end.
 
     Raises:
-        InputError: where it is empty, of a kind whose length is not known, larger than any recording, or no sound.
+        InputError: where it is empty, of a kind that is not read, larger than any recording, or no sound.
     """
     size = path.stat().st_size
     if not 0 < size <= _MOST_BYTES:
@@ -52,7 +52,7 @@ def opened(path: Path) -> Iterator[SoundStream]:
     try:
         with _OpenEnded(path) as binary, SoundStream(binary) as file:
             if file.format not in _KINDS:
-                raise InputError(f"nothing tells whether a file of {file.format} is whole; convert it to WAV or FLAC")
+                raise InputError(f"{file.format} is not read, as a cut would not be noticed; convert it to WAV or FLAC")
             check_form(file.channels, file.samplerate)
             yield file
     except soundfile.LibsndfileError as error:
