@@ -107,7 +107,8 @@ def next_after_stage(run: Run) -> list[str]:
         start, setting = run.identity.initialised_from, f"rl.reward_model={run.run_dir}"
         return [command_line("finetune", "tiny-ppo.yaml", "--init-from", start, setting)]
     if see := run.config.see:
-        prompt = "The digits are" if see.sources[0].builtin == "digits" else "The picture shows"
+        prompts = {"digits": "The digits are", "scenes": "The picture shows", None: "PROMPT"}
+        prompt = prompts[see.sources[0].builtin]
         return [command_line("generate", run.run_dir, "--prompt", prompt, "--image", "FILE")]
     if not can_chat(run.config.stage, run.data.tokenizer):
         return [command_line("generate", run.run_dir, "--prompt", "def ")]

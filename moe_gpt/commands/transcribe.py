@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from moe_gpt.commands.next_command import command_line
 from moe_gpt.commands.options import Device, flat
 from moe_gpt.errors import InputError
+from moe_gpt.terminal.numbers import plural
 from moe_gpt.terminal.wrapping import wrap
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def transcribe(*sounds: Path, options: TranscribeOptions) -> int:
 def _tell(outcome: Outcome, out: Path, has_rows: bool) -> None:
     """Print what became of the files, and a command that trains on the text."""
     kept = f", {outcome.kept:,} were there already" if outcome.kept else ""
-    print(wrap(f"{outcome.done:,} files transcribed into {out}{kept}; {len(outcome.failed):,} failed"))
+    print(wrap(f"{plural(outcome.done, 'file')} transcribed into {out}{kept}; {len(outcome.failed):,} failed"))
     if has_rows:
         print(f"next:\n  {command_line('train', 'tiny.yaml', '--run-dir', 'runs/speech', source_of(out))}")
 

@@ -324,7 +324,7 @@ def test_the_command_makes_a_source_of_text(model, tmp_path, capsys):
     options = TranscribeOptions(model=model, out=tmp_path / "t.jsonl", device="cpu")
     assert transcribe(tmp_path, options=options) == 1
     out = " ".join(capsys.readouterr().out.split())
-    assert "1 files transcribed into" in out
+    assert "1 file transcribed into" in out
     assert "1 failed" in out
     assert command_line("train", "tiny.yaml", "--run-dir", "runs/speech", source_of(options.out)) in out
     assert transcribe(good, options=options) == 0
