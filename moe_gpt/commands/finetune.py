@@ -107,8 +107,7 @@ def next_after_stage(run: Run) -> list[str]:
         start, setting = run.identity.initialised_from, f"rl.reward_model={run.run_dir}"
         return [command_line("finetune", "tiny-ppo.yaml", "--init-from", start, setting)]
     if see := run.config.see:
-        prompts = {"digits": "The digits are", "scenes": "The picture shows", None: "PROMPT"}
-        prompt = prompts[see.sources[0].builtin]
+        prompt = {"digits": "The digits are", "scenes": "The picture shows", None: "PROMPT"}[see.sources[0].builtin]
         return [command_line("generate", run.run_dir, "--prompt", prompt, "--image", "FILE")]
     if not can_chat(run.config.stage, run.data.tokenizer):
         return [command_line("generate", run.run_dir, "--prompt", "def ")]

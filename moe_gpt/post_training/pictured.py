@@ -25,6 +25,8 @@ from moe_gpt.vision.examples import Example
 from moe_gpt.vision.pictured_text import MARKER, Picture, PicturedText, PictureFile, Row, plain, spell
 from moe_gpt.vision.pictures import is_data_url, read_data_url
 
+_READERS = 4
+"""Pictures that are decoded at once, each in at most 0.5 GB."""
 _ELSEWHERE = re.compile(r"[a-z]+://", re.IGNORECASE)
 
 
@@ -52,7 +54,7 @@ def check_pictures(rows: Sequence[Row]) -> tuple[list[Row], collections.Counter[
         InputError: naming file, row and picture of the first that cannot be read.
     """
     pictures = [picture for row in rows for picture in row.text.pictures]
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         warnings.simplefilter("ignore")  # here, since threads that do so leave it to each other
         found = list(pool.map(PictureFile.checked, pictures))
     left = iter(picture for picture, _ in found)

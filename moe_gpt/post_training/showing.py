@@ -31,6 +31,7 @@ from moe_gpt.post_training.pictured import check_pictures, read_pictured, row_of
 from moe_gpt.post_training.seeing import ENCODER, digest_of_encoder
 from moe_gpt.post_training.starting import describe_forgetting, present, settle, split_items, text_of_pretraining
 from moe_gpt.post_training.update import ItemOrder, Items, check_steps, count_step, rows_of_step, update
+from moe_gpt.terminal.numbers import plural
 from moe_gpt.training.schedule import StepPlan
 from moe_gpt.training.stage import Say, Stage, Start
 from moe_gpt.training.step import StepResult
@@ -125,9 +126,9 @@ def _of_files(
     found = read_pictured(expand_files(SourceConfig(name="pictures", files=source.files)), tokenizer)
     limit = Limit("the row has", row_tokens, "schedule.stages.0.seq_len", "see.on_too_long", see.on_too_long)
     fits, n_left_out = fitting(found, [len(row.text.ids) for row in found], [row.place for row in found], limit)
-    say(f"reading {sum(len(row.text.pictures) for row in fits):,} pictures to their end")
+    say(f"reading {plural(sum(len(row.text.pictures) for row in fits), 'picture')} to the end")
     kept, remarks = check_pictures(fits)
-    notes = [f"{n:,} picture{'s' * (n > 1)}: {remark}" for remark, n in remarks.items()]
+    notes = [f"{plural(n, 'picture')}: {remark}" for remark, n in remarks.items()]
     notes += [f"rows of files{left_out(n_left_out)}"] * (n_left_out > 0)
     return *split_items(kept, lambda row: row.text.pictures[0].digest), notes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import soxr
 from numpy.typing import NDArray
 
 from moe_gpt.errors import InputError
+from moe_gpt.files.durable import read_digest
 from moe_gpt.speech.sound_file import SoundStream, opened
 
 RATE = 16_000
@@ -90,14 +90,13 @@ class _Levels:
     """Sums over the blocks of a file."""
 
     def __init__(self, n_channels: int) -> None:
-        self.count, self.peak = 0, 0.0
+        self.peak = 0.0
         self.energy, self.mean_energy = np.zeros(n_channels), 0.0
 
     def add(self, block: NDArray[np.float32]) -> None:
         """Count a piece of shape (n_frames, n_channels)."""
         if not np.isfinite(block).all():
             raise InputError("it has samples that are infinite or no number")
-        self.count += len(block)
         self.peak = max(self.peak, float(np.abs(block).max()))
         self.energy += np.square(block, dtype=np.float64).sum(axis=0)
         self.mean_energy += float(np.square(block.mean(axis=1), dtype=np.float64).sum())
@@ -121,18 +120,16 @@ def _survey(path: Path, file: SoundStream) -> Sound:
     levels = _Levels(file.channels)
     for block in file.blocks():
         levels.add(block)
-        if levels.count > _MOST_HOURS * 3600 * file.samplerate:
+        if file.count > _MOST_HOURS * 3600 * file.samplerate:
             raise InputError(f"it is longer than {_MOST_HOURS} hours; cut it into parts")
     of_length = file.differs()
-    if levels.count < _LEAST_SECONDS * file.samplerate:
-        raise InputError(f"it has {levels.count:,} samples, less than {_LEAST_SECONDS} seconds")
-    with open(path, "rb") as binary:
-        digest = hashlib.file_digest(binary, "sha256").hexdigest()
+    if file.count < _LEAST_SECONDS * file.samplerate:
+        raise InputError(f"it has {file.count:,} samples, less than {_LEAST_SECONDS} seconds")
     return Sound(
         path,
         rate=file.samplerate,
-        seconds=levels.count / file.samplerate,
-        sha256=digest,
+        seconds=file.count / file.samplerate,
+        sha256=read_digest(path).sha256,
         is_silent=levels.peak < _SILENT,
         scale=1 / max(1.0, levels.peak),
         channel=int(levels.energy.argmax()) if levels.cancels else None,

@@ -31,6 +31,8 @@ _PAGE, _LAST = 65_307, 4
 _ORDERS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"RF64": "little", b"RIFX": "big", b"FORM": "big"}
 """How files of chunks begin, and the order of the bytes in their sizes."""
 _MOST_CHUNKS = 10_000
+_ALIGNED = 7
+"""Bytes that may fill up a W64 file."""
 _NIST_COUNT = re.compile(rb"^NIST_1A.*?sample_count -i (\d+)", re.DOTALL)
 _MP3_COUNT = re.compile(b"Xing|Info|VBRI")
 """Names in the first frame of an MP3 file that has its length."""
@@ -147,13 +149,12 @@ class SoundStream(soundfile.SoundFile):
         Raises:
             InputError: where the header says that there are no samples, although bytes follow.
         """
-        claimed = self._claimed() or self.count
-        claimed_bytes, there = _sizes(self.path)
         if self.format == "OGG":
             return _told_of_last_page(self.path)
-        if claimed != self.count:
+        if (claimed := self._claimed() or self.count) != self.count:
             return _compared(self.count, claimed, "samples")
-        if there < claimed_bytes or there != claimed_bytes and self.format == "W64":
+        claimed_bytes, there = _sizes(self.path)
+        if there < claimed_bytes or there > claimed_bytes + _ALIGNED and self.format == "W64":
             return _compared(there, claimed_bytes, "bytes")
         return self._told_of_bytes_behind() if self.behind else ""
 
@@ -189,7 +190,7 @@ def _sizes(path: Path) -> tuple[int, int]:
     with open(path, "rb") as file:
         start = file.read(24)
         if start.startswith(b".snd"):
-            claimed, there = int.from_bytes(start[8:12]), there - int.from_bytes(start[4:8])
+            claimed, there = _known(int.from_bytes(start[8:12])), there - int.from_bytes(start[4:8])
         elif start.startswith(b"riff"):
             claimed = int.from_bytes(start[16:], "little")
         else:

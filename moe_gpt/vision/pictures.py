@@ -21,6 +21,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from moe_gpt.errors import InputError, shown
+from moe_gpt.files.durable import read_digest
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """What is read. Others, such as EPS, would start another program."""
@@ -77,8 +78,7 @@ def check_picture(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> C
         remarks = _read(image, 1).remarks
     if isinstance(source, bytes):
         return Checked(hashlib.sha256(source).hexdigest(), remarks)
-    with open(source, "rb") as file:
-        return Checked(hashlib.file_digest(file, "sha256").hexdigest(), remarks)
+    return Checked(read_digest(Path(source)).sha256, remarks)
 
 
 def read_data_url(url: str) -> bytes:

@@ -131,6 +131,19 @@ def test_headers_of_pipes_and_editors_lose_nothing_and_add_nothing(tmp_path, hea
     np.testing.assert_allclose(np.concatenate(list(sound.blocks())), exact(), atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["AU", "AIFF"])
+def test_sizes_that_a_pipe_left_open_claim_nothing(tmp_path, form):
+    """Of kinds beside WAV: 4 bytes that are unknown."""
+    soundfile.write(tmp_path / "a", exact(), RATE, format=form)
+    data = (tmp_path / "a").read_bytes()
+    size = 8 if form == "AU" else data.index(b"SSND") + 4
+    (tmp_path / "a").write_bytes(
+        data[:size] + (b"\xff\xff\xff\xff" if form == "AU" else b"\x7f\xff\xff\xff") + data[size + 4 :]
+    )
+    assert open_sound(tmp_path / "a").remarks == ()
+    np.testing.assert_allclose(read_sound(tmp_path / "a"), exact(), atol=1e-6)
+
+
 def test_headers_that_lie_are_told(tmp_path):
     """Never shorter without a word, whatever stands before the samples."""
     samples = (exact() * 32768).astype("<i2").tobytes()[:-22]
