@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
+import mmap
 import re
 import struct
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ _MOST_BYTES = 1 << 35
 """A day of two channels at 48 kHz and 24 bits has fewer."""
 _UNKNOWN_FRAMES, _UNKNOWN_BYTES = 1 << 62, 0x7FFFF000
 """Claimed, or more, where a program wrote into a pipe and could not know."""
-_PAGE, _LAST = 65_307, 4
-"""Most bytes of a page of Ogg, and the flag of the last one (RFC 3533)."""
+_PAGE, _LAST, _FIRST = 65_307, 4, b"OggS\0\2"
+"""Most bytes of a page of Ogg, the flag of the last one, and how the first one begins (RFC 3533)."""
 _ORDERS: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"RF64": "little", b"RIFX": "big", b"FORM": "big"}
 """How files of chunks begin, and the order of the bytes in their sizes."""
 _MOST_CHUNKS = 10_000
@@ -59,8 +59,9 @@ def opened(path: Path) -> Iterator[SoundStream]:
             yield file
     except soundfile.LibsndfileError as error:
         _check_wave_form(path)
+        cause = error.error_string.rstrip(".")
         raise InputError(
-            f"it cannot be read as sound ({error.error_string.rstrip('.')}); convert it to WAV or FLAC"
+            f"it cannot be read as sound ({cause}); it is cut, or to be converted to WAV or FLAC"
         ) from None
 
 
@@ -149,8 +150,8 @@ class SoundStream(soundfile.SoundFile):
         Raises:
             InputError: where the header says that there are no samples, although bytes follow.
         """
-        if self.format == "OGG":
-            return _told_of_last_page(self.path)
+        if self.format == "OGG" and (told := _told_of_pages(self.path)):
+            return told
         if (claimed := self._claimed() or self.count) != self.count:
             return _compared(self.count, claimed, "samples")
         claimed_bytes, there = _sizes(self.path)
@@ -223,12 +224,16 @@ def _compared(there: int, claimed: int, unit: str) -> str:
     return f"longer than its header says: {there:,} {unit}, not {claimed:,}"
 
 
-def _told_of_last_page(path: Path) -> str:
-    """Say whether the last page of an Ogg file is cut, or not marked as the last one."""
-    with open(path, "rb") as file:
-        file.seek(-min(_PAGE, path.stat().st_size), os.SEEK_END)
-        end = file.read()
-    page = end[max(0, end.rfind(b"OggS")) :]
+def _told_of_pages(path: Path) -> str:
+    """Say whether the last page of an Ogg file is cut, or not marked as the last one, or a second stream begins."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        page = pages[max(0, pages.rfind(b"OggS", -_PAGE)) :]
+        has_second = pages.find(_FIRST, 1) > 0
+    if not _is_last(page):
+        return "ends early: its last page is missing"
+    return "only the first of several streams is read" if has_second else ""
+
+
+def _is_last(page: bytes) -> bool:
     n_parts = page[26] if len(page) > 26 else 0
-    size = 27 + n_parts + sum(page[27 : 27 + n_parts])
-    return "" if size <= len(page) and page[5] & _LAST else "ends early: its last page is missing"
+    return 27 + n_parts + sum(page[27 : 27 + n_parts]) <= len(page) and bool(page[5] & _LAST)

@@ -208,6 +208,18 @@ def test_all_of_a_flac_file_is_read_whatever_its_header_claims(tmp_path, claimed
     np.testing.assert_array_equal(read_sound(path), whole)
 
 
+def test_holes_and_second_streams_of_ogg_are_told(tmp_path):
+    """Pages that are missing in the middle, and two files one behind the other, of which libsndfile reads one."""
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 8 * RATE), RATE)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole)
+    assert open_sound(path).remarks == ("only the first of several streams is read",)
+    path.write_bytes(whole[: len(whole) // 2] + bytes(6000) + whole[len(whole) // 2 + 6000 :])
+    [remark] = open_sound(path).remarks
+    assert re.fullmatch(r"ends early: \d+,\d+ of 128,000 samples", remark)
+
+
 def test_of_an_mp3_file_without_a_length_nothing_is_claimed(tmp_path):
     """Without it, libsndfile guesses one from the first frame, here twice as much as there is."""
     path = tmp_path / "a.mp3"
